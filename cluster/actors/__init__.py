@@ -1,0 +1,1 @@
+"""Ray: placement, worker shells, supervision. The only place that imports ray."""

@@ -1,0 +1,34 @@
+"""The seam between a front-end and the engine it talks to, wherever that runs.
+
+`LocalLink` drives an engine in a thread of this process; `SocketLink` talks to rank 0 of a worker group over an authenticated
+connection. Both are asynchronous from the front-end's side: submit returns at once, what happens comes back as events.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from cluster.engine.request import EngineLoad, ModelLimits, Request, TokenEvent
+
+EventSink = Callable[[Sequence[TokenEvent]], None]
+"""Called from a foreign thread, once per engine step, with everything that happened in it."""
+FaultSink = Callable[[str], None]
+"""Called once, from a foreign thread, when the engine behind the link is gone: the message names rank, node and cause."""
+
+
+class EngineLink(Protocol):
+    """An engine as its front-end sees it. Every call is thread-safe, returns at once, or has the stated limit."""
+
+    @property
+    def limits(self) -> ModelLimits: ...
+
+    def start(self, events: EventSink, fault: FaultSink) -> None: ...
+
+    def submit(self, requests: Sequence[Request]) -> None: ...
+
+    def abort(self, request_ids: Sequence[str]) -> None: ...
+
+    def load(self, timeout: float = 5.0) -> EngineLoad: ...
+
+    def close(self, timeout: float = 10.0) -> None: ...
