@@ -1,0 +1,212 @@
+"""Comm over a torch.distributed process group: gloo between CPU hosts or without a compiler, nccl on GPUs.
+
+The same meaning and the same bits as shared memory: `tree_sum` gathers every rank's nodes and finishes the tree locally. On CPU a small
+header goes ahead of each collective, so that ranks out of step are named instead of mixing their data; on GPUs it would cost a
+synchronisation and is left out. When a collective fails the ranks leave a note in the rendezvous store: who left none is missing.
+"""
+
+from __future__ import annotations
+
+import struct
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from parallel.comm import KINDS, Traffic, check_nodes, check_sizes, finish
+from parallel.errors import CollectiveError
+from parallel.tree import ReductionTree
+
+HEADER = struct.Struct("<qqq")
+FRAME = 8192
+"""Commands up to this size travel in one message."""
+ROLL_CALL_S = 1.0
+"""How long a failed rank waits for the notes of the others."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Channels:
+    """The process groups of one TorchComm. `control` carries headers, commands and barriers, and is always gloo."""
+
+    data: Any  # a torch.distributed ProcessGroup or one of its backends, which share no public base class
+    control: Any
+    store: dist.Store
+    device: torch.device = torch.device("cpu")
+    verify: bool = True
+
+
+class TorchComm(Traffic):
+    """Collectives of torch.distributed under the Comm protocol."""
+
+    def __init__(self, rank: int, size: int, channels: Channels, timeout_s: float = 30.0) -> None:
+        super().__init__(rank, size)
+        self.channels = channels
+        self.timeout_s = timeout_s
+
+    def tree_sum(
+        self, nodes: Tensor, tree: ReductionTree, bias: Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        check_nodes(nodes, tree, self.rank)
+        most = max(tree.node_counts)
+        shape = nodes.shape[1:]
+        self._begin("tree_sum", nodes.nbytes, most * shape.numel() * 4)
+        padded = nodes
+        if nodes.shape[0] < most:
+            padded = nodes.new_zeros(most, *shape)
+            padded[: nodes.shape[0]] = nodes
+        gathered = self._gather_equal("tree_sum", padded).view(self.size, most, *shape)
+        roots = [gathered[rank, i] for rank, count in enumerate(tree.node_counts) for i in range(count)]
+        return finish(roots, tree, bias, dtype)
+
+    def slot(self, nbytes: int) -> int | None:
+        return None
+
+    def tree_sum_in_place(
+        self, shape: Sequence[int], tree: ReductionTree, bias: Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        raise CollectiveError("tree_sum_in_place needs a slot in shared memory and this comm has none; use tree_sum")
+
+    def sum(self, x: Tensor) -> Tensor:
+        return self._all_reduce("sum", x, dist.ReduceOp.SUM)
+
+    def all_reduce_max(self, x: Tensor) -> Tensor:
+        return self._all_reduce("all_reduce_max", x, dist.ReduceOp.MAX)
+
+    def all_gather(self, x: Tensor, sizes: Sequence[int], dim: int) -> Tensor:
+        return self._gather("all_gather", x, sizes, dim)
+
+    def gather(self, x: Tensor, sizes: Sequence[int], dim: int, dst: int = 0) -> Tensor | None:
+        joined = self._gather("gather", x, sizes, dim)
+        return joined if self.rank == dst else None
+
+    def broadcast_bytes(self, payload: bytes | None, timeout: float | None = None) -> bytes:
+        limit = self.timeout_s if timeout is None else timeout
+        self.issue("broadcast_bytes", len(payload or b""))
+        first = torch.zeros(FRAME, dtype=torch.uint8)
+        if self.rank == 0:
+            first[:] = torch.frombuffer(bytearray(_frame(self.sequence, payload or b"")), dtype=torch.uint8)
+        self._broadcast(first, limit)
+        kind, sequence, nbytes = HEADER.unpack_from(first.numpy())
+        if (kind, sequence) != (KINDS.index("broadcast_bytes"), self.sequence):
+            raise self._out_of_step([[kind, sequence, nbytes]])
+        if self.rank == 0 and payload is not None and nbytes > FRAME - HEADER.size:
+            self._broadcast(torch.frombuffer(bytearray(payload), dtype=torch.uint8), limit)
+        elif self.rank != 0 and nbytes > FRAME - HEADER.size:
+            rest = torch.empty(nbytes, dtype=torch.uint8)
+            self._broadcast(rest, limit)
+            return rest.numpy().tobytes()
+        return first.numpy().tobytes()[HEADER.size : HEADER.size + nbytes] if self.rank else payload or b""
+
+    def barrier(self, timeout: float | None = None) -> None:
+        self.issue("barrier", 0)
+        self._compare("barrier", 0, self.timeout_s if timeout is None else timeout)
+
+    def close(self) -> None:
+        if self.broken != "closed":
+            self.broken = "closed"
+            self.channels = None  # type: ignore[assignment]  # the last reference ends the connections
+
+    def _begin(self, kind: str, nbytes: int, common: int) -> None:
+        """Counts the collective and, where that is checked, compares what all ranks must agree on."""
+        self.issue(kind, nbytes)
+        if self.channels.verify:
+            self._compare(kind, common, self.timeout_s)
+
+    def _compare(self, kind: str, common: int, limit: float) -> None:
+        """Exchanges (kind, sequence number, bytes) with all ranks; raises on all of them where they differ."""
+        mine = torch.tensor([KINDS.index(kind), self.sequence, common])
+        out = torch.empty(self.size * 3, dtype=torch.int64)
+        opts = dist.distributed_c10d.AllgatherOptions()
+        opts.timeout = timedelta(seconds=limit)
+        self._wait(kind, lambda: self.channels.control._allgather_base(out, mine, opts))
+        if (out.view(self.size, 3) != mine).any():
+            raise self._out_of_step(out.view(self.size, 3).tolist())
+
+    def _out_of_step(self, headers: Sequence[Sequence[int]]) -> CollectiveError:
+        calls = [f"rank {rank} is in {KINDS[k]} number {n} of {nbytes} bytes" for rank, (k, n, nbytes) in enumerate(headers)]
+        if len(calls) == 1:
+            calls.append(f"rank {self.rank} is in broadcast_bytes number {self.sequence}")
+        return self._fail(f"{'; '.join(calls)}: the ranks are out of step; all must issue the same collectives in the same order")
+
+    def _gather_equal(self, kind: str, x: Tensor) -> Tensor:
+        out = x.new_empty(self.size * x.numel())
+        self._wait(kind, lambda: self.channels.data._allgather_base(out, x.contiguous().view(-1)))
+        return out.view(self.size, -1)
+
+    def _gather(self, kind: str, x: Tensor, sizes: Sequence[int], dim: int) -> Tensor:
+        check_sizes(x, sizes, dim, self.rank, self.size)
+        row = x.numel() // max(1, x.shape[dim]) if x.shape[dim] else _row_elements(x, dim)
+        self._begin(kind, x.nbytes, sum(sizes) * row * x.element_size())
+        padded = torch.zeros(max(sizes) * row * x.element_size(), dtype=torch.uint8, device=x.device)
+        padded[: x.nbytes] = x.contiguous().view(-1).view(torch.uint8)
+        gathered = self._gather_equal(kind, padded)
+        parts = []
+        for rank, length in enumerate(sizes):
+            shape = list(x.shape)
+            shape[dim] = length
+            nbytes = length * row * x.element_size()
+            parts.append(gathered[rank, :nbytes].view(x.dtype).view(shape))
+        return torch.cat(parts, dim)
+
+    def _all_reduce(self, kind: str, x: Tensor, op: Any) -> Tensor:
+        wide = x.dtype in (torch.bfloat16, torch.float16)
+        out = x.float() if wide else x.clone()
+        out = out.contiguous()
+        self._begin(kind, x.nbytes, x.nbytes)
+        opts = dist.AllreduceOptions()
+        opts.reduceOp = op
+        self._wait(kind, lambda: self.channels.data.allreduce([out], opts))
+        return out.to(x.dtype)
+
+    def _broadcast(self, data: Tensor, limit: float) -> None:
+        opts = dist.BroadcastOptions()
+        opts.rootRank = 0
+        opts.timeout = timedelta(seconds=limit)
+        self._wait("broadcast_bytes", lambda: self.channels.control.broadcast([data], opts))
+
+    def _wait(self, kind: str, start: Callable[[], Any]) -> None:
+        began = time.monotonic()
+        try:
+            start().wait()
+        except RuntimeError as error:  # torch.distributed raises nothing more precise
+            waited = time.monotonic() - began
+            cause = str(error).splitlines()[0]
+            raise self._fail(
+                f"{kind} number {self.sequence} failed on rank {self.rank} after {waited:.1f} s; {self._missing()} ({cause})"
+            ) from error
+
+    def _missing(self) -> str:
+        """Which ranks left no note within a moment of the failure."""
+        store = self.channels.store
+        try:
+            store.set(f"failed/{self.rank}", str(self.sequence))
+            deadline = time.monotonic() + ROLL_CALL_S
+            absent = list(range(self.size))
+            while absent and time.monotonic() < deadline:
+                absent = [rank for rank in absent if not store.check([f"failed/{rank}"])]
+                time.sleep(0.02)
+        except RuntimeError:
+            return "the rendezvous store does not answer: the rank that hosts it (rank 0) is gone"
+        return f"ranks not heard from: {absent}" if absent else "all ranks report a failure"
+
+    def _fail(self, message: str) -> CollectiveError:
+        self.broken = message
+        return CollectiveError(message)
+
+
+def _frame(sequence: int, payload: bytes) -> bytes:
+    """The first message of a broadcast: a header, and the payload where it fits."""
+    head = HEADER.pack(KINDS.index("broadcast_bytes"), sequence, len(payload))
+    return (head + (payload if len(payload) <= FRAME - HEADER.size else b"")).ljust(FRAME, b"\0")
+
+
+def _row_elements(x: Tensor, dim: int) -> int:
+    """Elements per index of dim, where x itself is empty there."""
+    shape = list(x.shape)
+    del shape[dim]
+    return int(torch.Size(shape).numel())
