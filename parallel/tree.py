@@ -98,6 +98,14 @@ class ReductionTree:
         return stack.pop()
 
 
+def leaves_sum(leaves: Sequence[Tensor]) -> Tensor:
+    """The node over all the given leaves: the tree in one process."""
+    if len(leaves) == 1:
+        return leaves[0]
+    mid = middle(0, len(leaves))
+    return leaves_sum(leaves[:mid]) + leaves_sum(leaves[mid:])
+
+
 def _postfix(lo: int, hi: int, index: dict[Range, int]) -> list[int]:
     if (lo, hi) in index:
         return [index[lo, hi]]

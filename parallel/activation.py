@@ -1,0 +1,79 @@
+"""Element-wise activations by their Hugging Face names, the same bits wherever an element stands in its tensor.
+
+The native kernels cover what the families use; any other name of transformers' table goes through torch, where the last elements
+of a row may differ by an ulp from the same values elsewhere (torch's scalar tails), so that rows are padded to whole vectors first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from parallel.errors import ConfigError
+from parallel.native import elementwise, library
+
+LANES = 64
+
+
+def _gelu_new(x: Tensor) -> Tensor:
+    return functional.gelu(x, approximate="tanh")
+
+
+TORCH: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": functional.gelu,
+    "gelu_python": functional.gelu,
+    "gelu_new": _gelu_new,
+    "gelu_pytorch_tanh": _gelu_new,
+    "gelu_fast": _gelu_new,
+    "gelu_accurate": _gelu_new,
+    "gelu_python_tanh": _gelu_new,
+    "gelu_10": lambda x: functional.gelu(x).clamp(-10, 10),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "relu": functional.relu,
+    "relu2": lambda x: functional.relu(x).square(),
+    "relu6": functional.relu6,
+    "leaky_relu": functional.leaky_relu,
+    "silu": functional.silu,
+    "swish": functional.silu,
+    "mish": functional.mish,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "linear": lambda x: x,
+    "laplace": lambda x: 0.5 * (1.0 + torch.erf((x - 0.707107) / (0.282095 * 2.0**0.5))),
+}
+
+
+def check_activation(name: str) -> str:
+    """The name itself, or an error listing the names that exist."""
+    if name not in TORCH:
+        raise ConfigError(f"activation {name!r} is unknown; choose one of {', '.join(sorted(TORCH))}")
+    return name
+
+
+def is_native(x: Tensor, name: str) -> bool:
+    """Whether the native kernel computes this activation of this tensor."""
+    fits = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
+    return fits and name in elementwise.NAMES and library.available()
+
+
+def activate(x: Tensor, name: str) -> Tensor:
+    """The activation of every element; differentiable."""
+    if is_native(x, name):
+        return _Native.apply(x, name) if torch.is_grad_enabled() and x.requires_grad else elementwise.activate(x, name)
+    short = -x.shape[-1] % LANES if x.device.type == "cpu" else 0
+    return TORCH[name](functional.pad(x, (0, short)))[..., : x.shape[-1]] if short else TORCH[name](x)
+
+
+class _Native(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, name: str) -> Tensor:  # type: ignore[no-untyped-def,override]
+        ctx.save_for_backward(x)
+        ctx.name = name
+        return elementwise.activate(x, name)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def,override]
+        return elementwise.activate_grad(ctx.saved_tensors[0], grad.contiguous(), ctx.name), None

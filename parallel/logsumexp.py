@@ -1,0 +1,43 @@
+"""The pieces of a log-sum-exp over vocabulary leaves, each the same bits wherever a row or a leaf stands.
+
+Native kernels where they exist; torch otherwise (then a row's bits may depend on its place in the batch). No collectives here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from parallel.native import elementwise
+from parallel.products import uses_native
+from parallel.tree import leaves_sum
+
+
+def row_max(logits_TV: Tensor) -> Tensor:
+    """[T]; minus infinity where a rank owns no part of the vocabulary."""
+    if logits_TV.shape[1] == 0:
+        return logits_TV.new_full((logits_TV.shape[0],), float("-inf"))
+    return elementwise.row_max(logits_TV) if uses_native(logits_TV) else logits_TV.amax(1)
+
+
+def exp_sum_leaves(logits_TV: Tensor, maximum_T: Tensor, borders: Sequence[int]) -> Tensor:
+    """[T, leaves]: sum of exp(logit - maximum) over the columns of each leaf."""
+    if uses_native(logits_TV) and logits_TV.shape[1]:
+        return elementwise.exp_sum(logits_TV, maximum_T, tuple(borders))
+    leaves = [torch.exp(logits_TV[:, lo:hi] - maximum_T[:, None]).sum(1) for lo, hi in zip(borders, borders[1:], strict=False)]
+    return torch.stack(leaves, 1) if leaves else logits_TV.new_zeros((logits_TV.shape[0], 0))
+
+
+def exp_sum_total(leaves_TL: Tensor) -> Tensor:
+    """[T]: the leaves added in the fixed tree."""
+    return leaves_sum(leaves_TL.unbind(1))
+
+
+def invariant_log(x_T: Tensor) -> Tensor:
+    return elementwise.log(x_T.contiguous()) if uses_native(x_T) else torch.log(x_T)
+
+
+def invariant_exp(x: Tensor) -> Tensor:
+    return elementwise.exp(x.contiguous()) if uses_native(x) else torch.exp(x)

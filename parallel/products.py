@@ -1,0 +1,149 @@
+"""Matrix products of sharded layers, in the order that keeps their bits: one seam over the kernels that compute them.
+
+`product` returns x W^T summed over all its leaves; `reduced_product` adds the ranks' subtrees through one collective (tree_sum, or a
+plain sum with numerics "fast"). On CPU the native kernel does both; elsewhere, or where there is no compiler, torch does, leaf by
+leaf. `Operand` is the packed form of a parameter: derived, never saved, rebuilt when the parameter changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from parallel.activation import activate
+from parallel.group import Group
+from parallel.native import gemm, library
+from parallel.shard import VirtualShards
+from parallel.tree import Range, leaves_sum, middle
+
+NATIVE_DTYPES = (torch.float32, torch.bfloat16)
+
+
+@cache
+def native_products() -> bool:
+    """Whether the native kernels can be used in this process."""
+    return library.available()
+
+
+def uses_native(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.dtype in NATIVE_DTYPES and native_products()
+
+
+class Operand:
+    """The right-hand side of products with a parameter: rows [start, stop) of it, transposed or not, packed for the kernel."""
+
+    def __init__(self, parameter: Tensor, rows: Range | None = None, transposed: bool = False) -> None:
+        self._parameter = parameter
+        self._rows = rows
+        self._transposed = transposed
+        self._packed: gemm.PackedMatrix | None = None
+        self._stamp: tuple[int, int] | None = None
+
+    def matrix(self) -> Tensor:
+        """[N, K]: outputs by reduction."""
+        full = self._parameter.detach()
+        part = full if self._rows is None else full[self._rows[0] : self._rows[1]]
+        return part.t() if self._transposed else part
+
+    def packed(self) -> gemm.PackedMatrix:
+        """The packed form, made again if the parameter was written to or replaced since."""
+        stamp = (self._parameter._version, self._parameter.data_ptr())
+        if self._packed is None:
+            self._packed = gemm.PackedMatrix.pack(self.matrix())
+        elif stamp != self._stamp:
+            self._packed = self._packed.repack(self.matrix()) or self._packed
+        self._stamp = stamp
+        return self._packed
+
+    def release(self) -> None:
+        """Forgets the packed copy (it is rebuilt when needed)."""
+        self._packed = self._stamp = None
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """One addend of a product: x [T, K] against an operand [N, K], K cut into leaves at `borders`."""
+
+    x: Tensor
+    operand: Operand
+    borders: tuple[int, ...]
+
+
+def product(
+    terms: Sequence[Term], bias: Tensor | None = None, activation: str | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
+    """The sum over all leaves of all terms, [T, N]: leaf i runs through every term's i-th range, leaves add up in the fixed tree."""
+    if uses_native(terms[0].x):
+        return gemm.product(_sources(terms), bias, activation, dtype)
+    total = _torch_node(terms, 0, len(terms[0].borders) - 1)
+    if bias is not None:
+        total = total + bias
+    total = total.to(dtype or terms[0].x.dtype)
+    return activate(total, activation) if activation else total
+
+
+def nodes(terms: Sequence[Term], ranges: Sequence[Range]) -> Tensor:
+    """The roots of complete subtrees of leaves, [len(ranges), T, N] float32."""
+    if uses_native(terms[0].x):
+        return gemm.nodes(_sources(terms), ranges)
+    if not ranges:
+        matrix = terms[0].operand.matrix()
+        return terms[0].x.new_empty((0, terms[0].x.shape[0], matrix.shape[0]), dtype=torch.float32)
+    return torch.stack([_torch_node(terms, lo, hi).float() for lo, hi in ranges])
+
+
+def reduced_product(
+    terms: Sequence[Term], shards: VirtualShards, group: Group, bias: Tensor | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
+    """The product summed over every rank's leaves, then + bias: one collective, none in a group of one."""
+    dtype = dtype or terms[0].x.dtype
+    if group.size == 1:
+        return product(terms, bias, dtype=dtype)
+    if group.numerics == "fast":
+        total = group.talk.sum(product(terms, dtype=dtype))
+        return total if bias is None else total + bias.to(dtype)
+    roots = nodes(terms, shards.local_nodes(group.rank))
+    return group.talk.tree_sum(roots, shards.tree, bias=bias, dtype=dtype)
+
+
+def outer_product(grad_TN: Tensor, x_TK: Tensor) -> Tensor:
+    """grad^T x, [N, K]: a weight's gradient, summed over tokens in one chain."""
+    if uses_native(grad_TN):
+        return gemm.product([gemm.Source(grad_TN.t(), gemm.PackedMatrix.pack(x_TK.t()), (0, grad_TN.shape[0]))])
+    return grad_TN.t() @ x_TK
+
+
+def column_sum(grad_TN: Tensor) -> Tensor:
+    """The sum over tokens, [N]: a bias's gradient. Native: a product with ones, so that its order is the kernel's."""
+    if uses_native(grad_TN):
+        return outer_product(grad_TN, grad_TN.new_ones((grad_TN.shape[0], 1)))[:, 0]
+    return grad_TN.sum(0)
+
+
+def leaf_tree(leaves_LT: Tensor, ranges: Sequence[Range]) -> Tensor:
+    """Adds precomputed leaves [L, ...] into the roots of the given subtrees: [len(ranges), ...]."""
+    roots = [leaves_sum(leaves_LT[lo:hi].unbind()) for lo, hi in ranges]
+    return torch.stack(roots) if roots else leaves_LT.new_empty((0, *leaves_LT.shape[1:]))
+
+
+def _sources(terms: Sequence[Term]) -> list[gemm.Source]:
+    return [gemm.Source(term.x, term.operand.packed(), term.borders) for term in terms]
+
+
+def _torch_node(terms: Sequence[Term], lo: int, hi: int) -> Tensor:
+    if hi - lo > 1:
+        mid = middle(lo, hi)
+        return _torch_node(terms, lo, mid).float() + _torch_node(terms, mid, hi).float()
+    leaf = None
+    for term in terms:
+        matrix = term.operand.matrix()
+        start, stop = (term.borders[lo], term.borders[hi]) if hi > lo else (0, 0)
+        addend = functional.linear(term.x[:, start:stop], matrix[:, start:stop])
+        leaf = addend if leaf is None else leaf + addend
+    assert leaf is not None, "a product needs at least one term"
+    return leaf
