@@ -1,0 +1,37 @@
+"""Regenerates the Python code of the protocol: `python -m cluster.rpc.generate [directory]`.
+
+Runs protoc from the repository's root, so that the generated imports (`from cluster.rpc.proto import ...`) need no patching.
+The generated files are committed; a test regenerates them and compares. Needs grpcio-tools (a development dependency).
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from google.rpc import status_pb2
+
+from parallel.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
+PROTOS = ("cluster/rpc/proto/inference.proto", "cluster/rpc/proto/control.proto")
+
+
+def generate(directory: Path = ROOT) -> None:
+    """Write *_pb2.py, *_pb2.pyi and *_pb2_grpc.py below `directory`."""
+    try:
+        import grpc_tools
+        from grpc_tools import protoc
+    except ImportError as error:
+        raise ConfigError(f"cannot generate code: {error}; install grpcio-tools") from error
+    well_known = Path(grpc_tools.__file__).parent / "_proto"
+    google_rpc = Path(status_pb2.__file__).parents[2]
+    includes = [f"-I{ROOT}", f"-I{well_known}", f"-I{google_rpc}"]
+    outputs = [f"--{kind}_out={directory}" for kind in ("python", "pyi", "grpc_python")]
+    status = protoc.main(["protoc", *includes, *outputs, *(str(ROOT / proto) for proto in PROTOS)])
+    if status:
+        raise ConfigError(f"protoc ended with status {status} on {', '.join(PROTOS)}; its messages are above")
+
+
+if __name__ == "__main__":
+    generate(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT)
