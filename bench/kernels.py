@@ -1,0 +1,97 @@
+"""Micro benchmark of the native CPU kernels: GB/s of weights and GFLOP/s beside F.linear and oneDNN's packed product.
+
+    python -m bench.kernels --threads 1 --dtype float32 --rows 1 16 512 --shapes 4096x1024 1024x4096
+
+Weights rotate through more memory than the caches hold. Cells are the best of several short runs, because other work
+on the machine only ever slows a run down; the measured peak of a register-only loop stands at the top.
+"""
+
+import argparse
+import ctypes
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from parallel.native.gemm import PackedMatrix, Source, product
+from parallel.native.library import configure, library
+
+SHAPES = ("4096x1024", "1024x4096", "3072x1024", "50304x1024", "2304x768")
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512, 1024)
+
+
+def best_seconds(run: Callable[[int], object], budget: float) -> float:
+    """The shortest of the runs that fit the budget, three at least."""
+    run(0)
+    best, spent, i = float("inf"), 0.0, 1
+    while i < 4 or spent < budget:
+        start = time.perf_counter()
+        run(i)
+        seconds = time.perf_counter() - start
+        best, spent, i = min(best, seconds), spent + seconds, i + 1
+    return best
+
+
+def peak_gflops(half: bool, threads: int) -> float:
+    """What a loop of fused multiply-adds on registers alone reaches on one thread, times the threads."""
+    function = library().gemm_peak_gflops
+    function.restype = ctypes.c_double
+    return max(function(ctypes.c_int(half)) for _ in range(5)) * threads
+
+
+def tree_of(k: int, leaves: int) -> tuple[int, ...]:
+    return tuple(k * i // leaves for i in range(leaves + 1))
+
+
+def routes(x: Tensor, weights: list[Tensor], leaves: int, rows: int) -> dict[str, Callable[[int], object]]:
+    """One call per route; the i-th call uses the i-th weight in turn."""
+    count, k = len(weights), x.shape[1]
+    packed = [PackedMatrix.pack(w) for w in weights]
+    onednn = [torch.ops.mkldnn._reorder_linear_weight(w, rows) for w in weights]
+    one, several = (0, k), tree_of(k, leaves)
+    return {
+        "native": lambda i: product([Source(x, packed[i % count], one)]),
+        f"native/{leaves} leaves": lambda i: product([Source(x, packed[i % count], several)]),
+        "oneDNN": lambda i: torch.ops.mkldnn._linear_pointwise(x, onednn[i % count], None, "none", [], ""),
+        "F.linear": lambda i: F.linear(x, weights[i % count]),
+    }
+
+
+def measure(shape: str, dtype: torch.dtype, rows: list[int], leaves: int, budget: float, only: list[str]) -> None:
+    n, k = map(int, shape.split("x"))
+    size = n * k * dtype.itemsize
+    weights = [torch.randn(n, k).to(dtype) for _ in range(max(1, min(24, (160 << 20) // size)))]
+    for m in rows:
+        x = torch.randn(m, k).to(dtype)
+        cells = []
+        for name, run in routes(x, weights, leaves, m).items():
+            if only and name.split("/")[0] not in only:
+                continue
+            seconds = best_seconds(run, budget)
+            cells.append(f"{name} {seconds * 1e6:9.1f} us {size / seconds / 1e9:5.1f} GB/s {2 * m * n * k / seconds / 1e9:6.1f} GF")
+        print(f"{shape:>11} M={m:<5} " + " | ".join(cells), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
+    parser.add_argument("--shapes", nargs="+", default=SHAPES)
+    parser.add_argument("--leaves", type=int, default=8)
+    parser.add_argument("--budget", type=float, default=0.3, help="seconds per cell")
+    parser.add_argument("--only", nargs="*", default=[], help="routes: native oneDNN F.linear")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    configure(threads=args.threads)
+    dtype = getattr(torch, args.dtype)
+    print(f"{args.dtype}, {args.threads} threads, peak {peak_gflops(dtype == torch.bfloat16, args.threads):.0f} GFLOP/s")
+    with torch.inference_mode():
+        for shape in args.shapes:
+            measure(shape, dtype, args.rows, args.leaves, args.budget, args.only)
+
+
+if __name__ == "__main__":
+    main()

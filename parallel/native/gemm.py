@@ -1,0 +1,268 @@
+"""Matrix products y = x W^T on CPUs whose bits do not depend on rows, columns, ranks or threads around an element.
+
+W is packed once (`PackedMatrix`); x stays as it is. K is cut at the borders of the leaves: one chain of fused
+multiply-adds per leaf, leaves added by the fixed tree node(lo, hi) = node(lo, mid) + node(mid, hi), in float32.
+No autograd, no collectives: parallel/linear.py builds those on top.
+"""
+
+import ctypes
+import itertools
+import struct
+from collections.abc import Sequence
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from parallel.errors import ConfigError
+from parallel.native.elementwise import activation_id
+from parallel.native.library import library
+
+PANEL = 64  # columns of W in a panel
+MAX_SOURCES = 16
+_UNIT = 4  # bytes of K that go together: a float32 or a pair of bfloat16
+_HUGE = 2 << 20
+_DTYPES = (torch.float32, torch.bfloat16)
+_SMALL = 1 << 24  # multiply-adds below which a call keeps the interpreter lock
+_serials = itertools.count()
+
+
+class PackedMatrix:
+    """A weight W [N, K] laid out for streaming, [N/64][K][64]; a copy that follows its source only by repack()."""
+
+    def __init__(self, n: int, k: int, dtype: torch.dtype, borders: tuple[int, ...]) -> None:
+        self.n, self.k, self.dtype, self.borders = n, k, dtype, borders
+        per_unit = _UNIT // dtype.itemsize
+        starts = [0]
+        for begin, end in itertools.pairwise(borders):
+            starts.append(starts[-1] + -(-(end - begin) // per_unit))
+        self.starts, self.units = tuple(starts[:-1]), starts[-1]
+        self.panel_bytes = self.units * PANEL * _UNIT
+        self.storage, self.address = _aligned(-(-n // PANEL) * self.panel_bytes)
+        self.serial = next(_serials)
+        self.plans: dict[tuple, bytes] = {}
+
+    @classmethod
+    def pack(cls, src: Tensor, borders: Sequence[int] | None = None) -> "PackedMatrix":
+        """Pack src [N, K], any strides. `borders`: the leaves' borders, needed only where a bfloat16 leaf is odd."""
+        if src.dim() != 2 or src.dtype not in _DTYPES or src.device.type != "cpu":
+            raise ConfigError(f"cannot pack {_words(src)}; give a [N, K] float32 or bfloat16 tensor on the CPU")
+        n, k = src.shape
+        cuts = tuple(sorted({0, k, *(borders or ())}))
+        if cuts[0] < 0 or cuts[-1] > k:
+            raise ConfigError(f"borders {tuple(borders or ())} leave the range 0..{k} of K; give borders inside it")
+        packed = cls(n, k, src.dtype, cuts)
+        packed.repack(src)
+        return packed
+
+    def repack(self, src: Tensor) -> None:
+        """Take over src's present values, in place."""
+        if src.shape != (self.n, self.k) or src.dtype != self.dtype or src.device.type != "cpu":
+            raise ConfigError(f"cannot repack {_words(src)} into a packed [{self.n}, {self.k}] {self.dtype}; "
+                              "pack a new matrix for another shape or dtype")
+        src = src.detach()
+        if self.n == 0 or self.k == 0:
+            return
+        if src.stride(1) != 1 and src.stride(0) != 1:
+            src = src.contiguous()
+        leaves = _leaves(self)
+        library().gemm_pack(ctypes.c_int(self.dtype == torch.bfloat16), ctypes.c_void_p(src.data_ptr()),
+                            ctypes.c_int64(src.stride(0)), ctypes.c_int64(_k_stride(src)), ctypes.c_int64(self.n), leaves,
+                            ctypes.c_int64(len(self.starts)), ctypes.c_int64(self.units), ctypes.c_void_p(self.address))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, padding included."""
+        return self.storage.numel()
+
+
+class Source(NamedTuple):
+    """One product x W^T whose K is cut into leaves at `borders` (n_leaves + 1 ascending numbers)."""
+
+    x: Tensor
+    weight: PackedMatrix
+    borders: tuple[int, ...]
+
+
+def product(sources: Sequence[Source], bias: Tensor | None = None, activation: str | None = None,
+            out_dtype: torch.dtype | None = None) -> Tensor:
+    """The sum over all sources [M, N]: leaves through one tree, + bias in float32, rounded, then the activation, rounded.
+
+    Leaf i is one chain through every source's range i in turn. out_dtype: the sources' own unless given.
+    """
+    plan = _plan(sources, None)
+    first = sources[0]
+    m, n = first.x.shape[0], first.weight.n
+    out = torch.empty(m, n, dtype=out_dtype or first.weight.dtype)
+    _run(plan, sources, m, out.data_ptr(), out.dtype, 0, bias, activation)
+    return out
+
+
+def nodes(sources: Sequence[Source], node_ranges: Sequence[tuple[int, int]], out: Tensor | int | None = None) -> Tensor | int:
+    """The root of each complete subtree (lo, hi), float32 [len(node_ranges), M, N], no bias; into `out` where given
+    (a contiguous float32 tensor or an address)."""
+    plan = _plan(sources, tuple(node_ranges))
+    m, n = sources[0].x.shape[0], sources[0].weight.n
+    shape = (len(node_ranges), m, n)
+    if out is None:
+        out = torch.empty(shape, dtype=torch.float32)
+    elif isinstance(out, Tensor) and (out.shape != shape or out.dtype != torch.float32 or not out.is_contiguous()):
+        raise ConfigError(f"nodes() cannot write into {_words(out)}; out is a contiguous float32 tensor of shape {shape}")
+    _run(plan, sources, m, out if isinstance(out, int) else out.data_ptr(), torch.float32, m * n, None, None)
+    return out
+
+
+_PLAN = struct.Struct("6q")  # Plan, Run and Call of gemm.cpp
+_RUN = struct.Struct("9q")
+
+
+@cache
+def _call_struct(n_sources: int) -> struct.Struct:
+    return struct.Struct(f"{8 + 3 * n_sources}q")
+
+
+@cache
+def _functions() -> tuple:
+    """gemm_run twice: keeping the interpreter lock (short calls) and releasing it (long ones)."""
+    keeping, releasing = ctypes.PyDLL(None, handle=library()._handle).gemm_run, ctypes.CDLL(None, handle=library()._handle).gemm_run
+    for function in (keeping, releasing):
+        function.argtypes, function.restype = (ctypes.c_char_p, ctypes.c_char_p), ctypes.c_int
+    return keeping, releasing
+
+
+def _run(plan: bytes, sources: Sequence[Source], m: int, out: int, out_dtype: torch.dtype, root_stride: int,
+         bias: Tensor | None, activation: str | None) -> None:
+    n = sources[0].weight.n
+    if out_dtype not in _DTYPES:
+        raise ConfigError(f"out_dtype is {out_dtype}; the native product writes float32 or bfloat16")
+    address = half = 0
+    if bias is not None:
+        if bias.shape != (n,) or bias.dtype not in _DTYPES or not bias.is_contiguous():
+            raise ConfigError(f"the bias is {_words(bias)}; it must be a contiguous [{n}] float32 or bfloat16 tensor")
+        address, half = bias.data_ptr(), bias.dtype is torch.bfloat16
+    fields = [m, out, out_dtype is torch.bfloat16, n, root_stride, address, half, activation_id(activation)]
+    keep = []
+    for x, weight, _ in sources:
+        if x.shape != (m, weight.k) or x.dtype is not weight.dtype:
+            raise ConfigError(f"x is {_words(x)}; with this weight it must be [{m}, {weight.k}] {weight.dtype}")
+        rows, k = x.stride()
+        if k != 1 and rows != 1 and weight.k > 1:
+            x = x.contiguous()
+            keep.append(x)
+            rows, k = x.stride()
+        fields += x.data_ptr(), rows, 1 if weight.k < 2 else k
+    small = m * n * sources[0].weight.k < _SMALL
+    if _functions()[0 if small else 1](_call_struct(len(sources)).pack(*fields), plan) != 0:
+        raise MemoryError("the native matrix product could not allocate its scratch memory")
+
+
+def _plan(sources: Sequence[Source], roots: tuple[tuple[int, int], ...] | None) -> bytes:
+    """The run list for these weights, borders and roots, remembered with the first weight."""
+    if len(sources) == 1:
+        _, weight, borders = sources[0]
+        key: tuple = (borders, roots)
+    else:
+        if not sources:
+            raise ConfigError("a product needs at least one source")
+        weight = sources[0].weight
+        key = (*((source.weight.serial, source.borders) for source in sources), roots)
+    plan = weight.plans.get(key)
+    if plan is None:
+        plan = weight.plans[key] = _make_plan(sources, roots)
+    return plan
+
+
+def _make_plan(sources: Sequence[Source], roots: tuple[tuple[int, int], ...] | None) -> bytes:
+    _check(sources)
+    n_leaves = len(sources[0].borders) - 1
+    runs, depth = [], 1
+    for root, (lo, hi) in enumerate(roots if roots is not None else ((0, n_leaves),), 1):
+        if not 0 <= lo <= hi <= n_leaves:
+            raise ConfigError(f"node ({lo}, {hi}) is not a range of the {n_leaves} leaves")
+        pops = _pops(lo, hi)
+        depth = max(depth, len(pops).bit_length() + 1)
+        for leaf, pop in pops:
+            runs += _leaf_runs(sources, leaf, pop, root if leaf == hi - 1 or leaf < 0 else 0)
+    odd = any((end - begin) % (_UNIT // s.weight.dtype.itemsize) for s in sources
+              for begin, end in itertools.pairwise(s.borders))
+    head = _PLAN.pack(sources[0].weight.dtype == torch.bfloat16, len(runs), depth, len(sources), sources[0].weight.n, odd)
+    return head + b"".join(runs) + b"".join(_copy_plan(s.weight) for s in sources)
+
+
+def _pops(lo: int, hi: int) -> list[tuple[int, int]]:
+    """For each leaf of node (lo, hi), left to right, how many finished subtrees are added once its chain is done."""
+    if hi == lo:
+        return [(-1, 0)]  # an empty sum: one chain of nothing
+    if hi - lo == 1:
+        return [(lo, 0)]
+    mid = lo + (hi - lo + 1) // 2
+    *left, (last, pops) = _pops(mid, hi)
+    return [*_pops(lo, mid), *left, (last, pops + 1)]
+
+
+def _leaf_runs(sources: Sequence[Source], leaf: int, pops: int, root: int) -> list[bytes]:
+    """One run per source; an interrupted chain goes on in the next one."""
+    runs = []
+    for index, (_, weight, borders) in enumerate(sources):
+        begin, end = (borders[leaf], borders[leaf + 1]) if leaf >= 0 else (0, 0)
+        per_unit = _UNIT // weight.dtype.itemsize
+        units = -(-(end - begin) // per_unit)
+        unit = _unit_of(weight, begin, end) if end > begin else 0
+        last = index == len(sources) - 1
+        runs.append(_RUN.pack(index, units, begin * weight.dtype.itemsize, unit * _UNIT,
+                              weight.address + unit * PANEL * _UNIT, weight.panel_bytes, index == 0,
+                              pops if last else -1, root if last else 0))
+    return runs
+
+
+def _unit_of(weight: PackedMatrix, begin: int, end: int) -> int:
+    """Where in the packed K the leaf begin..end starts; it must not share a pair of bfloat16 with a neighbour."""
+    per_unit = _UNIT // weight.dtype.itemsize
+    index = max(i for i, border in enumerate(weight.borders[:-1]) if border <= begin)
+    stop = weight.borders[index + 1]
+    if (begin - weight.borders[index]) % per_unit or end > stop or ((end - begin) % per_unit and end != stop):
+        raise ConfigError(f"a leaf {begin}..{end} of a {weight.dtype} weight packed with borders {weight.borders} splits a "
+                          "pair of elements; pass the leaves' borders to PackedMatrix.pack")
+    return weight.starts[index] + (begin - weight.borders[index]) // per_unit
+
+
+def _check(sources: Sequence[Source]) -> None:
+    first = sources[0]
+    if len(sources) > MAX_SOURCES:
+        raise ConfigError(f"{len(sources)} sources; a product takes at most {MAX_SOURCES}")
+    for _, weight, borders in sources:
+        if weight.n != first.weight.n or weight.dtype != first.weight.dtype or len(borders) != len(first.borders):
+            raise ConfigError(f"sources of one product share N, dtype and number of leaves; got [{weight.n}, {weight.k}] "
+                              f"{weight.dtype} with {len(borders) - 1} leaves beside [{first.weight.n}, {first.weight.k}] "
+                              f"{first.weight.dtype} with {len(first.borders) - 1}")
+        if not borders or list(borders) != sorted(borders) or borders[0] < 0 or borders[-1] > weight.k:
+            raise ConfigError(f"borders {borders} must ascend within 0..{weight.k}")
+
+
+def _leaves(weight: PackedMatrix) -> ctypes.Array:
+    flat = [v for pair, start in zip(itertools.pairwise(weight.borders), weight.starts, strict=True) for v in (*pair, start)]
+    return (ctypes.c_int64 * len(flat))(*flat)
+
+
+def _copy_plan(weight: PackedMatrix) -> bytes:
+    return struct.pack("2q", weight.units, len(weight.starts)) + bytes(_leaves(weight))
+
+
+def _k_stride(src: Tensor) -> int:
+    return 1 if src.shape[1] == 1 else src.stride(1)
+
+
+def _aligned(nbytes: int) -> tuple[Tensor, int]:
+    """Bytes on a cache line, and on a 2 MiB page with huge pages asked for where that is worth it."""
+    align = _HUGE if nbytes >= _HUGE else 64
+    raw = torch.empty(nbytes + align, dtype=torch.uint8)
+    offset = -raw.data_ptr() % align
+    storage = raw[offset:offset + nbytes]
+    if align == _HUGE:
+        library().gemm_advise_huge(ctypes.c_void_p(storage.data_ptr()), ctypes.c_int64(nbytes))
+    return storage, storage.data_ptr()
+
+
+def _words(tensor: Tensor) -> str:
+    return f"a {list(tensor.shape)} {tensor.dtype} tensor on {tensor.device} with strides {list(tensor.stride())}"

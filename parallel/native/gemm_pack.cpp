@@ -1,0 +1,172 @@
+// Copies of matrices into the layouts gemm.cpp streams (gemm_pack.h), 16 x 16 units at a time.
+#include "gemm_pack.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+
+#include "pool.h"
+#include "simd.h"
+
+namespace gemm {
+namespace {
+
+using simd::bf16;
+using simd::u16x16;
+using simd::u32x16;
+
+struct Block { u32x16 v[16]; };               // 16 vectors of 16 units
+
+#ifdef __AVX512F__
+Block transposed(const Block& in) {
+  __m512i a[16], b[16];
+  for (int i = 0; i < 16; ++i) a[i] = (__m512i)in.v[i];
+  for (int i = 0; i < 16; i += 2) {
+    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4)
+    for (int j = 0; j < 2; ++j) {
+      a[i + 2 * j] = _mm512_unpacklo_epi64(b[i + j], b[i + j + 2]);
+      a[i + 2 * j + 1] = _mm512_unpackhi_epi64(b[i + j], b[i + j + 2]);
+    }
+  for (int i = 0; i < 16; i += 8)
+    for (int j = 0; j < 4; ++j) {
+      b[i + j] = _mm512_shuffle_i32x4(a[i + j], a[i + j + 4], 0x88);
+      b[i + j + 4] = _mm512_shuffle_i32x4(a[i + j], a[i + j + 4], 0xdd);
+    }
+  Block out;
+  for (int j = 0; j < 8; ++j) {
+    out.v[j] = (u32x16)_mm512_shuffle_i32x4(b[j], b[j + 8], 0x88);
+    out.v[j + 8] = (u32x16)_mm512_shuffle_i32x4(b[j], b[j + 8], 0xdd);
+  }
+  return out;
+}
+#else
+Block transposed(const Block& in) {
+  Block out;
+  for (int i = 0; i < 16; ++i)
+    for (int j = 0; j < 16; ++j) out.v[j][i] = in.v[i][j];
+  return out;
+}
+#endif
+
+inline u32x16 along_row(const float* p, int64_t elements) {
+  return simd::float_to_bits(simd::load(p, static_cast<int>(std::min<int64_t>(elements, 16))));
+}
+inline u32x16 along_row(const bf16* p, int64_t elements) {
+#ifdef __AVX512BW__
+  uint32_t mask = elements >= 32 ? ~0u : (1u << elements) - 1;
+  return (u32x16)_mm512_maskz_loadu_epi16(mask, p);
+#else
+  bf16 pairs[32] = {};
+  std::memcpy(pairs, p, std::min<int64_t>(elements, 32) * sizeof(bf16));
+  u32x16 r;
+  std::memcpy(&r, pairs, sizeof r);
+  return r;
+#endif
+}
+inline u32x16 down_rows(const float* p, int64_t, int64_t, int rows) {
+  return simd::float_to_bits(simd::load(p, rows));
+}
+inline u32x16 down_rows(const bf16* p, int64_t k_stride, int64_t elements, int rows) {
+  u32x16 low = simd::float_to_bits(simd::load(p, rows)) >> 16;
+  return elements < 2 ? low : low | simd::float_to_bits(simd::load(p + k_stride, rows));
+}
+
+template <class E>
+struct Reader {                               // 16 x 16 units of a View, zero outside
+  static constexpr int kPer = 4 / sizeof(E);  // elements of a unit
+  View view;
+  int64_t n_rows;
+  const E* at(int64_t row, int64_t k) const {
+    return reinterpret_cast<const E*>(view.base) + row * view.row_stride + k * view.k_stride;
+  }
+  Block natural(int64_t row, int64_t begin, int64_t end) const {
+    Block block{};
+    int rows = static_cast<int>(std::min<int64_t>(16, n_rows - row));
+    if (view.k_stride == 1) {
+      for (int i = 0; i < rows; ++i) block.v[i] = along_row(at(row + i, begin), end - begin);
+    } else {
+      for (int u = 0; u < 16 && begin + u * kPer < end && rows > 0; ++u)
+        block.v[u] = down_rows(at(row, begin + u * kPer), view.k_stride, end - begin - u * kPer, rows);
+    }
+    return block;
+  }
+  Block by_rows(int64_t row, int64_t begin, int64_t end) const {
+    return view.k_stride == 1 ? natural(row, begin, end) : transposed(natural(row, begin, end));
+  }
+  Block by_units(int64_t row, int64_t begin, int64_t end) const {
+    return view.k_stride == 1 ? transposed(natural(row, begin, end)) : natural(row, begin, end);
+  }
+};
+
+inline void store(char* p, u32x16 v, int64_t units) {
+  simd::store(reinterpret_cast<float*>(p), simd::bits_to_float(v), static_cast<int>(std::min<int64_t>(units, 16)));
+}
+
+template <class E>
+void pack_panel(const Reader<E>& reader, int64_t row, const Leaf* leaves, int64_t n_leaves, char* panel) {
+  constexpr int kPer = Reader<E>::kPer;
+  for (const Leaf* leaf = leaves; leaf != leaves + n_leaves; ++leaf)
+    for (int64_t k = leaf->begin; k < leaf->end; k += 16 * kPer) {
+      int units = static_cast<int>(std::min<int64_t>(16, (leaf->end - k + kPer - 1) / kPer));
+      char* dst = panel + (leaf->unit + (k - leaf->begin) / kPer) * kPanelBytes;
+      for (int group = 0; group < kPanel / 16; ++group) {
+        Block block = reader.by_units(row + 16 * group, k, leaf->end);
+        for (int u = 0; u < units; ++u) store(dst + u * kPanelBytes + group * 64, block.v[u], 16);
+      }
+    }
+}
+
+template <class E>
+void copy_16_rows(const Reader<E>& reader, int64_t row, const Leaf* leaves, int64_t n_leaves, int64_t units, char* dst) {
+  constexpr int kPer = Reader<E>::kPer;
+  int rows = static_cast<int>(std::min<int64_t>(16, reader.n_rows - row));
+  for (const Leaf* leaf = leaves; leaf != leaves + n_leaves; ++leaf)
+    for (int64_t k = leaf->begin; k < leaf->end; k += 16 * kPer) {
+      Block block = reader.by_rows(row, k, leaf->end);
+      for (int i = 0; i < rows; ++i)
+        store(dst + ((row + i) * units + leaf->unit + (k - leaf->begin) / kPer) * 4, block.v[i],
+              (leaf->end - k + kPer - 1) / kPer);
+    }
+}
+
+template <class F>
+void with_reader(bool half, View src, int64_t rows, const F& f) {
+  half ? f(Reader<bf16>{src, rows}) : f(Reader<float>{src, rows});
+}
+
+}  // namespace
+
+void pack_panels(bool half, View src, int64_t rows, const Leaf* leaves, int64_t n_leaves, int64_t units, char* dst) {
+  with_reader(half, src, rows, [&](const auto& reader) {
+    pool::parallel_for((rows + kPanel - 1) / kPanel, [&](int64_t p) {
+      pack_panel(reader, p * kPanel, leaves, n_leaves, dst + p * units * kPanelBytes);
+    });
+  });
+}
+
+void copy_rows(bool half, View src, int64_t rows, const Leaf* leaves, int64_t n_leaves, int64_t units, char* dst) {
+  with_reader(half, src, rows, [&](const auto& reader) {
+    pool::parallel_for((rows + 15) / 16, [&](int64_t b) { copy_16_rows(reader, b * 16, leaves, n_leaves, units, dst); });
+  });
+}
+
+}  // namespace gemm
+
+extern "C" {
+
+void gemm_pack(int half, const void* src, int64_t row_stride, int64_t k_stride, int64_t rows, const gemm::Leaf* leaves,
+               int64_t n_leaves, int64_t units, void* dst) {
+  gemm::pack_panels(half, {static_cast<const char*>(src), row_stride, k_stride}, rows, leaves, n_leaves, units,
+                    static_cast<char*>(dst));
+}
+
+// Ask for 2 MiB pages: fewer TLB misses while weights stream. Refusal is harmless.
+void gemm_advise_huge(void* p, int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+  madvise(p, bytes, MADV_HUGEPAGE);
+#endif
+}
+}
