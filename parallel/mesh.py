@@ -24,9 +24,9 @@ from parallel.comm import Comm
 from parallel.errors import CollectiveError, ConfigError, NativeUnavailable
 from parallel.group import Group, Numerics
 from parallel.native.library import library
+from parallel.shm import SHM_DIR, ShmComm
 from parallel.torch_comm import Channels, TorchComm
 
-SHM_DIR="/dev/shm"
 log = logging.getLogger(__name__)
 Transport = Literal["auto", "shm", "gloo", "nccl"]
 GLOO_COST = (
@@ -109,7 +109,7 @@ def connect(
     elif wiring.transport == "gloo" or not _all_share_memory(store, rank, size, wiring):
         comm = _torch_comm(store, rank, size, wiring)
     else:
-        comm = _torch_comm(store, rank, size, wiring)
+        comm = ShmComm.meet(store, rank, size, wiring.timeout_s)
     return Group(rank, size, comm, numerics)
 
 

@@ -10,6 +10,7 @@ import ctypes
 import faulthandler
 import importlib.util
 import multiprocessing.connection as mpc
+import os
 import pickle
 import signal
 import sys
@@ -101,6 +102,8 @@ def main() -> None:
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     torch.set_num_threads(1)
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[rank % len(cores)]})  # else two busy ranks may share a core for a long time
     worker = Worker(rank, port)
     pipe = mpc.Connection(fd)
     while True:
