@@ -1,6 +1,7 @@
 # make demo   serve a real checkpoint on two CPU ranks and show it
 # make test   lint, types, import contracts, tests
 # make lint   the first three only
+# make proto  regenerate the gRPC code from its .proto files
 
 PYTHON ?= python3.11
 VENV   ?= .venv
@@ -8,7 +9,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PYTEST_ARGS ?=
 
-.PHONY: demo test lint types imports tests format setup clean
+.PHONY: demo test lint types imports tests format proto setup clean
 
 setup: $(STAMP)
 
@@ -33,6 +34,9 @@ tests: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+proto: $(STAMP)
+	$(BIN)/python -m cluster.rpc.generate
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,91 @@
+"""Where ranks go: what a group asks of a Ray cluster, and what to say when the cluster cannot give it.
+
+Only values and arithmetic over `ray.nodes()`'s answer, so it is tested without Ray; `cluster.actors.group` does the
+asking.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from parallel.errors import ConfigError
+
+Strategy = Literal["STRICT_PACK", "PACK", "SPREAD", "STRICT_SPREAD"]
+STRATEGIES: tuple[Strategy, ...] = ("STRICT_PACK", "PACK", "SPREAD", "STRICT_SPREAD")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlacementConfig:
+    """How a group is placed and how long each part of its life may take."""
+
+    strategy: Strategy = "STRICT_PACK"  # every rank on one node: tensor-parallel sums are latency-bound
+    place_timeout_s: float = 60.0
+    start_timeout_s: float = 600.0
+    stop_timeout_s: float = 10.0
+    log_level: int = logging.WARNING
+
+    def __post_init__(self) -> None:
+        if self.strategy not in STRATEGIES:
+            raise ConfigError(f"placement strategy {self.strategy!r} is unknown; choose one of {list(STRATEGIES)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """One rank's place: who it is, where it runs, which neighbours share its host, where the ranks meet."""
+
+    rank: int
+    world: int
+    node: str  # the node's address
+    local_rank: int = 0
+    local_size: int = 1
+    address: str | None = None  # tcp://HOST:PORT of rank 0
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} on node {self.node}"
+
+
+def bundle(device: str) -> dict[str, float]:
+    """What one rank reserves: a GPU, or a CPU core."""
+    return {"GPU": 1, "CPU": 1} if device == "cuda" else {"CPU": 1}
+
+
+def check_room(nodes: Sequence[Mapping[str, Any]], size: int, device: str, strategy: Strategy) -> None:
+    """Refuses at once what no amount of waiting would place, with the numbers."""
+    resource, word = ("GPU", "GPU") if device == "cuda" else ("CPU", "CPU core")
+    counts = sorted((int(node["Resources"].get(resource, 0)) for node in nodes if node["Alive"]), reverse=True)
+    room = {
+        "STRICT_PACK": max(counts, default=0),
+        "STRICT_SPREAD": sum(1 for count in counts if count),
+    }.get(strategy, sum(counts))
+    if room >= size:
+        return
+    where = {"STRICT_PACK": " on one node", "STRICT_SPREAD": ", each on a node of its own"}.get(strategy, "")
+    has = " + ".join(str(count) for count in counts if count) or "none"
+    advice = f"set parallel.tp to at most {room}" if room else f"add a node with a {word} or choose another device"
+    if strategy == "STRICT_PACK" and sum(counts) >= size:
+        advice += ", or placement.strategy to PACK to use several nodes"
+    needs = f"{size} ranks need {size} {word}s" if size > 1 else f"1 rank needs 1 {word}"
+    raise ConfigError(f"{needs}{where}, the cluster has {has}; {advice}")
+
+
+def assign(node_of_rank: Sequence[str], address: str | None) -> list[Place]:
+    """The ranks' places from the node each was put on: local ranks count up in rank order."""
+    seen: dict[str, int] = {}
+    places = []
+    for rank, node in enumerate(node_of_rank):
+        local_rank = seen.get(node, 0)
+        seen[node] = local_rank + 1
+        places.append(
+            Place(
+                rank=rank,
+                world=len(node_of_rank),
+                node=node,
+                local_rank=local_rank,
+                local_size=node_of_rank.count(node),
+                address=address,
+            )
+        )
+    return places

@@ -1,0 +1,49 @@
+"""What a group says of a cluster that cannot hold it, and how it numbers the ranks on the nodes it was given."""
+
+from __future__ import annotations
+
+import pytest
+
+from cluster.actors.place import PlacementConfig, assign, check_room
+from parallel.errors import ConfigError
+
+
+def node(cpus: int = 0, gpus: int = 0, alive: bool = True) -> dict:
+    return {"Alive": alive, "Resources": {"CPU": cpus, "GPU": gpus}}
+
+
+def test_a_shortage_names_what_is_needed_and_what_every_node_has() -> None:
+    rule = r"4 ranks need 4 GPUs on one node, the cluster has 2 \+ 2; .*at most 2.*PACK"
+    with pytest.raises(ConfigError, match=rule):
+        check_room([node(8, 2), node(8, 2), node(8)], 4, "cuda", "STRICT_PACK")
+
+
+def test_the_same_nodes_hold_the_group_when_it_may_be_spread() -> None:
+    check_room([node(8, 2), node(8, 2)], 4, "cuda", "PACK")
+
+
+def test_dead_nodes_do_not_count() -> None:
+    with pytest.raises(ConfigError, match="need 2 CPU cores on one node, the cluster has 1;"):
+        check_room([node(1), node(4, alive=False)], 2, "cpu", "STRICT_PACK")
+
+
+def test_a_cluster_without_a_gpu_has_none() -> None:
+    with pytest.raises(ConfigError, match="1 rank needs 1 GPU on one node, the cluster has none; add a node"):
+        check_room([node(4)], 1, "cuda", "STRICT_PACK")
+
+
+def test_strict_spread_wants_a_node_per_rank() -> None:
+    rule = r"3 ranks need 3 CPU cores, each on a node of its own, the cluster has 8 \+ 8"
+    with pytest.raises(ConfigError, match=rule):
+        check_room([node(8), node(8)], 3, "cpu", "STRICT_SPREAD")
+
+
+def test_local_ranks_count_up_on_each_node() -> None:
+    places = assign(["a", "b", "a", "a"], "tcp://a:1")
+    assert [(place.local_rank, place.local_size) for place in places] == [(0, 3), (0, 1), (1, 3), (2, 3)]
+    assert str(places[1]) == "rank 1 on node b"
+
+
+def test_an_unknown_strategy_is_refused() -> None:
+    with pytest.raises(ConfigError, match="'PACKED' is unknown; choose one of"):
+        PlacementConfig(strategy="PACKED")  # type: ignore[arg-type]
