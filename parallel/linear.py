@@ -54,8 +54,8 @@ class ColumnLinear(nn.Module):
 
     def product(self, x_TK: Tensor, activation: str | None = None, dtype: torch.dtype | None = None) -> Tensor:
         if self._operand is None:
-            self._operand = Operand(self.weight)
-        return product([Term(x_TK, self._operand, (0, self.d_in))], self.bias, activation, dtype)
+            self._operand = Operand(self.weight, (0, self.d_in))
+        return product([Term(x_TK, self._operand)], self.bias, activation, dtype)
 
     def input_grad(self, grad_TN: Tensor) -> Tensor:
         """dX = sum over all ranks' outputs of dY W: the split blocks in one tree, the replicated ones added once."""
@@ -82,11 +82,10 @@ class _BackwardPart:
     start: int
     stop: int
     operand: Operand
-    borders: tuple[int, ...]
     shards: VirtualShards | None
 
     def term(self, grad_TN: Tensor) -> Term:
-        return Term(grad_TN[:, self.start : self.stop], self.operand, self.borders)
+        return Term(grad_TN[:, self.start : self.stop], self.operand)
 
 
 def _backward_parts(parts: tuple[Part, ...], weight: Tensor, rank: int) -> list[_BackwardPart]:
@@ -94,7 +93,8 @@ def _backward_parts(parts: tuple[Part, ...], weight: Tensor, rank: int) -> list[
     for part in parts:
         stop = start + part.local_size(rank)
         borders = part.shards.local_borders(rank) if part.shards else (0, part.size)
-        made.append(_BackwardPart(start, stop, Operand(weight, (start, stop), transposed=True), borders, part.shards))
+        operand = Operand(weight, borders, rows=(start, stop), transposed=True)
+        made.append(_BackwardPart(start, stop, operand, part.shards))
         start = stop
     leaves = {part.shards.num_leaves for part in parts if part.shards}
     if len(leaves) > 1:
@@ -153,13 +153,13 @@ class RowLinear(nn.Module):
 
     def term(self, x_TK: Tensor) -> Term:
         if self._operand is None:
-            self._operand = Operand(self.weight)
-        return Term(x_TK, self._operand, self.borders)
+            self._operand = Operand(self.weight, self.borders)
+        return Term(x_TK, self._operand)
 
     def input_grad(self, grad_TN: Tensor) -> Tensor:
         if self._backward is None:
-            self._backward = Operand(self.weight, transposed=True)
-        return product([Term(grad_TN, self._backward, (0, self.d_out))])
+            self._backward = Operand(self.weight, (0, self.d_out), transposed=True)
+        return product([Term(grad_TN, self._backward)])
 
 
 @dataclass(frozen=True, slots=True)

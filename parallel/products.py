@@ -35,10 +35,16 @@ def uses_native(tensor: Tensor) -> bool:
 
 
 class Operand:
-    """The right-hand side of products with a parameter: rows [start, stop) of it, transposed or not, packed for the kernel."""
+    """The right-hand side of products with a parameter: rows [start, stop) of it, transposed or not, packed for the kernel.
 
-    def __init__(self, parameter: Tensor, rows: Range | None = None, transposed: bool = False) -> None:
+    `borders` cut the reduced axis into this rank's leaves.
+    """
+
+    def __init__(
+        self, parameter: Tensor, borders: tuple[int, ...], rows: Range | None = None, transposed: bool = False
+    ) -> None:
         self._parameter = parameter
+        self.borders = borders
         self._rows = rows
         self._transposed = transposed
         self._packed: gemm.PackedMatrix | None = None
@@ -54,9 +60,9 @@ class Operand:
         """The packed form, made again if the parameter was written to or replaced since."""
         stamp = (self._parameter._version, self._parameter.data_ptr())
         if self._packed is None:
-            self._packed = gemm.PackedMatrix.pack(self.matrix())
+            self._packed = gemm.PackedMatrix.pack(self.matrix(), self.borders)
         elif stamp != self._stamp:
-            self._packed = self._packed.repack(self.matrix()) or self._packed
+            self._packed.repack(self.matrix())
         self._stamp = stamp
         return self._packed
 
@@ -67,11 +73,10 @@ class Operand:
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """One addend of a product: x [T, K] against an operand [N, K], K cut into leaves at `borders`."""
+    """One addend of a product: x [T, K] against an operand [N, K]."""
 
     x: Tensor
     operand: Operand
-    borders: tuple[int, ...]
 
 
 def product(
@@ -80,7 +85,7 @@ def product(
     """The sum over all leaves of all terms, [T, N]: leaf i runs through every term's i-th range, leaves add up in the fixed tree."""
     if uses_native(terms[0].x):
         return gemm.product(_sources(terms), bias, activation, dtype)
-    total = _torch_node(terms, 0, len(terms[0].borders) - 1)
+    total = _torch_node(terms, 0, len(terms[0].operand.borders) - 1)
     if bias is not None:
         total = total + bias
     total = total.to(dtype or terms[0].x.dtype)
@@ -132,7 +137,7 @@ def leaf_tree(leaves_LT: Tensor, ranges: Sequence[Range]) -> Tensor:
 
 
 def _sources(terms: Sequence[Term]) -> list[gemm.Source]:
-    return [gemm.Source(term.x, term.operand.packed(), term.borders) for term in terms]
+    return [gemm.Source(term.x, term.operand.packed(), term.operand.borders) for term in terms]
 
 
 def _torch_node(terms: Sequence[Term], lo: int, hi: int) -> Tensor:
@@ -142,7 +147,7 @@ def _torch_node(terms: Sequence[Term], lo: int, hi: int) -> Tensor:
     leaf = None
     for term in terms:
         matrix = term.operand.matrix()
-        start, stop = (term.borders[lo], term.borders[hi]) if hi > lo else (0, 0)
+        start, stop = (term.operand.borders[lo], term.operand.borders[hi]) if hi > lo else (0, 0)
         addend = functional.linear(term.x[:, start:stop], matrix[:, start:stop])
         leaf = addend if leaf is None else leaf + addend
     assert leaf is not None, "a product needs at least one term"
