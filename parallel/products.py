@@ -56,6 +56,12 @@ class Operand:
         part = full if self._rows is None else full[self._rows[0] : self._rows[1]]
         return part.t() if self._transposed else part
 
+    @property
+    def num_outputs(self) -> int:
+        if self._transposed:
+            return self._parameter.shape[1]
+        return self._parameter.shape[0] if self._rows is None else self._rows[1] - self._rows[0]
+
     def packed(self) -> gemm.PackedMatrix:
         """The packed form, made again if the parameter was written to or replaced since."""
         stamp = (self._parameter._version, self._parameter.data_ptr())
@@ -112,8 +118,13 @@ def reduced_product(
     if group.numerics == "fast":
         total = group.talk.sum(product(terms, dtype=dtype))
         return total if bias is None else total + bias.to(dtype)
-    roots = nodes(terms, shards.local_nodes(group.rank))
-    return group.talk.tree_sum(roots, shards.tree, bias=bias, dtype=dtype)
+    ranges = shards.local_nodes(group.rank)
+    x, num_outputs = terms[0].x, terms[0].operand.num_outputs
+    slot = group.talk.slot(len(ranges) * x.shape[0] * num_outputs * 4) if uses_native(x) else None
+    if slot is None:
+        return group.talk.tree_sum(nodes(terms, ranges), shards.tree, bias=bias, dtype=dtype)
+    gemm.nodes(_sources(terms), ranges, out=slot)  # straight into shared memory
+    return group.talk.tree_sum_in_place((x.shape[0], num_outputs), shards.tree, bias=bias, dtype=dtype)
 
 
 def outer_product(grad_TN: Tensor, x_TK: Tensor) -> Tensor:
