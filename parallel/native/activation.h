@@ -63,7 +63,7 @@ inline f32x16 value(f32x16 x) {
 
 template <Id id>
 inline f32x16 slope(f32x16 x) {
-  if constexpr (id == kGelu) { Normal n = normal(x); return fma(x, n.density, n.below); }
+  if constexpr (id == kGelu) { Normal n = normal(x); return part(x, n.density) + n.below; }
   if constexpr (id == kGeluTanh) {
     f32x16 s = gelu_tanh_share(x), inner = kGeluScale * fma(x * x, set1(3 * kGeluCube), set1(1.0f));
     return fma(part(x, s * (1.0f - s)), inner, s);

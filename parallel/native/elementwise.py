@@ -1,4 +1,199 @@
-"""stub"""
-_IDS = {"gelu": 1, "gelu_new": 2, "gelu_pytorch_tanh": 2, "gelu_fast": 2, "quick_gelu": 3, "relu": 4, "silu": 5, "swish": 5, "tanh": 6, "sigmoid": 7}
-def activation_id(name):
-    return 0 if name is None else _IDS[name]
+"""Elementwise and row kernels for CPUs: activations, exp, log, softmax pieces, layer norm, rotary embedding.
+
+float32 or bfloat16 in memory, float32 inside, rounded once. What comes out for an element (or row, or leaf) does not
+depend on where it stands, on the rows around it or on the thread count. No autograd; callers fall back to torch for
+dtypes and activations that are not here (`NAMES`).
+"""
+
+import ctypes
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from parallel.errors import ConfigError
+from parallel.native.library import library
+
+_IDS = {"gelu": 1, "gelu_new": 2, "gelu_pytorch_tanh": 2, "gelu_fast": 2, "quick_gelu": 3, "relu": 4, "silu": 5, "swish": 5,
+        "tanh": 6, "sigmoid": 7}  # activation::Id
+NAMES: frozenset[str] = frozenset(_IDS)
+
+_P, _I, _L, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
+_SIGNATURES: dict[str, tuple] = {
+    "ew_activate": (_L, _I, _L, _P, _P),
+    "ew_activate_grad": (_L, _I, _L, _P, _P, _P),
+    "ew_exp": (_L, _P, _P),
+    "ew_log": (_L, _P, _P),
+    "ew_row_max": (_I, _L, _L, _P, _L, _P),
+    "ew_exp_sum": (_I, _L, _P, _L, _P, _L, _P, _P),
+    "ew_layer_norm": (_I, _L, _L, _P, _L, _P, _L, _P, _P, _P, _I, _P, _I, _F, _P, _P),
+    "ew_rotary": (_I, _P, _P, _P, _P, _P, _F),
+}
+
+
+class Normed(NamedTuple):
+    """A layer norm's result; mean and rstd [T] float32 where asked for, `total` = x + residual where one was given."""
+
+    y: Tensor
+    mean: Tensor | None
+    rstd: Tensor | None
+    total: Tensor | None
+
+
+def activation_id(name: str | None) -> int:
+    """The kernels' number of an activation; 0 for None."""
+    if name is None:
+        return 0
+    if name not in _IDS:
+        raise ConfigError(f"activation {name!r} has no native kernel; those that have: {', '.join(sorted(NAMES))}")
+    return _IDS[name]
+
+
+def activate(x: Tensor, name: str, out: Tensor | None = None) -> Tensor:
+    """The activation of every element; `out` may be x itself."""
+    x = _checked(x).contiguous()
+    out = _like(x) if out is None else _checked_out(out, x)
+    _function("ew_activate")(activation_id(name), x.dtype is torch.bfloat16, x.numel(), x.data_ptr(), out.data_ptr())
+    return out
+
+
+def activate_grad(x: Tensor, dy: Tensor, name: str) -> Tensor:
+    """dy times the activation's derivative at x."""
+    x, dy = _checked(x).contiguous(), _checked(dy).contiguous()
+    if dy.shape != x.shape or dy.dtype != x.dtype:
+        raise ConfigError(f"dy is {_words(dy)}; it must match x, {_words(x)}")
+    dx = _like(x)
+    _function("ew_activate_grad")(activation_id(name), x.dtype is torch.bfloat16, x.numel(), x.data_ptr(), dy.data_ptr(),
+                                  dx.data_ptr())
+    return dx
+
+
+def exp(x: Tensor) -> Tensor:
+    """exp of every element, float32."""
+    return _map("ew_exp", x)
+
+
+def log(x: Tensor) -> Tensor:
+    """Natural logarithm of every element, float32."""
+    return _map("ew_log", x)
+
+
+def row_max(x: Tensor) -> Tensor:
+    """The largest element of each row of x [R, C], float32 [R]; -inf where C is 0, NaN where the row holds one."""
+    x = _rows(x)
+    out = torch.empty(x.shape[0], dtype=torch.float32)
+    _function("ew_row_max")(x.dtype is torch.bfloat16, x.shape[0], x.shape[1], x.data_ptr(), x.stride(0), out.data_ptr())
+    return out
+
+
+def exp_sum(x: Tensor, top: Tensor, borders: Sequence[int]) -> Tensor:
+    """Sum of exp(x - top) over each leaf of columns, float32 [R, n_leaves]; the order of a leaf's sum is its own."""
+    x = _rows(x)
+    cuts = list(borders)
+    if not cuts or cuts != sorted(cuts) or cuts[0] < 0 or cuts[-1] > x.shape[1]:
+        raise ConfigError(f"borders {tuple(cuts)} must ascend within the {x.shape[1]} columns")
+    if top.shape != (x.shape[0],) or top.dtype != torch.float32 or not top.is_contiguous():
+        raise ConfigError(f"the row maxima are {_words(top)}; they must be a contiguous [{x.shape[0]}] float32 tensor")
+    out = torch.empty(x.shape[0], len(cuts) - 1, dtype=torch.float32)
+    _function("ew_exp_sum")(x.dtype is torch.bfloat16, x.shape[0], x.data_ptr(), x.stride(0), top.data_ptr(), len(cuts) - 1,
+                            (ctypes.c_int64 * len(cuts))(*cuts), out.data_ptr())
+    return out
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, residual: Tensor | None = None,
+               stats: bool = False) -> Normed:
+    """Layer norm of the rows of x [T, D] (of x + residual, rounded, where given), float32 statistics per row."""
+    x = _rows(x)
+    n_rows, width = x.shape
+    for name, vector in (("weight", weight), ("bias", bias)):
+        if vector is not None and (vector.shape != (width,) or not _checked(vector).is_contiguous()):
+            raise ConfigError(f"the layer norm's {name} is {_words(vector)}; it must be a contiguous [{width}] tensor")
+    y, total = torch.empty(n_rows, width, dtype=x.dtype), None
+    if residual is not None:
+        residual = _rows(residual)
+        if residual.shape != x.shape or residual.dtype != x.dtype:
+            raise ConfigError(f"the residual is {_words(residual)}; it must match x, {_words(x)}")
+        total = torch.empty(n_rows, width, dtype=x.dtype)
+    mean, rstd = (torch.empty(n_rows), torch.empty(n_rows)) if stats else (None, None)
+    _function("ew_layer_norm")(x.dtype is torch.bfloat16, n_rows, width, x.data_ptr(), x.stride(0), _address(residual),
+                               0 if residual is None else residual.stride(0), _address(total), y.data_ptr(), _address(weight),
+                               _half(weight), _address(bias), _half(bias), eps, _address(mean), _address(rstd))
+    return Normed(y, mean, rstd, total)
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None, inverse: bool = False) -> Tensor:
+    """Rotary embedding of x [T, N, H], half-rotation style, on the first R = 2 * cos.shape[1] elements of every head.
+
+    cos, sin: [T, R/2] float32. `out` may be x itself (in place); inverse turns back, which is the backward pass.
+    """
+    if _checked(x).dim() != 3:
+        raise ConfigError(f"x is {_words(x)}; rotary takes [tokens, heads, head_dim]")
+    tokens, heads, width = x.shape
+    for name, table in (("cos", cos), ("sin", sin)):
+        if table.shape != cos.shape or table.shape[0] != tokens or table.dtype != torch.float32 or table.stride(1) != 1:
+            raise ConfigError(f"{name} is {_words(table)}; it must be a float32 [{tokens}, R/2] tensor with contiguous rows")
+    if 2 * cos.shape[1] > width or cos.stride(0) != sin.stride(0):
+        raise ConfigError(f"cos {_words(cos)} and sin {_words(sin)} do not fit heads of {width}; R <= {width}, same strides")
+    if x.stride(2) != 1:
+        x = x.contiguous()
+    if out is None:
+        out = torch.empty(tokens, heads, width, dtype=x.dtype)
+    elif out.shape != x.shape or out.dtype != x.dtype or out.stride(2) != 1:
+        raise ConfigError(f"out is {_words(out)}; it must match x, {_words(x)}, with contiguous heads")
+    shape = (ctypes.c_int64 * 9)(tokens, heads, width, cos.shape[1], x.stride(0), x.stride(1), out.stride(0), out.stride(1),
+                                 cos.stride(0))
+    _function("ew_rotary")(x.dtype is torch.bfloat16, shape, x.data_ptr(), out.data_ptr(), cos.data_ptr(), sin.data_ptr(),
+                           -1.0 if inverse else 1.0)
+    return out
+
+
+@cache
+def _function(name: str) -> Callable[..., None]:
+    function = library()[name]
+    function.argtypes, function.restype = _SIGNATURES[name], None
+    return function
+
+
+def _map(name: str, x: Tensor) -> Tensor:
+    if _checked(x).dtype != torch.float32:
+        raise ConfigError(f"{name.removeprefix('ew_')} takes float32, got {_words(x)}")
+    x = x.contiguous()
+    out = _like(x)
+    _function(name)(x.numel(), x.data_ptr(), out.data_ptr())
+    return out
+
+
+def _checked(x: Tensor) -> Tensor:
+    if x.dtype not in (torch.float32, torch.bfloat16) or x.device.type != "cpu":
+        raise ConfigError(f"the native kernels take float32 or bfloat16 on the CPU, got {_words(x)}")
+    return x
+
+
+def _checked_out(out: Tensor, x: Tensor) -> Tensor:
+    if out.shape != x.shape or out.dtype != x.dtype or not out.is_contiguous():
+        raise ConfigError(f"out is {_words(out)}; it must be contiguous and match x, {_words(x)}")
+    return out
+
+
+def _rows(x: Tensor) -> Tensor:
+    if _checked(x).dim() != 2:
+        raise ConfigError(f"got {_words(x)}; a matrix [rows, columns] is needed")
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _like(x: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype)
+
+
+def _address(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def _half(x: Tensor | None) -> bool:
+    return x is not None and x.dtype is torch.bfloat16
+
+
+def _words(tensor: Tensor) -> str:
+    return f"a {list(tensor.shape)} {tensor.dtype} tensor on {tensor.device} with strides {list(tensor.stride())}"

@@ -133,4 +133,29 @@ inline f32x16 exp(f32x16 x) {
   return ldexp(p, n);
 }
 
+// log, within 1.5 ulp; log(0) = -inf, negative or NaN gives NaN. x = m 2^e, sqrt(1/2) <= m < sqrt(2).
+inline f32x16 log(f32x16 x) {
+  i32x16 small = x < 1.17549435e-38f;                                    // denormal, zero, negative: scaled by 2^25
+  u32x16 bits = float_to_bits(select(small, x * 33554432.0f, x));
+  u32x16 shifted = bits - 0x3f3504f3u;                                   // sqrt(1/2)
+  i32x16 e = ((i32x16)shifted >> 23) - (small & 25);
+  f32x16 f = bits_to_float((shifted & 0x007fffffu) + 0x3f3504f3u) - 1.0f, n = __builtin_convertvector(e, f32x16);
+  f32x16 z = f * f, p = set1(7.0376836292e-2f);
+  p = fma(p, f, set1(-1.1514610310e-1f));
+  p = fma(p, f, set1(1.1676998740e-1f));
+  p = fma(p, f, set1(-1.2420140846e-1f));
+  p = fma(p, f, set1(1.4249322787e-1f));
+  p = fma(p, f, set1(-1.6668057665e-1f));
+  p = fma(p, f, set1(2.0000714765e-1f));
+  p = fma(p, f, set1(-2.4999993993e-1f));
+  p = fma(p, f, set1(3.3333331174e-1f));
+  f32x16 y = fma(n, set1(-2.12194440e-4f), f * z * p);
+  y = f + fma(z, set1(-0.5f), y);
+  y = fma(n, set1(0.693359375f), y);
+  constexpr float kInf = __builtin_inff(), kNan = __builtin_nanf("");
+  y = select(x == kInf, x, y);
+  y = select(x == 0.0f, set1(-kInf), y);
+  return select(x >= 0.0f, y, set1(kNan));
+}
+
 }  // namespace simd
