@@ -1,0 +1,102 @@
+"""The command line: `tp-decoders COMMAND ...` (or `python -m launch COMMAND ...`).
+
+Only names and one-line descriptions live here; a command's module is imported when it is chosen, so that --help is
+quick. Every expected error becomes one line: exit status 2 for bad input, 1 for a failure, 130 when interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+
+from parallel.errors import CheckpointError, ConfigError, RequestError, TpError
+
+
+@dataclass(frozen=True)
+class Command:
+    """A sub-command: the module that has `add_arguments(parser)` and `run(args) -> int`."""
+
+    module: str
+    help: str
+    example: str
+
+
+COMMANDS = {
+    "serve": Command("launch.serve", "serve a checkpoint over gRPC", "tp-decoders serve --model ./gpt2 --tp 2"),
+    "generate": Command(
+        "launch.generate",
+        "stream a server's continuation of a prompt to the terminal",
+        'tp-decoders generate "Once upon a time" --address localhost:50051 --max-new-tokens 40',
+    ),
+    "convert": Command(
+        "launch.convert",
+        "rewrite a Hugging Face checkpoint as safetensors, in another type or shard size",
+        "tp-decoders convert ./gpt-neox-20b ./gpt-neox-20b-bf16 --dtype bfloat16 --max-shard-size 5GB",
+    ),
+    "init": Command(
+        "launch.init",
+        "write a checkpoint with random weights from a model preset, for trials",
+        "tp-decoders init tiny-gpt2 ./tiny --seed 0",
+    ),
+    "bench": Command(
+        "launch.bench",
+        "measure a running server: latency and throughput of concurrent streams",
+        "tp-decoders bench serve --address localhost:50051 --streams 16 --new-tokens 64",
+    ),
+    "demo": Command("launch.demo", "serve a small trained checkpoint on two CPU ranks and show it", "tp-decoders demo"),
+}
+BAD_INPUT = (ConfigError, CheckpointError, RequestError)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    chosen = next((word for word in given if not word.startswith("-")), None)
+    try:
+        args = _parser(chosen).parse_args(given)
+        return int(import_module(COMMANDS[args.command].module).run(args))
+    except TpError as error:
+        print(f"tp-decoders {chosen}: {error}", file=sys.stderr)
+        return 2 if isinstance(error, BAD_INPUT) else 1
+    except BrokenPipeError:  # the reader of our output has gone: nothing more to say, and nowhere to say it
+        sys.stdout = None  # type: ignore[assignment]
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser(chosen: str | None) -> argparse.ArgumentParser:
+    """All commands by name, the chosen one with its arguments."""
+    parser = argparse.ArgumentParser(
+        prog="tp-decoders",
+        description="Tensor-parallel serving of GPT-2, GPT-NeoX, GPT-NeoX-Japanese, MPT and GPT-BigCode checkpoints.",
+        epilog="example: tp-decoders serve --model ./gpt2 --tp 2",
+    )
+    parser.add_argument("--version", action="version", version=_version())
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        sub = commands.add_parser(
+            name,
+            help=command.help,
+            description=command.help[0].upper() + command.help[1:] + ".",
+            epilog=f"example: {command.example}",
+        )
+        if name == chosen:
+            import_module(command.module).add_arguments(sub)
+    return parser
+
+
+def _version() -> str:
+    try:
+        return f"tp-decoders {version('tp-decoders')}"
+    except PackageNotFoundError:
+        return "tp-decoders (not installed)"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,169 @@
+"""From YAML files and dotted overrides to dataclasses, strictly: whatever is wrong is an error that names its place.
+
+    layers = [read(path), overrides(["engine.max_sequences=8"])]
+    config = build(ServeConfig, layers)          # later layers win, key by key
+
+A preset is a partial mapping of the same shape as the dataclass. No defaults live here and nothing is guessed.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from parallel.errors import ConfigError
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Some settings and where they came from."""
+
+    where: str
+    values: Mapping[str, Any]
+
+
+def read(path: Path) -> Layer:
+    """The settings of a YAML file."""
+    where = _shown(path)
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
+    except OSError as error:
+        raise ConfigError(f"{where} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{where} holds {_kind(values)}; a preset is a mapping of settings")
+    return Layer(where, values)
+
+
+def find(name: str, folder: str) -> Path:
+    """A preset's file: a path as it is, a name from configs/<folder>/."""
+    if name.endswith((".yaml", ".yml")) or "/" in name:
+        if not Path(name).is_file():
+            raise ConfigError(f"no preset file at {name}")
+        return Path(name)
+    known = sorted(path.stem for path in (CONFIGS / folder).glob("*.yaml"))
+    if name not in known:
+        raise ConfigError(
+            f"no preset {name!r} in configs/{folder}; choose one of {known} or give a path to a .yaml file"
+        )
+    return CONFIGS / folder / f"{name}.yaml"
+
+
+def overrides(settings: Sequence[str]) -> Layer:
+    """`engine.max_sequences=8` and the like, values written as in YAML."""
+    values: dict[str, Any] = {}
+    for setting in settings:
+        name, equals, text = setting.partition("=")
+        if not equals or not all(part.isidentifier() for part in name.split(".")):
+            raise ConfigError(f"{setting!r} is not an override; write name.name=value, as in engine.max_sequences=8")
+        try:
+            value = yaml.load(text, Loader=_StrictLoader)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{setting!r}: the value is not valid YAML: {' '.join(str(error).split())}") from error
+        _put(values, name.split("."), value, setting)
+    return Layer("command line", values)
+
+
+def build(kind: type[Any], layers: Sequence[Layer]) -> Any:
+    """A dataclass from its layers; each is checked on its own, so that an error names the one it is in."""
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        merged = _merge(merged, _checked(kind, layer.values, layer.where))
+    return _make(kind, merged)
+
+
+def _checked(kind: type[Any], values: Any, where: str) -> dict[str, Any]:
+    """The values with their types checked against the dataclass, nested ones too."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{where} is {_kind(values)}; it must be a mapping with some of {_names(kind)}")
+    unknown = sorted(str(name) for name in values if name not in _names(kind))
+    if unknown:
+        raise ConfigError(f"{where}: unknown {unknown}; {kind.__name__} accepts {_names(kind)}")
+    hints = get_type_hints(kind)
+    return {name: _value(hints[name], value, f"{where}.{name}") for name, value in values.items()}
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    """One value of one type; whole numbers do where a float is wanted, nothing else is converted."""
+    if is_dataclass(hint):
+        return _checked(hint, value, where)  # type: ignore[arg-type]
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        return _value(next(option for option in arguments if option is not type(None)), value, where)
+    if origin is Literal:
+        if value not in arguments:
+            raise ConfigError(f"{where} is {value!r}; choose one of {list(arguments)}")
+        return value
+    if origin is tuple and isinstance(value, list):
+        return tuple(_value(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(hint, type) or not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise ConfigError(f"{where} is {_kind(value)}; it must be {_WORDS.get(hint, hint)}")
+    return value
+
+
+def _merge(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for name, value in above.items():
+        nested = isinstance(value, dict) and isinstance(merged.get(name), dict)
+        merged[name] = _merge(merged[name], value) if nested else value
+    return merged
+
+
+def _make(kind: type[Any], values: Mapping[str, Any]) -> Any:
+    hints = get_type_hints(kind)
+    missing = [
+        f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING and f.name not in values
+    ]
+    if missing:
+        raise ConfigError(f"{kind.__name__} needs {missing}; no preset or option gives them")
+    made = {name: _make(hints[name], value) if is_dataclass(hints[name]) else value for name, value in values.items()}
+    return kind(**made)
+
+
+def _put(values: dict[str, Any], path: Sequence[str], value: Any, setting: str) -> None:
+    *parents, last = path
+    for name in parents:
+        values = values.setdefault(name, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"{setting!r}: {name} was given a value of its own before")
+    values[last] = value
+
+
+def _names(kind: type[Any]) -> list[str]:
+    return sorted(f.name for f in fields(kind))
+
+
+_WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+
+
+def _kind(value: Any) -> str:
+    return "empty" if value is None else f"{value!r} ({type(value).__name__})"
+
+
+def _shown(path: Path) -> str:
+    """A shipped preset by its path in the repository, any other as it was given."""
+    return str(path.relative_to(CONFIGS.parent)) if path.is_relative_to(CONFIGS) else str(path)
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML where a key given twice is an error, not the last one's silent victory."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        mapping = super().construct_mapping(node, deep)
+        if len(mapping) < len(node.value):
+            names = [self.construct_object(key) for key, _ in node.value]
+            twice = sorted({str(name) for name in names if names.count(name) > 1})
+            raise yaml.constructor.ConstructorError(None, None, f"given twice: {twice}", node.start_mark)
+        return mapping
