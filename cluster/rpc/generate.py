@@ -1,7 +1,8 @@
 """Regenerates the Python code of the protocol: `python -m cluster.rpc.generate [directory]`.
 
-Runs protoc from the repository's root, so that the generated imports (`from cluster.rpc.proto import ...`) need no patching.
-The generated files are committed; a test regenerates them and compares. Needs grpcio-tools (a development dependency).
+Runs protoc from the repository's root, so that the generated imports (`from cluster.rpc.proto import ...`) need no
+patching. The generated files are committed; a test regenerates them and compares. Needs grpcio-tools (a development
+dependency).
 """
 
 from __future__ import annotations

@@ -1,0 +1,140 @@
+"""From a call to engine requests: rules first, then tokenization, then each prompt on its own.
+
+What is wrong with the call as a whole is raised; what is wrong with one prompt is returned in its place, because the
+others go on. Holds no state: the journal decides whether there is room.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from cluster.engine.draws import fresh_seed
+from cluster.engine.request import ModelLimits, Request, SamplingParams
+from cluster.engine.validation import check_capacity, room
+from cluster.frontend.calls import Call, FrontendConfig, Prompt
+from cluster.frontend.errors import InvalidRequest, NoTokenizer, Violation
+from cluster.frontend.rules import token_ids, violations
+from cluster.frontend.text import TextCodec
+from parallel.errors import CapacityError, RequestError
+
+NO_TOKENIZER = "this checkpoint has no tokenizer; send token ids (token_ids, bad_word_ids, stop_token_ids)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Admission:
+    """Turns calls into requests for one model."""
+
+    limits: ModelLimits
+    config: FrontendConfig
+    codec: TextCodec | None
+
+    def check(self, call: Call) -> None:
+        """Raise what is wrong with the call as a whole."""
+        found = tuple(violations(call, self.limits, self.config))
+        if found:
+            raise InvalidRequest.of(found)
+        if self.codec is None and (call.bad_words or call.stopping.stop_sequences):
+            field = "sampling.bad_words" if call.bad_words else "stopping.stop_sequences"
+            raise NoTokenizer(f"{field}: {NO_TOKENIZER}")
+
+    async def requests(self, call: Call) -> list[Request | RequestError]:
+        """One request per prompt, or what is wrong with that prompt. Long texts are tokenized beside the event loop."""
+        sampling = replace(call.sampling, bad_words=call.sampling.bad_words + self._banned(call.bad_words))
+        beside = sum(len(prompt.text or "") for prompt in call.prompts) > self.config.inline_chars
+        made: list[Request | RequestError] = []
+        for index, prompt in enumerate(call.prompts):
+            try:
+                ids = await self._token_ids(prompt, f"{call.prompts_field}[{index}]", beside)
+                made.append(self._request(call, ids, sampling, f"{call.prompts_field}[{index}]"))
+            except RequestError as error:
+                made.append(error)
+        return made
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        if self.codec is None:
+            raise NoTokenizer(NO_TOKENIZER)
+        return tuple(self.codec.tokenizer.encode(text))
+
+    def decode(self, ids: Sequence[int], field: str) -> str | RequestError:
+        """The text of tokens, or what is wrong with them."""
+        if self.codec is None:
+            return NoTokenizer(f"{field}: {NO_TOKENIZER}")
+        try:
+            return self.codec.tokenizer.decode(self._checked(ids, 0, field))
+        except RequestError as error:
+            return error
+
+    async def encode_bounded(self, text: str, field: str, beside: bool) -> tuple[int, ...]:
+        """`encode`, `beside` the event loop if asked to; refused where the text is too long to fit."""
+        if self.codec is None:
+            raise NoTokenizer(f"{field}: {NO_TOKENIZER}")
+        most = self.limits.max_context * self.config.max_chars_per_token
+        if len(text) > most:
+            raise _invalid(
+                field,
+                f"{len(text)} characters; the context of {self.limits.max_context} tokens never holds more than {most}",
+            )
+        return await asyncio.to_thread(self.encode, text) if beside else self.encode(text)
+
+    async def _token_ids(self, prompt: Prompt, field: str, beside: bool) -> Sequence[int]:
+        if prompt.token_ids is not None and prompt.text is None:
+            return prompt.token_ids
+        if prompt.text is None or prompt.token_ids is not None:
+            raise _invalid(field, "give exactly one of text and token_ids")
+        return await self.encode_bounded(prompt.text, field, beside)
+
+    def _request(self, call: Call, given: Sequence[int], sampling: SamplingParams, field: str) -> Request:
+        ids = self._checked(given, 2 if call.score else 1, field)
+        if sampling.seed is None and not call.score:
+            sampling = replace(sampling, seed=fresh_seed())
+        request = Request(
+            request_id=call.request_id,
+            token_ids=ids,
+            sampling=sampling,
+            stopping=call.stopping,
+            response=call.response,
+            priority=call.priority,
+            deadline=call.deadline,
+            score_only=call.score,
+        )
+        return request if call.score else self._resolved(request, field)
+
+    def _resolved(self, request: Request, field: str) -> Request:
+        """max_new_tokens becomes what is left where more, or nothing, was asked for."""
+        left, stopping = room(request, self.limits), request.stopping
+        if left < 1:
+            raise _invalid(field, f"{len(request.token_ids)} tokens leave no room for a new one: {self._room()}")
+        most = left if stopping.max_new_tokens is None else min(left, stopping.max_new_tokens)
+        stopping = replace(stopping, max_new_tokens=most, min_new_tokens=min(most, stopping.min_new_tokens))
+        request = replace(request, stopping=stopping)
+        check_capacity(request, self.limits)
+        return request
+
+    def _checked(self, given: Sequence[int], least: int, field: str) -> tuple[int, ...]:
+        """The length first, so that a huge list is never copied."""
+        if len(given) < least:
+            raise _invalid(field, f"{len(given)} tokens; give at least {least}")
+        if len(given) > self.limits.max_context:
+            raise _invalid(field, f"{len(given)} tokens are too long: {self._room()}")
+        if len(given) > self.limits.kv_capacity_tokens + 1:
+            raise CapacityError(f"{field}: {len(given)} tokens never fit: {self._room()}; give the server more cache")
+        ids = tuple(given)
+        problem = token_ids(ids, self.limits.vocab_size, len(ids))
+        if problem is not None:
+            raise _invalid(field, problem)
+        return ids
+
+    def _room(self) -> str:
+        limits = self.limits
+        return f"the context is {limits.max_context} tokens, the key/value cache holds {limits.kv_capacity_tokens}"
+
+    def _banned(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """Each word as it stands and after a space: most vocabularies hold both."""
+        spelled = (spelling for word in words for spelling in (word, " " + word.lstrip()))
+        return tuple(dict.fromkeys(ids for ids in map(self.encode, spelled) if ids))
+
+
+def _invalid(field: str, rule: str) -> InvalidRequest:
+    return InvalidRequest.of([Violation(field, rule)])

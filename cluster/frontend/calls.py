@@ -1,0 +1,56 @@
+"""What a caller of the front-end asks for: one call of many prompts, as text or token ids. Nothing here is checked
+yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from cluster.engine.request import ResponseOptions, SamplingParams, StoppingCriteria
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """Exactly one of the two. The ids may be any sequence: they are copied once it is known that they are not too many."""
+
+    text: str | None = None
+    token_ids: Sequence[int] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """Prompts to be continued, or (`score`) only scored. `bad_words` are texts; sampling.bad_words holds token ids."""
+
+    prompts: tuple[Prompt, ...]
+    request_id: str = ""
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    stopping: StoppingCriteria = field(default_factory=StoppingCriteria)
+    response: ResponseOptions = field(default_factory=ResponseOptions)
+    bad_words: tuple[str, ...] = ()
+    priority: int = 0
+    deadline: float | None = None
+    score: bool = False
+
+    @property
+    def prompts_field(self) -> str:
+        """What the prompts are called in the interface."""
+        return "sequences" if self.score else "prompts"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrontendConfig:
+    """Bounds a front-end keeps whatever model is behind it."""
+
+    max_open_requests: int = 4096  # prompts in the journal
+    max_prompts_per_call: int = 1024
+    max_n: int = 64
+    max_logprobs: int = 64
+    max_stop_sequences: int = 64
+    max_stop_length: int = 1024  # characters
+    max_bad_words: int = 1024
+    max_id_list: int = 65536  # entries of logit_bias, allowed_token_ids, stop_token_ids
+    max_request_id: int = 256  # characters
+    max_chars_per_token: int = 128  # a longer text cannot fit the context; refused before it is tokenized
+    inline_chars: int = 8192  # longer texts are tokenized beside the event loop
+    recovery_seconds: float = 0.0  # how long open requests wait for a new engine after a fault

@@ -1,0 +1,137 @@
+"""What happens to open requests: the engine's events go to their streams, and every way a request can end.
+
+A reader that leaves, a deadline, a stop string, an abort and an error all end here, and all tell the engine
+(`abort`), so that it frees the request's memory within one step. Runs in the front-end's event loop only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+from cluster.engine.request import FinishReason, Request, TokenEvent
+from cluster.frontend.errors import RequestFailed
+from cluster.frontend.journal import Entry, Journal
+from cluster.frontend.link import LinkEvent, Rejected, SampleId
+from cluster.frontend.streams import Stream
+from parallel.errors import TpError
+
+log = logging.getLogger(__name__)
+
+Abort = Callable[[Sequence[str], Sequence[SampleId]], None]
+
+
+class Delivery:
+    """Applies events to the journal's entries and ends them."""
+
+    def __init__(self, journal: Journal, loop: asyncio.AbstractEventLoop, abort: Abort) -> None:
+        self._journal = journal
+        self._loop = loop
+        self._abort = abort
+        self._deadlines: dict[str, asyncio.TimerHandle] = {}
+        self.quiet = asyncio.Event()
+        """Set while nothing is open."""
+        self.quiet.set()
+
+    def begin(self, entries: list[Entry]) -> None:
+        """Open the entries of one call. The engine ends a request at its deadline; the timer holds where the engine
+        cannot.
+        """
+        self._journal.add(entries)
+        self.quiet.clear()
+        for entry in entries:
+            if entry.request.deadline is not None:
+                timer = self._loop.call_later(entry.request.deadline, self.end, [entry], FinishReason.DEADLINE)
+                self._deadlines[entry.request.request_id] = timer
+
+    def apply(self, events: Sequence[LinkEvent]) -> None:
+        """Everything that happened in one step of the engine. What belongs to no open request is late news, and
+        dropped.
+        """
+        now = time.monotonic()
+        for event in events:
+            entry = self._journal.get(event.request_id)
+            if entry is None:
+                continue
+            if isinstance(event, Rejected):
+                self.fail(entry, event.error)
+            elif event.finish_reason is FinishReason.ERROR:
+                self._abort([event.request_id], ())
+                self.fail(entry, RequestFailed(event.error or "the engine reported an error without a message"))
+            elif not entry.samples[event.sample_index].done:
+                self._take(entry, event, now)
+
+    def end(self, entries: Sequence[Entry], reason: FinishReason) -> None:
+        """End entries from this side: readers get what there is and the reason."""
+        now = time.monotonic()
+        if entries:
+            self._abort([entry.request.request_id for entry in entries], ())
+        for entry in entries:
+            for index, sample in enumerate(entry.samples):
+                if not sample.done:
+                    entry.stream.put(entry.end(index, reason, now))
+            self._forget(entry)
+
+    def fail(self, entry: Entry, error: TpError) -> None:
+        """End an entry with an error."""
+        chunk = entry.chunk(0)
+        chunk.error = error
+        entry.stream.put(chunk)
+        self._forget(entry)
+
+    def leave(self, stream: Stream) -> None:
+        """The reader is gone: nobody needs the rest."""
+        self.end(
+            [entry for entry in self._journal.of_call(stream.request_id) if entry.stream is stream],
+            FinishReason.ABORTED,
+        )
+
+    def resumed(self) -> list[Request]:
+        """What a new engine has to be asked so that every open request goes on."""
+        now = time.monotonic()
+        for entry in self._journal:
+            self._end_full_samples(entry, now)
+        return [entry.resumed(now) for entry in self._journal]
+
+    def _take(self, entry: Entry, event: TokenEvent, now: float) -> None:
+        try:
+            chunk = entry.take(event, now)
+        except Exception as error:
+            log.exception("request %s: its tokens could not be turned into an answer", event.request_id)
+            self._abort([event.request_id], ())
+            self.fail(
+                entry, RequestFailed(f"the tokens could not be turned into text: {type(error).__name__}: {error}")
+            )
+            return
+        entry.stream.put(chunk)
+        if chunk.finish_reason is not None and event.finish_reason is None:
+            self._stop_sample(entry, event.sample_index)
+        if entry.done:
+            self._forget(entry)
+
+    def _stop_sample(self, entry: Entry, sample_index: int) -> None:
+        """A stop string ended a sample that the engine still works on."""
+        key = entry.request.request_id
+        if entry.done:
+            self._abort([key], ())
+        else:
+            self._abort((), [(key, sample_index)])
+
+    def _end_full_samples(self, entry: Entry, now: float) -> None:
+        """A sample whose last token came without its end, because the engine died between the two."""
+        most = entry.request.stopping.max_new_tokens
+        for index, sample in enumerate(entry.samples):
+            if not (sample.done or entry.request.score_only or most is None or len(sample.token_ids) < most):
+                entry.stream.put(entry.end(index, FinishReason.LENGTH, now))
+        if entry.done:
+            self._forget(entry)
+
+    def _forget(self, entry: Entry) -> None:
+        self._journal.remove(entry)
+        timer = self._deadlines.pop(entry.request.request_id, None)
+        if timer is not None:
+            timer.cancel()
+        if not len(self._journal):
+            self.quiet.set()

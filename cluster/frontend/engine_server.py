@@ -1,0 +1,164 @@
+"""Rank 0's side of a SocketLink: an engine served to one front-end at a time.
+
+A thread accepts and reads; the engine's loop runs in the thread that calls `serve` and never waits for the network.
+When a front-end goes away its requests are ended and the next one may connect. Whoever has not proved the key within
+a few seconds is hung up on.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from multiprocessing import AuthenticationError
+
+from cluster.engine.request import EngineLoad, ModelLimits
+from cluster.frontend.link import LinkEvent, Rejected
+from cluster.frontend.loop import EngineLoop, EngineSurface, describe_fault
+from cluster.frontend.wire import (
+    Abort,
+    AskLoad,
+    Bye,
+    Events,
+    Fault,
+    Hello,
+    LoadAnswer,
+    Message,
+    Submit,
+    Wire,
+    accept,
+    set_limit,
+)
+
+log = logging.getLogger(__name__)
+
+HANDSHAKE_SECONDS = 5.0
+FRONTEND_SILENCE_SECONDS = 30.0  # one that has ended is seen at once; this is for hosts that vanish
+
+
+class EngineServer:
+    """Make it, tell the front-end `address` and the key, then `serve` in the engine's own thread."""
+
+    def __init__(
+        self,
+        engine: EngineSurface,
+        limits: ModelLimits,
+        authkey: bytes,
+        *,
+        host: str = "127.0.0.1",
+        keep_alive: Callable[[], None] | None = None,
+        idle_seconds: float = 1.0,
+    ) -> None:
+        self._limits = limits
+        self._authkey = authkey
+        self._loop = EngineLoop(engine, self._send_events, keep_alive=keep_alive, idle_seconds=idle_seconds)
+        self._listener = socket.create_server((host, 0), backlog=8)
+        self._wire: Wire | None = None
+        self._open: dict[str, set[int]] = {}  # samples of the present front-end that have not ended
+        self._lock = threading.Lock()
+        self._stopping = threading.Event()
+
+    @property
+    def address(self) -> tuple[str, int]:
+        host, port = self._listener.getsockname()[:2]
+        return host, port
+
+    def serve(self) -> None:
+        """Until `stop`, or until the engine fails: the front-end is told the cause, and it is raised here too."""
+        thread = threading.Thread(target=self._accept, name="engine-server", daemon=True)
+        thread.start()
+        try:
+            self._loop.run()
+        except Exception as error:
+            self._send(Fault(describe_fault(error, 0, socket.gethostname())))
+            raise
+        finally:
+            self.stop()
+            wire = self._wire
+            if wire is not None:
+                wire.close()
+            thread.join(HANDSHAKE_SECONDS)
+
+    def stop(self) -> None:
+        """End `serve` after the step it is in. From any thread."""
+        self._stopping.set()
+        self._loop.stop()
+
+    # ------------------------------------------------------------ in the listener's thread
+
+    def _accept(self) -> None:
+        self._listener.settimeout(0.2)
+        with self._listener:
+            while not self._stopping.is_set():
+                try:
+                    sock, peer = self._listener.accept()
+                except TimeoutError:
+                    continue
+                self._serve_peer(sock, f"{peer[0]}:{peer[1]}")
+
+    def _serve_peer(self, sock: socket.socket, peer: str) -> None:
+        try:
+            connection = accept(sock, self._authkey, HANDSHAKE_SECONDS)
+        except (AuthenticationError, OSError, EOFError) as error:
+            log.warning("refused a connection from %s: %s: %s", peer, type(error).__name__, error)
+            return
+        set_limit(connection, FRONTEND_SILENCE_SECONDS)
+        wire = Wire(connection, "engine-server")
+        wire.send(Hello(self._limits, socket.gethostname()))
+        self._wire = wire
+        try:
+            while not isinstance(message := wire.receive(), Bye):
+                self._take(message)
+        except (EOFError, OSError) as error:
+            if not self._stopping.is_set():
+                log.warning("the front-end at %s is gone (%s); its requests are ended", peer, type(error).__name__)
+        finally:
+            self._drop(wire)
+
+    def _take(self, message: Message) -> None:
+        if isinstance(message, Submit):
+            with self._lock:
+                for request in message.requests:
+                    self._open[request.request_id] = set(range(request.sampling.n)) - set(request.finished_samples)
+            self._loop.submit(message.requests)
+        elif isinstance(message, Abort):
+            self._loop.abort(message.request_ids, message.samples)
+        elif isinstance(message, AskLoad):
+            self._loop.ask_load().add_done_callback(lambda done: self._answer_load(message.tag, done))
+
+    def _drop(self, wire: Wire) -> None:
+        """The front-end is gone: nobody reads its requests any more."""
+        with self._lock:
+            self._wire = None
+            left, self._open = list(self._open), {}
+        self._loop.abort(left)
+        wire.close()
+
+    # ------------------------------------------------------------ in the engine's thread
+
+    def _send_events(self, events: Sequence[LinkEvent]) -> None:
+        with self._lock:
+            for event in events:
+                self._note_end(event)
+        self._send(Events(events))
+
+    def _note_end(self, event: LinkEvent) -> None:
+        if isinstance(event, Rejected):
+            self._open.pop(event.request_id, None)
+        elif event.finish_reason is not None:
+            samples = self._open.get(event.request_id)
+            if samples is not None:
+                samples.discard(event.sample_index)
+                if not samples:
+                    del self._open[event.request_id]
+
+    def _answer_load(self, tag: int, done: Future[EngineLoad]) -> None:
+        if done.exception() is None:
+            self._send(LoadAnswer(tag, done.result()))
+
+    def _send(self, message: Message) -> None:
+        wire = self._wire
+        if wire is not None:
+            wire.send(message)

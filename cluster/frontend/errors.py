@@ -1,0 +1,80 @@
+"""What a front-end refuses, and why a request that was admitted could not be finished.
+
+Like all errors of the project each takes one message, so that it pickles; facts a client may want beside the message
+are attributes set after construction (they travel with the pickle). Which status a client sees is decided by the
+table in cluster/rpc/errors.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from parallel.errors import CapacityError, RequestError, TpError, WorkerError
+
+
+@dataclass(frozen=True)
+class Violation:
+    """One field that breaks one rule."""
+
+    field: str
+    rule: str
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.rule}"
+
+
+class InvalidRequest(RequestError):
+    """Fields that break the rules of the interface; `violations` names each."""
+
+    violations: tuple[Violation, ...] = ()
+
+    @classmethod
+    def of(cls, violations: Sequence[Violation]) -> InvalidRequest:
+        error = cls("; ".join(map(str, violations)))
+        error.violations = tuple(violations)
+        return error
+
+
+class NotImplementedField(RequestError):
+    """A field of the interface that this version does not serve yet."""
+
+    field: str = ""
+
+    @classmethod
+    def of(cls, field: str, instead: str) -> NotImplementedField:
+        error = cls(f"{field}: not implemented yet; {instead}")
+        error.field = field
+        return error
+
+
+class NoTokenizer(RequestError):
+    """Text was given or asked for, and the checkpoint has no tokenizer."""
+
+
+class DuplicateRequest(RequestError):
+    """A request of this id is still open."""
+
+
+class QueueFull(CapacityError):
+    """No room now; `retry_seconds` is a guess at when there will be."""
+
+    retry_seconds: float = 1.0
+
+
+class Draining(TpError, RuntimeError):
+    """The server finishes what it has and admits nothing more."""
+
+
+class EngineFault(WorkerError):
+    """The engine behind the front-end is gone. `retryable` where the same request may succeed later or elsewhere."""
+
+    retryable: bool = True
+
+
+class RequestFailed(TpError, RuntimeError):
+    """The engine reported an error for this one request."""
+
+
+class SlowReader(TpError, RuntimeError):
+    """A client stopped reading its stream for longer than the server waits."""

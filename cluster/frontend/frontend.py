@@ -1,0 +1,267 @@
+"""The front-end: admits calls, keeps the journal, turns the engine's tokens into streams of text, survives the engine.
+
+One event loop owns everything here; the link's threads only hand events over. Sampling, scheduling and memory belong
+to the engine, rules to rules.py, what happens to open requests to delivery.py, what is remembered of them to
+journal.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import itertools
+import logging
+import secrets
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+
+from cluster.engine.request import EngineLoad, FinishReason, ModelLimits, Request
+from cluster.frontend.admission import Admission
+from cluster.frontend.calls import Call, FrontendConfig
+from cluster.frontend.delivery import Delivery
+from cluster.frontend.errors import Draining, EngineFault, InvalidRequest, Violation
+from cluster.frontend.journal import Entry, Journal, SampleState
+from cluster.frontend.link import EngineLink, LinkEvent
+from cluster.frontend.streams import Chunk, Stream
+from cluster.frontend.text import SampleText, TextCodec
+from parallel.errors import RequestError
+
+log = logging.getLogger(__name__)
+
+
+class State(enum.Enum):
+    """What a front-end can do for a new request."""
+
+    STARTING = "starting"
+    SERVING = "serving"
+    RECOVERING = "recovering"  # the engine is gone, open requests wait for a new one
+    DRAINING = "draining"
+    FAILED = "failed"
+    CLOSED = "closed"
+
+
+class Frontend:
+    """Calls in, streams out, over one engine at a time. Make and use it inside one running event loop."""
+
+    def __init__(
+        self, link: EngineLink, *, codec: TextCodec | None = None, config: FrontendConfig | None = None
+    ) -> None:
+        self.config = config or FrontendConfig()
+        self.codec = codec
+        self.fault_cause = ""
+        self.state = State.STARTING
+        self._link = link
+        self._generation = 0
+        self._engine_alive = False
+        self._names = itertools.count()
+        self._nonce = secrets.token_hex(4)  # late events of an earlier front-end never match
+        self._journal = Journal(self.config.max_open_requests)
+        self._loop = asyncio.get_running_loop()
+        self._observers: list[Callable[[State], None]] = []
+        self._recovery: asyncio.TimerHandle | None = None
+        self._delivery = Delivery(self._journal, self._loop, lambda ids, samples: self._link.abort(ids, samples))
+        self.drained = asyncio.Event()
+        """Set when a drain has ended: whoever runs the server may stop it then."""
+
+    # ------------------------------------------------------------ the life of a call
+
+    def start(self) -> None:
+        """Begin to serve."""
+        self._attach(self._link)
+        self._engine_alive = True
+        self._become(State.SERVING)
+
+    async def open(self, call: Call) -> Stream:
+        """Admit a call and return its stream; prompts that cannot be admitted are in `stream.errors`. Raises where
+        none can.
+        """
+        self._check_open()
+        admission = self._admission()
+        admission.check(call)
+        call = replace(call, request_id=call.request_id or uuid.uuid4().hex)
+        self._journal.check_room(call.request_id, len(call.prompts))
+        made = await admission.requests(call)
+        self._check_open()
+        failed = [item for item in made if isinstance(item, RequestError)]
+        if len(failed) == len(made):
+            raise failed[0]
+        return self._admit(call, made)
+
+    def abort(self, call_ids: Sequence[str]) -> int:
+        """End calls by their ids; returns how many prompts were still open. Their samples finish as ABORTED."""
+        entries = [entry for call_id in call_ids for entry in self._journal.of_call(call_id)]
+        self._delivery.end(entries, FinishReason.ABORTED)
+        return len(entries)
+
+    async def tokenize(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
+        """The tokens of texts, each of which must fit the model's context."""
+        self._check_count("texts", len(texts))
+        beside = sum(map(len, texts)) > self.config.inline_chars
+        return [await self._admission().encode_bounded(t, f"texts[{i}]", beside) for i, t in enumerate(texts)]
+
+    def detokenize(self, sequences: Sequence[Sequence[int]]) -> list[str | RequestError]:
+        """The text of each sequence of tokens, or what is wrong with it."""
+        self._check_count("sequences", len(sequences))
+        return [self._admission().decode(ids, f"sequences[{i}]") for i, ids in enumerate(sequences)]
+
+    # ------------------------------------------------------------ the life of a server
+
+    @property
+    def limits(self) -> ModelLimits:
+        return self._link.limits
+
+    @property
+    def num_open(self) -> int:
+        return len(self._journal)
+
+    def observe(self, observer: Callable[[State], None]) -> None:
+        """Be told of every change of state, beginning with the present one."""
+        self._observers.append(observer)
+        observer(self.state)
+
+    async def load(self, timeout: float = 5.0) -> EngineLoad:
+        """The engine's counters."""
+        self._check_engine()
+        return await asyncio.to_thread(self._link.load, timeout)
+
+    async def drain(self, grace: float) -> int:
+        """Admit nothing more, wait for what is open, end what is left after `grace` seconds; returns how many that
+        were.
+        """
+        if self.state in (State.SERVING, State.STARTING):
+            self._become(State.DRAINING)
+        try:
+            await asyncio.wait_for(self._delivery.quiet.wait(), grace)
+        except TimeoutError:
+            log.warning("drain: %d prompts still open after %g s are ended", len(self._journal), grace)
+        left = list(self._journal)
+        self._delivery.end(left, FinishReason.ABORTED)
+        self.drained.set()
+        return len(left)
+
+    async def reattach(self, link: EngineLink) -> None:
+        """Go on with a new engine: every open request is replayed from the journal, its reader sees a pause."""
+        self._attach(link)
+        old, self._link, self._engine_alive = self._link, link, True
+        self._cancel_recovery()
+        if self.state in (State.RECOVERING, State.FAILED):
+            self._become(State.SERVING)
+        link.submit(self._delivery.resumed())
+        log.info("a new engine took over; %d open prompts are replayed", len(self._journal))
+        await asyncio.to_thread(old.close)
+
+    def fault(self, cause: str) -> None:
+        """The engine is gone. Open requests wait `recovery_seconds` for a new one, then fail."""
+        if self.state in (State.FAILED, State.CLOSED):
+            return
+        log.error("engine fault: %s", cause)
+        self._generation += 1
+        self._engine_alive = False
+        self.fault_cause = cause
+        if self.config.recovery_seconds > 0:
+            if self.state is not State.DRAINING:
+                self._become(State.RECOVERING)
+            self._cancel_recovery()
+            self._recovery = self._loop.call_later(self.config.recovery_seconds, self._give_up)
+        else:
+            self._give_up()
+
+    async def close(self, timeout: float = 10.0) -> None:
+        """End everything that is open and let go of the engine."""
+        self._become(State.CLOSED)
+        self._cancel_recovery()
+        self._delivery.end(list(self._journal), FinishReason.ABORTED)
+        self._generation += 1
+        await asyncio.to_thread(self._link.close, timeout)
+
+    # ------------------------------------------------------------ admission
+
+    def _admission(self) -> Admission:
+        return Admission(limits=self.limits, config=self.config, codec=self.codec)
+
+    def _check_count(self, field: str, count: int) -> None:
+        most = self.config.max_prompts_per_call
+        if not 1 <= count <= most:
+            raise InvalidRequest.of([Violation(field, f"{count} given; a call takes 1 to {most}")])
+
+    def _check_open(self) -> None:
+        if self.state in (State.DRAINING, State.CLOSED):
+            raise Draining("the server is shutting down and admits nothing more; send the request elsewhere")
+        if self.state is State.STARTING:
+            raise Draining("the server has not started to serve; retry shortly")
+        if self.state is State.FAILED:
+            self._check_engine()
+
+    def _check_engine(self) -> None:
+        if not self._engine_alive:
+            raise EngineFault(self.fault_cause)
+
+    def _admit(self, call: Call, made: Sequence[Request | RequestError]) -> Stream:
+        now = time.monotonic()
+        stream = Stream(call.request_id, self._delivery.leave)
+        entries: list[Entry] = []
+        for index, item in enumerate(made):
+            stream.expect(index, call.sampling.n)
+            if isinstance(item, RequestError):
+                stream.put(Chunk(prompt_index=index, error=item))
+            else:
+                entries.append(self._entry(item, index, stream, now))
+        self._delivery.begin(entries)
+        if self._engine_alive:
+            self._link.submit([entry.request for entry in entries])
+        return stream
+
+    def _entry(self, request: Request, index: int, stream: Stream, now: float) -> Entry:
+        call_id = request.request_id
+        request = replace(request, request_id=f"{call_id}/{index}#{self._nonce}{next(self._names)}")
+        prefix = self.codec.tokenizer.decode(request.token_ids) if request.response.echo and self.codec else ""
+        samples = [
+            SampleState(text=SampleText(self.codec, request.stopping), prefix=prefix) for _ in range(request.sampling.n)
+        ]
+        return Entry(request=request, call_id=call_id, prompt_index=index, stream=stream, samples=samples, admitted=now)
+
+    # ------------------------------------------------------------ events and faults
+
+    def _attach(self, link: EngineLink) -> None:
+        self._generation += 1
+        generation = self._generation
+        link.start(
+            partial(self._hand_over, self._on_events, generation), partial(self._hand_over, self._on_fault, generation)
+        )
+
+    def _hand_over(self, target: Callable[..., None], generation: int, news: object) -> None:
+        """Runs in the link's thread. What comes after the loop has closed has no reader."""
+        try:
+            self._loop.call_soon_threadsafe(target, generation, news)
+        except RuntimeError:
+            log.debug("dropped news of an engine: the event loop is closed")
+
+    def _on_events(self, generation: int, events: Sequence[LinkEvent]) -> None:
+        if generation == self._generation:
+            self._delivery.apply(events)
+
+    def _on_fault(self, generation: int, cause: str) -> None:
+        if generation == self._generation:
+            self.fault(cause)
+
+    def _give_up(self) -> None:
+        """No new engine came: everything that is open fails with the cause."""
+        self._become(State.FAILED)
+        error = EngineFault(self.fault_cause)
+        for entry in self._journal:
+            self._delivery.fail(entry, error)
+
+    def _cancel_recovery(self) -> None:
+        if self._recovery is not None:
+            self._recovery.cancel()
+            self._recovery = None
+
+    def _become(self, state: State) -> None:
+        if self.state is State.CLOSED or state is self.state:
+            return
+        self.state = state
+        for observer in self._observers:
+            observer(state)

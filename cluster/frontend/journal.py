@@ -1,0 +1,158 @@
+"""The front-end's memory of every open request: what was asked, with which seed, and the tokens already received.
+
+From it an engine that was rebuilt is fed again (`resumed`): prompt and received tokens go in, the rest comes out, and
+the reader sees a pause. An entry leaves when its last sample ends, so the journal is bounded by the number of open
+requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+from cluster.engine.request import FinishReason, Request, Timings, TokenEvent
+from cluster.frontend.errors import DuplicateRequest, QueueFull
+from cluster.frontend.streams import Chunk, PromptInfo, Stream
+from cluster.frontend.text import SampleText
+
+
+@dataclass(kw_only=True)
+class SampleState:
+    """One sample: the tokens received so far and its text."""
+
+    text: SampleText
+    prefix: str = ""  # text to send before the first piece (echo)
+    token_ids: list[int] = field(default_factory=list)
+    done: bool = False
+
+
+@dataclass(kw_only=True, eq=False)
+class Entry:
+    """One prompt of one call while it is open. Times are of one monotonic clock."""
+
+    request: Request
+    call_id: str
+    prompt_index: int
+    stream: Stream
+    samples: list[SampleState]
+    admitted: float
+    queued: float | None = None
+    first_token: float | None = None
+    prompt_logprobs_seen: bool = False
+    announced: bool = False
+
+    @property
+    def done(self) -> bool:
+        return all(sample.done for sample in self.samples)
+
+    def take(self, event: TokenEvent, now: float) -> Chunk:
+        """An engine's event as the reader will see it: text added, cut at a stop string, timings filled in."""
+        sample = self.samples[event.sample_index]
+        piece = sample.text.push(event.token_ids)
+        stop, text, reason = piece.stop, piece.text, event.finish_reason
+        if stop is None and reason is not None:
+            rest = sample.text.finish()
+            stop, text = rest.stop, text + rest.text
+        new_ids = event.token_ids[: piece.num_tokens]
+        if new_ids and self.first_token is None:
+            self.first_token = now
+        sample.token_ids += new_ids
+        if stop is not None:
+            reason = FinishReason.STOP
+        sample.done = reason is not None
+        self.prompt_logprobs_seen |= event.prompt_logprobs is not None
+        if event.timings is not None:
+            self.queued = event.timings.queued
+        chunk = self.chunk(event.sample_index, sample.prefix + text)
+        sample.prefix = ""
+        chunk.token_ids = list(new_ids)
+        chunk.logprobs = list(event.logprobs[: piece.num_tokens])
+        chunk.prompt_logprobs = event.prompt_logprobs
+        chunk.finish_reason, chunk.stop_sequence = reason, stop
+        chunk.stop_token_id = None if stop is not None else event.stop_token_id
+        chunk.weight_version = event.weight_version
+        chunk.timings = self.timings(now) if reason is not None else None
+        return chunk
+
+    def end(self, sample_index: int, reason: FinishReason, now: float) -> Chunk:
+        """The end of a sample that the front-end decides on: what was held back goes out."""
+        return self.take(
+            TokenEvent(request_id=self.request.request_id, sample_index=sample_index, finish_reason=reason), now
+        )
+
+    def chunk(self, sample_index: int, text: str = "") -> Chunk:
+        """News of a sample; the first of a prompt carries what is known of the prompt."""
+        prompt = None if self.announced else self._info()
+        self.announced = True
+        return Chunk(prompt_index=self.prompt_index, sample_index=sample_index, text=text, prompt=prompt)
+
+    def timings(self, now: float) -> Timings:
+        first = now if self.first_token is None else self.first_token
+        queued = 0.0 if self.queued is None else self.queued
+        return Timings(queued=queued, first_token=first - self.admitted, total=now - self.admitted)
+
+    def resumed(self, now: float) -> Request:
+        """The request that makes a new engine go on where the old one stopped."""
+        request = self.request
+        response = replace(request.response, prompt_logprobs=None) if self.prompt_logprobs_seen else request.response
+        return replace(
+            request,
+            response=response if not request.score_only else request.response,
+            deadline=None if request.deadline is None else max(1e-3, request.deadline - (now - self.admitted)),
+            resumed_ids=tuple(tuple(sample.token_ids) for sample in self.samples),
+            finished_samples=tuple(index for index, sample in enumerate(self.samples) if sample.done),
+        )
+
+    def _info(self) -> PromptInfo:
+        request = self.request
+        return PromptInfo(
+            num_tokens=len(request.token_ids),
+            sampling=request.sampling,
+            stopping=request.stopping,
+            token_ids=request.token_ids if request.response.echo or request.score_only else (),
+        )
+
+
+class Journal:
+    """Open entries by engine id, in order of admission; bounded."""
+
+    def __init__(self, max_open: int) -> None:
+        self._max_open = max_open
+        self._entries: dict[str, Entry] = {}
+        self._calls: dict[str, list[str]] = {}
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(tuple(self._entries.values()))
+
+    def get(self, request_id: str) -> Entry | None:
+        return self._entries.get(request_id)
+
+    def of_call(self, call_id: str) -> list[Entry]:
+        return [self._entries[request_id] for request_id in self._calls.get(call_id, ())]
+
+    def check_room(self, call_id: str, count: int) -> None:
+        """Refuse what cannot be added now."""
+        if call_id in self._calls:
+            raise DuplicateRequest(f"request_id {call_id!r} is still open; give each call its own, or none")
+        if len(self._entries) + count > self._max_open:
+            raise QueueFull(
+                f"{len(self._entries)} prompts are open and {count} more were sent; "
+                f"at most {self._max_open} may be open; retry later"
+            )
+
+    def add(self, entries: list[Entry]) -> None:
+        """Open all entries of one call, or none."""
+        if entries:
+            self.check_room(entries[0].call_id, len(entries))
+            self._entries.update((entry.request.request_id, entry) for entry in entries)
+            self._calls[entries[0].call_id] = [entry.request.request_id for entry in entries]
+
+    def remove(self, entry: Entry) -> None:
+        self._entries.pop(entry.request.request_id)
+        ids = self._calls[entry.call_id]
+        ids.remove(entry.request.request_id)
+        if not ids:
+            del self._calls[entry.call_id]

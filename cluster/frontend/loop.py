@@ -1,0 +1,126 @@
+"""The loop that drives an engine: take what arrived, step, hand on what happened, rest when there is nothing to do.
+
+The one loop for an engine in this process (LocalLink) and for rank 0 of a worker group (EngineServer). Commands may
+come from any thread and never wait for a step. What the engine raises in a step ends the loop: a step that failed
+half-way has no next.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from functools import partial
+from typing import Protocol
+
+from cluster.engine.request import EngineLoad, Request, TokenEvent
+from cluster.frontend.link import EventSink, LinkEvent, Rejected, SampleId
+from parallel.errors import RequestError
+
+
+class EngineSurface(Protocol):
+    """What a loop needs of an engine."""
+
+    @property
+    def idle(self) -> bool: ...
+
+    def submit(self, request: Request) -> object: ...
+
+    def abort(self, request_ids: Sequence[str]) -> None: ...
+
+    def abort_samples(self, samples: Sequence[SampleId]) -> None: ...
+
+    def step(self) -> Sequence[TokenEvent]: ...
+
+    def load(self) -> EngineLoad: ...
+
+
+class EngineLoop:
+    """`run` in one thread, everything else from any thread. `keep_alive` is called each `idle_seconds` without work."""
+
+    def __init__(
+        self,
+        engine: EngineSurface,
+        sink: EventSink,
+        *,
+        keep_alive: Callable[[], None] | None = None,
+        idle_seconds: float = 1.0,
+    ) -> None:
+        self._engine = engine
+        self._sink = sink
+        self._keep_alive = keep_alive
+        self._idle_seconds = idle_seconds
+        self._inbox: deque[Callable[[], None]] = deque()
+        self._wake = threading.Condition()
+        self._stopping = False
+        self._news: list[LinkEvent] = []
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        self._post(partial(self._submit, tuple(requests)))
+
+    def abort(self, request_ids: Sequence[str], samples: Sequence[SampleId] = ()) -> None:
+        self._post(partial(self._abort, tuple(request_ids), tuple(samples)))
+
+    def ask_load(self) -> Future[EngineLoad]:
+        """The engine's counters as they are between two steps."""
+        answer: Future[EngineLoad] = Future()
+        self._post(partial(self._answer_load, answer))
+        return answer
+
+    def stop(self) -> None:
+        """End `run` after the step it is in."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+
+    def run(self) -> None:
+        """Until `stop`; raises what the engine raises."""
+        while True:
+            self._drain_inbox()
+            if self._stopping:
+                return
+            if not self._engine.idle:
+                self._news += self._engine.step()
+            if self._news:
+                news, self._news = self._news, []
+                self._sink(news)
+            elif self._engine.idle:
+                self._wait()
+
+    def _post(self, command: Callable[[], None]) -> None:
+        with self._wake:
+            self._inbox.append(command)
+            self._wake.notify()
+
+    def _drain_inbox(self) -> None:
+        while self._inbox:  # append and popleft are atomic; nobody else takes
+            self._inbox.popleft()()
+
+    def _wait(self) -> None:
+        with self._wake:
+            woken = self._wake.wait_for(lambda: self._inbox or self._stopping, self._idle_seconds)
+        if not woken and self._keep_alive is not None:
+            self._keep_alive()
+
+    def _submit(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            try:
+                self._engine.submit(request)
+            except RequestError as error:
+                self._news.append(Rejected(request.request_id, error))
+
+    def _abort(self, request_ids: Sequence[str], samples: Sequence[SampleId]) -> None:
+        if request_ids:
+            self._engine.abort(request_ids)
+        if samples:
+            self._engine.abort_samples(samples)
+
+    def _answer_load(self, answer: Future[EngineLoad]) -> None:
+        if answer.set_running_or_notify_cancel():
+            answer.set_result(self._engine.load())
+
+
+def describe_fault(error: BaseException, rank: int, node: str) -> str:
+    """A fault's message: which rank, which node, why."""
+    return f"rank {rank} on {node}: {type(error).__name__}: {error}"

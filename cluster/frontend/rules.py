@@ -1,0 +1,185 @@
+"""The table of what a call's parameters may be: one row per field. Every broken rule is reported, not just the first.
+
+Only what does not depend on a single prompt; prompts are checked one by one in admission.py, because each has its own
+status.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from cluster.engine.request import ModelLimits
+from cluster.frontend.calls import Call, FrontendConfig
+from cluster.frontend.errors import Violation
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What a rule may look at."""
+
+    call: Call
+    limits: ModelLimits
+    config: FrontendConfig
+
+
+Problem = str | None
+"""None where the rule holds, else what was given and what is wanted."""
+Check = Callable[[object], Problem]
+
+
+def number(low: float, high: float, wanted: str) -> Check:
+    """A finite number in [low, high]; True is not a number, NaN is in no range."""
+
+    def check(value: object) -> Problem:
+        ok = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+        return None if ok else f"{value!r} is not allowed; give {wanted}"
+
+    return check
+
+
+def whole(low: int, high: int, wanted: str) -> Check:
+    """A whole number in [low, high]."""
+    in_range = number(low, high, wanted)
+    return lambda value: in_range(value) if isinstance(value, int) else f"{value!r} is not allowed; give {wanted}"
+
+
+def unset_or(check: Check) -> Check:
+    return lambda value: None if value is None else check(value)
+
+
+def token_ids(ids: Iterable[object], vocab_size: int, most: int) -> Problem:
+    """Ids of this vocabulary, not too many."""
+    ids = tuple(ids)
+    if len(ids) > most:
+        return f"{len(ids)} entries; at most {most} are allowed"
+    wrong = next((i for i in ids if not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < vocab_size), None)
+    return None if wrong is None else f"{wrong!r} is not a token id; this model's are 0 to {vocab_size - 1}"
+
+
+TEMPERATURE = number(1e-4, 1e4, "from 0.0001 to 10000")
+DRAWING_TEMPERATURE = number(1e-4, 1e4, "0 (greedy), or from 0.0001 to 10000")
+TOP_K = unset_or(whole(1, 2**32, "a whole number of at least 1, or leave it out"))
+TOP_P = unset_or(number(1e-9, 1.0, "above 0 and at most 1, or leave it out"))
+MIN_P = unset_or(number(0.0, 1.0, "from 0 to 1, or leave it out"))
+SEED = unset_or(whole(0, 2**63 - 1, "a whole number from 0 to 2^63 - 1, or leave it out"))
+REPETITION = number(1e-2, 1e2, "from 0.01 to 100 (1: none)")
+PENALTY = number(-1e2, 1e2, "from -100 to 100 (0: none)")
+BIAS = number(-1e4, 1e4, "from -10000 to 10000")
+MAX_NEW_TOKENS = unset_or(whole(1, 2**32, "a whole number of at least 1, or leave it out"))
+PRIORITY = whole(-1_000_000, 1_000_000, "a whole number from -1000000 to 1000000 (lower goes first)")
+DEADLINE = unset_or(number(1e-9, math.inf, "seconds above 0"))
+
+
+def _request_id(s: Scope) -> Problem:
+    length, most = len(s.call.request_id), s.config.max_request_id
+    return None if length <= most else f"{length} characters; at most {most} are allowed"
+
+
+def _prompts(s: Scope) -> Problem:
+    count, most = len(s.call.prompts), s.config.max_prompts_per_call
+    return None if 1 <= count <= most else f"{count} given; a call takes 1 to {most}"
+
+
+def _temperature(s: Scope) -> Problem:
+    given = s.call.sampling.temperature
+    return None if given == 0 and not isinstance(given, bool) else DRAWING_TEMPERATURE(given)
+
+
+def _n(s: Scope) -> Problem:
+    most = min(s.config.max_n, s.limits.max_batch or s.config.max_n)
+    return whole(1, most, f"a whole number from 1 to {most}")(s.call.sampling.n)
+
+
+def _num_logprobs(value: object, s: Scope) -> Problem:
+    most = min(s.config.max_logprobs, s.limits.vocab_size)
+    return unset_or(whole(0, most, f"a whole number from 0 to {most}"))(value)
+
+
+def _ids(ids: Iterable[object], s: Scope) -> Problem:
+    return token_ids(ids, s.limits.vocab_size, s.config.max_id_list)
+
+
+def _allowed(s: Scope) -> Problem:
+    allowed = s.call.sampling.allowed_token_ids
+    if allowed is None:
+        return None
+    return _ids(allowed, s) if allowed else "is an empty list, which allows nothing; leave it out to allow every token"
+
+
+def _logit_bias(s: Scope) -> Problem:
+    bias = s.call.sampling.logit_bias
+    wrong = ((key, BIAS(value)) for key, value in bias.items())
+    return _ids(bias, s) or next((f"of token {key}: {problem}" for key, problem in wrong if problem), None)
+
+
+def _bad_words(s: Scope) -> Problem:
+    words, ids, longest = s.call.bad_words, s.call.sampling.bad_words, s.config.max_stop_length
+    if len(words) + len(ids) > s.config.max_bad_words:
+        return f"{len(words) + len(ids)} entries; at most {s.config.max_bad_words} are allowed"
+    if any(len(word) > longest for word in (*words, *ids)):
+        return f"one entry is longer than {longest} characters or tokens"
+    if any(not word for word in (*words, *ids)):
+        return "one entry is empty, which would ban everything; remove it"
+    return next((problem for problem in (_ids(word, s) for word in ids) if problem), None)
+
+
+def _min_new_tokens(s: Scope) -> Problem:
+    most = s.call.stopping.max_new_tokens or s.limits.max_context
+    return whole(0, most, f"a whole number from 0 to {most}, the most new tokens")(s.call.stopping.min_new_tokens)
+
+
+def _stop_sequences(s: Scope) -> Problem:
+    stops, config = s.call.stopping.stop_sequences, s.config
+    if len(stops) > config.max_stop_sequences:
+        return f"{len(stops)} entries; at most {config.max_stop_sequences} are allowed"
+    if any(not stop for stop in stops):
+        return "one entry is empty, which would stop everything; remove it"
+    longest, most = max(map(len, stops), default=0), config.max_stop_length
+    return f"one has {longest} characters; at most {most} are allowed" if longest > most else None
+
+
+Row = tuple[str, Callable[[Scope], Problem]]
+
+SHARED: tuple[Row, ...] = (
+    ("request_id", _request_id),
+    ("priority", lambda s: PRIORITY(s.call.priority)),
+    ("deadline", lambda s: DEADLINE(s.call.deadline)),
+)
+GENERATE: tuple[Row, ...] = (
+    ("prompts", _prompts),
+    ("sampling.temperature", _temperature),
+    ("sampling.top_k", lambda s: TOP_K(s.call.sampling.top_k)),
+    ("sampling.top_p", lambda s: TOP_P(s.call.sampling.top_p)),
+    ("sampling.min_p", lambda s: MIN_P(s.call.sampling.min_p)),
+    ("sampling.seed", lambda s: SEED(s.call.sampling.seed)),
+    ("sampling.n", _n),
+    ("sampling.repetition_penalty", lambda s: REPETITION(s.call.sampling.repetition_penalty)),
+    ("sampling.presence_penalty", lambda s: PENALTY(s.call.sampling.presence_penalty)),
+    ("sampling.frequency_penalty", lambda s: PENALTY(s.call.sampling.frequency_penalty)),
+    ("sampling.logit_bias", _logit_bias),
+    ("sampling.allowed_token_ids", _allowed),
+    ("sampling.bad_words", _bad_words),
+    ("stopping.max_new_tokens", lambda s: MAX_NEW_TOKENS(s.call.stopping.max_new_tokens)),
+    ("stopping.min_new_tokens", _min_new_tokens),
+    ("stopping.stop_sequences", _stop_sequences),
+    ("stopping.stop_token_ids", lambda s: _ids(s.call.stopping.stop_token_ids, s)),
+    ("response.logprobs", lambda s: _num_logprobs(s.call.response.logprobs, s)),
+    ("response.prompt_logprobs", lambda s: _num_logprobs(s.call.response.prompt_logprobs, s)),
+    ("response.logprobs_temperature", lambda s: TEMPERATURE(s.call.response.logprobs_temperature)),
+)
+SCORE: tuple[Row, ...] = (
+    ("sequences", _prompts),
+    ("temperature", lambda s: TEMPERATURE(s.call.response.logprobs_temperature)),
+    ("top_logprobs", lambda s: _num_logprobs(s.call.response.prompt_logprobs, s)),
+)
+
+
+def violations(call: Call, limits: ModelLimits, config: FrontendConfig) -> Iterator[Violation]:
+    """Every rule the call breaks, in the order of the table."""
+    scope = Scope(call, limits, config)
+    for field, check in SHARED + (SCORE if call.score else GENERATE):
+        problem = check(scope)
+        if problem is not None:
+            yield Violation(field, problem)

@@ -1,0 +1,94 @@
+"""Tokens to text, one sample at a time: incremental detokenisation, then stop strings.
+
+The tokenizer is a seam (`Tokenizer`, `Detokenizer`): the real one is tp_decoders.tokenizer's, tests bring their own.
+A checkpoint without one has `codec=None` and then yields no text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from cluster.engine.request import StoppingCriteria
+from cluster.frontend.stops import StopMatcher
+
+
+class Tokenizer(Protocol):
+    """What a front-end needs of a tokenizer."""
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+    def token_bytes(self, token_id: int) -> bytes: ...
+
+
+class Detokenizer(Protocol):
+    """Turns the tokens of one sample into text piece by piece; never half a character."""
+
+    def push(self, ids: Sequence[int]) -> str: ...
+
+    def flush(self) -> str: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextCodec:
+    """A tokenizer and how to make a detokenizer for one sample."""
+
+    tokenizer: Tokenizer
+    detokenizer: Callable[[], Detokenizer]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What some new tokens amount to: how many of them count, the text to show, and the stop string that ended the
+    sample.
+    """
+
+    num_tokens: int
+    text: str = ""
+    stop: str | None = None
+
+
+class SampleText:
+    """The text of one sample. Stop strings count from the first token after min_new_tokens on."""
+
+    def __init__(self, codec: TextCodec | None, stopping: StoppingCriteria) -> None:
+        self._detokenizer = codec.detokenizer() if codec else None
+        self._stops = (
+            StopMatcher(stopping.stop_sequences, stopping.include_stop_sequence) if stopping.stop_sequences else None
+        )
+        self._free_tokens = stopping.min_new_tokens
+
+    def push(self, token_ids: Sequence[int]) -> Piece:
+        """Take new tokens; those after the one that completes a stop string do not count."""
+        if self._detokenizer is None:
+            return Piece(len(token_ids))
+        if self._stops is None:
+            return Piece(len(token_ids), self._detokenizer.push(token_ids))
+        texts = []
+        for count, token_id in enumerate(token_ids, start=1):
+            text, stop = self._match(self._detokenizer.push((token_id,)))
+            texts.append(text)
+            if stop is not None:
+                return Piece(count, "".join(texts), stop)
+        return Piece(len(token_ids), "".join(texts))
+
+    def finish(self) -> Piece:
+        """What was held back, now that no more tokens will come."""
+        if self._detokenizer is None:
+            return Piece(0)
+        rest = self._detokenizer.flush()
+        if self._stops is None:
+            return Piece(0, rest)
+        released = self._stops.push(rest)
+        return Piece(0, released.text + self._stops.flush(), released.stop)
+
+    def _match(self, text: str) -> tuple[str, str | None]:
+        assert self._stops is not None, "only called with stop strings"
+        if self._free_tokens:
+            self._free_tokens -= 1
+            return text, None
+        released = self._stops.push(text)
+        return released.text, released.stop

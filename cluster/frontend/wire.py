@@ -1,0 +1,184 @@
+"""Messages between a front-end and rank 0, over one authenticated TCP connection with a limit on every wait.
+
+multiprocessing.connection does framing and the challenge that proves both sides know the key; only after that is
+anything unpickled. Both sides send a `Beat` each second, so silence means a dead, stopped or unreachable peer. The
+limits are the socket's own (SO_RCVTIMEO, SO_SNDTIMEO): a read or write that takes longer raises.
+"""
+
+from __future__ import annotations
+
+import pickle
+import queue
+import socket
+import struct
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
+
+from cluster.engine.request import EngineLoad, ModelLimits, Request
+from cluster.frontend.link import LinkEvent, SampleId
+from parallel.errors import WorkerError
+
+BEAT_SECONDS = 1.0
+SILENCE_SECONDS = 8.0
+MAX_MESSAGE_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Hello:
+    """Server to client, once, after the challenge."""
+
+    limits: ModelLimits
+    node: str
+
+
+@dataclass(frozen=True)
+class Submit:
+    requests: tuple[Request, ...]
+
+
+@dataclass(frozen=True)
+class Abort:
+    request_ids: tuple[str, ...]
+    samples: tuple[SampleId, ...] = ()
+
+
+@dataclass(frozen=True)
+class AskLoad:
+    tag: int
+
+
+@dataclass(frozen=True)
+class LoadAnswer:
+    tag: int
+    load: EngineLoad
+
+
+@dataclass(frozen=True)
+class Events:
+    events: Sequence[LinkEvent]
+
+
+@dataclass(frozen=True)
+class Fault:
+    cause: str
+
+
+@dataclass(frozen=True)
+class Beat:
+    """I am alive."""
+
+
+@dataclass(frozen=True)
+class Bye:
+    """I close on purpose."""
+
+
+Message = Hello | Submit | Abort | AskLoad | LoadAnswer | Events | Fault | Beat | Bye
+
+
+class Wire:
+    """One connection. `send` only queues; a thread writes, and beats while there is nothing to write. One thread may
+    `receive`.
+    """
+
+    def __init__(self, connection: Connection, name: str) -> None:
+        self._connection = connection
+        self._outbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
+        self._closed = threading.Event()
+        self._writer = threading.Thread(target=self._write, name=f"{name}-writer", daemon=True)
+        self._writer.start()
+
+    def send(self, message: Message) -> None:
+        """Returns at once; what is sent on a closed wire is dropped."""
+        if not self._closed.is_set():
+            self._outbox.put(message)
+
+    def receive(self) -> Message:
+        """The next message that says something. Raises EOFError or OSError when the peer is gone or silent."""
+        while True:
+            # the peer has proved that it has the key
+            message = pickle.loads(self._connection.recv_bytes(MAX_MESSAGE_BYTES))
+            if not isinstance(message, Beat):
+                return message
+
+    def close(self, timeout: float = 2.0) -> None:
+        """Write what is queued, then let go; wakes a thread in `receive`."""
+        self._outbox.put(None)
+        if threading.current_thread() is not self._writer:
+            self._writer.join(timeout)
+        self._hang_up()
+
+    def _write(self) -> None:
+        try:
+            while (message := self._next()) is not None:
+                self._connection.send_bytes(pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL))
+        except OSError:
+            self._hang_up()  # the reader then finds the same and reports it
+
+    def _next(self) -> Message | None:
+        try:
+            return self._outbox.get(timeout=BEAT_SECONDS)
+        except queue.Empty:
+            return Beat()
+
+    def _hang_up(self) -> None:
+        """Shut the socket down; the descriptor itself goes with the last reference, never under a reading thread."""
+        if self._closed.is_set():
+            return
+        self._closed.set()
+        try:
+            with socket.socket(fileno=socket.dup(self._connection.fileno())) as peer:
+                peer.shutdown(socket.SHUT_RDWR)
+        except OSError as error:
+            if error.errno not in GONE:
+                raise
+
+
+GONE = frozenset({9, 32, 104, 107})  # EBADF, EPIPE, ECONNRESET, ENOTCONN: the other side was faster
+
+
+def accept(sock: socket.socket, authkey: bytes, timeout: float) -> Connection:
+    """Server's side of a new connection: prove and demand the key."""
+    connection = _limited(sock, timeout)
+    try:
+        deliver_challenge(connection, authkey)
+        answer_challenge(connection, authkey)
+    except (AuthenticationError, OSError, EOFError):
+        connection.close()
+        raise
+    return connection
+
+
+def connect(address: tuple[str, int], authkey: bytes, timeout: float) -> Connection:
+    """Client's side; WorkerError with the cause where nobody answers, or not as it should."""
+    try:
+        connection = _limited(socket.create_connection(address, timeout), timeout)
+        answer_challenge(connection, authkey)
+        deliver_challenge(connection, authkey)
+    except (AuthenticationError, OSError, EOFError) as error:
+        raise WorkerError(
+            f"cannot reach the engine at {address[0]}:{address[1]} in {timeout:g} s: {type(error).__name__}: {error}"
+        ) from error
+    return connection
+
+
+def set_limit(connection: Connection, seconds: float) -> None:
+    """No single read or write of this connection waits longer."""
+    with socket.socket(fileno=socket.dup(connection.fileno())) as sock:
+        _set_limit(sock, seconds)
+
+
+def _limited(sock: socket.socket, seconds: float) -> Connection:
+    sock.setblocking(True)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    _set_limit(sock, seconds)
+    return Connection(sock.detach())
+
+
+def _set_limit(sock: socket.socket, seconds: float) -> None:
+    limit = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
