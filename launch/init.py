@@ -1,7 +1,7 @@
 """`tp-decoders init`: a checkpoint with random weights, of a shape given by a model preset.
 
 For demonstrations, benchmarks and trials of a cluster before the real weights are there. The preset holds what a
-Hugging Face config.json would; the initialisation is transformers' own.
+Hugging Face config.json would.
 """
 
 from __future__ import annotations
@@ -28,27 +28,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     layer = read(find(args.preset, "models"))
-    parameters = write_random(layer.values, args.output, where=layer.where, seed=args.seed, dtype=args.dtype)
+    count = write_random(layer.values, args.output, seed=args.seed, dtype=args.dtype)
     if args.tokenizer is not None:
         copy_tokenizer(args.tokenizer, args.output)
-    print(f"{args.output}: {layer.values['model_type']}, {parameters / 1e6:.1f} M random parameters, {args.dtype}")
+    print(f"{args.output}: {layer.values['model_type']}, {count / 1e6:.1f} M random parameters, {args.dtype}")
     return 0
 
 
-def write_random(
-    shape: Mapping[str, Any], output: Path, *, where: str = "model", seed: int = 0, dtype: str = "float32"
-) -> int:
+def write_random(shape: Mapping[str, Any], output: Path, seed: int = 0, dtype: str = "float32") -> int:
     """Writes config.json and safetensors; returns the number of parameters."""
     import torch
-    from transformers import AutoModelForCausalLM
 
-    new_folder(output)
-    config = _hf_config(shape, where)
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config).to(getattr(torch, dtype))
-    model.config.dtype = getattr(torch, dtype)
-    model.save_pretrained(output)
-    return int(sum(parameter.numel() for parameter in model.parameters()))
+    from tp_decoders import build, initialise, save
+    from tp_decoders.registry import config_from_hf
+
+    model = initialise(build(config_from_hf(dict(shape)), dtype=getattr(torch, dtype)), seed)
+    save(model, output)
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def copy_tokenizer(source: Path, output: Path) -> None:
@@ -58,26 +54,3 @@ def copy_tokenizer(source: Path, output: Path) -> None:
         raise ConfigError(f"{source} holds none of {list(TOKENIZER_FILES)}; give a folder with a tokenizer")
     for file in files:
         shutil.copyfile(file, output / file.name)
-
-
-def new_folder(output: Path) -> None:
-    """Makes the folder; nothing that is there already is ever overwritten."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ConfigError(f"{output} exists and is not an empty folder; choose a new one or empty it first")
-    output.mkdir(parents=True, exist_ok=True)
-
-
-def _hf_config(shape: Mapping[str, Any], where: str) -> Any:
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    values = dict(shape)
-    model_type = values.pop("model_type", None)
-    if model_type not in CONFIG_MAPPING:
-        raise ConfigError(
-            f"{where}.model_type is {model_type!r}; give a model type of transformers, as in gpt2 or gpt_neox"
-        )
-    known = CONFIG_MAPPING[model_type]().to_dict()
-    unknown = sorted(name for name in values if name not in known)
-    if unknown:
-        raise ConfigError(f"{where}: unknown {unknown}; {model_type} accepts {sorted(known)}")
-    return CONFIG_MAPPING[model_type](**values)

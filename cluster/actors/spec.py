@@ -1,19 +1,25 @@
 """What a serving group is made of: which checkpoint, over how many ranks, in which type, with which engine.
 
-Values that pickle; imports no Ray. The group and its ranks read it, the command line and presets fill it in.
+Values that pickle; imports neither Ray nor torch. The command line and presets fill it in, the group and its ranks
+read it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
+from cluster.actors.place import Place
 from cluster.engine.config import EngineConfig
+from cluster.engine.request import ModelLimits
 from parallel.errors import ConfigError
-from parallel.group import Numerics
+
+if TYPE_CHECKING:
+    from cluster.actors.worker import Phases, Program
 
 Device = Literal["cpu", "cuda"]
 Dtype = Literal["float32", "bfloat16", "float16"]
+Numerics = Literal["invariant", "fast"]
 Transport = Literal["auto", "shm", "gloo"]
 
 
@@ -27,27 +33,57 @@ class ParallelConfig:
     dtype: Dtype | None = None
     numerics: Numerics = "invariant"
     transport: Transport = "auto"
-    threads: int | None = None  # per rank; None: one pinned core per rank, all cores where there is one rank
+    threads: int | None = None  # per rank; None: the node's cores, shared out among its ranks
     collective_timeout_s: float = 10.0
 
     def __post_init__(self) -> None:
-        for name in ("tp", "dp"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"parallel.{name} is {getattr(self, name)}; it must be at least 1")
-        choices = {"device": Device, "numerics": Numerics, "transport": Transport}
-        for name, kind in choices.items():
+        if self.tp < 1:
+            raise ConfigError(f"parallel.tp is {self.tp}; it must be at least 1")
+        if self.dp != 1:
+            raise ConfigError(
+                f"parallel.dp is {self.dp}; serving runs one replica: leave it at 1 and start more servers"
+            )
+        for name, kind in {"device": Device, "numerics": Numerics, "transport": Transport}.items():
             if getattr(self, name) not in get_args(kind):
                 raise ConfigError(f"parallel.{name} is {getattr(self, name)!r}; choose one of {list(get_args(kind))}")
         if self.dtype is not None and self.dtype not in get_args(Dtype):
             raise ConfigError(f"parallel.dtype is {self.dtype!r}; choose one of {list(get_args(Dtype))}")
         if self.threads is not None and self.threads < 1:
             raise ConfigError(f"parallel.threads is {self.threads}; give at least 1, or leave it out")
+        if self.collective_timeout_s <= 0:
+            raise ConfigError(f"parallel.collective_timeout_s is {self.collective_timeout_s}; give seconds above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServeSpec:
-    """A model served by one group."""
+    """A model served by one group. `authkey` is what a front-end must prove it knows."""
 
     model: str
+    authkey: bytes = field(repr=False)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    start_timeout_s: float = 600.0
+
+    def __call__(self, place: Place, phases: Phases) -> Program:
+        """Makes a rank's program; the imports it needs are made on the rank."""
+        with phases("imports"):
+            from cluster.actors.serving import ServeRank
+        return ServeRank(self, place, phases)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankFacts:
+    """What a serving rank says of itself when it is ready."""
+
+    family: str
+    dtype: str
+    parameters: int  # in this rank's shard
+    kv_blocks: int
+    block_size: int
+    kv_bytes: int
+    attention: str
+    transport: str
+    cores: tuple[int, ...]
+    threads: int
+    limits: ModelLimits | None = None  # rank 0
+    engine_address: tuple[str, int] | None = None  # rank 0

@@ -1,0 +1,40 @@
+"""How ranks share a node's cores and memory."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+from cluster.actors.cores import claim_cores, free_memory, share
+from cluster.actors.place import Place
+
+
+def test_cores_are_shared_out_without_overlap_and_without_rest() -> None:
+    shares = [list(share([0, 2, 4, 6, 8], rank, 2)) for rank in range(2)]
+    assert shares == [[0, 2, 4], [6, 8]]
+
+
+def test_more_ranks_than_cores_are_not_pinned() -> None:
+    assert not share([0, 1], 0, 3)
+
+
+def test_pinning_is_the_calling_threads_alone() -> None:
+    before = os.sched_getaffinity(0)
+    claimed: list[tuple[int, ...]] = []
+    inside: list[set[int]] = []
+
+    def claim() -> None:
+        claimed.append(claim_cores(Place(rank=0, world=1, node="here", local_size=len(before)), 1, "cpu"))
+        inside.append(os.sched_getaffinity(0))
+
+    thread = threading.Thread(target=claim)
+    thread.start()
+    thread.join()
+    assert inside[0] == set(claimed[0]) == {min(before)}
+    assert os.sched_getaffinity(0) == before
+
+
+def test_ranks_of_one_host_share_its_free_memory() -> None:
+    alone = free_memory(Place(rank=0, world=1, node="here"), "cpu")
+    half = free_memory(Place(rank=0, world=2, node="here", local_size=2), "cpu")
+    assert 0.4 * alone < half < 0.6 * alone

@@ -1,0 +1,84 @@
+"""The command line: help that shows an example, one-line errors, exit status 2 for bad input."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from launch.main import COMMANDS, main
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_helps_with_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
+    assert f"example: tp-decoders {command}" in " ".join(capsys.readouterr().out.split())
+
+
+def test_help_lists_every_command_quickly() -> None:
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "launch", "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert all(f"    {command} " in done.stdout for command in COMMANDS)
+    assert "torch" not in done.stderr, "--help imports torch"
+    assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("arguments", [[], ["sever"], ["serve"], ["generate"], ["convert", "onlyone"], ["bench"]])
+def test_wrong_arguments_exit_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    assert "error: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["init", "tiny-gpt", "out"], "no preset 'tiny-gpt' in configs/models; choose one of ['gpt-neox-20b'"),
+        (["convert", "nowhere", "out"], "nowhere has no config.json; give the folder of a Hugging Face checkpoint"),
+        (
+            ["convert", "nowhere", "out", "--max-shard-size", "5 bananas"],
+            "--max-shard-size is '5 bananas'; write a number",
+        ),
+        (["serve", "--model", "nowhere"], "nowhere has no config.json"),
+        (["serve", "--model", "m", "--preset", "smal"], "no preset 'smal' in configs/engine; choose one of"),
+        (
+            ["serve", "--model", "m", "engine.max_sequence=8"],
+            "command line.engine: unknown ['max_sequence']; EngineConfig",
+        ),
+        (
+            ["serve", "--model", "m", "engine.max_sequences"],
+            "'engine.max_sequences' is not an override; write name.name",
+        ),
+        (["serve", "--model", "m", "--tp", "0"], "parallel.tp is 0; it must be at least 1"),
+        (["serve", "--model", "m", "--dp", "2"], "parallel.dp is 2"),
+        (["generate", "hello", "--address", "nonsense"], "--address is 'nonsense'; write host:port"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1, error
+
+
+def test_a_server_that_is_not_there_is_status_1_and_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "hello", "--address", "127.0.0.1:1"]) == 1
+    error = capsys.readouterr().err
+    assert "127.0.0.1:1" in error
+    assert error.count("\n") == 1, error
