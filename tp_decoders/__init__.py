@@ -1,1 +1,7 @@
-"""What a model is: the five families, their configurations, checkpoints and tokenizers. Knows nothing of how models are run."""
+"""What a model is: the five families, their configurations, checkpoints and tokenizers. Knows nothing of how models
+are run.
+"""
+
+from tp_decoders.weights import build, initialise, load, save
+
+__all__ = ["build", "initialise", "load", "save"]

@@ -1,0 +1,64 @@
+"""What a decoder's shape is, whatever its family: the facts that loading, serving and training ask for.
+
+A family's `from_hf` makes one from config.json. Options that only one family has live in its own frozen dataclass,
+under `options`. Nothing here reads a file or knows Hugging Face's names for these facts, save `vocabulary` and
+`dropouts` shared by several families.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from parallel.errors import ConfigError
+from tp_decoders.fields import Fields
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dropout:
+    """Probabilities of dropping an element, by where it stands."""
+
+    embedding: float = 0.0
+    attention: float = 0.0
+    residual: float = 0.0
+
+    @property
+    def any(self) -> bool:
+        return max(self.embedding, self.attention, self.residual) > 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """One decoder. `options` is its family's own dataclass; `hf` the config.json it came from."""
+
+    model_type: str
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    d_model: int
+    d_ff: int
+    vocab_size: int
+    max_positions: int
+    activation: str
+    norm_eps: float
+    tie: bool
+    initializer_range: float = 0.02
+    dropout: Dropout = Dropout()
+    options: Any = None
+    hf: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+
+def head_size(where: str, d_model: int, n_heads: int) -> int:
+    """d_model / n_heads, which must be whole."""
+    if d_model % n_heads:
+        raise ConfigError(
+            f"{where}: width {d_model} does not divide into {n_heads} heads; give a multiple of {n_heads}"
+        )
+    return d_model // n_heads
+
+
+def probability(fields: Fields, key: str, default: float) -> float:
+    """A dropout probability; null means none."""
+    return 0.0 if fields.take(key, default) is None else fields.number(key, default, within=(0.0, 1.0))

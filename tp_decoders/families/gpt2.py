@@ -1,0 +1,152 @@
+"""GPT-2: learned positions, attention then MLP, everything with biases, tied head.
+
+Checkpoints store the four matrices of a block [in, out]; the columns of `c_attn` are three blocks q, k, v. One
+forward reduces three kinds of partial sums: the embedding once, and twice per layer. T tokens, D model, N local
+heads, H head, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from parallel.activation import check_activation
+from parallel.attention import Attend, AttentionSpec
+from parallel.group import Group
+from parallel.heads import HeadLayout
+from parallel.linear import ColumnLinear, RowLinear
+from parallel.norm import LayerNorm
+from parallel.shard import Part
+from parallel.vocab import VocabEmbedding, VocabHead
+from tp_decoders.config import DecoderConfig, Dropout, head_size, probability
+from tp_decoders.decoder import Decoder, Family, Place, PositionTable
+from tp_decoders.fields import Fields
+from tp_decoders.names import Name, NameMap, block_names
+
+DOUBLE_HEADS = (
+    "n_ctx",
+    "predict_special_tokens",
+    "summary_type",
+    "summary_use_proj",
+    "summary_activation",
+    "summary_first_dropout",
+    "summary_proj_to_labels",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """`reorder_and_upcast` asks for float32 attention scores, which every attention backend here computes anyway."""
+
+    scale_by_head: bool
+    scale_by_inverse_layer: bool
+    reorder_and_upcast: bool
+
+    def scale(self, layer: int, head_dim: int) -> float:
+        scale = head_dim**-0.5 if self.scale_by_head else 1.0
+        return scale / (layer + 1) if self.scale_by_inverse_layer else scale
+
+
+def from_hf(hf: dict[str, object]) -> DecoderConfig:
+    fields = Fields(hf, "config.json (gpt2)")
+    d_model = fields.integer("n_embd", 768, aliases=("hidden_size",))
+    n_heads = fields.integer("n_head", 12, aliases=("num_attention_heads",))
+    config = DecoderConfig(
+        model_type="gpt2",
+        n_layers=fields.integer("n_layer", 12, aliases=("num_hidden_layers",)),
+        n_heads=n_heads,
+        n_kv_heads=n_heads,
+        head_dim=head_size(fields.where, d_model, n_heads),
+        d_model=d_model,
+        d_ff=fields.optional_integer("n_inner") or 4 * d_model,
+        vocab_size=fields.integer("vocab_size", 50257),
+        max_positions=fields.integer("n_positions", 1024, aliases=("max_position_embeddings",)),
+        activation=check_activation(str(fields.take("activation_function", "gelu_new"))),
+        norm_eps=fields.number("layer_norm_epsilon", 1e-5, above=0.0),
+        tie=fields.flag("tie_word_embeddings", True),
+        initializer_range=fields.number("initializer_range", 0.02),
+        dropout=Dropout(
+            embedding=probability(fields, "embd_pdrop", 0.1),
+            attention=probability(fields, "attn_pdrop", 0.1),
+            residual=probability(fields, "resid_pdrop", 0.1),
+        ),
+        options=Options(
+            scale_by_head=fields.flag("scale_attn_weights", True),
+            scale_by_inverse_layer=fields.flag("scale_attn_by_inverse_layer_idx", False),
+            reorder_and_upcast=fields.flag("reorder_and_upcast_attn", False),
+        ),
+        hf=hf,
+    )
+    fields.finish(DOUBLE_HEADS)
+    return config
+
+
+class Block(nn.Module):
+    """h = x + attention(ln1 x);  h + mlp(ln2 h)."""
+
+    def __init__(self, config: DecoderConfig, layer: int, layout: HeadLayout, group: Group, place: Place) -> None:
+        super().__init__()
+        d, heads = config.d_model, layout.head_shards
+        ffn = group.shards(config.d_ff)
+        self.attention = AttentionSpec(layer, config.options.scale(layer, config.head_dim), None)
+        self.heads = (3, layout.n_local, config.head_dim)
+        self.activation = config.activation
+        self.ln1 = LayerNorm(d, config.norm_eps, **place)
+        self.qkv = ColumnLinear(d, (Part(d, heads),) * 3, group=group, **place)
+        self.out = RowLinear(heads, d, group=group, **place)
+        self.ln2 = LayerNorm(d, config.norm_eps, **place)
+        self.up = ColumnLinear(d, ffn, group=group, **place)
+        self.down = RowLinear(ffn, d, group=group, **place)
+
+    def forward(self, x_TD: Tensor, attend: Attend) -> Tensor:
+        q_TNH, k_TNH, v_TNH = self.qkv(self.ln1(x_TD)).unflatten(1, self.heads).unbind(1)
+        h_TD = x_TD + self.out(attend(self.attention, q_TNH, k_TNH, v_TNH).flatten(1))
+        return h_TD + self.down(self.up(self.ln2(h_TD), self.activation))
+
+
+class Model(Decoder):
+    """GPT-2 with its language-modelling head."""
+
+    def __init__(self, config: DecoderConfig, group: Group, place: Place) -> None:
+        super().__init__(config, group)
+        layout = HeadLayout.of(group, config.n_heads, config.n_kv_heads, config.head_dim)
+        self.embed = VocabEmbedding(config.vocab_size, config.d_model, group=group, **place)
+        self.positions = PositionTable(config.max_positions, config.d_model, group, place)
+        self.blocks = nn.ModuleList(Block(config, layer, layout, group, place) for layer in range(config.n_layers))
+        self.norm = LayerNorm(config.d_model, config.norm_eps, **place)
+        tied = self.embed.weight if config.tie else None
+        self.head = VocabHead(config.vocab_size, config.d_model, group=group, weight=tied, **place)
+        self.eval()
+
+    def forward(self, tokens_T: Tensor, positions_T: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
+        x_TD = self.embed(tokens_T) + self.positions(positions_T)
+        for block in self.blocks:
+            x_TD = block(x_TD, attend)
+        return self.head(self.norm(x_TD if rows is None else x_TD[rows]))
+
+
+NAMES = (
+    Name("wte.weight", "embed.weight"),
+    Name("wpe.weight", "positions.weight"),
+    *block_names(
+        "h",
+        "blocks",
+        {
+            "ln_1": "ln1",
+            "attn.c_attn": "qkv",
+            "attn.c_proj": "out",
+            "ln_2": "ln2",
+            "mlp.c_fc": "up",
+            "mlp.c_proj": "down",
+        },
+        transposed=("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
+    ),
+    Name("ln_f.weight", "norm.weight"),
+    Name("ln_f.bias", "norm.bias"),
+    Name("lm_head.weight", "head.linear.weight", prefixed=False),
+    Name("h.{i}.attn.bias", None),
+    Name("h.{i}.attn.masked_bias", None),
+)
+
+FAMILY = Family("gpt2", from_hf, Model, NameMap("transformer.", NAMES))

@@ -1,0 +1,181 @@
+"""GPT-BigCode: GPT-2's block with one shared K/V head (multi-query), or per-head (q, k, v) rows without it.
+
+With multi_query the rows of `c_attn` are q, divided by heads, then one k and one v head that every rank holds; their
+gradient is summed over ranks once. Without it the rows are per head (q, k, v), unlike GPT-2. T tokens, D model, N
+local heads, H head, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from parallel.activation import check_activation
+from parallel.attention import Attend, AttentionSpec
+from parallel.group import Group
+from parallel.heads import HeadLayout, share_heads
+from parallel.linear import ColumnLinear, RowLinear
+from parallel.norm import LayerNorm
+from parallel.shard import Part
+from parallel.vocab import VocabEmbedding, VocabHead
+from tp_decoders.config import DecoderConfig, Dropout, head_size, probability
+from tp_decoders.decoder import Decoder, Family, Place, PositionTable
+from tp_decoders.fields import Fields
+from tp_decoders.names import Name, NameMap, block_names
+
+INFERENCE_HINTS = (
+    "attention_type",
+    "inference_runner",
+    "max_batch_size",
+    "max_sequence_length",
+    "n_ctx",
+    "pad_key_length",
+    "pre_allocate_kv_cache",
+    "summary_type",
+    "summary_use_proj",
+    "summary_activation",
+    "summary_first_dropout",
+    "summary_proj_to_labels",
+    "validate_runner_input",
+)
+"""Settings of an earlier runner for the same weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The two float32 softmax options say where transformers rounds; every attention backend here scores in float32."""
+
+    multi_query: bool
+    scale_by_head: bool
+    softmax_in_float32: bool
+    scaled_softmax_in_float32: bool
+
+
+def from_hf(hf: dict[str, object]) -> DecoderConfig:
+    fields = Fields(hf, "config.json (gpt_bigcode)")
+    d_model = fields.integer("n_embd", 768, aliases=("hidden_size",))
+    n_heads = fields.integer("n_head", 12, aliases=("num_attention_heads",))
+    multi_query = fields.flag("multi_query", True)
+    fields.only("num_key_value_heads", 1 if multi_query else n_heads)
+    config = DecoderConfig(
+        model_type="gpt_bigcode",
+        n_layers=fields.integer("n_layer", 12, aliases=("num_hidden_layers",)),
+        n_heads=n_heads,
+        n_kv_heads=1 if multi_query else n_heads,
+        head_dim=head_size(fields.where, d_model, n_heads),
+        d_model=d_model,
+        d_ff=fields.optional_integer("n_inner") or 4 * d_model,
+        vocab_size=fields.integer("vocab_size", 50257),
+        max_positions=fields.integer("n_positions", 1024, aliases=("max_position_embeddings",)),
+        activation=check_activation(str(fields.take("activation_function", "gelu_pytorch_tanh"))),
+        norm_eps=fields.number("layer_norm_epsilon", 1e-5, above=0.0),
+        tie=fields.flag("tie_word_embeddings", True),
+        initializer_range=fields.number("initializer_range", 0.02),
+        dropout=Dropout(
+            embedding=probability(fields, "embd_pdrop", 0.1),
+            attention=probability(fields, "attn_pdrop", 0.1),
+            residual=probability(fields, "resid_pdrop", 0.1),
+        ),
+        options=Options(
+            multi_query=multi_query,
+            scale_by_head=fields.flag("scale_attn_weights", True),
+            softmax_in_float32=fields.flag("attention_softmax_in_fp32", True),
+            scaled_softmax_in_float32=fields.flag("scale_attention_softmax_in_fp32", True),
+        ),
+        hf=hf,
+    )
+    fields.finish(INFERENCE_HINTS)
+    return config
+
+
+class Attention(nn.Module):
+    """Queries by head against one shared K/V head, or against their own."""
+
+    def __init__(self, config: DecoderConfig, layer: int, layout: HeadLayout, group: Group, place: Place) -> None:
+        super().__init__()
+        d, head_dim, heads = config.d_model, config.head_dim, layout.head_shards
+        self.spec = AttentionSpec(layer, head_dim**-0.5 if config.options.scale_by_head else 1.0, None)
+        self.layout, self.group = layout, group
+        self.shared = layout.shares_kv
+        parts = (Part(d, heads), Part(head_dim), Part(head_dim)) if self.shared else heads.scaled(3)
+        self.qkv = ColumnLinear(d, parts, group=group, **place)
+        self.out = RowLinear(heads, d, group=group, **place)
+
+    def forward(self, x_TD: Tensor, attend: Attend) -> Tensor:
+        q_TNH, k_TKH, v_TKH = self.split(self.qkv(x_TD))
+        return self.out(attend(self.spec, q_TNH, k_TKH, v_TKH).flatten(1))
+
+    def split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        n_local, head_dim = self.layout.n_local, self.layout.head_dim
+        if not self.shared:
+            q_TNH, k_TNH, v_TNH = qkv.unflatten(1, (n_local, 3, head_dim)).unbind(2)
+            return q_TNH, k_TNH, v_TNH
+        heads = qkv.unflatten(1, (n_local + 2, head_dim))  # [T, N/p local query heads, k, v]
+        q_TNH, k_T1H, v_T1H = heads.split((n_local, 1, 1), 1)
+        return q_TNH, share_heads(k_T1H, self.layout, self.group), share_heads(v_T1H, self.layout, self.group)
+
+
+class Block(nn.Module):
+    """h = x + attention(ln1 x);  h + mlp(ln2 h)."""
+
+    def __init__(self, config: DecoderConfig, layer: int, layout: HeadLayout, group: Group, place: Place) -> None:
+        super().__init__()
+        ffn = group.shards(config.d_ff)
+        self.activation = config.activation
+        self.ln1 = LayerNorm(config.d_model, config.norm_eps, **place)
+        self.attention = Attention(config, layer, layout, group, place)
+        self.ln2 = LayerNorm(config.d_model, config.norm_eps, **place)
+        self.up = ColumnLinear(config.d_model, ffn, group=group, **place)
+        self.down = RowLinear(ffn, config.d_model, group=group, **place)
+
+    def forward(self, x_TD: Tensor, attend: Attend) -> Tensor:
+        h_TD = x_TD + self.attention(self.ln1(x_TD), attend)
+        return h_TD + self.down(self.up(self.ln2(h_TD), self.activation))
+
+
+class Model(Decoder):
+    """GPT-BigCode with its language-modelling head."""
+
+    def __init__(self, config: DecoderConfig, group: Group, place: Place) -> None:
+        super().__init__(config, group)
+        layout = HeadLayout.of(group, config.n_heads, config.n_kv_heads, config.head_dim)
+        self.embed = VocabEmbedding(config.vocab_size, config.d_model, group=group, **place)
+        self.positions = PositionTable(config.max_positions, config.d_model, group, place)
+        self.blocks = nn.ModuleList(Block(config, layer, layout, group, place) for layer in range(config.n_layers))
+        self.norm = LayerNorm(config.d_model, config.norm_eps, **place)
+        tied = self.embed.weight if config.tie else None
+        self.head = VocabHead(config.vocab_size, config.d_model, group=group, weight=tied, **place)
+        self.eval()
+
+    def forward(self, tokens_T: Tensor, positions_T: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
+        x_TD = self.embed(tokens_T) + self.positions(positions_T)
+        for block in self.blocks:
+            x_TD = block(x_TD, attend)
+        return self.head(self.norm(x_TD if rows is None else x_TD[rows]))
+
+
+NAMES = (
+    Name("wte.weight", "embed.weight"),
+    Name("wpe.weight", "positions.weight"),
+    *block_names(
+        "h",
+        "blocks",
+        {
+            "ln_1": "ln1",
+            "attn.c_attn": "attention.qkv",
+            "attn.c_proj": "attention.out",
+            "ln_2": "ln2",
+            "mlp.c_fc": "up",
+            "mlp.c_proj": "down",
+        },
+    ),
+    Name("ln_f.weight", "norm.weight"),
+    Name("ln_f.bias", "norm.bias"),
+    Name("lm_head.weight", "head.linear.weight", prefixed=False),
+    Name("bias", None),
+    Name("h.{i}.attn.bias", None),
+    Name("h.{i}.attn.masked_bias", None),
+)
+
+FAMILY = Family("gpt_bigcode", from_hf, Model, NameMap("transformer.", NAMES))

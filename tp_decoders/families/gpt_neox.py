@@ -1,0 +1,145 @@
+"""GPT-NeoX: rotary positions on part of each head, parallel or sequential residual, separate head.
+
+The rows of `query_key_value` are per head (q, k, v). With the parallel residual the partial sums of attention and MLP
+are added before one reduction per layer; both are cut into the same number of leaves for that. T tokens, D model, N
+local heads, H head, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from parallel.activation import check_activation
+from parallel.attention import Attend, AttentionSpec
+from parallel.group import Group
+from parallel.heads import HeadLayout
+from parallel.linear import ColumnLinear, RowLinear, reduce_sum
+from parallel.norm import LayerNorm
+from parallel.vocab import VocabEmbedding, VocabHead
+from tp_decoders.config import DecoderConfig, Dropout, head_size, probability
+from tp_decoders.decoder import Decoder, Family, Place
+from tp_decoders.fields import Fields
+from tp_decoders.names import Name, NameMap, block_names
+from tp_decoders.rotary import Rotary, RotaryConfig, Rotation, rotary_from_hf, rotate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    rotary: RotaryConfig
+    parallel_residual: bool
+    attention_bias: bool
+
+
+def from_hf(hf: dict[str, object]) -> DecoderConfig:
+    fields = Fields(hf, "config.json (gpt_neox)")
+    d_model = fields.integer("hidden_size", 6144)
+    n_heads = fields.integer("num_attention_heads", 64)
+    head_dim = head_size(fields.where, d_model, n_heads)
+    rotary = rotary_from_hf(fields, head_dim, fields.integer("max_position_embeddings", 2048), default_share=0.25)
+    hidden_dropout = probability(fields, "hidden_dropout", 0.0)
+    config = DecoderConfig(
+        model_type="gpt_neox",
+        n_layers=fields.integer("num_hidden_layers", 44),
+        n_heads=n_heads,
+        n_kv_heads=n_heads,
+        head_dim=head_dim,
+        d_model=d_model,
+        d_ff=fields.integer("intermediate_size", 24576),
+        vocab_size=fields.integer("vocab_size", 50432),
+        max_positions=rotary.reach,
+        activation=check_activation(str(fields.take("hidden_act", "gelu"))),
+        norm_eps=fields.number("layer_norm_eps", 1e-5, above=0.0),
+        tie=fields.flag("tie_word_embeddings", False),
+        initializer_range=fields.number("initializer_range", 0.02),
+        dropout=Dropout(
+            embedding=hidden_dropout, attention=probability(fields, "attention_dropout", 0.0), residual=hidden_dropout
+        ),
+        options=Options(
+            rotary=rotary,
+            parallel_residual=fields.flag("use_parallel_residual", True),
+            attention_bias=fields.flag("attention_bias", True),
+        ),
+        hf=hf,
+    )
+    fields.only("attention_probs_dropout_prob", 0, None)  # early names, which transformers does not read
+    fields.only("hidden_dropout_prob", 0, None)
+    fields.finish(["classifier_dropout"])
+    return config
+
+
+class Block(nn.Module):
+    """x + attention(ln1 x) + mlp(ln2 x), or one after the other."""
+
+    def __init__(self, config: DecoderConfig, layer: int, layout: HeadLayout, group: Group, place: Place) -> None:
+        super().__init__()
+        d, bias = config.d_model, config.options.attention_bias
+        ffn = group.shards(config.d_ff, num_leaves=layout.shards.num_leaves)
+        self.attention = AttentionSpec(layer, config.head_dim**-0.5, None)
+        self.heads = (layout.n_local, 3, config.head_dim)
+        self.activation = config.activation
+        self.parallel_residual = config.options.parallel_residual
+        self.ln1 = LayerNorm(d, config.norm_eps, **place)
+        self.qkv = ColumnLinear(d, layout.head_shards.scaled(3), group=group, bias=bias, **place)
+        self.out = RowLinear(layout.head_shards, d, group=group, bias=bias, **place)
+        self.ln2 = LayerNorm(d, config.norm_eps, **place)
+        self.up = ColumnLinear(d, ffn, group=group, **place)
+        self.down = RowLinear(ffn, d, group=group, **place)
+
+    def forward(self, x_TD: Tensor, rotation: Rotation, attend: Attend) -> Tensor:
+        q_TNH, k_TNH, v_TNH = self.qkv(self.ln1(x_TD)).unflatten(1, self.heads).unbind(2)
+        o_TNH = attend(self.attention, rotate(q_TNH, rotation), rotate(k_TNH, rotation), v_TNH)
+        attended = self.out.partial(o_TNH.flatten(1))
+        if self.parallel_residual:
+            return x_TD + reduce_sum(attended, self.down.partial(self.up(self.ln2(x_TD), self.activation)))
+        h_TD = x_TD + reduce_sum(attended)
+        return h_TD + self.down(self.up(self.ln2(h_TD), self.activation))
+
+
+class Model(Decoder):
+    """GPT-NeoX with its language-modelling head."""
+
+    def __init__(self, config: DecoderConfig, group: Group, place: Place) -> None:
+        super().__init__(config, group)
+        layout = HeadLayout.of(group, config.n_heads, config.n_kv_heads, config.head_dim)
+        self.rotary = Rotary(config.options.rotary)
+        self.embed = VocabEmbedding(config.vocab_size, config.d_model, group=group, **place)
+        self.blocks = nn.ModuleList(Block(config, layer, layout, group, place) for layer in range(config.n_layers))
+        self.norm = LayerNorm(config.d_model, config.norm_eps, **place)
+        tied = self.embed.weight if config.tie else None
+        self.head = VocabHead(config.vocab_size, config.d_model, group=group, weight=tied, **place)
+        self.eval()
+
+    def forward(self, tokens_T: Tensor, positions_T: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
+        rotation = self.rotary.at(positions_T)
+        x_TD = self.embed(tokens_T)
+        for block in self.blocks:
+            x_TD = block(x_TD, rotation, attend)
+        return self.head(self.norm(x_TD if rows is None else x_TD[rows]))
+
+
+NAMES = (
+    Name("embed_in.weight", "embed.weight"),
+    *block_names(
+        "layers",
+        "blocks",
+        {
+            "input_layernorm": "ln1",
+            "attention.query_key_value": "qkv",
+            "attention.dense": "out",
+            "post_attention_layernorm": "ln2",
+            "mlp.dense_h_to_4h": "up",
+            "mlp.dense_4h_to_h": "down",
+        },
+    ),
+    Name("final_layer_norm.weight", "norm.weight"),
+    Name("final_layer_norm.bias", "norm.bias"),
+    Name("embed_out.weight", "head.linear.weight", prefixed=False),
+    Name("layers.{i}.attention.bias", None),
+    Name("layers.{i}.attention.masked_bias", None),
+    Name("layers.{i}.attention.rotary_emb.inv_freq", None),
+    Name("rotary_emb.inv_freq", None),
+)
+
+FAMILY = Family("gpt_neox", from_hf, Model, NameMap("gpt_neox.", NAMES))

@@ -1,0 +1,128 @@
+"""GPT-NeoX-Japanese: rotary positions, sequential residual, no biases but one, tied head.
+
+The one bias, `dense_bias`, belongs to the last layer's attention output and is added once, after the reduction. The
+MLP is intermediate_multiple_size times as wide as the model. T tokens, D model, N local heads, H head, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from parallel.activation import check_activation
+from parallel.attention import Attend, AttentionSpec
+from parallel.group import Group
+from parallel.heads import HeadLayout
+from parallel.linear import ColumnLinear, RowLinear
+from parallel.norm import LayerNorm
+from parallel.vocab import VocabEmbedding, VocabHead
+from tp_decoders.config import DecoderConfig, Dropout, head_size, probability
+from tp_decoders.decoder import Decoder, Family, Place
+from tp_decoders.fields import Fields
+from tp_decoders.names import Name, NameMap
+from tp_decoders.rotary import Rotary, RotaryConfig, Rotation, rotary_from_hf, rotate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    rotary: RotaryConfig
+
+
+def from_hf(hf: dict[str, object]) -> DecoderConfig:
+    fields = Fields(hf, "config.json (gpt_neox_japanese)")
+    d_model = fields.integer("hidden_size", 2560)
+    n_heads = fields.integer("num_attention_heads", 32)
+    head_dim = head_size(fields.where, d_model, n_heads)
+    rotary = rotary_from_hf(fields, head_dim, fields.integer("max_position_embeddings", 2048), default_share=1.0)
+    config = DecoderConfig(
+        model_type="gpt_neox_japanese",
+        n_layers=fields.integer("num_hidden_layers", 32),
+        n_heads=n_heads,
+        n_kv_heads=n_heads,
+        head_dim=head_dim,
+        d_model=d_model,
+        d_ff=int(d_model * fields.number("intermediate_multiple_size", 4, above=0.0)),
+        vocab_size=fields.integer("vocab_size", 32000),
+        max_positions=rotary.reach,
+        activation=check_activation(str(fields.take("hidden_act", "gelu"))),
+        norm_eps=fields.number("layer_norm_eps", 1e-5, above=0.0),
+        tie=fields.flag("tie_word_embeddings", True),
+        initializer_range=fields.number("initializer_range", 0.02),
+        dropout=Dropout(
+            attention=probability(fields, "attention_dropout", 0.1), residual=probability(fields, "hidden_dropout", 0.0)
+        ),
+        options=Options(rotary=rotary),
+        hf=hf,
+    )
+    fields.finish()
+    return config
+
+
+class Block(nn.Module):
+    """h = x + attention(ln1 x);  h + mlp(ln2 h)."""
+
+    def __init__(self, config: DecoderConfig, layer: int, layout: HeadLayout, group: Group, place: Place) -> None:
+        super().__init__()
+        d, is_last = config.d_model, layer == config.n_layers - 1
+        ffn = group.shards(config.d_ff)
+        self.attention = AttentionSpec(layer, config.head_dim**-0.5, None)
+        self.heads = (layout.n_local, 3, config.head_dim)
+        self.activation = config.activation
+        self.ln1 = LayerNorm(d, config.norm_eps, **place)
+        self.qkv = ColumnLinear(d, layout.head_shards.scaled(3), group=group, bias=False, **place)
+        self.out = RowLinear(layout.head_shards, d, group=group, bias=is_last, **place)
+        self.ln2 = LayerNorm(d, config.norm_eps, **place)
+        self.up = ColumnLinear(d, ffn, group=group, bias=False, **place)
+        self.down = RowLinear(ffn, d, group=group, bias=False, **place)
+
+    def forward(self, x_TD: Tensor, rotation: Rotation, attend: Attend) -> Tensor:
+        q_TNH, k_TNH, v_TNH = self.qkv(self.ln1(x_TD)).unflatten(1, self.heads).unbind(2)
+        o_TNH = attend(self.attention, rotate(q_TNH, rotation), rotate(k_TNH, rotation), v_TNH)
+        h_TD = x_TD + self.out(o_TNH.flatten(1))
+        return h_TD + self.down(self.up(self.ln2(h_TD), self.activation))
+
+
+class Model(Decoder):
+    """GPT-NeoX-Japanese with its language-modelling head."""
+
+    def __init__(self, config: DecoderConfig, group: Group, place: Place) -> None:
+        super().__init__(config, group)
+        layout = HeadLayout.of(group, config.n_heads, config.n_kv_heads, config.head_dim)
+        self.rotary = Rotary(config.options.rotary)
+        self.embed = VocabEmbedding(config.vocab_size, config.d_model, group=group, **place)
+        self.blocks = nn.ModuleList(Block(config, layer, layout, group, place) for layer in range(config.n_layers))
+        self.norm = LayerNorm(config.d_model, config.norm_eps, **place)
+        tied = self.embed.weight if config.tie else None
+        self.head = VocabHead(config.vocab_size, config.d_model, group=group, weight=tied, **place)
+        self.eval()
+
+    def forward(self, tokens_T: Tensor, positions_T: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
+        rotation = self.rotary.at(positions_T)
+        x_TD = self.embed(tokens_T)
+        for block in self.blocks:
+            x_TD = block(x_TD, rotation, attend)
+        return self.head(self.norm(x_TD if rows is None else x_TD[rows]))
+
+
+NAMES = (
+    Name("embed_in.weight", "embed.weight"),
+    Name("layers.{i}.input_layernorm.weight", "blocks.{i}.ln1.weight"),
+    Name("layers.{i}.input_layernorm.bias", "blocks.{i}.ln1.bias"),
+    Name("layers.{i}.attention.query_key_value.weight", "blocks.{i}.qkv.weight"),
+    Name("layers.{i}.attention.dense.weight", "blocks.{i}.out.weight"),
+    Name("layers.{i}.attention.dense_bias", "blocks.{i}.out.bias"),
+    Name("layers.{i}.post_attention_layernorm.weight", "blocks.{i}.ln2.weight"),
+    Name("layers.{i}.post_attention_layernorm.bias", "blocks.{i}.ln2.bias"),
+    Name("layers.{i}.mlp.dense_h_to_4h.weight", "blocks.{i}.up.weight"),
+    Name("layers.{i}.mlp.dense_4h_to_h.weight", "blocks.{i}.down.weight"),
+    Name("final_layer_norm.weight", "norm.weight"),
+    Name("final_layer_norm.bias", "norm.bias"),
+    Name("embed_out.weight", "head.linear.weight", prefixed=False),
+    Name("layers.{i}.attention.bias", None),
+    Name("layers.{i}.attention.masked_bias", None),
+    Name("layers.{i}.attention.rotary_emb.inv_freq", None),
+    Name("rotary_emb.inv_freq", None),
+)
+
+FAMILY = Family("gpt_neox_japanese", from_hf, Model, NameMap("gpt_neox_japanese.", NAMES))

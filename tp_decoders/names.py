@@ -1,0 +1,66 @@
+"""How a checkpoint's tensor names correspond to ours: one table per family, read in both directions.
+
+A line is `Name("h.{i}.attn.c_attn.weight", "blocks.{i}.qkv.weight", transposed=True)`; `{i}` stands for a layer
+number and ours=None marks a buffer that old checkpoints carry and nobody needs. Historic checkpoints leave out the
+prefix (`transformer.`); loading takes either.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+LAYER = "{i}"
+
+
+@dataclass(frozen=True)
+class Name:
+    """One line of a table. Names outside the base model (the head's) have no prefix."""
+
+    theirs: str
+    ours: str | None
+    transposed: bool = False
+    prefixed: bool = True
+
+
+def block_names(theirs: str, ours: str, pairs: dict[str, str], transposed: Iterable[str] = ()) -> tuple[Name, ...]:
+    """The weight and bias of each module of a block, {theirs: ours}; `transposed` weights are stored [in, out]."""
+    flipped = set(transposed)
+    return tuple(
+        Name(f"{theirs}.{LAYER}.{a}.{leaf}", f"{ours}.{LAYER}.{b}.{leaf}", transposed=leaf == "weight" and a in flipped)
+        for a, b in pairs.items()
+        for leaf in ("weight", "bias")
+    )
+
+
+class NameMap:
+    """A family's table, compiled. `prefix` is what transformers writes before the base model's tensors."""
+
+    def __init__(self, prefix: str, names: tuple[Name, ...]) -> None:
+        self.prefix = prefix
+        self.names = names
+        self._theirs = [(_pattern(name.theirs), name) for name in names]
+        self._ours = [(_pattern(name.ours), name) for name in names if name.ours]
+
+    def find(self, theirs: str) -> tuple[Name, str | None] | None:
+        """The line that a checkpoint's name falls under and our name for it; None for a name that no line covers."""
+        bare = theirs.removeprefix(self.prefix)
+        for pattern, name in self._theirs:
+            match = pattern.fullmatch(bare)
+            if match:
+                return name, name.ours and name.ours.replace(LAYER, match.groupdict().get("i", ""))
+        return None
+
+    def theirs(self, ours: str) -> tuple[Name, str]:
+        """The line and the checkpoint's name, with its prefix, of one of our parameters."""
+        for pattern, name in self._ours:
+            match = pattern.fullmatch(ours)
+            if match:
+                bare = name.theirs.replace(LAYER, match.groupdict().get("i", ""))
+                return name, self.prefix + bare if name.prefixed else bare
+        raise KeyError(f"the name table has no line for parameter {ours!r}")
+
+
+def _pattern(name: str) -> re.Pattern[str]:
+    return re.compile(re.escape(name).replace(re.escape(LAYER), r"(?P<i>0|[1-9]\d*)"))

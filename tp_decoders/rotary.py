@@ -1,0 +1,148 @@
+"""Rotary position embedding: cos and sin tables, and the rotation of the first part of every head.
+
+The tables are computed once, whole, in float32 on the CPU, so that an entry has the same bits on every rank, device
+and batch; each forward only picks the rows of its positions. No collectives. T tokens, N heads, H head, R rotated
+elements (R <= H, in two halves).
+
+Dynamic (NTK) scaling is defined on the sequence itself: the token at position p is rotated by the base for a sequence
+of p + 1 tokens, never by the length of a batch. Generating one token at a time, transformers does the same; it
+differs for a prompt longer than the original context, where transformers rotates early tokens by the prompt's length,
+so that its own cached and uncached results disagree.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from parallel.errors import ConfigError
+from parallel.native import elementwise
+from parallel.products import uses_native
+from tp_decoders.fields import Fields
+
+KINDS = ("default", "linear", "dynamic")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RotaryConfig:
+    """`size` elements of each head are rotated; `kind` says how positions beyond the trained context are treated."""
+
+    size: int
+    base: float
+    max_positions: int
+    kind: str = "default"
+    factor: float = 1.0
+
+    @property
+    def reach(self) -> int:
+        """The longest sequence that can be computed."""
+        return int(self.max_positions * self.factor) if self.kind == "dynamic" else self.max_positions
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """What one forward needs: cos and sin of every token's angles, [T, R/2] float32 each."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+class Rotary:
+    """The tables of one model, made at the first use on a device."""
+
+    def __init__(self, config: RotaryConfig) -> None:
+        self.config = config
+        self._tables: dict[torch.device, Rotation] = {}
+
+    def at(self, positions_T: Tensor) -> Rotation:
+        device = positions_T.device
+        if device not in self._tables:
+            table = build_tables(self.config)
+            self._tables[device] = Rotation(table.cos.to(device), table.sin.to(device))
+        table = self._tables[device]
+        return Rotation(table.cos[positions_T], table.sin[positions_T])
+
+
+def build_tables(config: RotaryConfig) -> Rotation:
+    """Angles of every position, in float32 and in the order of operations of transformers."""
+    exponents = torch.arange(0, config.size, 2, dtype=torch.int64).float() / config.size
+    positions = torch.arange(config.reach, dtype=torch.int64)
+    if config.kind == "dynamic":
+        frequencies = torch.stack([1.0 / (base**exponents) for base in _dynamic_bases(config)])
+    else:
+        frequencies = 1.0 / (config.base**exponents)
+        frequencies = (frequencies / config.factor if config.kind == "linear" else frequencies)[None]
+    angles = positions.float()[:, None] * frequencies
+    return Rotation(angles.cos(), angles.sin())
+
+
+def _dynamic_bases(config: RotaryConfig) -> list[float]:
+    """The base for each position: the trained one up to the trained context, growing with the sequence beyond it."""
+    factor, trained = config.factor, config.max_positions
+    power = config.size / (config.size - 2)
+    lengths = (max(position + 1, trained) for position in range(config.reach))
+    return [config.base * ((factor * length / trained) - (factor - 1)) ** power for length in lengths]
+
+
+def rotate(x_TNH: Tensor, rotation: Rotation) -> Tensor:
+    """The rotated heads: in place where no gradient is wanted, a new tensor otherwise; the same bits both ways."""
+    if torch.is_grad_enabled() and x_TNH.requires_grad:
+        return _Rotate.apply(x_TNH, rotation)
+    return rotate_(x_TNH, rotation)
+
+
+def rotate_(x_TNH: Tensor, rotation: Rotation, inverse: bool = False) -> Tensor:
+    """Rotates in place (back, if inverse), in float32, rounded once. The tensor may be a strided view."""
+    if uses_native(x_TNH):
+        return elementwise.rotary(x_TNH, rotation.cos, rotation.sin, out=x_TNH, inverse=inverse)
+    half = rotation.cos.shape[-1]
+    first, second = x_TNH[..., :half].float(), x_TNH[..., half : 2 * half].float()
+    cos, sin = rotation.cos[:, None], (-rotation.sin if inverse else rotation.sin)[:, None]
+    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+    x_TNH[..., : 2 * half].copy_(turned)
+    return x_TNH
+
+
+class _Rotate(torch.autograd.Function):
+    """The gradient of a rotation is the rotation back."""
+
+    @staticmethod
+    def forward(ctx, x_TNH: Tensor, rotation: Rotation) -> Tensor:  # type: ignore[no-untyped-def,override]
+        ctx.rotation = rotation
+        return rotate_(x_TNH.clone(memory_format=torch.contiguous_format), rotation)
+
+    @staticmethod
+    def backward(ctx, grad_TNH: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def,override]
+        return rotate_(grad_TNH.clone(memory_format=torch.contiguous_format), ctx.rotation, inverse=True), None
+
+
+def rotary_from_hf(fields: Fields, head_dim: int, max_positions: int, default_share: float) -> RotaryConfig:
+    """Reads rotary_pct, rotary_emb_base and rope_scaling, under their older and newer names."""
+    share = fields.number("rotary_pct", default_share, within=(0.0, 1.0), aliases=("partial_rotary_factor",))
+    base = fields.number("rotary_emb_base", 10000, above=0.0, aliases=("rope_theta",))
+    size = int(head_dim * share)
+    if size % 2:
+        raise ConfigError(
+            f"{fields.where}: rotary_pct = {share} of heads of {head_dim} rotates {size} elements; they turn in pairs, "
+            "so give a share that makes an even number"
+        )
+    kind, factor = _scaling_from_hf(fields.section("rope_scaling"), max_positions)
+    if kind == "dynamic" and size <= 2:
+        raise ConfigError(
+            f"{fields.where}: dynamic rope_scaling needs more than 2 rotated elements per head, not {size}"
+        )
+    return RotaryConfig(size=size, base=base, max_positions=max_positions, kind=kind, factor=factor)
+
+
+def _scaling_from_hf(scaling: Fields | None, max_positions: int) -> tuple[str, float]:
+    if scaling is None:
+        return "default", 1.0
+    kind = str(scaling.take("rope_type", "default", aliases=("type",)))
+    if kind not in KINDS:
+        raise scaling.refuse("rope_type" if "rope_type" in scaling.values else "type", ", ".join(KINDS))
+    factor = 1.0 if kind == "default" else scaling.number("factor", within=(1.0, float("inf")))
+    scaling.only("original_max_position_embeddings", None, max_positions)
+    scaling.finish()
+    return kind, factor

@@ -1,0 +1,173 @@
+"""The tensors of a checkpoint folder, by name, read slice by slice.
+
+Safetensors (one file or an index) and, failing those, PyTorch's .bin through weights_only. Files are memory-mapped:
+opening reads names and shapes, `read` touches the pages of one slice. The oldest .bin files cannot be mapped and are
+loaded whole, with a warning.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import pickle
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from parallel.errors import CheckpointError
+from parallel.shard import Index
+
+log = logging.getLogger(__name__)
+
+LAYOUTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class TensorFile(Protocol):
+    """One file of a checkpoint."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def dtype(self, name: str) -> torch.dtype | None:
+        """None for a tensor that is not of a floating-point type."""
+        ...
+
+    def read(self, name: str, index: Index) -> Tensor: ...
+
+
+class SafetensorsFile:
+    """A .safetensors file, mapped."""
+
+    def __init__(self, path: Path, stack: ExitStack) -> None:
+        try:
+            self._file = stack.enter_context(safe_open(path, framework="pt"))
+            self.shapes = {name: tuple(self._file.get_slice(name).get_shape()) for name in self._file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError, ValueError) as error:
+            raise _corrupt(path, error) from error
+
+    def dtype(self, name: str) -> torch.dtype | None:
+        return DTYPES.get(self._file.get_slice(name).get_dtype())
+
+    def read(self, name: str, index: Index) -> Tensor:
+        return self._file.get_slice(name)[index]
+
+
+class PickledFile:
+    """A .bin file; nothing but tensors is unpickled."""
+
+    def __init__(self, path: Path, stack: ExitStack) -> None:
+        self._tensors = _load_pickled(path)
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
+
+    def dtype(self, name: str) -> torch.dtype | None:
+        dtype = self._tensors[name].dtype
+        return dtype if dtype.is_floating_point else None
+
+    def read(self, name: str, index: Index) -> Tensor:
+        return self._tensors[name][index]
+
+
+def _load_pickled(path: Path) -> dict[str, Tensor]:
+    try:
+        mapped = path.open("rb").read(2) == b"PK"
+        if not mapped:
+            log.warning(
+                "%s has the format of before torch 1.6: it is read whole into memory; save it again as safetensors",
+                path,
+            )
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped or None)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        raise _corrupt(path, error) from error
+    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
+        raise CheckpointError(f"{path} does not hold a table of tensors; give a state dict saved by torch.save")
+    return loaded
+
+
+def _corrupt(path: Path, error: Exception) -> CheckpointError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return CheckpointError(
+        f"{path} cannot be read ({path.stat().st_size if path.exists() else 0} bytes): {reason}; fetch it again"
+    )
+
+
+class Checkpoint:
+    """All tensors of a folder, whichever files they are in."""
+
+    def __init__(self, folder: Path, files: Mapping[str, TensorFile], stack: ExitStack) -> None:
+        self.folder = folder
+        self._files = files
+        self._stack = stack
+        self.shapes = {name: file.shapes[name] for name, file in files.items()}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the first floating-point tensor."""
+        found = (file.dtype(name) for name, file in self._files.items())
+        return next((dtype for dtype in found if dtype is not None), torch.float32)
+
+    def is_floating(self, name: str) -> bool:
+        return self._files[name].dtype(name) is not None
+
+    def read(self, name: str, index: Index) -> Tensor:
+        return self._files[name].read(name, index)
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Opens the first of the layouts that the folder has."""
+    layout = next((name for name in LAYOUTS if (folder / name).is_file()), None)
+    if layout is None:
+        held = (
+            ", ".join(sorted(path.name for path in folder.iterdir())) if folder.is_dir() else "nothing: it is no folder"
+        )
+        raise CheckpointError(f"{folder} has none of {', '.join(LAYOUTS)}; it holds {held or 'nothing'}")
+    with ExitStack() as stack:
+        reader = SafetensorsFile if "safetensors" in layout else PickledFile
+        if layout.endswith(".json"):
+            files = _open_index(folder, layout, reader, stack)
+        else:
+            file = reader(folder / layout, stack)
+            files = dict.fromkeys(file.shapes, file)
+        return Checkpoint(folder, files, stack.pop_all())
+    raise AssertionError("unreachable")
+
+
+def _open_index(
+    folder: Path, layout: str, reader: type[SafetensorsFile | PickledFile], stack: ExitStack
+) -> dict[str, TensorFile]:
+    weight_map = _weight_map(folder / layout)
+    absent = sorted({name for name in weight_map.values() if not (folder / name).is_file()})
+    if absent:
+        raise CheckpointError(
+            f"{folder / layout} names files that are not there: {', '.join(absent)}; fetch the whole checkpoint"
+        )
+    opened = {name: reader(folder / name, stack) for name in sorted(set(weight_map.values()))}
+    lost = [f"{tensor} (in {name})" for tensor, name in weight_map.items() if tensor not in opened[name].shapes]
+    if lost:
+        raise CheckpointError(f"{folder / layout} names tensors that its files do not hold: {', '.join(lost)}")
+    return {tensor: opened[name] for tensor, name in weight_map.items()}
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} has no readable 'weight_map': {error!r}") from error
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(name, str) and Path(name).name == name for name in weight_map.values()
+    ):
+        raise CheckpointError(f"{path}: weight_map should give each tensor the name of a file in the same folder")
+    return weight_map

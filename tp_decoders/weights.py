@@ -1,0 +1,162 @@
+"""Loading and saving Hugging Face checkpoints, and fresh weights: always by slices, never by whole models.
+
+Each rank reads the pieces that its parameters' sharding rules name, straight into place: beyond its shard it holds
+one slice at a time. Saving gathers one full tensor at a time on rank 0, which streams it to disk. Collectives: none
+in `load`; in `save` one gather per sharded parameter, and two broadcasts that tell every rank whether rank 0 could
+write.
+"""
+
+from __future__ import annotations
+
+import zlib
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from parallel.errors import CheckpointError, ConfigError
+from parallel.group import Group
+from parallel.norm import LayerNorm
+from parallel.shard import Replicated, full_shape_of, rule_of
+from tp_decoders.config import DecoderConfig
+from tp_decoders.decoder import Decoder, Place
+from tp_decoders.names import NameMap
+from tp_decoders.registry import TASKS, family_of, read_config
+from tp_decoders.save_files import FolderWriter, TensorPlan
+from tp_decoders.tensor_files import Checkpoint, open_checkpoint
+
+MAX_SHARD_SIZE = 5_000_000_000
+HEAD_WEIGHT = "head.linear.weight"
+
+
+def build(
+    config: DecoderConfig,
+    group: Group | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> Decoder:
+    """The model with uninitialised parameters; device "meta" makes shapes only."""
+    return family_of(config.model_type).model(config, group or Group.single(), Place(dtype=dtype, device=device))
+
+
+def load(
+    path: str | Path,
+    task: str = "causal-lm",
+    group: Group | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> Decoder:
+    """This rank's shard of a checkpoint folder, in eval mode; in the checkpoint's own type unless one is given."""
+    if task not in TASKS:
+        raise ConfigError(f"task {task!r} is unknown; choose one of {', '.join(TASKS)}")
+    folder, group = Path(path), group or Group.single()
+    config = read_config(folder)
+    with open_checkpoint(folder) as checkpoint:
+        model = build(config, group, dtype or checkpoint.dtype, device)
+        sources = _match(model, checkpoint, family_of(config.model_type).names)
+        for ours, parameter in model.named_parameters():
+            _fill(parameter, checkpoint, *sources[ours], group.rank)
+    model.source = folder
+    return model
+
+
+def _match(model: Decoder, checkpoint: Checkpoint, names: NameMap) -> dict[str, tuple[str, bool]]:
+    """Where each parameter lies in the checkpoint: (its name there, whether it is stored transposed)."""
+    wanted = dict(model.named_parameters())
+    sources: dict[str, tuple[str, bool]] = {}
+    extra, misshapen = [], []
+    for theirs, shape in checkpoint.shapes.items():
+        found = names.find(theirs)
+        if found is None or (found[1] is not None and found[1] not in wanted and not _is_tied_head(model, found[1])):
+            extra.append(theirs)
+        elif found[1] in wanted:
+            name, ours = found
+            expected = full_shape_of(wanted[ours])
+            if shape != (expected[::-1] if name.transposed else expected):
+                misshapen.append(
+                    f"{theirs} {list(shape)} instead of {list(expected[::-1] if name.transposed else expected)}"
+                )
+            elif not checkpoint.is_floating(theirs):
+                misshapen.append(f"{theirs} of integers instead of floating-point numbers")
+            elif ours in sources:
+                misshapen.append(f"{theirs}, the same tensor as {sources[ours][0]}")
+            sources[ours] = (theirs, name.transposed)
+    missing = [names.theirs(ours)[1] for ours in wanted if ours not in sources]
+    _refuse(checkpoint.folder, {"missing": missing, "unexpected": extra, "of another shape": misshapen})
+    return sources
+
+
+def _is_tied_head(model: Decoder, ours: str) -> bool:
+    """Old checkpoints hold a copy of the embedding under the head's name; tied models do not read it."""
+    return model.config.tie and ours == HEAD_WEIGHT
+
+
+def _refuse(folder: Path, problems: dict[str, list[str]]) -> None:
+    found = [f"{len(names)} {kind}: {', '.join(sorted(names))}" for kind, names in problems.items() if names]
+    if found:
+        raise CheckpointError(
+            f"the tensors in {folder} are not those that its config.json describes; {'; '.join(found)}"
+        )
+
+
+@torch.no_grad()
+def _fill(parameter: nn.Parameter, checkpoint: Checkpoint, theirs: str, transposed: bool, rank: int) -> None:
+    rule, start = rule_of(parameter), 0
+    for index in rule.pieces(full_shape_of(parameter), rank):
+        width = index[rule.dim].stop - index[rule.dim].start
+        if width:
+            piece = checkpoint.read(theirs, index[::-1] if transposed else index)
+            parameter.narrow(rule.dim, start, width).copy_(piece.t() if transposed else piece)
+        start += width
+
+
+def save(model: Decoder, path: str | Path, max_shard_size: int = MAX_SHARD_SIZE) -> None:
+    """Writes a folder that transformers loads, complete or not at all; it must be new or empty. All ranks call this."""
+    group, names = model.group, family_of(model.config.model_type).names
+    lines = [(*names.theirs(ours), parameter) for ours, parameter in model.named_parameters()]
+    plans = [
+        TensorPlan(theirs, full_shape_of(p)[::-1] if name.transposed else full_shape_of(p), p.dtype)
+        for name, theirs, p in lines
+    ]
+    writer = FolderWriter(Path(path), plans, max_shard_size) if group.rank == 0 else None
+    _agree(group, writer.start() if writer else None)
+    for name, theirs, parameter in lines:
+        full = full_tensor(parameter, group)
+        if writer is not None and full is not None:
+            writer.write(theirs, full.t() if name.transposed else full)
+    _agree(group, writer.finish(model.config.hf, model.source) if writer else None)
+
+
+@torch.no_grad()
+def full_tensor(parameter: Tensor, group: Group) -> Tensor | None:
+    """The parameter put together on rank 0, None elsewhere. One gather, none where every rank holds it whole."""
+    rule = rule_of(parameter)
+    if group.size == 1:
+        return parameter.detach()
+    if isinstance(rule, Replicated):
+        return parameter.detach() if group.rank == 0 else None
+    sizes = [rule.local_shape(full_shape_of(parameter), rank)[rule.dim] for rank in range(group.size)]
+    gathered = group.talk.gather(parameter.detach(), sizes, rule.dim)
+    return None if gathered is None else rule.join(gathered.split(sizes, rule.dim))
+
+
+def _agree(group: Group, error: str | None) -> None:
+    """Raises on every rank what rank 0 could not do."""
+    if group.size > 1:
+        error = group.talk.broadcast_bytes((error or "").encode() if group.rank == 0 else None).decode()
+    if error:
+        raise CheckpointError(error)
+
+
+@torch.no_grad()
+def initialise(model: Decoder, seed: int = 0) -> Decoder:
+    """Fresh weights: normal(0, initializer_range), norms 1, biases 0; the same full tensors at every parallel size."""
+    norms = {id(module.weight) for module in model.modules() if isinstance(module, LayerNorm)}
+    for name, parameter in model.named_parameters():
+        if name.endswith(".bias") or id(parameter) in norms:
+            parameter.fill_(1.0 if id(parameter) in norms else 0.0)
+            continue
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) ^ (seed << 32))
+        full = torch.empty(full_shape_of(parameter)).normal_(0.0, model.config.initializer_range, generator=generator)
+        parameter.copy_(rule_of(parameter).take(full, model.group.rank))
+    return model
