@@ -1,7 +1,7 @@
 """What the engine is asked and what it answers: token ids in, token events out.
 
 Plain frozen dataclasses that pickle; text, stop strings and protobuf messages live above. Validation against a model's limits
-is `validate`; the defaults are a Hugging Face user's.
+is `cluster.engine.validation.validate`; the defaults are a Hugging Face user's.
 """
 
 from __future__ import annotations
@@ -79,6 +79,7 @@ class Request:
     priority: int = 0
     deadline: float | None = None  # seconds from submission
     resumed_ids: tuple[tuple[int, ...], ...] = ()  # per sample: tokens generated before a rebuild; the engine goes on after them
+    finished_samples: tuple[int, ...] = ()  # samples that had ended before a rebuild: they are neither run nor answered again
     score_only: bool = False  # prompt log-probabilities only: no token is generated
 
 

@@ -1,0 +1,59 @@
+"""How an engine is sized: batch and queue limits, the key/value cache's blocks, what computes attention.
+
+Values only; which numbers a deployment uses is decided by presets and the command line above.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from parallel.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """An engine's sizes. kv_blocks None: as many as `kv_memory_fraction` of the free memory holds, but never more than can be used."""
+
+    block_size: int = 16
+    kv_memory_fraction: float = 0.6
+    kv_blocks: int | None = None
+    max_step_tokens: int = 1024
+    max_scored_tokens: int = 256  # prompt positions of one step whose full rows of logits are wanted
+    max_sequences: int = 64
+    max_queue: int = 4096
+    priority_patience: float = 30.0  # seconds of waiting that outweigh one level of priority: nobody waits for ever
+    prefix_caching: bool = True
+    attention_backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("block_size", "max_step_tokens", "max_scored_tokens", "max_sequences", "max_queue"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ConfigError(f"engine.{name} is {value!r}; it must be a whole number of at least 1")
+        if not 0.0 < self.kv_memory_fraction <= 1.0:
+            raise ConfigError(f"engine.kv_memory_fraction is {self.kv_memory_fraction!r}; it must be above 0 and at most 1")
+        if self.kv_blocks is not None and self.kv_blocks < 1:
+            raise ConfigError(f"engine.kv_blocks is {self.kv_blocks}; give at least 1, or leave it out to use free memory")
+        if self.max_step_tokens < self.max_sequences:
+            raise ConfigError(
+                f"engine.max_step_tokens is {self.max_step_tokens}, less than engine.max_sequences {self.max_sequences}: "
+                "a step must hold one token of every running sequence; raise the first or lower the second"
+            )
+        if not (self.priority_patience > 0 and math.isfinite(self.priority_patience)):
+            raise ConfigError(f"engine.priority_patience is {self.priority_patience!r}; give seconds above 0")
+
+
+def num_kv_blocks(config: EngineConfig, bytes_per_block: int, free_bytes: int, max_context: int) -> int:
+    """How many blocks one rank can hold; `free_bytes` is this rank's part of what its host or device has left."""
+    if config.kv_blocks is not None:
+        return config.kv_blocks
+    useful = config.max_sequences * -(-max_context // config.block_size)
+    affordable = int(free_bytes * config.kv_memory_fraction) // max(1, bytes_per_block)
+    if affordable < 1:
+        raise ConfigError(
+            f"no room for the key/value cache: one block needs {bytes_per_block} bytes, engine.kv_memory_fraction "
+            f"{config.kv_memory_fraction:g} of {free_bytes} free bytes is {int(free_bytes * config.kv_memory_fraction)}; "
+            "use a smaller model or type, more ranks, or set engine.kv_blocks"
+        )
+    return min(useful, affordable)

@@ -1,0 +1,84 @@
+"""Which tokens may be drawn: top-k, top-p, min-p, in transformers' order, on rows of scaled logits.
+
+Each cut is a lowest logit that is kept, so tokens that tie with the last one kept are kept too, and nothing depends on the order in which
+a sort leaves equal values. The candidates for top-k and top-p are found through the maxima of short pieces of the row (the k-th largest
+piece maximum cannot exceed the k-th largest logit), which is several times cheaper than sorting 50,000 logits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence as Many
+
+import torch
+from torch import Tensor
+
+from cluster.engine.request import SamplingParams
+from parallel.logsumexp import exp_sum_leaves, invariant_exp
+
+PIECE = 64
+FIRST_CANDIDATES = 256
+LEAF = 512
+"""Columns whose exponentials are summed together."""
+
+
+def leaf_borders(vocab_size: int) -> tuple[int, ...]:
+    return (*range(0, vocab_size, LEAF), vocab_size)
+
+
+def leaf_sums(rows_RV: Tensor) -> Tensor:
+    """[R, leaves] float64 sums of exp over leaves of rows whose largest value is 0."""
+    zero = torch.zeros(rows_RV.shape[0], dtype=torch.float32, device=rows_RV.device)
+    return exp_sum_leaves(rows_RV, zero, leaf_borders(rows_RV.shape[1])).double()
+
+
+def cut(rows_RV: Tensor, params: Many[SamplingParams]) -> None:
+    """Sets what must not be drawn to minus infinity, in place. The largest value of every row is 0."""
+    vocab_size = rows_RV.shape[1]
+    top_k = [i for i, given in enumerate(params) if given.top_k is not None and given.top_k < vocab_size]
+    if top_k:
+        _keep(rows_RV, top_k, top_k_floor(rows_RV[top_k], [params[i].top_k or 0 for i in top_k]))
+    top_p = [i for i, given in enumerate(params) if given.top_p is not None and given.top_p < 1.0]
+    if top_p:
+        _keep(rows_RV, top_p, top_p_floor(rows_RV[top_p], [params[i].top_p or 1.0 for i in top_p]))
+    min_p = [i for i, given in enumerate(params) if given.min_p]
+    if min_p:
+        floors = [math.log(params[i].min_p or 1.0) for i in min_p]
+        _keep(rows_RV, min_p, torch.tensor(floors, dtype=torch.float32, device=rows_RV.device))
+
+
+def _keep(rows_RV: Tensor, places: list[int], floor: Tensor) -> None:
+    chosen = rows_RV[places]
+    rows_RV[places] = chosen.masked_fill_(chosen < floor[:, None], float("-inf"))
+
+
+def top_values(rows_RV: Tensor, count: int) -> Tensor:
+    """[R, count] the largest values of each row, descending."""
+    rows, vocab_size = rows_RV.shape
+    pieces = vocab_size // PIECE
+    if count > pieces // 2:
+        return rows_RV.topk(count, 1).values
+    maxima = rows_RV[:, : pieces * PIECE].view(rows, pieces, PIECE).amax(2)
+    floors = maxima.topk(count, 1).values[:, -1]
+    found = [row[row >= floor].topk(count).values for row, floor in zip(rows_RV, floors, strict=True)]
+    return torch.stack(found)
+
+
+def top_k_floor(rows_RV: Tensor, counts: list[int]) -> Tensor:
+    """[R] the k-th largest value of each row."""
+    largest = top_values(rows_RV, max(counts))
+    return largest[torch.arange(len(counts)), torch.tensor(counts) - 1]
+
+
+def top_p_floor(rows_RV: Tensor, shares: list[float]) -> Tensor:
+    """[R] the lowest value of the smallest set of most likely tokens that holds the share: a token is kept if those before it do not."""
+    wanted = leaf_sums(rows_RV).sum(1) * torch.tensor(shares, dtype=torch.float64, device=rows_RV.device)
+    count = min(FIRST_CANDIDATES, rows_RV.shape[1])
+    while True:
+        values = top_values(rows_RV, count)
+        mass = invariant_exp(values).double().cumsum(1)
+        reached = (mass >= wanted[:, None]).int()
+        if count == rows_RV.shape[1] or bool(reached[:, -1].all()):
+            reached[:, -1] = 1
+            return values[torch.arange(len(shares)), reached.argmax(1)]
+        count = min(count * 8, rows_RV.shape[1])

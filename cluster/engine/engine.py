@@ -1,0 +1,122 @@
+"""The engine: a scheduler, and an executor that runs its plans. Plain Python, one process or one rank of many.
+
+Not thread-safe on purpose: one thread submits, aborts and steps. Who drives it (a front-end's thread, a worker's loop, a test) decides
+when. A fault inside a step is the executor's group's end and is raised; what concerns one request only ends that one, as an event.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence as Many
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from cluster.engine.blocks import BlockPool
+from cluster.engine.config import EngineConfig
+from cluster.engine.plan import StepPlan, StepResult
+from cluster.engine.request import EngineLoad, FinishReason, ModelLimits, Request, TokenEvent, TokenLogprobs
+from cluster.engine.scheduler import Scheduler
+
+
+class Executor(Protocol):
+    """Runs plans, on this rank and on all others."""
+
+    def execute(self, plan: StepPlan) -> StepResult: ...
+
+    def keep_alive(self) -> None:
+        """Called often while there is nothing to execute."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Engine:
+    """Requests in, token events out, one step at a time."""
+
+    def __init__(
+        self,
+        executor: Executor,
+        limits: ModelLimits,
+        config: EngineConfig,
+        num_blocks: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        capacity = num_blocks * config.block_size
+        self.limits = replace(limits, kv_capacity_tokens=capacity, max_batch=config.max_sequences)
+        self.config, self.executor = config, executor
+        self.scheduler = Scheduler(config, self.limits, BlockPool(num_blocks, config.block_size), clock)
+        self._step_seconds = 0.0
+        self._forward_seconds = 0.0
+
+    @property
+    def idle(self) -> bool:
+        """Nothing to compute and nothing to tell: the driver may wait for work, calling `keep_alive` meanwhile."""
+        return self.scheduler.idle
+
+    def submit(self, request: Request) -> Request:
+        """Queues a request; returns it with its seed and max_new_tokens decided. Raises RequestError or CapacityError."""
+        return self.scheduler.submit(request)
+
+    def abort(self, request_ids: Many[str]) -> None:
+        """Ends requests; their blocks are free before the next step."""
+        self.scheduler.abort(request_ids)
+
+    def abort_samples(self, samples: Many[tuple[str, int]]) -> None:
+        """Ends single samples (request_id, sample_index): a stop string was found, say."""
+        self.scheduler.abort_samples(samples)
+
+    def step(self) -> list[TokenEvent]:
+        """One step of everything that runs; what happened, aborts and deadlines included."""
+        started = time.perf_counter()
+        plan = self.scheduler.schedule()
+        if plan is None:
+            self.executor.keep_alive()
+            return self.scheduler.take_events()
+        result = self.executor.execute(plan)
+        events = self.scheduler.commit(plan, result)
+        self._step_seconds += time.perf_counter() - started
+        self._forward_seconds += result.forward_seconds
+        return events
+
+    def keep_alive(self) -> None:
+        """To be called at least every second while idle: the other ranks give up on a silent rank 0."""
+        self.executor.keep_alive()
+
+    def load(self) -> EngineLoad:
+        """A snapshot of the counters; step_seconds and forward_seconds are totals."""
+        return replace(self.scheduler.load(), step_seconds=self._step_seconds, forward_seconds=self._forward_seconds)
+
+    def close(self) -> None:
+        self.executor.close()
+
+
+@dataclass
+class Result:
+    """One sample's whole answer."""
+
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+    error: str | None = None
+    weight_version: int = 0
+
+    def add(self, event: TokenEvent) -> None:
+        self.token_ids += event.token_ids
+        self.logprobs += event.logprobs
+        if event.prompt_logprobs is not None:
+            self.prompt_logprobs = event.prompt_logprobs
+        self.finish_reason, self.stop_token_id, self.error = event.finish_reason, event.stop_token_id, event.error
+        self.weight_version = event.weight_version
+
+
+def generate(engine: Engine, requests: Iterable[Request]) -> list[list[Result]]:
+    """Runs requests to their end: for each its samples' results, in order. For tests and programs without a front-end."""
+    submitted = [engine.submit(request) for request in requests]
+    results = {request.request_id: [Result() for _ in range(request.sampling.n)] for request in submitted}
+    while not engine.idle:
+        for event in engine.step():
+            if event.request_id in results:
+                results[event.request_id][event.sample_index].add(event)
+    return [results[request.request_id] for request in submitted]

@@ -1,0 +1,66 @@
+"""Log-probabilities that go back with tokens: those of the model itself, before penalties, cuts and temperature.
+
+They are the trainer's bit for bit: a logit minus the log-sum-exp that is taken leaf by leaf over the vocabulary's virtual shards
+(parallel.vocab). `response.logprobs_temperature` other than 1 divides the logits first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Many
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from cluster.engine.request import TokenLogprobs
+
+
+class Normaliser(Protocol):
+    """What a vocabulary head offers for gathered logits."""
+
+    def full_log_normaliser(self, logits_TV: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """One row's question: whose log-probability, how many alternatives, at which temperature."""
+
+    row: int
+    token: int
+    top: int
+    temperature: float
+
+
+def token_logprobs(head: Normaliser, logits_RV: Tensor, asked: Many[Asked]) -> list[TokenLogprobs | str]:
+    """One answer per question; the reason instead where the row is not finite."""
+    places = [question.row for question in asked]
+    scaled = logits_RV if places == list(range(logits_RV.shape[0])) else logits_RV[places]
+    scaled = at_temperatures(scaled, [question.temperature for question in asked])
+    normaliser = head.full_log_normaliser(scaled)
+    targets = torch.tensor([question.token for question in asked], dtype=torch.long, device=scaled.device)
+    chosen = (scaled.gather(1, targets[:, None])[:, 0] - normaliser).tolist()
+    most = max(question.top for question in asked)
+    if not most:
+        return [checked(question.token, value, ()) for question, value in zip(asked, chosen, strict=True)]
+    top = scaled.topk(min(most, scaled.shape[1]), 1)
+    values, ids = (top.values - normaliser[:, None]).tolist(), top.indices.tolist()
+    answers = []
+    for i, question in enumerate(asked):
+        ranked = sorted(zip(ids[i], values[i], strict=True), key=lambda pair: (-pair[1], pair[0]))
+        answers.append(checked(question.token, chosen[i], tuple(ranked[: question.top])))
+    return answers
+
+
+def at_temperatures(logits_RV: Tensor, temperatures: Many[float] | None) -> Tensor:
+    """Logits divided by each row's temperature; untouched where all are 1."""
+    if temperatures is None or all(t == 1.0 for t in temperatures):
+        return logits_RV
+    return logits_RV / torch.tensor(temperatures, dtype=torch.float32, device=logits_RV.device)[:, None]
+
+
+def checked(token: int, value: float, top: tuple[tuple[int, float], ...]) -> TokenLogprobs | str:
+    """NaN means that the row had no finite log-sum-exp."""
+    if value != value:
+        return f"the model's logits give token {token} the log-probability {value}: its weights or activations are damaged"
+    return TokenLogprobs(token, value, top)

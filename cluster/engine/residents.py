@@ -1,0 +1,85 @@
+"""The sequences that run: each holds a slot (its row in every rank's mirror of block tables) and blocks of the cache.
+
+Bookkeeping of integers, and a record of what changed since the last plan (`take_changes`). Which sequence runs is the scheduler's choice.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from operator import attrgetter
+
+from cluster.engine.blocks import BlockPool
+from cluster.engine.plan import TableChange
+from cluster.engine.sequence import Sequence
+
+by_order = attrgetter("order")
+
+
+class Residents:
+    """Running sequences, first come first, with their slots and blocks."""
+
+    def __init__(self, pool: BlockPool, max_sequences: int) -> None:
+        self.pool = pool
+        self.running: list[Sequence] = []
+        self._slots = list(range(max_sequences - 1, -1, -1))
+        self._tables: list[TableChange] = []
+        self._copies: dict[int, int] = {}  # target: source
+
+    def has_room(self, seq: Sequence, spare: int) -> bool:
+        """Whether the sequence can start: slots for its samples, blocks for all of its known tokens."""
+        needed = self.pool.blocks_for(seq.target)
+        return len(self._slots) > len(seq.forks) and self.pool.num_free >= needed + spare
+
+    def admit(self, seq: Sequence) -> None:
+        """Gives the sequence blocks for its known tokens, and slots to it and to the samples that will fork from it."""
+        for sample in (seq, *seq.forks):
+            sample.slot = self._slots.pop()
+        seq.blocks = self.pool.allocate(self.pool.blocks_for(seq.target))
+        self._tables.append((seq.slot, 0, list(seq.blocks)))  # type: ignore[arg-type]
+        insort(self.running, seq, key=by_order)
+
+    def grow(self, seq: Sequence) -> None:
+        """One more block at the end of the table."""
+        (block,) = self.pool.allocate(1)
+        self._tables.append((seq.slot, len(seq.blocks), [block]))  # type: ignore[arg-type]
+        seq.blocks.append(block)
+
+    def fork(self, parent: Sequence, child: Sequence) -> bool:
+        """Lets the child (whose slot is there already) run on from its parent's computed tokens; False if no block is left."""
+        if self.pool.num_free == 0:
+            self._slots.append(child.slot)  # type: ignore[arg-type]
+            child.slot = None
+            return False
+        child.blocks, copy = self.pool.fork(parent.blocks, parent.computed)
+        if copy is not None:
+            self._copies[copy[1]] = copy[0]
+        child.computed = parent.computed
+        self._tables.append((child.slot, 0, list(child.blocks)))  # type: ignore[arg-type]
+        insort(self.running, child, key=by_order)
+        return True
+
+    def release(self, seq: Sequence) -> None:
+        """Takes back everything the sequence and its unborn forks hold; nothing happens to one that holds nothing."""
+        for sample in (seq, *seq.forks):
+            if sample.slot is not None:
+                self._slots.append(sample.slot)
+                sample.slot = None
+        if seq.blocks:
+            self.running.remove(seq)
+            for block in self.pool.free(seq.blocks):
+                self._copies.pop(block, None)
+            seq.blocks = []
+        seq.computed = 0
+
+    def take_changes(self) -> tuple[list[TableChange], list[tuple[int, int]]]:
+        """What the ranks' mirrors have to be told before the next step: changed tables, and blocks to copy."""
+        tables, copies = self._tables, [(source, target) for target, source in self._copies.items()]
+        self._tables, self._copies = [], {}
+        return tables, copies
+
+    def check(self) -> None:
+        """Invariants, for tests."""
+        self.pool.check()
+        assert self.running == sorted(self.running, key=by_order), "running sequences are out of order"
+        held = sum(len(seq.blocks) for seq in self.running)
+        assert held >= self.pool.num_blocks - self.pool.num_free, "blocks are held by no running sequence"

@@ -1,0 +1,222 @@
+"""Which tokens are computed next: continuous batching over a pool of cache blocks.
+
+Every step takes the running sequences first come first: one token of each that is generating, chunks of those still reading their
+prompt, then new ones from the queue while tokens, slots and blocks last. When a generating sequence needs a block and none is free, the
+latest arrival gives its blocks back and is computed again later (its tokens stay, and draws depend on positions only, so the answer does
+not change). The first of all can always go on, so every admitted request ends. No tensor, no clock of its own.
+"""
+
+from __future__ import annotations
+
+import heapq
+import time
+from collections.abc import Callable, Sequence as Many
+
+from cluster.engine.blocks import BlockPool
+from cluster.engine.config import EngineConfig
+from cluster.engine.outcomes import Counters, Outcomes
+from cluster.engine.plan import PlanBuilder, StepPlan, StepResult
+from cluster.engine.request import EngineLoad, FinishReason, ModelLimits, Request, TokenEvent
+from cluster.engine.residents import Residents
+from cluster.engine.sequence import Answer, Order, Sequence
+from cluster.engine.validation import resolve, validate
+from cluster.engine.waiting import WaitingQueue
+from parallel.errors import CapacityError, RequestError
+
+
+class Scheduler:
+    """Submit and abort at any time between steps; then schedule, execute the plan, commit its result."""
+
+    def __init__(
+        self, config: EngineConfig, limits: ModelLimits, pool: BlockPool, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.config, self.limits, self.clock = config, limits, clock
+        self.residents = Residents(pool, config.max_sequences)
+        self.waiting = WaitingQueue()
+        self.answers: dict[str, Answer] = {}
+        self.counters = Counters()
+        self._outcomes = Outcomes(self)
+        self._deadlines: list[tuple[float, int, str]] = []
+        self._submissions = 0
+
+    @property
+    def idle(self) -> bool:
+        """Nothing runs, waits, or is still to be told."""
+        return not self.answers and not self._outcomes.pending
+
+    def submit(self, request: Request) -> Request:
+        """Queues a request and returns it with everything it left open decided; refuses what cannot work."""
+        validate(request, self.limits)
+        if request.request_id in self.answers:
+            raise RequestError(f"request_id {request.request_id!r} is in use by a request that has not ended; choose another")
+        if len(self.waiting) >= self.config.max_queue:
+            raise CapacityError(
+                f"{len(self.waiting)} sequences are waiting, engine.max_queue is {self.config.max_queue}; try again later"
+            )
+        request = resolve(request, self.limits)
+        now = self.clock()
+        answer = Answer(request, now, None if request.deadline is None else now + request.deadline)
+        self._submissions += 1
+        if answer.deadline is not None:
+            heapq.heappush(self._deadlines, (answer.deadline, self._submissions, request.request_id))
+        self._enqueue(answer)
+        return request
+
+    def _enqueue(self, answer: Answer) -> None:
+        request = answer.request
+        when = answer.submitted + request.priority * self.config.priority_patience
+        ignored = frozenset() if request.stopping.ignore_eos else frozenset(self.limits.eos_token_ids)
+        stop_ids = ignored | frozenset(request.stopping.stop_token_ids)
+        indices = [i for i in range(1 if request.score_only else request.sampling.n) if i not in request.finished_samples]
+        samples = []
+        for index in indices:
+            order: Order = (when, self._submissions, index)
+            samples.append(Sequence(answer, index, order, stop_ids))
+        self.answers[request.request_id] = answer
+        answer.live = {seq.index: seq for seq in samples}
+        if samples:
+            samples[0].scores = request.score_only or request.response.prompt_logprobs is not None
+        for seq in [s for s in samples if self._outcomes.over_already(s)]:
+            samples.remove(seq)
+        self._share_prompt(samples)
+        if not answer.live:
+            self.answers.pop(request.request_id, None)
+
+    def _share_prompt(self, samples: list[Sequence]) -> None:
+        """Samples of a bare prompt fork from the first once it is computed; resumed ones differ and go by themselves."""
+        if samples and not any(len(seq.tokens) > seq.prompt_len for seq in samples):
+            samples[0].forks = samples[1:]
+            samples = samples[:1]
+        for seq in samples:
+            self.waiting.push(seq)
+
+    def abort(self, request_ids: Many[str]) -> None:
+        """Ends requests; their blocks are free at once. Unknown ids (already ended) are no error."""
+        for request_id in request_ids:
+            self._end_request(request_id, FinishReason.ABORTED)
+
+    def abort_samples(self, samples: Many[tuple[str, int]]) -> None:
+        """Ends single samples, (request_id, sample_index) each."""
+        for request_id, index in samples:
+            answer = self.answers.get(request_id)
+            if answer is None or index not in answer.live:
+                continue
+            seq = answer.live[index]
+            for parent in answer.live.values():
+                if seq in parent.forks:
+                    parent.forks.remove(seq)
+            self._outcomes.end(seq, FinishReason.ABORTED)
+
+    def _end_request(self, request_id: str, reason: FinishReason) -> None:
+        answer = self.answers.get(request_id)
+        for seq in list(answer.live.values()) if answer is not None else []:
+            seq.forks = []
+            self._outcomes.end(seq, reason)
+
+    def _expire(self) -> None:
+        now = self.clock()
+        while self._deadlines and self._deadlines[0][0] <= now:
+            deadline, _, request_id = heapq.heappop(self._deadlines)
+            answer = self.answers.get(request_id)
+            if answer is not None and answer.deadline == deadline:
+                self._end_request(request_id, FinishReason.DEADLINE)
+
+    def schedule(self) -> StepPlan | None:
+        """The next step, or None if there is nothing to compute; `take_events` then still has news."""
+        if self._deadlines:
+            self._expire()
+        self.counters.steps += 1
+        plan = PlanBuilder(self.counters.steps)
+        budget = self._plan_running(plan)
+        self._plan_waiting(plan, budget)
+        if not plan.sequences:
+            self.counters.steps -= 1
+            return None
+        return plan.plan(*self.residents.take_changes())
+
+    def _plan_running(self, plan: PlanBuilder) -> tuple[int, int]:
+        """Plans running sequences; returns how many tokens, and how many scored ones, are left for others."""
+        running, block_size = self.residents.running, self.residents.pool.block_size
+        decoding = 0
+        for seq in running:
+            decoding += len(seq.tokens) - seq.computed == 1
+        budget, scored = self.config.max_step_tokens - decoding, self.config.max_scored_tokens
+        place = 0
+        while place < len(running):  # preemption shortens the list at its end
+            seq = running[place]
+            place += 1
+            if len(seq.tokens) - seq.computed == 1 and not seq.scores:
+                if seq.computed == len(seq.blocks) * block_size and not self._grow(seq):
+                    continue
+                plan.add(seq, 1)
+            else:
+                budget, scored = self._plan_chunk(plan, seq, budget, scored)
+        return budget, scored
+
+    def _plan_chunk(self, plan: PlanBuilder, seq: Sequence, budget: int, scored: int) -> tuple[int, int]:
+        """The next part of a prompt, as far as the budgets go."""
+        count = seq.target - seq.computed
+        if seq.computed + count > len(seq.blocks) * self.residents.pool.block_size and not self._grow(seq):
+            return budget, scored
+        generating = count == 1 and len(seq.tokens) > seq.prompt_len  # its token was set aside
+        count = min(count, count if generating else budget)
+        unscored = seq.prompt_len - 1 - max(seq.computed, len(seq.answer.prompt_logprobs))
+        if seq.scores and unscored > 0:
+            count = min(count, scored)
+            scored -= min(count, unscored)
+        if count > 0:
+            plan.add(seq, count)
+        return budget - (0 if generating else count), scored
+
+    def _grow(self, seq: Sequence) -> bool:
+        """A block for one more token, taken from the latest arrival if need be; False if that is the sequence itself."""
+        while self.residents.pool.num_free == 0:
+            victim = self.residents.running[-1]
+            self.residents.release(victim)
+            self.waiting.push(victim)
+            self.counters.preemptions += 1
+            if victim is seq:
+                return False
+        self.residents.grow(seq)
+        return True
+
+    def _plan_waiting(self, plan: PlanBuilder, budgets: tuple[int, int]) -> None:
+        """Admits from the head of the queue; nobody overtakes a head that does not fit."""
+        budget, scored = budgets
+        while budget > 0 and (seq := self.waiting.head()) is not None:
+            spare = min(len(self.residents.running), 1 + self.residents.pool.num_blocks // 64)
+            if not self.residents.has_room(seq, spare) or (seq.scores and scored == 0):
+                return
+            self.waiting.discard(seq)
+            self.residents.admit(seq)
+            if seq.answer.started is None:
+                seq.answer.started = self.clock()
+                self.counters.prompt_tokens += seq.prompt_len
+            budget, scored = self._plan_chunk(plan, seq, budget, scored)
+
+    def commit(self, plan: StepPlan, result: StepResult) -> list[TokenEvent]:
+        """Takes in what the step computed; returns everything that happened since the last call."""
+        for seq, count in zip(plan.sequences, plan.query_lens, strict=True):
+            seq.computed += count
+        self._outcomes.commit(plan, result)
+        return self._outcomes.take()
+
+    def take_events(self) -> list[TokenEvent]:
+        """What happened outside of any step: aborts, deadlines, requests that were over before they began."""
+        return self._outcomes.take()
+
+    def load(self) -> EngineLoad:
+        pool, counters = self.residents.pool, self.counters
+        return EngineLoad(
+            running=len(self.residents.running),
+            waiting=len(self.waiting),
+            kv_blocks_total=pool.num_blocks,
+            kv_blocks_free=pool.num_free,
+            preemptions=counters.preemptions,
+            steps=counters.steps,
+            generated_tokens=counters.generated_tokens,
+            prompt_tokens=counters.prompt_tokens,
+            finished_requests=counters.finished_requests,
+            aborted_requests=counters.aborted_requests,
+            weight_version=counters.weight_version,
+        )

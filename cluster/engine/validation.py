@@ -1,0 +1,140 @@
+"""Whether a request can work at all: the rules of its fields, then whether it fits the model's context and the cache.
+
+Every refusal names the field, what was given and the rule. `resolve` fills in what the request left open (max_new_tokens, the seed), so
+that an answer can say which parameters were used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+from cluster.engine.draws import fresh_seed
+from cluster.engine.request import ModelLimits, Request, ResponseOptions, SamplingParams, StoppingCriteria
+from parallel.errors import CapacityError, RequestError
+
+MAX_LOGPROBS = 1024
+"""The most alternatives per token that one answer may carry."""
+MAX_SAMPLES = 256
+
+
+def validate(request: Request, limits: ModelLimits) -> None:
+    """Raises RequestError for a broken rule, CapacityError for what can never fit."""
+    if not isinstance(request.request_id, str) or not request.request_id:
+        raise RequestError(f"request_id is {request.request_id!r}; it must be a non-empty string")
+    if not request.token_ids:
+        raise RequestError("the prompt has no tokens; give at least one (a beginning-of-sequence token will do)")
+    _check_ids("prompt token", request.token_ids, limits.vocab_size)
+    _check_sampling(request.sampling, limits.vocab_size)
+    _check_stopping(request.stopping, limits.vocab_size)
+    _check_response(request.response)
+    if not _is_number(request.priority) or abs(request.priority) > 1_000_000:
+        raise RequestError(f"priority is {request.priority!r}; it must be a whole number between -1000000 and 1000000")
+    if request.deadline is not None and not (_is_number(request.deadline) and request.deadline > 0):
+        raise RequestError(f"deadline is {request.deadline!r} seconds; it must be above 0")
+    _check_resumed(request, limits.vocab_size)
+    check_capacity(request, limits)
+
+
+def resolve(request: Request, limits: ModelLimits) -> Request:
+    """The request with everything decided: max_new_tokens, and a seed if tokens are drawn."""
+    sampling, stopping = request.sampling, request.stopping
+    if stopping.max_new_tokens is None:
+        stopping = dataclasses.replace(stopping, max_new_tokens=room(request, limits))
+    if sampling.seed is None and not sampling.greedy:
+        sampling = dataclasses.replace(sampling, seed=fresh_seed())
+    return dataclasses.replace(request, sampling=sampling, stopping=stopping)
+
+
+def room(request: Request, limits: ModelLimits) -> int:
+    """How many tokens can follow the prompt. The last one needs no place in the cache: it is never fed back."""
+    return min(limits.max_context, limits.kv_capacity_tokens + 1) - len(request.token_ids)
+
+
+def check_capacity(request: Request, limits: ModelLimits) -> None:
+    """Refuses what can never fit, with the numbers."""
+    prompt, wanted = len(request.token_ids), request.stopping.max_new_tokens
+    new = 0 if request.score_only else max(1, request.stopping.min_new_tokens) if wanted is None else wanted
+    if prompt + new > limits.max_context:
+        raise CapacityError(
+            f"the prompt's {prompt} tokens and {new} new ones are {prompt + new}, the model's context holds {limits.max_context}; "
+            "shorten the prompt or lower max_new_tokens"
+        )
+    if prompt + new - 1 > limits.kv_capacity_tokens:
+        raise CapacityError(
+            f"the prompt's {prompt} tokens and {new} new ones need {prompt + new - 1} places in the key/value cache, which has "
+            f"{limits.kv_capacity_tokens}; lower max_new_tokens, or serve with a larger engine.kv_memory_fraction or more ranks"
+        )
+    if limits.max_batch and request.sampling.n > limits.max_batch:
+        raise CapacityError(f"sampling.n is {request.sampling.n}; at most engine.max_sequences = {limits.max_batch} run at once")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_ids(what: str, ids: Sequence[int], vocab_size: int) -> None:
+    if not all(type(token) is int for token in ids):
+        raise RequestError(f"{what} ids must be whole numbers")
+    if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
+        wrong = next(token for token in ids if not 0 <= token < vocab_size)
+        raise RequestError(f"{what} id {wrong} is outside the vocabulary of {vocab_size}; ids run from 0 to {vocab_size - 1}")
+
+
+def _within(field: str, value: object, rule: str, good: bool) -> None:
+    if not (_is_number(value) and good):
+        raise RequestError(f"{field} is {value!r}; it must be {rule}")
+
+
+def _check_sampling(given: SamplingParams, vocab_size: int) -> None:
+    _within("sampling.temperature", given.temperature, "0 (greedy) or above", given.temperature >= 0)
+    if given.top_k is not None:
+        _within("sampling.top_k", given.top_k, "a whole number of at least 1, or left out", given.top_k >= 1)
+    if given.top_p is not None:
+        _within("sampling.top_p", given.top_p, "above 0 and at most 1", 0 < given.top_p <= 1)
+    if given.min_p is not None:
+        _within("sampling.min_p", given.min_p, "between 0 and 1", 0 <= given.min_p <= 1)
+    if given.seed is not None:
+        _within("sampling.seed", given.seed, "a whole number of at most 64 bits", -(2**63) <= given.seed < 2**64)
+    _within("sampling.n", given.n, f"between 1 and {MAX_SAMPLES}", type(given.n) is int and 1 <= given.n <= MAX_SAMPLES)
+    _within("sampling.repetition_penalty", given.repetition_penalty, "above 0 (1: none)", given.repetition_penalty > 0)
+    for name in ("presence_penalty", "frequency_penalty"):
+        _within(f"sampling.{name}", getattr(given, name), "a finite number (0: none)", True)
+    _check_ids("sampling.logit_bias token", list(given.logit_bias), vocab_size)
+    for token, bias in given.logit_bias.items():
+        _within(f"sampling.logit_bias[{token}]", bias, "a finite number", True)
+    if given.allowed_token_ids is not None:
+        _check_ids("sampling.allowed_token", given.allowed_token_ids, vocab_size)
+        if not given.allowed_token_ids:
+            raise RequestError("sampling.allowed_token_ids is empty: no token could be drawn; leave it out to allow all")
+    for word in given.bad_words:
+        if not word:
+            raise RequestError("sampling.bad_words holds an empty word; each needs at least one token")
+        _check_ids("sampling.bad_words token", word, vocab_size)
+
+
+def _check_stopping(given: StoppingCriteria, vocab_size: int) -> None:
+    _within("stopping.min_new_tokens", given.min_new_tokens, "0 or more", given.min_new_tokens >= 0)
+    _check_ids("stopping.stop_token", given.stop_token_ids, vocab_size)
+    if given.max_new_tokens is None:
+        return
+    _within("stopping.max_new_tokens", given.max_new_tokens, "at least 1, or left out", given.max_new_tokens >= 1)
+    if given.min_new_tokens > given.max_new_tokens:
+        raise RequestError(f"stopping.min_new_tokens is {given.min_new_tokens}, above max_new_tokens {given.max_new_tokens}")
+
+
+def _check_response(given: ResponseOptions) -> None:
+    for name in ("logprobs", "prompt_logprobs"):
+        value = getattr(given, name)
+        if value is not None:
+            _within(f"response.{name}", value, f"between 0 and {MAX_LOGPROBS}, or left out", 0 <= value <= MAX_LOGPROBS)
+    _within("response.logprobs_temperature", given.logprobs_temperature, "above 0", given.logprobs_temperature > 0)
+
+
+def _check_resumed(request: Request, vocab_size: int) -> None:
+    samples = request.sampling.n
+    if len(request.resumed_ids) > samples or any(not 0 <= index < samples for index in request.finished_samples):
+        raise RequestError(f"resumed_ids or finished_samples name more samples than sampling.n = {samples}")
+    for ids in request.resumed_ids:
+        _check_ids("resumed token", ids, vocab_size)
