@@ -35,9 +35,14 @@ class Admission:
         found = tuple(violations(call, self.limits, self.config))
         if found:
             raise InvalidRequest.of(found)
-        if self.codec is None and (call.bad_words or call.stopping.stop_sequences):
-            field = "sampling.bad_words" if call.bad_words else "stopping.stop_sequences"
-            raise NoTokenizer(f"{field}: {NO_TOKENIZER}")
+        if self.codec is None:
+            asked = {
+                "sampling.bad_words": call.bad_words,
+                "stopping.stop_sequences": call.stopping.stop_sequences,
+                "response.token_bytes": call.response.token_bytes,
+            }
+            for field in (field for field, value in asked.items() if value):
+                raise NoTokenizer(f"{field}: {NO_TOKENIZER}")
 
     async def requests(self, call: Call) -> list[Request | RequestError]:
         """One request per prompt, or what is wrong with that prompt. Long texts are tokenized beside the event loop."""

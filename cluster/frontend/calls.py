@@ -12,7 +12,7 @@ from cluster.engine.request import ResponseOptions, SamplingParams, StoppingCrit
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """Exactly one of the two. The ids may be any sequence: they are copied once it is known that they are not too many."""
+    """Exactly one of the two. The ids may be any sequence: copied only once it is known that they are not too many."""
 
     text: str | None = None
     token_ids: Sequence[int] | None = None

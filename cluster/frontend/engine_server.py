@@ -10,11 +10,11 @@ from __future__ import annotations
 import logging
 import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from multiprocessing import AuthenticationError
 
-from cluster.engine.request import EngineLoad, ModelLimits
+from cluster.engine.request import EngineLoad
 from cluster.frontend.link import LinkEvent, Rejected
 from cluster.frontend.loop import EngineLoop, EngineSurface, describe_fault
 from cluster.frontend.wire import (
@@ -41,19 +41,10 @@ FRONTEND_SILENCE_SECONDS = 30.0  # one that has ended is seen at once; this is f
 class EngineServer:
     """Make it, tell the front-end `address` and the key, then `serve` in the engine's own thread."""
 
-    def __init__(
-        self,
-        engine: EngineSurface,
-        limits: ModelLimits,
-        authkey: bytes,
-        *,
-        host: str = "127.0.0.1",
-        keep_alive: Callable[[], None] | None = None,
-        idle_seconds: float = 1.0,
-    ) -> None:
-        self._limits = limits
+    def __init__(self, engine: EngineSurface, authkey: bytes, *, host: str = "127.0.0.1") -> None:
+        self._limits = engine.limits
         self._authkey = authkey
-        self._loop = EngineLoop(engine, self._send_events, keep_alive=keep_alive, idle_seconds=idle_seconds)
+        self._loop = EngineLoop(engine, self._send_events)
         self._listener = socket.create_server((host, 0), backlog=8)
         self._wire: Wire | None = None
         self._open: dict[str, set[int]] = {}  # samples of the present front-end that have not ended

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from cluster.engine.request import EngineLoad, ModelLimits, Request
 from cluster.frontend.link import EventSink, FaultSink, SampleId
@@ -18,21 +18,17 @@ log = logging.getLogger(__name__)
 class LocalLink:
     """EngineLink over an engine object that from now on belongs to this link's thread."""
 
-    def __init__(
-        self, engine: EngineSurface, limits: ModelLimits, *, keep_alive: Callable[[], None] | None = None
-    ) -> None:
+    def __init__(self, engine: EngineSurface) -> None:
         self._engine = engine
-        self._limits = limits
-        self._keep_alive = keep_alive
         self._loop: EngineLoop | None = None
         self._thread: threading.Thread | None = None
 
     @property
     def limits(self) -> ModelLimits:
-        return self._limits
+        return self._engine.limits
 
     def start(self, events: EventSink, fault: FaultSink) -> None:
-        self._loop = EngineLoop(self._engine, events, keep_alive=self._keep_alive)
+        self._loop = EngineLoop(self._engine, events)
         self._thread = threading.Thread(target=self._run, args=(self._loop, fault), name="engine", daemon=True)
         self._thread.start()
 

@@ -14,13 +14,16 @@ from concurrent.futures import Future
 from functools import partial
 from typing import Protocol
 
-from cluster.engine.request import EngineLoad, Request, TokenEvent
+from cluster.engine.request import EngineLoad, ModelLimits, Request, TokenEvent
 from cluster.frontend.link import EventSink, LinkEvent, Rejected, SampleId
 from parallel.errors import RequestError
 
 
 class EngineSurface(Protocol):
     """What a loop needs of an engine."""
+
+    @property
+    def limits(self) -> ModelLimits: ...
 
     @property
     def idle(self) -> bool: ...
@@ -35,21 +38,17 @@ class EngineSurface(Protocol):
 
     def load(self) -> EngineLoad: ...
 
+    def keep_alive(self) -> None:
+        """Called while there is nothing to do, so that other ranks know that rank 0 lives."""
+        ...
+
 
 class EngineLoop:
-    """`run` in one thread, everything else from any thread. `keep_alive` is called each `idle_seconds` without work."""
+    """`run` in one thread, the rest from any. Each `idle_seconds` without work the engine is kept alive."""
 
-    def __init__(
-        self,
-        engine: EngineSurface,
-        sink: EventSink,
-        *,
-        keep_alive: Callable[[], None] | None = None,
-        idle_seconds: float = 1.0,
-    ) -> None:
+    def __init__(self, engine: EngineSurface, sink: EventSink, idle_seconds: float = 0.5) -> None:
         self._engine = engine
         self._sink = sink
-        self._keep_alive = keep_alive
         self._idle_seconds = idle_seconds
         self._inbox: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
@@ -86,7 +85,7 @@ class EngineLoop:
                 news, self._news = self._news, []
                 self._sink(news)
             elif self._engine.idle:
-                self._wait()
+                self._rest()
 
     def _post(self, command: Callable[[], None]) -> None:
         with self._wake:
@@ -97,11 +96,11 @@ class EngineLoop:
         while self._inbox:  # append and popleft are atomic; nobody else takes
             self._inbox.popleft()()
 
-    def _wait(self) -> None:
+    def _rest(self) -> None:
         with self._wake:
             woken = self._wake.wait_for(lambda: self._inbox or self._stopping, self._idle_seconds)
-        if not woken and self._keep_alive is not None:
-            self._keep_alive()
+        if not woken:
+            self._engine.keep_alive()
 
     def _submit(self, requests: Sequence[Request]) -> None:
         for request in requests:

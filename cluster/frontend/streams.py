@@ -8,7 +8,7 @@ from one event loop only.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from cluster.engine.request import FinishReason, SamplingParams, StoppingCriteria, Timings, TokenLogprobs
@@ -138,8 +138,14 @@ class Result:
     error: TpError | None = None
 
 
+def raise_if_all_failed(errors: Sequence[TpError | None]) -> None:
+    """A call of which nothing succeeded fails as a whole, with its first prompt's error."""
+    if errors and all(error is not None for error in errors):
+        raise next(error for error in errors if error is not None)
+
+
 async def collect(stream: Stream, num_prompts: int) -> list[Result]:
-    """Read a stream to its end: one result per prompt, in order."""
+    """Read a stream to its end: one result per prompt, in order. Raises where every prompt failed."""
     results = [Result(prompt_index=index) for index in range(num_prompts)]
     async with stream:
         async for chunk in stream:
@@ -153,4 +159,5 @@ async def collect(stream: Stream, num_prompts: int) -> list[Result]:
                 result.samples[chunk.sample_index] = chunk
             else:
                 sample.extend(chunk)
+    raise_if_all_failed([result.error for result in results])
     return results

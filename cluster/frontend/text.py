@@ -8,10 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import TYPE_CHECKING, Protocol
 
 from cluster.engine.request import StoppingCriteria
 from cluster.frontend.stops import StopMatcher
+
+if TYPE_CHECKING:
+    from tp_decoders.tokenizer import Tokenizer as CheckpointTokenizer
 
 
 class Tokenizer(Protocol):
@@ -38,6 +42,17 @@ class TextCodec:
 
     tokenizer: Tokenizer
     detokenizer: Callable[[], Detokenizer]
+
+
+def codec_of(tokenizer: CheckpointTokenizer | None) -> TextCodec | None:
+    """The codec of a checkpoint's tokenizer; None where it has none."""
+    if tokenizer is None:
+        return None
+    from tp_decoders.detokenizer import (
+        IncrementalDetokenizer,  # not at the top: a front-end of token ids needs no torch
+    )
+
+    return TextCodec(tokenizer=tokenizer, detokenizer=partial(IncrementalDetokenizer, tokenizer))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,235 @@
+"""A small client, asynchronous and blocking, for the command line, benchmarks and tests; answers are protocol messages.
+
+Errors of gRPC become one readable ServiceError that carries the status and its google.rpc details. No retries, no
+pooling.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
+from typing import Any, Self
+
+import grpc
+from google.protobuf.message import Message
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
+from google.rpc.status_pb2 import Status
+
+from cluster.rpc.proto import control_pb2 as control
+from cluster.rpc.proto import inference_pb2 as inference
+from cluster.rpc.proto.control_pb2_grpc import ControlStub
+from cluster.rpc.proto.inference_pb2_grpc import InferenceStub
+from parallel.errors import TpError
+
+MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+OPTIONS = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+)
+
+Prompt = str | Sequence[int]
+Fields = Mapping[str, Any]
+
+
+class ServiceError(TpError, RuntimeError):
+    """A call that the server, or the way to it, did not complete. `code` and `details` where they are known."""
+
+    code: grpc.StatusCode = grpc.StatusCode.UNKNOWN
+    details: tuple[Message, ...] = ()
+
+    @classmethod
+    def of(cls, error: grpc.RpcError) -> ServiceError:
+        code, text = error.code(), error.details()
+        made = cls(f"{code.name}: {text}")
+        made.code = code
+        made.details = _details(error)
+        return made
+
+
+def _details(error: grpc.RpcError) -> tuple[Message, ...]:
+    trailers: Any = error.trailing_metadata() or ()
+    packed = dict(trailers).get("grpc-status-details-bin")
+    found: list[Message] = []
+    for item in Status.FromString(packed).details if packed else ():
+        for kind in (ErrorInfo, BadRequest, RetryInfo):
+            if item.Is(kind.DESCRIPTOR):
+                found.append(kind.FromString(item.value))
+    return tuple(found)
+
+
+def prompt_message(prompt: Prompt) -> inference.Prompt:
+    if isinstance(prompt, str):
+        return inference.Prompt(text=prompt)
+    return inference.Prompt(token_ids=inference.TokenIds(ids=prompt))
+
+
+def generate_request(
+    prompts: Sequence[Prompt],
+    *,
+    sampling: Fields | None = None,
+    stopping: Fields | None = None,
+    response: Fields | None = None,
+    request_id: str = "",
+    priority: int = 0,
+) -> inference.GenerateRequest:
+    """A GenerateRequest from plain values; field names are the protocol's."""
+    return inference.GenerateRequest(
+        request_id=request_id,
+        prompts=map(prompt_message, prompts),
+        sampling=inference.SamplingParams(**(sampling or {})),
+        stopping=inference.StoppingCriteria(**(stopping or {})),
+        response=inference.ResponseOptions(**(response or {})),
+        priority=priority,
+    )
+
+
+def score_request(sequences: Sequence[Prompt], **fields: Any) -> inference.ScoreRequest:
+    return inference.ScoreRequest(sequences=map(prompt_message, sequences), **fields)
+
+
+class AsyncClient:
+    """Calls of one server, from one event loop. `timeout` is the call's deadline in seconds."""
+
+    def __init__(self, address: str) -> None:
+        self.channel = grpc.aio.insecure_channel(address, options=OPTIONS)
+        self.inference = InferenceStub(self.channel)
+        self.control = ControlStub(self.channel)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        await self.channel.close(None)
+
+    async def ready(self, timeout: float = 10.0) -> None:
+        """Wait until the server accepts connections."""
+        try:
+            async with asyncio.timeout(timeout):
+                await self.channel.channel_ready()
+        except TimeoutError as error:
+            text = f"no server answered within {timeout:g} s; is it running, and is the address right?"
+            raise ServiceError(text) from error
+
+    async def call(self, method: Any, request: Message, timeout: float | None = None) -> Any:
+        """Any unary method of the stubs."""
+        try:
+            return await method(request, timeout=timeout)
+        except grpc.RpcError as error:
+            raise ServiceError.of(error) from error
+
+    async def generate(
+        self, prompts: Sequence[Prompt], *, timeout: float | None = None, **fields: Any
+    ) -> inference.GenerateResponse:
+        return await self.call(self.inference.Generate, generate_request(prompts, **fields), timeout)
+
+    async def stream(
+        self, prompts: Sequence[Prompt], *, timeout: float | None = None, **fields: Any
+    ) -> AsyncGenerator[inference.GenerateChunk]:
+        """Chunks as they come; leaving the loop early cancels the call."""
+        call = self.inference.GenerateStream(generate_request(prompts, **fields), timeout=timeout)
+        try:
+            async for chunk in call:
+                yield chunk
+        except grpc.RpcError as error:
+            raise ServiceError.of(error) from error
+        finally:
+            call.cancel()
+
+    async def score(
+        self, sequences: Sequence[Prompt], *, timeout: float | None = None, **fields: Any
+    ) -> inference.ScoreResponse:
+        return await self.call(self.inference.Score, score_request(sequences, **fields), timeout)
+
+    async def tokenize(self, texts: Sequence[str], timeout: float | None = None) -> inference.TokenizeResponse:
+        return await self.call(self.inference.Tokenize, inference.TokenizeRequest(texts=texts), timeout)
+
+    async def detokenize(
+        self, sequences: Sequence[Sequence[int]], timeout: float | None = None
+    ) -> inference.DetokenizeResponse:
+        request = inference.DetokenizeRequest(sequences=[inference.TokenIds(ids=ids) for ids in sequences])
+        return await self.call(self.inference.Detokenize, request, timeout)
+
+    async def server_info(self, timeout: float | None = None) -> control.ServerInfo:
+        return await self.call(self.control.GetServerInfo, control.GetServerInfoRequest(), timeout)
+
+    async def model_info(self, timeout: float | None = None) -> control.ModelInfo:
+        return await self.call(self.control.GetModelInfo, control.GetModelInfoRequest(), timeout)
+
+    async def load(self, timeout: float | None = None) -> control.Load:
+        return await self.call(self.control.GetLoad, control.GetLoadRequest(), timeout)
+
+    async def abort(self, request_ids: Sequence[str], timeout: float | None = None) -> int:
+        request = control.AbortRequest(request_ids=request_ids)
+        return (await self.call(self.control.Abort, request, timeout)).aborted
+
+    async def drain(self, grace_seconds: float, timeout: float | None = None) -> int:
+        request = control.DrainRequest(grace_seconds=grace_seconds)
+        return (await self.call(self.control.Drain, request, timeout)).aborted
+
+
+class Client:
+    """The same calls, blocking: for command lines and scripts. Not for use inside an event loop."""
+
+    def __init__(self, address: str) -> None:
+        self._runner = asyncio.Runner()
+        self._calls = self._runner.run(_make(address))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._runner.run(self._calls.close())
+        self._runner.close()
+
+    def ready(self, timeout: float = 10.0) -> None:
+        self._runner.run(self._calls.ready(timeout))
+
+    def generate(self, prompts: Sequence[Prompt], **fields: Any) -> inference.GenerateResponse:
+        return self._runner.run(self._calls.generate(prompts, **fields))
+
+    def stream(self, prompts: Sequence[Prompt], **fields: Any) -> Iterator[inference.GenerateChunk]:
+        chunks = self._calls.stream(prompts, **fields)
+        try:
+            while (chunk := self._runner.run(_next(chunks))) is not None:
+                yield chunk
+        finally:
+            self._runner.run(chunks.aclose())
+
+    def score(self, sequences: Sequence[Prompt], **fields: Any) -> inference.ScoreResponse:
+        return self._runner.run(self._calls.score(sequences, **fields))
+
+    def tokenize(self, texts: Sequence[str]) -> inference.TokenizeResponse:
+        return self._runner.run(self._calls.tokenize(texts))
+
+    def detokenize(self, sequences: Sequence[Sequence[int]]) -> inference.DetokenizeResponse:
+        return self._runner.run(self._calls.detokenize(sequences))
+
+    def server_info(self) -> control.ServerInfo:
+        return self._runner.run(self._calls.server_info())
+
+    def model_info(self) -> control.ModelInfo:
+        return self._runner.run(self._calls.model_info())
+
+    def load(self) -> control.Load:
+        return self._runner.run(self._calls.load())
+
+    def abort(self, request_ids: Sequence[str]) -> int:
+        return self._runner.run(self._calls.abort(request_ids))
+
+    def drain(self, grace_seconds: float) -> int:
+        return self._runner.run(self._calls.drain(grace_seconds))
+
+
+async def _make(address: str) -> AsyncClient:
+    """The channel belongs to the loop it is made in."""
+    return AsyncClient(address)
+
+
+async def _next(chunks: AsyncIterator[inference.GenerateChunk]) -> inference.GenerateChunk | None:
+    return await anext(chunks, None)

@@ -1,0 +1,151 @@
+"""The front-end's answers to response messages. Nothing is decided here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cluster.engine.request import FinishReason, SamplingParams, StoppingCriteria, Timings, TokenLogprobs
+from cluster.frontend.calls import Call
+from cluster.frontend.streams import Chunk, PromptInfo, Result
+from cluster.frontend.text import TextCodec
+from cluster.rpc.errors import status_of
+from cluster.rpc.proto import inference_pb2 as pb
+from parallel.errors import RequestError
+
+REASONS = {
+    None: pb.FINISH_REASON_UNSPECIFIED,
+    FinishReason.STOP: pb.FINISH_REASON_STOP,
+    FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
+    FinishReason.ABORTED: pb.FINISH_REASON_ABORTED,
+    FinishReason.DEADLINE: pb.FINISH_REASON_DEADLINE,
+    FinishReason.ERROR: pb.FINISH_REASON_ERROR,
+}
+
+
+class Encoder:
+    """Encodes the answers to one call: what was asked for, and nothing else."""
+
+    def __init__(self, call: Call, request_id: str, codec: TextCodec | None) -> None:
+        self._response = call.response
+        self._request_id = request_id
+        self._codec = codec
+
+    def chunk(self, chunk: Chunk) -> pb.GenerateChunk:
+        message = pb.GenerateChunk(
+            prompt_index=chunk.prompt_index,
+            sample_index=chunk.sample_index,
+            text=chunk.text,
+            token_ids=chunk.token_ids,
+            finish_reason=REASONS[chunk.finish_reason],
+            weight_version=chunk.weight_version,
+            stop_sequence=chunk.stop_sequence or "",
+            stop_token_id=chunk.stop_token_id,
+        )
+        self._add_tokens(message, chunk)
+        if chunk.prompt_logprobs is not None:
+            message.prompt_logprobs.extend(map(_token_logprob, chunk.prompt_logprobs))
+        if chunk.prompt is not None:
+            message.prompt.CopyFrom(self._prompt(chunk.prompt))
+        if chunk.error is not None:
+            message.status.CopyFrom(status_of(chunk.error))
+            message.finish_reason = pb.FINISH_REASON_ERROR
+        return message
+
+    def response(self, results: Sequence[Result]) -> pb.GenerateResponse:
+        return pb.GenerateResponse(results=map(self._result, results), request_id=self._request_id)
+
+    def scores(self, results: Sequence[Result]) -> pb.ScoreResponse:
+        return pb.ScoreResponse(results=map(self._score, results), request_id=self._request_id)
+
+    def _result(self, result: Result) -> pb.GenerateResult:
+        message = pb.GenerateResult(prompt_index=result.prompt_index, status=status_of(result.error))
+        if result.prompt is not None:
+            info = self._prompt(result.prompt)
+            message.prompt_tokens = info.prompt_tokens
+            message.prompt_token_ids.extend(info.prompt_token_ids)
+            message.used.CopyFrom(info.used)
+        for _, chunk in sorted(result.samples.items()):
+            if chunk.token_ids or chunk.finish_reason is not None:
+                message.samples.append(self._sample(chunk))
+        message.prompt_logprobs.extend(map(_token_logprob, result.prompt_logprobs or ()))
+        return message
+
+    def _sample(self, chunk: Chunk) -> pb.Sample:
+        message = pb.Sample(
+            index=chunk.sample_index,
+            text=chunk.text,
+            token_ids=chunk.token_ids,
+            finish_reason=REASONS[chunk.finish_reason],
+            weight_version=chunk.weight_version,
+            stop_sequence=chunk.stop_sequence or "",
+            stop_token_id=chunk.stop_token_id,
+        )
+        self._add_tokens(message, chunk)
+        return message
+
+    def _add_tokens(self, message: pb.GenerateChunk | pb.Sample, chunk: Chunk) -> None:
+        """What was asked for beside the tokens themselves."""
+        if self._response.logprobs is not None:
+            message.logprobs.extend(entry.logprob for entry in chunk.logprobs)
+        if self._response.logprobs:
+            message.top_logprobs.extend(map(_top, chunk.logprobs))
+        if self._response.token_bytes and self._codec is not None:
+            message.token_bytes.extend(map(self._codec.tokenizer.token_bytes, chunk.token_ids))
+        if self._response.timings and chunk.timings is not None:
+            message.timings.CopyFrom(_timings(chunk.timings))
+
+    def _prompt(self, info: PromptInfo) -> pb.PromptInfo:
+        used = pb.UsedParameters(sampling=_sampling(info.sampling), stopping=_stopping(info.stopping))
+        ids = info.token_ids
+        return pb.PromptInfo(
+            request_id=self._request_id, prompt_tokens=info.num_tokens, prompt_token_ids=ids, used=used
+        )
+
+    def _score(self, result: Result) -> pb.ScoreResult:
+        message = pb.ScoreResult(sequence_index=result.prompt_index, status=status_of(result.error))
+        if result.prompt is not None:
+            message.token_ids.extend(result.prompt.token_ids)
+        for entry in result.prompt_logprobs or ():
+            message.logprobs.append(entry.logprob)
+            if self._response.prompt_logprobs:
+                message.top_logprobs.append(_top(entry))
+        message.weight_version = max((chunk.weight_version for chunk in result.samples.values()), default=0)
+        return message
+
+
+def token_lists(sequences: Sequence[Sequence[int]]) -> pb.TokenizeResponse:
+    return pb.TokenizeResponse(results=[pb.TokenIds(ids=ids) for ids in sequences])
+
+
+def texts(items: Sequence[str | RequestError]) -> pb.DetokenizeResponse:
+    results = (
+        pb.DetokenizeResult(status=status_of(None), text=item)
+        if isinstance(item, str)
+        else pb.DetokenizeResult(status=status_of(item))
+        for item in items
+    )
+    return pb.DetokenizeResponse(results=results)
+
+
+def _sampling(given: SamplingParams) -> pb.SamplingParams:
+    names = ("temperature", "top_k", "top_p", "min_p", "seed", "n", "repetition_penalty", "presence_penalty")
+    return pb.SamplingParams(
+        frequency_penalty=given.frequency_penalty, **{name: getattr(given, name) for name in names}
+    )
+
+
+def _stopping(given: StoppingCriteria) -> pb.StoppingCriteria:
+    names = ("max_new_tokens", "min_new_tokens", "ignore_eos", "include_stop_sequence")
+    return pb.StoppingCriteria(**{name: getattr(given, name) for name in names})
+
+
+def _timings(given: Timings) -> pb.Timings:
+    return pb.Timings(queued=given.queued, first_token=given.first_token, total=given.total)
+
+
+def _token_logprob(entry: TokenLogprobs) -> pb.TokenLogprob:
+    return pb.TokenLogprob(token_id=entry.token_id, logprob=entry.logprob, top=_top(entry).tokens)
+
+
+def _top(entry: TokenLogprobs) -> pb.TopLogprobs:
+    return pb.TopLogprobs(tokens=[pb.TopLogprob(token_id=token, logprob=value) for token, value in entry.top])

@@ -1,0 +1,31 @@
+"""What a server grants its clients' connections. What it grants their requests is FrontendConfig."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerLimits:
+    """Sizes and times of the gRPC server."""
+
+    max_message_bytes: int = 64 * 1024 * 1024
+    max_concurrent_rpcs: int = 4096
+    max_streams_per_connection: int = 2048
+    keepalive_seconds: float = 30.0  # a client that vanished is noticed after this and the next
+    keepalive_timeout_seconds: float = 20.0
+    write_seconds: float = 120.0  # a streaming client that reads nothing for so long is dropped
+    reflection: bool = True
+
+    def options(self) -> list[tuple[str, int]]:
+        """As gRPC channel arguments."""
+        return [
+            ("grpc.max_receive_message_length", self.max_message_bytes),
+            ("grpc.max_send_message_length", self.max_message_bytes),
+            ("grpc.max_concurrent_streams", self.max_streams_per_connection),
+            ("grpc.keepalive_time_ms", int(self.keepalive_seconds * 1000)),
+            ("grpc.keepalive_timeout_ms", int(self.keepalive_timeout_seconds * 1000)),
+            ("grpc.keepalive_permit_without_calls", 1),
+            ("grpc.http2.min_ping_interval_without_data_ms", 5000),
+            ("grpc.so_reuseport", 0),  # two servers on one port would share its clients without a word
+        ]

@@ -1,0 +1,83 @@
+"""The gRPC server over a front-end: services, health, reflection, limits, graceful stop.
+
+Health follows the front-end: `Inference` (and the whole server, "") serves while new requests are admitted; `Control`
+until the end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from cluster.frontend.frontend import Frontend, State
+from cluster.rpc.interceptor import SERVICES, Boundary
+from cluster.rpc.limits import ServerLimits
+from cluster.rpc.proto import control_pb2_grpc, inference_pb2_grpc
+from cluster.rpc.servicers import Control, Inference, ServiceInfo
+from parallel.errors import ConfigError
+
+INFERENCE, CONTROL = (service.full_name for service in SERVICES)
+
+
+class Server:
+    """Make it with `build_server`; `start`, then `stop`."""
+
+    def __init__(self, server: grpc.aio.Server, frontend: Frontend, address: str) -> None:
+        self._server = server
+        self._health = _health_servicer()
+        self._tasks: set[asyncio.Task[None]] = set()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        try:
+            self.port = server.add_insecure_port(address)
+        except RuntimeError as error:
+            raise ConfigError(f"cannot listen on {address}: {error}; give a free port, or 0 for any") from error
+        frontend.observe(self._follow)
+
+    async def start(self) -> None:
+        await self._server.start()
+
+    async def stop(self, grace: float = 5.0) -> None:
+        """Refuse new calls, give running ones `grace` seconds, then end them."""
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(grace)
+
+    async def wait(self) -> None:
+        """Until the server has stopped."""
+        await self._server.wait_for_termination()
+
+    def _follow(self, state: State) -> None:
+        """Health answers soon after the front-end changes state; changes keep their order."""
+        task = asyncio.get_running_loop().create_task(self._set_health(state))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _set_health(self, state: State) -> None:
+        kinds = health_pb2.HealthCheckResponse
+        admits = kinds.SERVING if state is State.SERVING else kinds.NOT_SERVING
+        answers = kinds.NOT_SERVING if state is State.CLOSED else kinds.SERVING
+        for name, status in (("", admits), (INFERENCE, admits), (CONTROL, answers)):
+            await self._health.set(name, status)
+
+
+def _health_servicer() -> Any:
+    """health.aio is made when grpc.aio is there, which no stub knows."""
+    return vars(health)["aio"].HealthServicer()
+
+
+def build_server(
+    frontend: Frontend, address: str, limits: ServerLimits | None = None, info: ServiceInfo | None = None
+) -> Server:
+    """A server over a front-end, bound to `address` ("host:port", port 0: any; see `.port`) and not yet started."""
+    limits = limits or ServerLimits()
+    server = grpc.aio.server(
+        interceptors=[Boundary()], options=limits.options(), maximum_concurrent_rpcs=limits.max_concurrent_rpcs
+    )
+    inference_pb2_grpc.add_InferenceServicer_to_server(Inference(frontend, limits), server)
+    control_pb2_grpc.add_ControlServicer_to_server(Control(frontend, limits, info or ServiceInfo()), server)
+    if limits.reflection:
+        reflection.enable_server_reflection((INFERENCE, CONTROL, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    return Server(server, frontend, address)
