@@ -1,0 +1,59 @@
+"""The reference: plain torch, one sequence at a time, softmax in float32 (float64 where the inputs are).
+
+Any device, dtype and option; differentiable by autograd. It materialises all scores, so it is for tests and for what no
+other backend can do. Its bits depend on shapes, as torch's products do.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from parallel.backends.step import AttentionMeta, AttentionSpec, Packed
+from parallel.kv_cache import KVCache
+
+
+class Eager:
+    name = "eager"
+
+    def causal(self, spec: AttentionSpec, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, packed: Packed) -> Tensor:
+        parts = [attend(spec, q, k, v) for q, k, v in zip(*(x.split(packed.lengths) for x in (q_TNH, k_TKH, v_TKH)), strict=True)]
+        return torch.cat(parts) if parts else q_TNH.new_empty(q_TNH.shape)
+
+    def cached(self, spec: AttentionSpec, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, cache: KVCache,
+               meta: AttentionMeta) -> Tensor:
+        cache.scatter(spec.layer, meta.new_slots_T, k_TKH, v_TKH)
+        parts = [attend(spec, q, *cache.gather(spec.layer, slots))
+                 for q, slots in zip(q_TNH.split(meta.query_lens), meta.context_slots, strict=True)]
+        return torch.cat(parts) if parts else q_TNH.new_empty(q_TNH.shape)
+
+
+def attend(spec: AttentionSpec, q_QNH: Tensor, k_CKH: Tensor, v_CKH: Tensor) -> Tensor:
+    """The last Q tokens of one sequence against all C of it."""
+    work = torch.promote_types(q_QNH.dtype, torch.float32)
+    scores_NQC = torch.einsum("qnh,cnh->nqc", q_QNH.to(work), heads_like(k_CKH, q_QNH).to(work)) * spec.scale
+    if spec.slopes is not None:
+        scores_NQC = scores_NQC + alibi_bias(spec.slopes.to(work), len(q_QNH), len(k_CKH))
+    scores_NQC = scores_NQC.masked_fill(hidden(len(q_QNH), len(k_CKH), q_QNH.device), float("-inf"))
+    o_QNH = torch.einsum("nqc,cnh->qnh", scores_NQC.softmax(-1), heads_like(v_CKH, q_QNH).to(work))
+    return o_QNH.to(q_QNH.dtype).contiguous()
+
+
+def heads_like(kv_CKH: Tensor, q_QNH: Tensor) -> Tensor:
+    """A shared kv head as seen by every query head."""
+    return kv_CKH if kv_CKH.shape[1] == q_QNH.shape[1] else kv_CKH.expand(-1, q_QNH.shape[1], -1)
+
+
+def distance(queries: int, context: int, device: torch.device) -> Tensor:
+    """[Q, C]: key position minus query position, the queries being the last of the context."""
+    positions = torch.arange(context, device=device)
+    return positions[None, :] - positions[context - queries:, None]
+
+
+def alibi_bias(slopes_N: Tensor, queries: int, context: int) -> Tensor:
+    return slopes_N[:, None, None] * distance(queries, context, slopes_N.device).to(slopes_N.dtype)
+
+
+def hidden(queries: int, context: int, device: torch.device) -> Tensor:
+    """True where a key lies after the query."""
+    return distance(queries, context, device) > 0

@@ -1,0 +1,134 @@
+"""What every attention backend is given: a layer's facts, and how the flat row of tokens falls into sequences.
+
+`Packed` is a row of whole sequences (training); `AttentionMeta` is one serving step over a paged cache. Both are built once
+and used by all layers; what a backend wants in tensors is made on first use and kept.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from parallel.errors import ConfigError
+from parallel.kv_cache import KVCache
+from parallel.native.attention import RUN, PagedStep
+
+# T tokens, N query heads, K kv heads, H head; S sequences
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionSpec:
+    """One layer's attention: score = scale * q.k - slope * (q_pos - k_pos); slopes are float32, one per local query head."""
+
+    layer: int
+    scale: float
+    slopes: Tensor | None = None
+
+
+class Backend(Protocol):
+    """One implementation of attention over local heads."""
+
+    name: str
+
+    def causal(self, spec: AttentionSpec, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, packed: Packed) -> Tensor: ...
+
+    def cached(self, spec: AttentionSpec, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, cache: KVCache,
+               meta: AttentionMeta) -> Tensor: ...
+
+
+def starts_of(lengths: Sequence[int]) -> list[int]:
+    """0, then the running sums: sequence s is starts[s]..starts[s + 1] of the flat row."""
+    return list(accumulate(lengths, initial=0))
+
+
+def int32(values: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
+    numbers = torch.frombuffer(array("i", values), dtype=torch.int32) if values else torch.empty(0, dtype=torch.int32)
+    return numbers if torch.device(device).type == "cpu" else numbers.to(device)
+
+
+class Packed:
+    """Whole sequences one after another in the flat row."""
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        self.lengths = tuple(lengths)
+        if any(length < 1 for length in self.lengths):
+            raise ConfigError(f"packed sequences of {list(self.lengths)} tokens: each needs at least one; leave empty ones out")
+        self.starts = starts_of(self.lengths)
+        self.num_tokens = self.starts[-1]
+
+    @cached_property
+    def starts_S1(self) -> Tensor:
+        return int32(self.starts)
+
+    @cached_property
+    def scratch_step(self) -> tuple[PagedStep, int]:
+        """The same row as a paged step over a scratch cache with one sequence's blocks after another; and its blocks."""
+        block_starts = starts_of([-(-length // RUN) for length in self.lengths])
+        width = max((stop - start for start, stop in zip(block_starts[:-1], block_starts[1:], strict=True)), default=0)
+        tables = int32(block_starts[:-1])[:, None] + torch.arange(width, dtype=torch.int32)
+        return PagedStep(self.starts_S1, int32(self.lengths), tables, RUN), block_starts[-1]
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionMeta:
+    """One step over a paged cache: sequence s brings query_lens[s] new tokens, the last of its context_lens[s]."""
+
+    query_lens: tuple[int, ...]
+    context_lens: tuple[int, ...]
+    query_starts: tuple[int, ...]
+    block_size: int
+    max_block: int
+    tables_SB: Tensor  # int32 on the CPU; entries beyond a sequence's blocks are 0
+    device: torch.device | str
+
+    @staticmethod
+    def build(query_lens: Sequence[int], context_lens: Sequence[int], block_tables: Sequence[Sequence[int]], block_size: int,
+              device: torch.device | str = "cpu") -> AttentionMeta:
+        """context_lens include the new tokens; a table may be longer than its sequence needs, never shorter."""
+        if not len(query_lens) == len(context_lens) == len(block_tables):
+            raise ConfigError(f"a step of {len(query_lens)} query lengths, {len(context_lens)} context lengths and "
+                              f"{len(block_tables)} block tables: one of each per sequence")
+        needed = [-(-context // block_size) for context in context_lens]
+        for s, (query, context, table) in enumerate(zip(query_lens, context_lens, block_tables, strict=True)):
+            if not 1 <= query <= context or len(table) < needed[s]:
+                raise ConfigError(f"sequence {s} of a step: {query} new tokens, {context} in all, {len(table)} blocks of {block_size}; "
+                                  "needs at least one new token, no more than in all, and blocks for all of them")
+        width = max(needed, default=0)
+        flat = array("i")
+        for table, count in zip(block_tables, needed, strict=True):
+            flat.extend(table[:count])
+            flat.frombytes(bytes(4 * (width - count)))
+        tables = torch.frombuffer(flat, dtype=torch.int32).view(-1, width) if flat else torch.zeros((0, 0), dtype=torch.int32)
+        if flat and min(flat) < 0:
+            raise ConfigError(f"block tables hold block {min(flat)}; blocks are numbered from 0")
+        return AttentionMeta(tuple(query_lens), tuple(context_lens), tuple(starts_of(query_lens)), block_size,
+                             max(flat, default=-1), tables, device)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.query_starts[-1]
+
+    @cached_property
+    def paged_step(self) -> PagedStep:
+        return PagedStep(int32(self.query_starts), int32(self.context_lens), self.tables_SB, self.block_size)
+
+    @cached_property
+    def context_slots(self) -> list[Tensor]:
+        """For each sequence the cache slots (block * block_size + offset) of its positions, ascending."""
+        offsets = torch.arange(self.block_size)
+        tables = self.tables_SB.long()
+        return [(table[:, None] * self.block_size + offsets).flatten()[:context].to(self.device)
+                for table, context in zip(tables, self.context_lens, strict=True)]
+
+    @cached_property
+    def new_slots_T(self) -> Tensor:
+        """The cache slots of the new tokens."""
+        new = [slots[len(slots) - query:] for slots, query in zip(self.context_slots, self.query_lens, strict=True)]
+        return torch.cat(new) if new else torch.empty(0, dtype=torch.long, device=self.device)

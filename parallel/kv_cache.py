@@ -1,0 +1,89 @@
+"""The paged key/value cache of one rank: a pool of fixed-size blocks per layer, in the layout its attention backend reads.
+
+It holds device tensors and knows nothing of sequences: which block belongs to whom is decided elsewhere and arrives as
+block tables. A block takes the same bytes in every layout. No collectives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from parallel.errors import ConfigError
+
+RUN = 16
+UNLIMITED_BLOCKS = 2**31 - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class KVLayout:
+    """What one rank stores per token: n_kv_heads are its own (0 where it owns no heads)."""
+
+    n_layers: int
+    n_kv_heads: int
+    head_dim: int
+    block_size: int
+    dtype: torch.dtype
+    device: torch.device | str
+
+    def __post_init__(self) -> None:
+        if self.block_size < 1 or self.block_size % RUN:
+            raise ConfigError(f"a KV block of {self.block_size} tokens: block_size must be a positive multiple of {RUN}; use 16 or 32")
+        if self.n_layers < 1 or self.n_kv_heads < 0 or self.head_dim < 1:
+            raise ConfigError(f"a KV cache of {self.n_layers} layers, {self.n_kv_heads} heads of {self.head_dim}: layers and "
+                              "head_dim must be at least 1, heads at least 0")
+
+    @property
+    def bytes_per_block(self) -> int:
+        """Of all layers, keys and values."""
+        return 2 * self.n_layers * self.n_kv_heads * self.head_dim * self.block_size * self.dtype.itemsize
+
+
+def num_blocks_that_fit(layout: KVLayout, budget_bytes: int) -> int:
+    """How many blocks the budget holds; UNLIMITED_BLOCKS on a rank that stores nothing, so that a minimum over ranks works."""
+    if layout.bytes_per_block == 0:
+        return UNLIMITED_BLOCKS
+    return min(max(0, budget_bytes) // layout.bytes_per_block, UNLIMITED_BLOCKS)
+
+
+class KVCache:
+    """keys[layer] and values[layer], zero at first: [num_blocks, block_size, K, H], or for the `cpu` backend
+    [num_blocks, K, block_size / 16, 16 * H] with keys transposed inside a run of sixteen."""
+
+    def __init__(self, layout: KVLayout, num_blocks: int, backend: str = "eager") -> None:
+        if not 1 <= num_blocks <= UNLIMITED_BLOCKS:
+            raise ConfigError(f"a KV cache of {num_blocks} blocks; it needs at least one: give it more memory")
+        self.layout, self.num_blocks, self.backend = layout, num_blocks, backend
+        size, heads, dim = layout.block_size, layout.n_kv_heads, layout.head_dim
+        shape = (heads, size // RUN, RUN * dim) if backend == "cpu" else (size, heads, dim)
+        self.keys, self.values = (
+            [torch.zeros((num_blocks, *shape), dtype=layout.dtype, device=layout.device) for _ in range(layout.n_layers)]
+            for _ in range(2)
+        )
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy whole blocks (from, to) in every layer; all are read before any is written."""
+        if not pairs:
+            return
+        sources, targets = zip(*pairs, strict=True)
+        if len(set(targets)) != len(targets) or not all(0 <= b < self.num_blocks for b in (*sources, *targets)):
+            raise ConfigError(f"copy_blocks({list(pairs)}): targets must differ and all blocks lie in 0..{self.num_blocks - 1}")
+        from_blocks, to_blocks = (torch.tensor(blocks, device=self.layout.device) for blocks in (sources, targets))
+        for blocks in (*self.keys, *self.values):
+            blocks[to_blocks] = blocks[from_blocks]
+
+    def gather(self, layer: int, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [T, K, H] at the given slots (block * block_size + offset); not for the `cpu` layout."""
+        return self._flat(self.keys[layer])[slots], self._flat(self.values[layer])[slots]
+
+    def scatter(self, layer: int, slots: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> None:
+        """Write keys and values to slots; not for the `cpu` layout."""
+        self._flat(self.keys[layer])[slots] = k_TKH
+        self._flat(self.values[layer])[slots] = v_TKH
+
+    def _flat(self, blocks: Tensor) -> Tensor:
+        assert self.backend != "cpu", "the cpu layout is read and written by its kernel alone"
+        return blocks.view(self.num_blocks * self.layout.block_size, *blocks.shape[2:])

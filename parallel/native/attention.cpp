@@ -1,0 +1,195 @@
+// Paged causal attention: writes the new keys and values into the cache, then attends over the cache alone.
+//
+// Work is cut into items of at most 24 query rows of one kv head (tokens, or the tokens' query heads where they share a
+// kv head), taken by threads from one counter, the longest of a sequence first. What a row computes depends on the
+// positions of its own sequence only (attention_tiles.h); slots at and beyond its position are never read into a sum.
+#include "attention_step.h"
+
+#include <atomic>
+#include <cmath>
+#include <vector>
+
+#include "pool.h"
+
+namespace attn {
+namespace {
+
+constexpr int kItemRows = 4 * kRows;
+
+template <class T>
+struct Call {
+  const Step* step;
+  T *k_cache, *v_cache;
+  View<const T> q, k, v;
+  T* o;
+  float* lse;
+  int N, K, H;
+  float scale;
+  const float* slopes;
+  int group() const { return N / K; }
+  // where the run that holds a position begins, in either cache
+  int64_t run(const Sequence& s, int position, int64_t head) const {
+    const int size = int(step->block_size), within = position % size;
+    return ((int64_t(s.table[position / size]) * K + head) * size + within / kRun * kRun) * H;
+  }
+};
+
+struct Item {
+  int32_t sequence, row, rows;
+};
+
+struct Scratch {                            // one thread's
+  std::vector<float> memory;
+  float *q, *o, *p;
+  int ld;                                   // of q (in elements of its type) and o
+  Row rows[kItemRows];
+  f32x16 scores[kRows][kRuns], shrink[kRows];
+  void reserve(int H) {
+    ld = padded(H);
+    memory.resize(std::max(memory.size(), size_t(2 * kItemRows) * ld + kRows * kTile + kRun));
+    q = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
+    o = q + kItemRows * ld;
+    p = o + kItemRows * ld;
+  }
+};
+
+template <class T>
+struct Tile {
+  int start;
+  const T *keys[kRuns], *values[kRuns], *next[kRuns];   // next: the keys of the tile that will be asked for after this one
+};
+
+void put_key(float* run, int lane, const float* k, int H) {
+  for (int h = 0; h < H; ++h) run[h * kRun + lane] = k[h];
+}
+void put_key(bf16* run, int lane, const bf16* k, int H) {
+  for (int h = 0; h + 2 <= H; h += 2) std::memcpy(run + h * kRun + 2 * lane, k + h, 2 * sizeof(bf16));
+  if (H % 2) run[(H - 1) * kRun + lane] = k[H - 1];
+}
+
+template <class T>
+void write(const Call<T>& call, const Sequence& s, int64_t head) {
+  for (int t = 0; t < s.queries; ++t) {
+    const int64_t run = call.run(s, s.past + t, head);
+    const int lane = (s.past + t) % kRun;
+    put_key(call.k_cache + run, lane, call.k.at(s.first_token + t, head), call.H);
+    std::memcpy(call.v_cache + run + int64_t(lane) * call.H, call.v.at(s.first_token + t, head), sizeof(T) * call.H);
+  }
+}
+
+template <int R, int C, class T>
+void score(Scratch& w, int row, const Tile<T>& t, int H, float scale) {
+  const T* const* ahead = C == kRuns ? t.values : t.next;
+  dot<R, C>(reinterpret_cast<const T*>(w.q) + row * w.ld, w.ld, t.keys, H, ahead, w.scores);
+  soften<R, C>(w.rows + row, w.scores, t.start, scale, w.p, w.shrink);
+}
+
+// R rows over one tile: all of it together as far as the first row sees, then what each later row sees beyond that.
+template <int R, class T>
+void advance(Scratch& w, int row, const Tile<T>& t, int H, float scale) {
+  const int most = std::min(kTile, w.rows[row + R - 1].bound - t.start);
+  if (most <= 0) return;
+  switch ((most + kRun - 1) / kRun) {
+    case 4: score<R, 4>(w, row, t, H, scale); break;
+    case 3: score<R, 3>(w, row, t, H, scale); break;
+    case 2: score<R, 2>(w, row, t, H, scale); break;
+    default: score<R, 1>(w, row, t, H, scale); break;
+  }
+  int live[R];
+  for (int r = 0; r < R; ++r) live[r] = std::clamp(w.rows[row + r].bound - t.start, 0, kTile);
+  weigh_up_to<R, T>({w.p, kTile, 1, t.values, H, 0, 0, t.next}, live, w.shrink, w.o + row * w.ld, w.ld);
+}
+
+template <class T>
+void begin_rows(const Call<T>& call, const Sequence& s, int64_t kv_head, const Item& item, Scratch& w) {
+  const int G = call.group();
+  for (int r = 0; r < item.rows; ++r) {
+    const int token = (item.row + r) / G;
+    const int64_t head = kv_head * G + (item.row + r) % G;
+    const T* q = call.q.at(s.first_token + token, head);
+    for (int h = 0; h < call.H; h += kRun) {
+      simd::store(reinterpret_cast<T*>(w.q) + r * w.ld + h, simd::load(q + h, std::min(kRun, call.H - h)));
+      simd::store(w.o + r * w.ld + h, simd::zero());
+    }
+    w.rows[r] = {simd::set1(kNever), simd::zero(), s.past + token + 1, call.slopes ? call.slopes[head] : 0.0f};
+  }
+}
+
+template <class T>
+void end_rows(const Call<T>& call, const Sequence& s, int64_t kv_head, const Item& item, const Scratch& w) {
+  const int G = call.group();
+  for (int r = 0; r < item.rows; ++r) {
+    const int64_t at = (s.first_token + (item.row + r) / G) * call.N + kv_head * G + (item.row + r) % G;
+    const float total = simd::sum_lanes(w.rows[r].sum);
+    const f32x16 inverse = simd::set1(1.0f / total);
+    for (int h = 0; h < call.H; h += kRun)
+      simd::store(call.o + at * call.H + h, simd::load(w.o + r * w.ld + h) * inverse, std::min(kRun, call.H - h));
+    if (call.lse) call.lse[at] = w.rows[r].top[0] + std::log(total);
+  }
+}
+
+template <class T>
+void attend(const Call<T>& call, const Item& item, int64_t kv_head, Scratch& w) {
+  const Sequence s(*call.step, item.sequence);
+  w.reserve(call.H);
+  if (s.queries * call.group() <= kItemRows) write(call, s, kv_head);       // its only reader: write just in time
+  begin_rows(call, s, kv_head, item, w);
+  const int end = w.rows[item.rows - 1].bound;
+  const int64_t next_head = std::min<int64_t>(kv_head + 1, call.K - 1);
+  Tile<T> t;
+  for (t.start = 0; t.start < end; t.start += kTile) {
+    const bool last = t.start + kTile >= end;
+    for (int c = 0; c < kRuns; ++c) {       // runs beyond the end repeat the last one: never summed, at most fetched
+      const int position = std::min(t.start + c * kRun, end - 1);
+      const int64_t run = call.run(s, position, kv_head);
+      t.keys[c] = call.k_cache + run;
+      t.values[c] = call.v_cache + run;
+      t.next[c] = call.k_cache + call.run(s, std::min(last ? c * kRun : position + kTile, end - 1), last ? next_head : kv_head);
+    }
+    in_groups(item.rows, [&](auto R, int row) { advance<R()>(w, row, t, call.H, call.scale); });
+  }
+  end_rows(call, s, kv_head, item, w);
+}
+
+template <class T>
+void forward(const Call<T>& call) {
+  const Step& step = *call.step;
+  std::vector<Item> items;
+  std::vector<int32_t> apart;               // sequences of several items: written before anything reads them
+  for (int32_t s = 0; s < step.sequences; ++s) {
+    const int rows = (step.query_starts[s + 1] - step.query_starts[s]) * call.group();
+    if (rows > kItemRows) apart.push_back(s);
+    for (int row = (rows - 1) / kItemRows * kItemRows; row >= 0; row -= kItemRows)
+      items.push_back({s, row, std::min(kItemRows, rows - row)});
+  }
+  pool::parallel_for(int64_t(apart.size()) * call.K,
+                     [&](int64_t i) { write(call, Sequence(step, apart[i / call.K]), i % call.K); });
+  std::atomic<int64_t> next{0};
+  const int64_t total = int64_t(items.size()) * call.K;
+  pool::parallel_for(std::min<int64_t>(pool::num_threads(), total), [&](int64_t) {
+    static thread_local Scratch scratch;
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < total;)
+      attend(call, items[i / call.K], i % call.K, scratch);
+  });
+}
+
+}  // namespace
+}  // namespace attn
+
+extern "C" {
+
+// strides: token and head strides of q, k, v in elements; o is [tokens][N][H] and lse [tokens][N] or null, both contiguous
+void attn_forward(const attn::Step* step, int bfloat16, void* k_cache, void* v_cache, const void* q, const void* k,
+                  const void* v, const int64_t* strides, void* o, float* lse, int N, int K, int H, float scale,
+                  const float* slopes) {
+  auto run = [&](auto zero) {
+    using T = decltype(zero);
+    auto view = [&](const void* data, int i) { return attn::View<const T>{static_cast<const T*>(data), strides[i], strides[i + 1]}; };
+    attn::forward(attn::Call<T>{step, static_cast<T*>(k_cache), static_cast<T*>(v_cache), view(q, 0), view(k, 2), view(v, 4),
+                                static_cast<T*>(o), lse, N, K, H, scale, slopes});
+  };
+  bfloat16 ? run(attn::bf16()) : run(0.0f);
+}
+
+int attn_run_length() { return attn::kRun; }
+}

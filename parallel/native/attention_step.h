@@ -1,0 +1,33 @@
+// One step of attention as the C interface describes it: which tokens are new, and where each sequence's keys lie.
+//
+// The caches are [block][kv head][block_size / 16 runs][16 * head_dim], see attention_tiles.h for a run. Nothing here
+// computes; the structures are mirrored field by field in attention.py.
+#pragma once
+#include "attention_tiles.h"
+
+namespace attn {
+
+struct Step {
+  int64_t sequences, block_size, table_stride;
+  const int32_t *query_starts, *context_lens, *tables;  // starts [sequences + 1]; lens count the new tokens; tables [.., stride]
+};
+
+struct Sequence {
+  int64_t first_token;                      // of its new tokens in the flat row
+  int queries, past;                        // how many are new, how many came before
+  const int32_t* table;
+  Sequence(const Step& step, int64_t s)
+      : first_token(step.query_starts[s]),
+        queries(step.query_starts[s + 1] - step.query_starts[s]),
+        past(step.context_lens[s] - queries),
+        table(step.tables + s * step.table_stride) {}
+};
+
+template <class T>
+struct View {                               // [token][head][dim], the last contiguous; strides in elements
+  T* data;
+  int64_t token, head;
+  T* at(int64_t t, int64_t h) const { return data + t * token + h * head; }
+};
+
+}  // namespace attn
