@@ -24,7 +24,7 @@ class EngineConfig:
     max_queue: int = 4096
     priority_patience: float = 30.0  # seconds of waiting that outweigh one level of priority: nobody waits for ever
     prefix_caching: bool = True
-    attention_backend: str = "auto"
+    attention_backend: str | None = None  # eager, cpu, sdpa or flash; the best one that works unless given
 
     def __post_init__(self) -> None:
         for name in ("block_size", "max_step_tokens", "max_scored_tokens", "max_sequences", "max_queue"):

@@ -15,7 +15,7 @@ from cluster.engine.logprobs import Asked, at_temperatures, checked, token_logpr
 from cluster.engine.plan import StepPlan, StepResult
 from cluster.engine.request import TokenLogprobs
 from cluster.engine.sampling import Sampler, bad_rows
-from parallel.attention import Attention, AttentionMeta, Cached
+from parallel.attention import AttentionMeta, Backend, Cached
 from parallel.kv_cache import KVCache
 from parallel.vocab import Best
 from tp_decoders.decoder import Decoder
@@ -24,7 +24,7 @@ from tp_decoders.decoder import Decoder
 class ModelRunner:
     """A model, its cache, and the tables of the sequences in it."""
 
-    def __init__(self, model: Decoder, cache: KVCache, backend: Attention) -> None:
+    def __init__(self, model: Decoder, cache: KVCache, backend: Backend) -> None:
         self.model, self.cache, self.backend = model, cache, backend
         self.sampler = Sampler(model.config.vocab_size)
         self.weight_version = 0
@@ -48,7 +48,7 @@ class ModelRunner:
             table = self._tables.setdefault(slot, [])
             table[first:] = blocks
         if plan.copies:
-            self.cache.copy(plan.copies)
+            self.cache.copy_blocks(plan.copies)
 
     def _forward(self, plan: StepPlan) -> Tensor:
         tables = self._tables

@@ -1,0 +1,104 @@
+"""From a loaded model to an engine: attention backend, cache layout, number of blocks, runner.
+
+Every rank calls the same functions in the same order (agreeing on the number of blocks is a collective). The caller says how much memory
+this rank may count on; nothing here asks the machine.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence as Many
+
+import torch
+
+from cluster.engine.commands import Commands
+from cluster.engine.config import EngineConfig, num_kv_blocks
+from cluster.engine.engine import Engine
+from cluster.engine.executors import GroupExecutor, LocalExecutor
+from cluster.engine.request import ModelLimits
+from cluster.engine.runner import ModelRunner
+from parallel.attention import AttentionSpec, Backend, choose_backend
+from parallel.group import Group
+from parallel.heads import HeadLayout
+from parallel.kv_cache import KVCache, KVLayout
+from tp_decoders.decoder import Decoder
+
+log = logging.getLogger(__name__)
+
+
+def heads_of(model: Decoder) -> HeadLayout:
+    config = model.config
+    return HeadLayout.of(model.group, config.n_heads, config.n_kv_heads, config.head_dim)
+
+
+def kv_layout(model: Decoder, config: EngineConfig) -> KVLayout:
+    """What this rank stores per token."""
+    weight = next(model.parameters())
+    return KVLayout(
+        n_layers=model.config.n_layers,
+        n_kv_heads=heads_of(model).n_local_kv,
+        head_dim=model.config.head_dim,
+        block_size=config.block_size,
+        dtype=weight.dtype,
+        device=weight.device,
+    )
+
+
+def attention_for(model: Decoder, config: EngineConfig) -> Backend:
+    """The backend asked for, or the best one that works for this model here."""
+    weight = next(model.parameters())
+    return choose_backend(
+        config.attention_backend,
+        weight.device,
+        weight.dtype,
+        alibi=uses_alibi(model),
+        head_dim=model.config.head_dim,
+        multi_query=heads_of(model).shares_kv,
+    )
+
+
+def uses_alibi(model: Decoder) -> bool:
+    """Whether any layer's attention has slopes."""
+    specs = (value for module in model.modules() for value in vars(module).values() if isinstance(value, AttentionSpec))
+    return any(spec.slopes is not None for spec in specs)
+
+
+def agreed_blocks(wanted: int, group: Group, device: torch.device | str) -> int:
+    """The fewest blocks that any rank can hold. One collective, in groups of more than one."""
+    if group.size == 1:
+        return wanted
+    most_negative = group.talk.all_reduce_max(torch.tensor([-wanted], dtype=torch.int64, device=device))
+    return -int(most_negative)
+
+
+def build_runner(model: Decoder, config: EngineConfig, free_bytes: int) -> ModelRunner:
+    """This rank's runner, with a cache sized from `free_bytes` (this rank's share of what is free) or as configured."""
+    layout = kv_layout(model, config)
+    wanted = num_kv_blocks(config, layout.bytes_per_block, free_bytes, model.config.max_positions)
+    num_blocks = agreed_blocks(wanted, model.group, layout.device)
+    backend = attention_for(model, config)
+    cache = KVCache(layout, num_blocks, backend.name)
+    log.info(
+        "key/value cache on rank %d: %d blocks of %d tokens = %d tokens, %.1f MiB; attention backend %s",
+        model.group.rank, num_blocks, config.block_size, num_blocks * config.block_size,
+        num_blocks * layout.bytes_per_block / 2**20, backend.name,
+    )  # fmt: skip
+    return ModelRunner(model, cache, backend)
+
+
+def limits_of(model: Decoder, eos_token_ids: Many[int] = ()) -> ModelLimits:
+    """The model's own limits; an engine adds its cache's and its batch's."""
+    return ModelLimits(
+        vocab_size=model.config.vocab_size,
+        max_context=model.config.max_positions,
+        kv_capacity_tokens=0,
+        eos_token_ids=tuple(eos_token_ids),
+    )
+
+
+def build_engine(
+    runner: ModelRunner, config: EngineConfig, eos_token_ids: Many[int] = (), commands: Commands | None = None
+) -> Engine:
+    """Rank 0's engine; `commands` reaches the other ranks, which run `executors.follow`."""
+    executor = LocalExecutor(runner) if commands is None else GroupExecutor(runner, commands)
+    return Engine(executor, limits_of(runner.model, eos_token_ids), config, runner.cache.num_blocks)
