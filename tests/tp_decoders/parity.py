@@ -13,10 +13,10 @@ import transformers
 from torch import Tensor
 from torch.nn import functional
 
+from parallel.attention import Causal
 from parallel.group import Group
 from parallel.loss import vocab_cross_entropy
 from parallel.shard import rule_of
-from tests.tp_decoders.dense_attention import Dense
 from tests.tp_decoders.dense_mpt import DenseMpt, random_weight
 from tp_decoders import load
 from tp_decoders.registry import family_of
@@ -153,13 +153,13 @@ class Deviation:
         return {name: error for name, error in self.errors.items() if not error <= tolerance}
 
 
-def deviation(group: Group, folder: str) -> Deviation:
+def deviation(group: Group, folder: str, backend: str | None = None) -> Deviation:
     """Runs the case forward and backward on this rank and compares logits, loss and its shard of every gradient."""
     reference = torch.load(Path(folder) / "reference.pt")
     model = load(folder, group=group)
     positions = torch.cat([torch.arange(length) for length in LENGTHS])
     before = Counter(group.comm.counts) if group.comm else Counter()
-    logits = model(reference["tokens"], positions, Dense(LENGTHS))
+    logits = model(reference["tokens"], positions, Causal(LENGTHS, backend))
     collectives = Counter(group.comm.counts) - before if group.comm else Counter()
     loss = vocab_cross_entropy(logits, reference["targets"], model.head.shards, group)
     loss.backward()

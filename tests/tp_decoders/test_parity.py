@@ -18,6 +18,7 @@ def test_logits_loss_and_all_gradients_equal_the_reference(
     case: str, ranks: Callable[..., list[Any]], tmp_path: Path
 ) -> None:
     write_reference(case, tmp_path)
+    assert ranks(1, deviation, str(tmp_path), "eager")[0].beyond(TOLERANCE) == {}, "eager attention"
     for size in SIZES:
         for rank, found in enumerate(ranks(size, deviation, str(tmp_path))):
             assert found.beyond(TOLERANCE) == {}, f"tp {size}, rank {rank}"
