@@ -1,8 +1,9 @@
 """What a group's ranks can do together: the seam between the layers and the transport.
 
-Two implementations: `parallel.shm.ShmComm` (ranks of one CPU host) and `parallel.torch_comm.TorchComm` (gloo, nccl). All ranks call the
-same collectives in the same order, from one thread. Every wait has a limit; a rank that is missing, dead, late or in another collective
-is named in a CollectiveError, after which the comm refuses further work. Nothing here is differentiable: see parallel.collectives.
+Two implementations: `parallel.shm.ShmComm` (ranks of one CPU host) and `parallel.torch_comm.TorchComm` (gloo, nccl).
+All ranks call the same collectives in the same order, from one thread. Every wait has a limit; a rank that is missing,
+dead, late or in another collective is named in a CollectiveError, after which the comm refuses further work. Nothing
+here is differentiable: see parallel.collectives.
 """
 
 from __future__ import annotations
@@ -22,29 +23,30 @@ KINDS = ("none", "tree_sum", "sum", "all_reduce_max", "all_gather", "gather", "b
 
 
 class Comm(Protocol):
-    """A rank's handle on its group's collectives. `counts` and `byte_counts` say how many were issued, and how much this rank gave."""
+    """A rank's handle on its group's collectives. `counts` and `byte_counts`: how many it issued, how much it gave."""
 
     rank: int
     size: int
     counts: Counter[str]
     byte_counts: Counter[str]
+    broken: str | None  # why it refuses work, if it does
 
     def tree_sum(
         self, nodes: Tensor, tree: ReductionTree, bias: Tensor | None = None, dtype: torch.dtype | None = None
     ) -> Tensor:
-        """Finishes the tree over every rank's subtree roots [n_local_nodes, *shape] (float32), adds the bias over the last dimension
-        in float32, rounds once to dtype: the same bits on all ranks, and as one process evaluating the tree."""
+        """Finishes the tree over every rank's subtree roots [n_local_nodes, *shape] (float32), adds the bias over the
+        last dimension in float32, rounds once to dtype: the same bits on all ranks, and as one process would get."""
         ...
 
     def slot(self, nbytes: int) -> int | None:
-        """The address where this rank may write its nodes for `tree_sum_in_place`, if the transport has such a place; good until
-        the next collective."""
+        """The address where this rank may write its nodes for `tree_sum_in_place`, if the transport has such a place;
+        good until the next collective."""
         ...
 
     def tree_sum_in_place(
         self, shape: Sequence[int], tree: ReductionTree, bias: Tensor | None = None, dtype: torch.dtype | None = None
     ) -> Tensor:
-        """`tree_sum` of nodes that were written, packed, at the address given by `slot`; peers may use plain `tree_sum`."""
+        """`tree_sum` of nodes written, packed, at the address that `slot` gave; peers may use plain `tree_sum`."""
         ...
 
     def sum(self, x: Tensor) -> Tensor:
@@ -101,8 +103,8 @@ def check_nodes(nodes: Tensor, tree: ReductionTree, rank: int) -> None:
     wanted = tree.node_counts[rank]
     if nodes.shape[0] != wanted or nodes.dtype != torch.float32:
         raise CollectiveError(
-            f"tree_sum on rank {rank}: given {nodes.shape[0]} nodes of {nodes.dtype}; the tree over {tree.num_leaves} leaves "
-            f"has {wanted} float32 nodes on this rank"
+            f"tree_sum on rank {rank}: given {nodes.shape[0]} nodes of {nodes.dtype}; "
+            f"the tree over {tree.num_leaves} leaves has {wanted} float32 nodes on this rank"
         )
 
 
@@ -110,8 +112,8 @@ def check_sizes(x: Tensor, sizes: Sequence[int], dim: int, rank: int, size: int)
     """Refuses a gather whose sizes do not describe this rank's tensor."""
     if len(sizes) != size or x.shape[dim] != sizes[rank]:
         raise CollectiveError(
-            f"gather on rank {rank} of {size}: its tensor has {x.shape[dim]} along dimension {dim}, the sizes given are {list(sizes)}; "
-            "give one size per rank, the same list on all ranks"
+            f"gather on rank {rank} of {size}: its tensor has {x.shape[dim]} along dimension {dim}, "
+            f"the sizes given are {list(sizes)}; give one size per rank, the same list on all ranks"
         )
 
 

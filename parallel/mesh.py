@@ -1,9 +1,9 @@
 """From a rank number to process groups: rendezvous, the tp x dp layout, and the transport each group gets.
 
-Tensor-parallel ranks are neighbours: rank = dp_index * tp + tp_index. Ranks of one host that can map the same memory talk through
-`ShmComm`; other CPU ranks through gloo; CUDA ranks through nccl, with gloo beside it for commands. The process groups belong to the
-returned `Groups`; torch.distributed's global default group is neither used nor touched, so a process may meet its peers again at another
-address after a failure. Nothing here reads the environment.
+Tensor-parallel ranks are neighbours: rank = dp_index * tp + tp_index. Ranks of one host that can map the same memory
+talk through `ShmComm`; other CPU ranks through gloo; CUDA ranks through nccl, with gloo beside it for commands. The
+process groups belong to the returned `Groups`; torch.distributed's global default group is neither used nor touched, so
+a process may meet its peers again at another address after a failure. Nothing here reads the environment.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
@@ -24,7 +23,8 @@ from parallel.comm import Comm
 from parallel.errors import CollectiveError, ConfigError, NativeUnavailable
 from parallel.group import Group, Numerics
 from parallel.native.library import library
-from parallel.shm import SHM_DIR, ShmComm
+from parallel.segment import SHM_DIR, share
+from parallel.shm import ShmComm
 from parallel.torch_comm import Channels, TorchComm
 
 log = logging.getLogger(__name__)
@@ -66,7 +66,9 @@ def check_mesh(rank: int, world: int, tp: int, dp: int) -> None:
     if tp < 1 or dp < 1:
         raise ConfigError(f"tp={tp}, dp={dp}: both sizes must be at least 1")
     if tp * dp != world:
-        raise ConfigError(f"tp={tp} x dp={dp} needs {tp * dp} ranks, {world} were started; make tp x dp equal to the number of ranks")
+        raise ConfigError(
+            f"tp={tp} x dp={dp} needs {tp * dp} ranks, {world} were started; make tp x dp equal to the number of ranks"
+        )
     if not 0 <= rank < world:
         raise ConfigError(f"rank {rank} is outside 0..{world - 1}; number the {world} ranks from 0")
 
@@ -86,7 +88,9 @@ def init_groups(
     if world == 1:
         return Groups(Group.single(numerics), Group.single(numerics))
     if address is None:
-        raise ConfigError(f"{world} ranks need an address to meet at; give tcp://HOST:PORT, a free port of rank 0's host")
+        raise ConfigError(
+            f"{world} ranks need an address to meet at; give tcp://HOST:PORT, a free port on rank 0's host"
+        )
     store = _rendezvous(address, rank, world, wiring.start_timeout_s)
     wiring = _with_hostname(wiring, address)
     dp_index, tp_index = divmod(rank, tp)
@@ -104,9 +108,7 @@ def connect(
         return Group.single(numerics)
     store.set_timeout(timedelta(seconds=wiring.start_timeout_s))
     comm: Comm
-    if wiring.device.type == "cuda":
-        comm = _torch_comm(store, rank, size, wiring)
-    elif wiring.transport == "gloo" or not _all_share_memory(store, rank, size, wiring):
+    if wiring.device.type == "cuda" or wiring.transport == "gloo" or not _all_share_memory(store, rank, size, wiring):
         comm = _torch_comm(store, rank, size, wiring)
     else:
         comm = ShmComm.meet(store, rank, size, wiring.timeout_s)
@@ -130,13 +132,13 @@ def _rendezvous(address: str, rank: int, world: int, timeout_s: float) -> dist.S
     except (RuntimeError, ValueError) as error:
         raise CollectiveError(
             f"rank {rank} of {world} could not meet the others at {address} within {timeout_s:g} s "
-            f"({str(error).splitlines()[0]}); check that rank 0 runs on that host, that the port is free there and reachable from here"
+            f"({str(error).splitlines()[0]}); check that rank 0 runs there and that the port is free and reachable"
         ) from error
     return dist.PrefixStore("tp-decoders", store)
 
 
 def _with_hostname(wiring: Wiring, address: str) -> Wiring:
-    """The address of the interface that leads to rank 0, unless given: gloo's own guess is wrong where a host's name is a loopback."""
+    """With the address of the interface that leads to rank 0: gloo guesses wrong where a host's name is a loopback."""
     parts = urlparse(address)
     if wiring.hostname is not None or parts.scheme != "tcp" or parts.hostname is None:
         return wiring
@@ -154,8 +156,7 @@ def _all_share_memory(store: dist.Store, rank: int, size: int, wiring: Wiring) -
         note = f"ok {_memory_identity()}"
     except NativeUnavailable as error:
         note = f"rank {rank}: {str(error).splitlines()[0]}"
-    store.set(f"memory/{rank}", note)
-    notes = _read_all(store, "memory", size)
+    notes = share(store, "memory", rank, size, note)
     reasons = [text for text in notes if not text.startswith("ok ")]
     if not reasons and len(set(notes)) > 1:
         reasons = ["the ranks are on different hosts"]
@@ -169,21 +170,10 @@ def _all_share_memory(store: dist.Store, rank: int, size: int, wiring: Wiring) -
 
 
 def _memory_identity() -> str:
-    """Equal on two processes if and only if they see the same boot, the same shared-memory mount and the same process numbers."""
+    """Equal on two processes that see the same boot, the same shared-memory mount and the same process numbers."""
     with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
         boot = file.read().strip()
     return f"{boot} {os.stat(SHM_DIR).st_dev} {os.stat('/proc/self/ns/pid').st_ino}"
-
-
-def _read_all(store: dist.Store, name: str, size: int) -> Sequence[str]:
-    """One note per rank; an error naming the ranks that left none."""
-    keys = [f"{name}/{rank}" for rank in range(size)]
-    try:
-        store.wait(keys)
-    except RuntimeError as error:
-        absent = [rank for rank, key in enumerate(keys) if not store.check([key])]
-        raise CollectiveError(f"ranks {absent} of {size} did not come to the start of the group") from error
-    return [store.get(key).decode() for key in keys]
 
 
 def _torch_comm(store: dist.Store, rank: int, size: int, wiring: Wiring) -> TorchComm:
@@ -200,7 +190,7 @@ def _torch_comm(store: dist.Store, rank: int, size: int, wiring: Wiring) -> Torc
 
 
 def _gloo(store: dist.Store, rank: int, size: int, wiring: Wiring) -> Any:
-    options = dist.ProcessGroupGloo._Options()
+    options: Any = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     options._timeout = timedelta(seconds=wiring.timeout_s)
     if wiring.hostname is None:
         options._devices = [dist.ProcessGroupGloo.create_default_device()]

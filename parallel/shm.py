@@ -1,9 +1,8 @@
-"""Comm between the ranks of one CPU host through shared memory (kernels: native/comm*.cpp).
+"""Comm between the ranks of one CPU host through shared memory (kernels: native/comm.cpp, native/comm_sum.cpp).
 
-One segment per group, mode 0600, under a random name that is removed as soon as every rank has mapped it: nothing outlives the
-processes, however they end. Sums keep the tree's order whatever the number of ranks or the message size. A rank that waits spins
-briefly, then yields, then sleeps on a futex; with more ranks than cores it yields at once. float16, float64 and integer sums go through a
-gather and stock operators.
+Sums keep the tree's order whatever the number of ranks or the size of the message. A rank that waits spins for some
+microseconds, then yields, then sleeps on a futex, and looks every 50 ms whether its peers still live; with more ranks
+than cores it yields at once. float16, float64 and integers go through a gather and stock operators. Used by one thread.
 """
 
 from __future__ import annotations
@@ -11,12 +10,8 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-import secrets
-import tempfile
 import time
 from collections.abc import Sequence
-from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -24,19 +19,20 @@ from torch import Tensor
 
 from parallel.comm import KINDS, Traffic, check_nodes, check_sizes
 from parallel.errors import CollectiveError
-from parallel.native.library import library
+from parallel.native.comm import comm_library
+from parallel.segment import map_segment, share
 from parallel.tree import ReductionTree
 
-SHM_DIR = Path("/dev/shm")
 SEGMENT_BYTES = 32 << 20
-CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = 1 << 19
 """Larger messages go in rounds of this many bytes per rank, which stay in the caches."""
-SPLIT_BYTES = 1 << 20
-"""From this size of the result on, ranks divide a sum among them instead of each computing all of it."""
+SPLIT_BYTES = 1 << 15
+"""From this size on, three or more ranks divide a sum instead of each computing all of it (bench/collectives.py)."""
 SPIN_S, YIELD_S = 20e-6, 2e-3
 PATIENCE_S = 0.2
 """How long one wait for a command may keep Python from seeing a signal."""
 TIMEOUT, DIED, LEFT, MISMATCH = 1, 2, 3, 4
+FAILED = 3
 CODES = {torch.float32: 0, torch.bfloat16: 1}
 TREE_SUM, SUM, MAXIMUM, ALL_GATHER, GATHER, BROADCAST, BARRIER = range(1, len(KINDS))
 
@@ -47,7 +43,7 @@ class ShmComm(Traffic):
     def __init__(self, rank: int, size: int, mapping: mmap.mmap, cap: int, timeout_s: float, crowded: bool) -> None:
         super().__init__(rank, size)
         self.timeout_s = timeout_s
-        self._lib = bind(library())
+        self._lib = comm_library()
         self._mapping = mapping
         self._view = (ctypes.c_char * len(mapping)).from_buffer(mapping)
         self._plans: dict[int, tuple[object, int]] = {}
@@ -59,13 +55,13 @@ class ShmComm(Traffic):
     @staticmethod
     def meet(store: dist.Store, rank: int, size: int, timeout_s: float = 30.0) -> ShmComm:
         """Maps one segment with all ranks of the group, which meet in a store of their own."""
-        cores = _share(store, "cores", rank, size, ",".join(map(str, sorted(os.sched_getaffinity(0)))))
+        cores = share(store, "cores", rank, size, ",".join(map(str, sorted(os.sched_getaffinity(0)))))
         crowded = size > len({core for note in cores for core in note.split(",")})
         cap = max(1 << 18, SEGMENT_BYTES // (2 * size)) & ~4095
-        mapping, path = _map(store, rank, bind(library()).comm_bytes(size, cap))
+        mapping, path = map_segment(store, rank, comm_library().comm_bytes(size, cap))
         try:
             comm = ShmComm(rank, size, mapping, cap, timeout_s, crowded)
-            _share(store, "mapped", rank, size, "yes")
+            share(store, "mapped", rank, size, "yes")
         finally:
             path.unlink(missing_ok=True)  # by whichever rank gets here first; the mappings live on
         comm._lib.comm_watch(comm._handle)
@@ -80,7 +76,7 @@ class ShmComm(Traffic):
         return self._tree_sum(nodes.data_ptr(), nodes.shape[1:], tree, bias, dtype)
 
     def slot(self, nbytes: int) -> int | None:
-        return self._lib.comm_slot(self._handle, nbytes)  # type: ignore[no-any-return]
+        return None if self.broken else self._lib.comm_slot(self._handle, nbytes)  # type: ignore[no-any-return]
 
     def tree_sum_in_place(
         self, shape: Sequence[int], tree: ReductionTree, bias: Tensor | None = None, dtype: torch.dtype | None = None
@@ -107,12 +103,17 @@ class ShmComm(Traffic):
         payload = payload or b""
         self.issue("broadcast_bytes", len(payload))
         if self.rank == 0:
-            self._check(BROADCAST, self._lib.comm_send(self._handle, self.sequence, payload, len(payload), int(limit * 1e9)), limit)
+            self._check(BROADCAST, self._send(payload, limit), limit)
             return payload
         total = self._await_message(limit)
         received = ctypes.create_string_buffer(max(1, total))
         self._check(BROADCAST, self._lib.comm_receive(self._handle, received, total, int(limit * 1e9)), limit)
         return received.raw[:total]
+
+    def _send(self, payload: bytes, limit: float) -> int:
+        limit_ns = int(limit * 1e9)
+        code: int = self._lib.comm_send(self._handle, BROADCAST, self.sequence, payload, len(payload), limit_ns)
+        return code
 
     def barrier(self, timeout: float | None = None) -> None:
         limit = self.timeout_s if timeout is None else timeout
@@ -147,7 +148,9 @@ class ShmComm(Traffic):
         c_counts, c_program = (ctypes.c_int * len(counts))(*counts), (ctypes.c_int * len(program))(*program)
         return self._lib.comm_plan(self.size, c_counts, c_program, len(program))  # type: ignore[no-any-return]
 
-    def _reduce(self, kind: int, plan: int, nodes: int | None, dtype: torch.dtype, bias: Tensor | None, out: Tensor) -> None:
+    def _reduce(
+        self, kind: int, plan: int, nodes: int | None, dtype: torch.dtype, bias: Tensor | None, out: Tensor
+    ) -> None:
         pointer, width, bias_code = None, 1, 0
         if bias is not None:
             bias = bias.contiguous() if bias.dtype in CODES else bias.float()
@@ -196,10 +199,15 @@ class ShmComm(Traffic):
         deadline = time.monotonic() + limit
         while True:
             patience = min(PATIENCE_S, max(0.0, deadline - time.monotonic()))
-            code = self._lib.comm_peek(self._handle, self.sequence, int(patience * 1e9), ctypes.byref(total))
+            code = self._peek(patience, total)
             if code != TIMEOUT or time.monotonic() >= deadline:
                 self._check(BROADCAST, code, limit)
                 return total.value
+
+    def _peek(self, patience: float, total: ctypes.c_uint64) -> int:
+        limit_ns = int(patience * 1e9)
+        code: int = self._lib.comm_peek(self._handle, BROADCAST, self.sequence, limit_ns, ctypes.byref(total))
+        return code
 
     def _check(self, kind: int, code: int, limit: float) -> None:
         if code:
@@ -207,112 +215,46 @@ class ShmComm(Traffic):
 
     def _failure(self, kind: int, code: int, limit: float) -> CollectiveError:
         """Says which rank did what instead of taking part, and stops this comm."""
-        self._lib.comm_leave(self._handle, 1)
-        report = (ctypes.c_int64 * (6 * self.size))()
+        self._lib.comm_leave(self._handle, code)
+        report = (ctypes.c_int64 * (Report.WIDTH * self.size))()
         culprit = self._lib.comm_report(self._handle, report)
-        ranks = [Report(*report[6 * r : 6 * r + 6]) for r in range(self.size)]
+        ranks = [Report(*report[Report.WIDTH * r : Report.WIDTH * (r + 1)]) for r in range(self.size)]
         mine = f"{KINDS[kind]} number {self.sequence}"
-        if code == MISMATCH:
-            there = ranks[culprit].last if kind != BROADCAST else "another call (its broadcast has another number)"
-            here = ranks[self.rank].last if kind != BROADCAST else mine
-            message = (
-                f"the ranks are out of step: rank {culprit} is in {there}, rank {self.rank} in {here}; "
-                "all must issue the same collectives, of the same size, in the same order"
-            )
-        else:
-            message = f"{mine} on rank {self.rank} of {self.size}: " + _absence(code, culprit, ranks, self.rank, limit)
+        said = _cause(code, culprit, ranks, limit)
+        late = [r for r, other in enumerate(ranks) if r != self.rank and other.rounds < ranks[self.rank].rounds]
+        if late and code != MISMATCH:
+            said += f"; not heard from: ranks {late}"
+        message = f"{mine} on rank {self.rank} of {self.size} failed: {said}"
         self.broken = message
         return CollectiveError(message)
 
 
 class Report:
-    """What a rank's lines in shared memory say about it."""
+    """What a rank's line in shared memory says about it."""
 
-    def __init__(self, rounds: int, kind: int, nbytes: int, call: int, state: int, died: int) -> None:
+    WIDTH = 7
+
+    def __init__(self, rounds: int, kind: int, nbytes: int, call: int, state: int, blame: int, died: int) -> None:
         self.rounds = rounds
-        self.last = f"{KINDS[kind]} number {call} of {nbytes} bytes" if rounds else "no collective yet"
-        self.left = {2: "closed its end", 3: "stopped after an error of its own"}.get(state)
+        size = f" of {nbytes} bytes" if nbytes >= 0 else ""
+        self.call = f"{KINDS[kind]} number {call}{size}" if kind else "no collective yet"
+        self.failed = state == FAILED
+        self.blame = (blame >> 16, blame & 0xFFFF)
         self.died = bool(died)
 
 
-def _absence(code: int, culprit: int, ranks: Sequence[Report], rank: int, limit: float) -> str:
-    last = f"its last: {ranks[culprit].last}"
+def _cause(code: int, culprit: int, ranks: Sequence[Report], limit: float, depth: int = 0) -> str:
+    """The fault of `culprit` in words; where it stopped for a reason of its own, that reason too."""
+    last = f"its last: {ranks[culprit].call}"
+    if code == MISMATCH:
+        return (
+            f"the ranks are out of step, rank {culprit} is in {ranks[culprit].call}; "
+            "all must issue the same collectives, of the same size, in the same order"
+        )
     if code == DIED:
         return f"the process of rank {culprit} died ({last})"
-    if code == LEFT:
-        return f"rank {culprit} {ranks[culprit].left} ({last})"
-    late = [r for r, report in enumerate(ranks) if r != rank and report.rounds < ranks[rank].rounds] or [culprit]
-    return f"rank {culprit} did not arrive within {limit:g} s ({last}); not heard from: ranks {late}"
-
-
-def _share(store: dist.Store, name: str, rank: int, size: int, note: str) -> list[str]:
-    """Every rank's note, once all have left one."""
-    store.set(f"{name}/{rank}", note)
-    keys = [f"{name}/{r}" for r in range(size)]
-    try:
-        store.wait(keys)
-    except RuntimeError as error:
-        absent = [r for r, key in enumerate(keys) if not store.check([key])]
-        raise CollectiveError(f"ranks {absent} of {size} did not come to the start of the group ({name})") from error
-    return [store.get(key).decode() for key in keys]
-
-
-def _map(store: dist.Store, rank: int, nbytes: int) -> tuple[mmap.mmap, Path]:
-    """The group's segment: made by rank 0 once all ranks are there, opened by the others."""
-    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
-    if rank == 0:
-        path, fd = _create(nbytes, flags | os.O_CREAT | os.O_EXCL)
-        store.set("segment", str(path))
-    else:
-        path = Path(store.get("segment").decode())
-        fd = os.open(path, flags)
-    try:
-        return mmap.mmap(fd, nbytes, flags=mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)), path
-    finally:
-        os.close(fd)
-
-
-def _create(nbytes: int, flags: int) -> tuple[Path, int]:
-    """A new file with its memory reserved: a full /dev/shm must be an error here, not a bus error later."""
-    failures = []
-    for folder in (SHM_DIR, Path(tempfile.gettempdir())):
-        path = folder / f"tp-decoders-{secrets.token_hex(16)}"
-        try:
-            fd = os.open(path, flags, 0o600)
-            try:
-                os.posix_fallocate(fd, 0, nbytes)
-                return path, fd
-            except OSError:
-                os.close(fd)
-                path.unlink()
-                raise
-        except OSError as error:
-            failures.append(str(error))
-    raise CollectiveError(f"no room for {nbytes >> 20} MiB of shared memory ({'; '.join(failures)}); enlarge {SHM_DIR}")
-
-
-def bind(lib: ctypes.CDLL) -> ctypes.CDLL:
-    """Declares the argument types of the comm_* functions; done once per library."""
-    p, i, u32, u64, i64 = ctypes.c_void_p, ctypes.c_int, ctypes.c_uint32, ctypes.c_uint64, ctypes.c_int64
-    signatures = {
-        "comm_bytes": (u64, [i, u64]),
-        "comm_attach": (p, [p, i, i, u64]),
-        "comm_watch": (None, [p]),
-        "comm_limits": (None, [p, i64, i64, i64]),
-        "comm_leave": (None, [p, i]),
-        "comm_detach": (None, [p]),
-        "comm_plan": (p, [i, p, p, i]),
-        "comm_plan_free": (None, [p]),
-        "comm_slot": (p, [p, u64]),
-        "comm_reduce": (i, [p, p, u32, u64, p, i64, i, p, i64, i, p, i, u64, u64, i]),
-        "comm_gather": (i, [p, u32, u64, p, u64, p, i, p]),
-        "comm_barrier": (i, [p, u32, u64, i64]),
-        "comm_send": (i, [p, u64, ctypes.c_char_p, u64, i64]),
-        "comm_peek": (i, [p, u64, i64, p]),
-        "comm_receive": (i, [p, p, u64, i64]),
-        "comm_report": (i, [p, p]),
-    }
-    for name, (result, arguments) in signatures.items():
-        function = getattr(lib, name)
-        function.restype, function.argtypes = result, arguments
-    return lib
+    if code == TIMEOUT:
+        return f"rank {culprit} did not arrive within {limit:g} s ({last})"
+    if not ranks[culprit].failed or depth == len(ranks):
+        return f"rank {culprit} closed its end ({last})"
+    return f"rank {culprit} stopped because " + _cause(*ranks[culprit].blame, ranks, limit, depth + 1)

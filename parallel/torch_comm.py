@@ -1,13 +1,13 @@
 """Comm over a torch.distributed process group: gloo between CPU hosts or without a compiler, nccl on GPUs.
 
-The same meaning and the same bits as shared memory: `tree_sum` gathers every rank's nodes and finishes the tree locally. On CPU a small
-header goes ahead of each collective, so that ranks out of step are named instead of mixing their data; on GPUs it would cost a
-synchronisation and is left out. When a collective fails the ranks leave a note in the rendezvous store: who left none is missing.
+The same meaning and the same bits as shared memory: `tree_sum` gathers every rank's nodes and finishes the tree
+locally. On CPU a small header goes ahead of each collective, so that ranks out of step are named instead of mixing
+their data; on GPUs it would cost a synchronisation and is left out. When a collective fails the ranks leave a note in
+the rendezvous store: who left none is missing.
 """
 
 from __future__ import annotations
 
-import struct
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,9 +22,6 @@ from parallel.comm import KINDS, Traffic, check_nodes, check_sizes, finish
 from parallel.errors import CollectiveError
 from parallel.tree import ReductionTree
 
-HEADER = struct.Struct("<qqq")
-FRAME = 8192
-"""Commands up to this size travel in one message."""
 ROLL_CALL_S = 1.0
 """How long a failed rank waits for the notes of the others."""
 
@@ -72,10 +69,16 @@ class TorchComm(Traffic):
         raise CollectiveError("tree_sum_in_place needs a slot in shared memory and this comm has none; use tree_sum")
 
     def sum(self, x: Tensor) -> Tensor:
-        return self._all_reduce("sum", x, dist.ReduceOp.SUM)
+        wide = x.dtype in (torch.bfloat16, torch.float16)
+        out = (x.float() if wide else x.clone()).contiguous()
+        self._begin("sum", x.nbytes, x.nbytes)
+        self._wait("sum", lambda: self.channels.data.allreduce([out]))
+        return out.to(x.dtype)
 
     def all_reduce_max(self, x: Tensor) -> Tensor:
-        return self._all_reduce("all_reduce_max", x, dist.ReduceOp.MAX)
+        self._begin("all_reduce_max", x.nbytes, x.nbytes)
+        mine = x.contiguous().view(-1).view(torch.uint8)  # gloo knows neither all types nor NaN
+        return self._gather_equal("all_reduce_max", mine).view(x.dtype).amax(0).view(x.shape)
 
     def all_gather(self, x: Tensor, sizes: Sequence[int], dim: int) -> Tensor:
         return self._gather("all_gather", x, sizes, dim)
@@ -86,21 +89,19 @@ class TorchComm(Traffic):
 
     def broadcast_bytes(self, payload: bytes | None, timeout: float | None = None) -> bytes:
         limit = self.timeout_s if timeout is None else timeout
-        self.issue("broadcast_bytes", len(payload or b""))
-        first = torch.zeros(FRAME, dtype=torch.uint8)
+        payload = payload or b""
+        self.issue("broadcast_bytes", len(payload))
+        nbytes = self._compare("broadcast_bytes", len(payload) if self.rank == 0 else 0, limit)
+        if nbytes == 0:
+            return b""
+        data = torch.empty(nbytes, dtype=torch.uint8)
         if self.rank == 0:
-            first[:] = torch.frombuffer(bytearray(_frame(self.sequence, payload or b"")), dtype=torch.uint8)
-        self._broadcast(first, limit)
-        kind, sequence, nbytes = HEADER.unpack_from(first.numpy())
-        if (kind, sequence) != (KINDS.index("broadcast_bytes"), self.sequence):
-            raise self._out_of_step([[kind, sequence, nbytes]])
-        if self.rank == 0 and payload is not None and nbytes > FRAME - HEADER.size:
-            self._broadcast(torch.frombuffer(bytearray(payload), dtype=torch.uint8), limit)
-        elif self.rank != 0 and nbytes > FRAME - HEADER.size:
-            rest = torch.empty(nbytes, dtype=torch.uint8)
-            self._broadcast(rest, limit)
-            return rest.numpy().tobytes()
-        return first.numpy().tobytes()[HEADER.size : HEADER.size + nbytes] if self.rank else payload or b""
+            data = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
+        opts = dist.BroadcastOptions()
+        opts.rootRank = 0
+        opts.timeout = timedelta(seconds=limit)
+        self._wait("broadcast_bytes", lambda: self.channels.control.broadcast([data], opts))
+        return payload if self.rank == 0 else data.numpy().tobytes()
 
     def barrier(self, timeout: float | None = None) -> None:
         self.issue("barrier", 0)
@@ -117,21 +118,24 @@ class TorchComm(Traffic):
         if self.channels.verify:
             self._compare(kind, common, self.timeout_s)
 
-    def _compare(self, kind: str, common: int, limit: float) -> None:
-        """Exchanges (kind, sequence number, bytes) with all ranks; raises on all of them where they differ."""
-        mine = torch.tensor([KINDS.index(kind), self.sequence, common])
+    def _compare(self, kind: str, nbytes: int, limit: float) -> int:
+        """Exchanges (kind, sequence number, bytes) with all ranks; raises on all of them where they differ. Returns
+        rank 0's bytes, which in a broadcast it alone knows."""
+        mine = torch.tensor([KINDS.index(kind), self.sequence, nbytes])
         out = torch.empty(self.size * 3, dtype=torch.int64)
         opts = dist.distributed_c10d.AllgatherOptions()
         opts.timeout = timedelta(seconds=limit)
         self._wait(kind, lambda: self.channels.control._allgather_base(out, mine, opts))
-        if (out.view(self.size, 3) != mine).any():
-            raise self._out_of_step(out.view(self.size, 3).tolist())
-
-    def _out_of_step(self, headers: Sequence[Sequence[int]]) -> CollectiveError:
-        calls = [f"rank {rank} is in {KINDS[k]} number {n} of {nbytes} bytes" for rank, (k, n, nbytes) in enumerate(headers)]
-        if len(calls) == 1:
-            calls.append(f"rank {self.rank} is in broadcast_bytes number {self.sequence}")
-        return self._fail(f"{'; '.join(calls)}: the ranks are out of step; all must issue the same collectives in the same order")
+        compared = 2 if kind == "broadcast_bytes" else 3
+        headers = out.tolist()
+        rows = [headers[3 * rank : 3 * rank + 3] for rank in range(self.size)]
+        if any(row[:compared] != rows[self.rank][:compared] for row in rows):
+            calls = [f"rank {rank} is in {KINDS[k]} number {n} of {b} bytes" for rank, (k, n, b) in enumerate(rows)]
+            raise self._fail(
+                f"the ranks are out of step: {'; '.join(calls)}; "
+                "all must issue the same collectives, of the same size, in the same order"
+            )
+        return int(rows[0][2])
 
     def _gather_equal(self, kind: str, x: Tensor) -> Tensor:
         out = x.new_empty(self.size * x.numel())
@@ -153,22 +157,6 @@ class TorchComm(Traffic):
             parts.append(gathered[rank, :nbytes].view(x.dtype).view(shape))
         return torch.cat(parts, dim)
 
-    def _all_reduce(self, kind: str, x: Tensor, op: Any) -> Tensor:
-        wide = x.dtype in (torch.bfloat16, torch.float16)
-        out = x.float() if wide else x.clone()
-        out = out.contiguous()
-        self._begin(kind, x.nbytes, x.nbytes)
-        opts = dist.AllreduceOptions()
-        opts.reduceOp = op
-        self._wait(kind, lambda: self.channels.data.allreduce([out], opts))
-        return out.to(x.dtype)
-
-    def _broadcast(self, data: Tensor, limit: float) -> None:
-        opts = dist.BroadcastOptions()
-        opts.rootRank = 0
-        opts.timeout = timedelta(seconds=limit)
-        self._wait("broadcast_bytes", lambda: self.channels.control.broadcast([data], opts))
-
     def _wait(self, kind: str, start: Callable[[], Any]) -> None:
         began = time.monotonic()
         try:
@@ -177,32 +165,29 @@ class TorchComm(Traffic):
             waited = time.monotonic() - began
             cause = str(error).splitlines()[0]
             raise self._fail(
-                f"{kind} number {self.sequence} failed on rank {self.rank} after {waited:.1f} s; {self._missing()} ({cause})"
+                f"{kind} number {self.sequence} failed on rank {self.rank} after {waited:.1f} s; "
+                f"{self._missing(waited)} ({cause})"
             ) from error
 
-    def _missing(self) -> str:
-        """Which ranks left no note within a moment of the failure."""
-        store = self.channels.store
+    def _missing(self, waited: float) -> str:
+        """Which ranks left no note within a moment of the failure; if all did, who had come last."""
+        store, keys = self.channels.store, [f"failed/{rank}" for rank in range(self.size)]
         try:
-            store.set(f"failed/{self.rank}", str(self.sequence))
+            store.set(keys[self.rank], f"{waited:.1f}")
             deadline = time.monotonic() + ROLL_CALL_S
-            absent = list(range(self.size))
-            while absent and time.monotonic() < deadline:
-                absent = [rank for rank in absent if not store.check([f"failed/{rank}"])]
+            while not store.check(keys) and time.monotonic() < deadline:
                 time.sleep(0.02)
+            absent = [rank for rank, key in enumerate(keys) if not store.check([key])]
+            if absent:
+                return f"not heard from: ranks {absent}"
+            waits = [float(store.get(key)) for key in keys]
+            return f"all ranks report a failure, the last to come was rank {waits.index(min(waits))}"
         except RuntimeError:
-            return "the rendezvous store does not answer: the rank that hosts it (rank 0) is gone"
-        return f"ranks not heard from: {absent}" if absent else "all ranks report a failure"
+            return "not heard from: ranks [0] (it hosts the rendezvous store, which does not answer)"
 
     def _fail(self, message: str) -> CollectiveError:
         self.broken = message
         return CollectiveError(message)
-
-
-def _frame(sequence: int, payload: bytes) -> bytes:
-    """The first message of a broadcast: a header, and the payload where it fits."""
-    head = HEADER.pack(KINDS.index("broadcast_bytes"), sequence, len(payload))
-    return (head + (payload if len(payload) <= FRAME - HEADER.size else b"")).ljust(FRAME, b"\0")
 
 
 def _row_elements(x: Tensor, dim: int) -> int:

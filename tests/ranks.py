@@ -43,6 +43,7 @@ class Outcome:
     value: Any = None
     error: BaseException | None = None
     raised_at: float = 0.0
+    broken: bool = True
 
 
 @dataclass
@@ -87,8 +88,8 @@ class Ranks:
         for worker in self._workers[:size]:
             worker.pipe.send_bytes(job)
         outcomes = self._collect(size, fn.__qualname__, limit or self.limit)
-        if any(outcome.error is not None for outcome in outcomes):
-            self._generation += 1  # the comms of a failed call may be out of step: later calls make new ones
+        if any(outcome.broken for outcome in outcomes):
+            self._generation += 1  # comms that failed may be out of step: later calls make new ones
         return outcomes
 
     def close(self) -> None:
@@ -133,11 +134,12 @@ class Ranks:
     def _receive(self, rank: int, name: str) -> Outcome:
         worker = self._workers[rank]
         try:
-            raised_at, value, error = pickle.loads(worker.pipe.recv_bytes())
+            raised_at, value, error, broken = pickle.loads(worker.pipe.recv_bytes())
         except (EOFError, ConnectionError):
             code = worker.process.wait()
-            return Outcome(error=RankDied(f"rank {rank} died (exit status {code}) in {name}"), raised_at=time.monotonic())
-        return Outcome(value, error, raised_at)
+            died = RankDied(f"rank {rank} died (exit status {code}) in {name}")
+            return Outcome(error=died, raised_at=time.monotonic())
+        return Outcome(value, error, raised_at, broken)
 
     def _end_slow(self, ranks: Sequence[int], outcomes: dict[int, Outcome], name: str, limit: float) -> None:
         for rank in ranks:  # faulthandler prints where each one stands

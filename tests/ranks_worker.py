@@ -41,16 +41,18 @@ class Worker:
         self.modules: dict[str, ModuleType] = {}
 
     def answer(self, job: bytes) -> bytes:
-        """Run one call and pack (time, value, error), whatever the function raised."""
+        """Run one call and pack (time, value, error, whether the comm broke), whatever the function raised."""
         generation, size, kind, call, args = pickle.loads(job)
         try:
             function = self.load(*call)
-            value = function(self.group(generation, size, kind), *pickle.loads(args))
-            return pickle.dumps((time.monotonic(), value, None))
+            group = self.group(generation, size, kind)
+            value = function(group, *pickle.loads(args))
+            broken = group.comm is not None and group.comm.broken is not None
+            return pickle.dumps((time.monotonic(), value, None, broken))
         except BaseException as error:  # whatever it was, the pool raises it again
             raised_at = time.monotonic()
             self.forget(generation, size, kind)
-            return pickle.dumps((raised_at, None, self.portable(error)))
+            return pickle.dumps((raised_at, None, self.portable(error), True))
 
     def load(self, path: str, module_name: str, qualname: str) -> Callable[..., Any]:
         module = self.modules.get(path)

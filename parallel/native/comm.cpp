@@ -40,7 +40,7 @@ void comm_limits(Comm* c, int64_t spin_ns, int64_t yield_ns, int64_t limit_ns) {
   c->spin_ns = spin_ns, c->yield_ns = yield_ns, c->limit_ns = limit_ns;
 }
 
-void comm_leave(Comm* c, int failed) { leave(c, failed ? kFailed : kClosed, 0); }
+void comm_leave(Comm* c, int status) { leave(c, status ? kFailed : kClosed, status); }
 
 void comm_detach(Comm* c) {
   for (int fd : c->pidfd) if (fd >= 0) close(fd);
@@ -69,8 +69,9 @@ int comm_barrier(Comm* c, uint32_t kind, uint64_t call, int64_t limit_ns) {
   return done(c, meet(c, {kind, 0, 0, call}, limit_ns, [](int) { return 0u; }));
 }
 
-int comm_send(Comm* c, uint64_t call, const char* data, uint64_t total, int64_t limit_ns) {
+int comm_send(Comm* c, uint32_t kind, uint64_t call, const char* data, uint64_t total, int64_t limit_ns) {
   Ring& ring = c->commands();
+  c->current = call << 8 | kind;
   for (uint64_t at = 0; at < total || at == 0; at += kRingBytes) {
     uint64_t position = ++c->ring;
     for (int r = 1; r < c->size && position > kRing; ++r)
@@ -84,7 +85,8 @@ int comm_send(Comm* c, uint64_t call, const char* data, uint64_t total, int64_t 
 }
 
 // Waits for the next message; a timeout leaves the comm in order, so that the caller may go on waiting.
-int comm_peek(Comm* c, uint64_t call, int64_t limit_ns, uint64_t* total) {
+int comm_peek(Comm* c, uint32_t kind, uint64_t call, int64_t limit_ns, uint64_t* total) {
+  c->current = call << 8 | kind;
   Status s = wait_for(c, c->commands().sent, 0, c->ring + 1, limit_ns);
   if (s == kTimeout) return s;
   if (s == kOk) {
@@ -108,14 +110,17 @@ int comm_receive(Comm* c, char* out, uint64_t total, int64_t limit_ns) {
   return kOk;
 }
 
-// Per rank: rounds published, and kind, bytes and call of the last; whether it left (2: closed, 3: failed); whether it died.
+// Per rank: rounds published; kind, bytes (-1: unknown) and call it is in; whether it left (2: closed, 3: failed) and whom it
+// blames (status << 16 | rank); whether it died.
 int comm_report(Comm* c, int64_t* out) {
-  for (int r = 0; r < c->size; ++r, out += 6) {
+  for (int r = 0; r < c->size; ++r, out += 7) {
     Line& line = c->line(r);
-    uint64_t round = line.arrived.value.load(std::memory_order_acquire);
+    uint64_t round = line.arrived.value.load(std::memory_order_acquire), waiting = line.waiting.load(std::memory_order_acquire);
     const Head& head = line.head[round & 1];
-    out[0] = static_cast<int64_t>(round), out[1] = head.kind, out[2] = static_cast<int64_t>(head.nbytes);
-    out[3] = static_cast<int64_t>(head.call), out[4] = line.state.load(), out[5] = r != c->rank && is_dead(c, r);
+    bool other = waiting && (waiting >> 8) != head.call;
+    out[0] = static_cast<int64_t>(round), out[1] = other ? waiting & 255 : head.kind;
+    out[2] = other ? -1 : static_cast<int64_t>(head.nbytes), out[3] = static_cast<int64_t>(other ? waiting >> 8 : head.call);
+    out[4] = line.state.load(), out[5] = line.blame.load(), out[6] = r != c->rank && is_dead(c, r);
   }
   return c->culprit;
 }

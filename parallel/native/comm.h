@@ -48,6 +48,8 @@ struct alignas(128) Line {
   Head head[2];
   Flag taken;                                 // chunks of the ring this rank has read
   std::atomic<uint32_t> state;
+  std::atomic<uint32_t> blame;                // why it failed: status << 16 | rank
+  std::atomic<uint64_t> waiting;              // what it sleeps in: call << 8 | kind; 0: nothing
   int32_t pid;
 };
 struct alignas(128) Chunk {
@@ -66,6 +68,7 @@ struct Comm {
   uint64_t cap;
   int64_t spin_ns, yield_ns, limit_ns;
   uint64_t round = 0, ring = 0;
+  uint64_t current = 0;                        // call << 8 | kind
   int culprit = -1;
   std::vector<int> pidfd;
   std::vector<const char*> node;               // working room of the sums
@@ -120,17 +123,21 @@ inline bool is_dead(Comm* c, int r) {
   return kill(c->line(r).pid, 0) != 0 && errno == ESRCH;
 }
 
-inline Status look_around(Comm* c) {
+// Why waiting for `owner` is in vain, if it is: somebody is gone, or the owner sleeps in another collective.
+inline Status look_around(Comm* c, int owner) {
   for (int r = 0; r < c->size; ++r) {
     if (r == c->rank) continue;
     uint32_t state = c->line(r).state.load(std::memory_order_acquire);
     Status found = state >= kClosed ? kLeft : is_dead(c, r) ? kDied : kOk;
     if (found != kOk) { c->culprit = r; return found; }
   }
+  uint64_t theirs = c->line(owner).waiting.load(std::memory_order_acquire);
+  bool elsewhere = theirs >> 8 > c->current >> 8 || (theirs >> 8 == c->current >> 8 && theirs != c->current);
+  if (theirs && elsewhere) { c->culprit = owner; return kMismatch; }
   return kOk;
 }
 
-inline Status wait_long(Comm* c, Flag& flag, int owner, uint64_t target, int64_t limit) {
+inline Status sleep_until(Comm* c, Flag& flag, int owner, uint64_t target, int64_t limit) {
   auto there = [&] { return flag.value.load(std::memory_order_acquire) >= target; };
   int64_t start = now();
   for (int64_t waited = 0;; waited = now() - start) {
@@ -140,12 +147,19 @@ inline Status wait_long(Comm* c, Flag& flag, int owner, uint64_t target, int64_t
     } else if (waited < c->yield_ns) {
       sched_yield();
     } else {
-      Status trouble = look_around(c);
+      c->line(c->rank).waiting.store(c->current, std::memory_order_release);
+      Status trouble = look_around(c, owner);
       if (trouble == kOk && waited >= limit) { trouble = kTimeout; c->culprit = owner; }
       if (trouble != kOk) return there() ? kOk : trouble;   // it may have arrived just before it went
       doze(flag, target, std::min(kDozeNs, limit - waited));
     }
   }
+}
+
+inline Status wait_long(Comm* c, Flag& flag, int owner, uint64_t target, int64_t limit) {
+  Status s = sleep_until(c, flag, owner, target, limit);
+  c->line(c->rank).waiting.store(0, std::memory_order_release);
+  return s;
 }
 
 inline Status wait_for(Comm* c, Flag& flag, int owner, uint64_t target, int64_t limit) {
@@ -157,6 +171,7 @@ inline Status wait_for(Comm* c, Flag& flag, int owner, uint64_t target, int64_t 
 template <class Expected>
 Status meet(Comm* c, const Head& mine, int64_t limit, const Expected& expected) {
   uint64_t round = ++c->round;
+  c->current = mine.call << 8 | mine.kind;
   Line& own = c->line(c->rank);
   own.head[round & 1] = mine;
   publish(own.arrived, round);
@@ -174,6 +189,7 @@ Status meet(Comm* c, const Head& mine, int64_t limit, const Expected& expected) 
 
 inline int leave(Comm* c, State state, int status) {
   Line& own = c->line(c->rank);
+  if (state == kFailed) own.blame.store(status << 16 | c->culprit, std::memory_order_release);
   uint32_t present = kPresent;
   own.state.compare_exchange_strong(present, state);        // a failed rank stays failed
   wake(own.arrived);

@@ -170,7 +170,7 @@ int comm_reduce(Comm* c, const Plan* plan, uint32_t kind, uint64_t call, const c
                 int64_t bias_width, int bias_type, char* out, int out_type, uint64_t chunk_bytes, uint64_t split_bytes, int maximum) {
   int64_t width = in == kFloat32 ? 4 : 2, room = std::min(chunk_bytes, c->cap) / width / std::max(1, plan->most);
   Reduce r{plan, nodes, numel, {bias, bias_width, bias_type}, out, {}, false, std::max(kGrain, room / kGrain * kGrain)};
-  r.split = static_cast<uint64_t>(numel * width) >= split_bytes;
+  r.split = plan->first.back() > 2 && static_cast<uint64_t>(numel * width) >= split_bytes;
   const uint32_t shape = r.split | out_type << 1 | in << 2 | (bias != nullptr) << 3;
   r.head = {kind, plan->hash ^ shape << 24, static_cast<uint64_t>(numel * width), call};
   int count = plan->first[c->rank + 1] - plan->first[c->rank];
