@@ -43,6 +43,7 @@ class Groups:
     dp: Group
     rank: int = 0
     world: int = 1
+    store: dist.Store | None = None  # rank 0's is the one the others still read: it lives as long as the groups
 
     def close(self) -> None:
         for group in (self.tp, self.dp):
@@ -97,7 +98,7 @@ def init_groups(
     groups = []
     for name, index, size in ((f"tp{dp_index}", tp_index, tp), (f"dp{tp_index}", dp_index, dp)):
         groups.append(connect(dist.PrefixStore(name, store), index, size, wiring, numerics))
-    return Groups(groups[0], groups[1], rank, world)
+    return Groups(groups[0], groups[1], rank, world, store)
 
 
 def connect(
