@@ -1,8 +1,8 @@
-"""Attention over local heads, handed to the model as `attend`: `Causal` for packed sequences, `Cached` for a paged KV cache.
+"""Attention over local heads, handed to the model as `attend`: `Causal` (packed sequences) or `Cached` (paged keys).
 
-The model calls attend(spec, q_TNH, k_TKH, v_TKH) -> o_TNH and knows neither sequences nor caches nor backends. There is one
-kv head per query head (K == N) or one for all (K == 1); N may be 0 on a rank that owns no heads. The inputs may be strided
-views of one fused row. No collectives, forward or backward: a shared kv head's gradient is summed over ranks by its owner.
+The model calls attend(spec, q_TNH, k_TKH, v_TKH) -> o_TNH and knows neither sequences nor caches nor backends. There is
+one kv head per query head (K == N) or one for all (K == 1); N may be 0 on a rank that owns no heads. The inputs may be
+strided views of one fused row. No collectives, forward or backward: a shared kv head's gradient is summed by its owner.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from parallel.backends.step import AttentionMeta, AttentionSpec, Packed
 from parallel.errors import ConfigError
 from parallel.kv_cache import KVCache
 
-__all__ = ["BACKENDS", "AttentionMeta", "AttentionSpec", "Attend", "Backend", "Cached", "Causal", "choose_backend"]
+__all__ = ["BACKENDS", "Attend", "AttentionMeta", "AttentionSpec", "Backend", "Cached", "Causal", "choose_backend"]
 
 
 class Attend(Protocol):
@@ -40,25 +40,35 @@ class Causal:
     def __call__(self, spec: AttentionSpec, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
         _check_heads(spec, q_TNH, k_TKH, v_TKH, self._packed.num_tokens)
         if self.backend is None:
-            self.backend = choose_backend(None, q_TNH.device, q_TNH.dtype, alibi=spec.slopes is not None,
-                                          head_dim=q_TNH.shape[2], multi_query=k_TKH.shape[1] != q_TNH.shape[1])
+            self.backend = choose_backend(
+                None,
+                q_TNH.device,
+                q_TNH.dtype,
+                alibi=spec.slopes is not None,
+                head_dim=q_TNH.shape[2],
+                multi_query=k_TKH.shape[1] != q_TNH.shape[1],
+            )
         return self.backend.causal(spec, q_TNH, k_TKH, v_TKH, self._packed)
 
 
 class Cached:
-    """One step over a paged cache: writes this layer's new keys and values, then attends over the cache. Not differentiable."""
+    """One step over a paged cache: writes the layer's new keys and values, then attends over it. Not differentiable."""
 
     def __init__(self, cache: KVCache, meta: AttentionMeta, backend: Backend | str | None = None) -> None:
         self._cache, self._meta = cache, meta
-        self.backend = backend_named(backend or cache.backend) if backend is None or isinstance(backend, str) else backend
+        backend = backend or cache.backend
+        self.backend = backend_named(backend) if isinstance(backend, str) else backend
         if (self.backend.name == "cpu") != (cache.backend == "cpu"):
-            raise ConfigError(f"attention backend {self.backend.name} over a cache laid out for {cache.backend}; "
-                              f"build the cache with KVCache(layout, num_blocks, {self.backend.name!r})")
+            raise ConfigError(
+                f"attention backend {self.backend.name} over a cache laid out for {cache.backend}; "
+                f"build the cache with KVCache(layout, num_blocks, {self.backend.name!r})"
+            )
         if meta.block_size != cache.layout.block_size or meta.max_block >= cache.num_blocks:
-            raise ConfigError(f"a step with blocks of {meta.block_size} tokens, the highest being block {meta.max_block}, over a cache of "
-                              f"{cache.num_blocks} blocks of {cache.layout.block_size}; plan steps with the cache's own numbers")
+            raise ConfigError(
+                f"a step with blocks of {meta.block_size} tokens, the highest being {meta.max_block}, over a cache of "
+                f"{cache.num_blocks} blocks of {cache.layout.block_size}; plan steps with the cache's own numbers"
+            )
 
-    @torch.no_grad()
     def __call__(self, spec: AttentionSpec, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
         layout = self._cache.layout
         if k_TKH.shape[1] != layout.n_kv_heads and k_TKH.stride(1) == 0:  # a shared head, expanded: stored once
@@ -67,18 +77,32 @@ class Cached:
         if q_TNH.shape[1] == 0:
             return q_TNH.new_empty(q_TNH.shape)
         if k_TKH.shape[1] != layout.n_kv_heads or k_TKH.shape[2] != layout.head_dim or k_TKH.dtype is not layout.dtype:
-            raise ConfigError(f"keys {list(k_TKH.shape)} of {k_TKH.dtype} for a cache of {layout.n_kv_heads} heads of {layout.head_dim} "
-                              f"in {layout.dtype}; build the KVLayout from the model's local heads and dtype")
+            raise ConfigError(
+                f"keys {list(k_TKH.shape)} of {k_TKH.dtype} for a cache of {layout.n_kv_heads} heads of "
+                f"{layout.head_dim} in {layout.dtype}; build the KVLayout from the model's local heads and dtype"
+            )
         return self.backend.cached(spec, q_TNH, k_TKH, v_TKH, self._cache, self._meta)
 
 
 def _check_heads(spec: AttentionSpec, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, num_tokens: int) -> None:
     T, N, H = q_TNH.shape
     K = k_TKH.shape[1]
-    if k_TKH.shape != v_TKH.shape or T != num_tokens or k_TKH.shape[0] != T or k_TKH.shape[2] != H or (K != N and K != 1 and N):
-        raise ConfigError(f"attention over q {list(q_TNH.shape)}, k {list(k_TKH.shape)}, v {list(v_TKH.shape)} and {num_tokens} tokens; "
-                          "q is [T, N, H] and k, v are [T, N, H] or [T, 1, H]")
+    if (
+        k_TKH.shape != v_TKH.shape
+        or num_tokens != T
+        or k_TKH.shape[0] != T
+        or k_TKH.shape[2] != H
+        or (K != N and K != 1 and N)
+    ):
+        raise ConfigError(
+            f"attention over q {list(q_TNH.shape)}, k {list(k_TKH.shape)}, v {list(v_TKH.shape)}, {num_tokens} tokens; "
+            "q is [T, N, H] and k, v are [T, N, H] or [T, 1, H]"
+        )
     if q_TNH.dtype is not k_TKH.dtype or q_TNH.dtype is not v_TKH.dtype:
-        raise ConfigError(f"attention over q {q_TNH.dtype}, k {k_TKH.dtype} and v {v_TKH.dtype}; bring them to one dtype")
+        raise ConfigError(
+            f"attention over q {q_TNH.dtype}, k {k_TKH.dtype} and v {v_TKH.dtype}; bring them to one dtype"
+        )
     if spec.slopes is not None and (spec.slopes.shape != (N,) or spec.slopes.dtype is not torch.float32):
-        raise ConfigError(f"ALiBi slopes {list(spec.slopes.shape)} of {spec.slopes.dtype} for {N} local heads; give one float32 per head")
+        raise ConfigError(
+            f"ALiBi slopes {list(spec.slopes.shape)} of {spec.slopes.dtype} for {N} local heads; one float32 each"
+        )

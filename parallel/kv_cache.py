@@ -1,4 +1,4 @@
-"""The paged key/value cache of one rank: a pool of fixed-size blocks per layer, in the layout its attention backend reads.
+"""The paged key/value cache of one rank: a pool of fixed-size blocks per layer, laid out for one backend.
 
 It holds device tensors and knows nothing of sequences: which block belongs to whom is decided elsewhere and arrives as
 block tables. A block takes the same bytes in every layout. No collectives.
@@ -31,10 +31,14 @@ class KVLayout:
 
     def __post_init__(self) -> None:
         if self.block_size < 1 or self.block_size % RUN:
-            raise ConfigError(f"a KV block of {self.block_size} tokens: block_size must be a positive multiple of {RUN}; use 16 or 32")
+            raise ConfigError(
+                f"a KV block of {self.block_size} tokens: block_size must be a positive multiple of {RUN}; use 16 or 32"
+            )
         if self.n_layers < 1 or self.n_kv_heads < 0 or self.head_dim < 1:
-            raise ConfigError(f"a KV cache of {self.n_layers} layers, {self.n_kv_heads} heads of {self.head_dim}: layers and "
-                              "head_dim must be at least 1, heads at least 0")
+            raise ConfigError(
+                f"a KV cache of {self.n_layers} layers, {self.n_kv_heads} heads of {self.head_dim}: layers and "
+                "head_dim must be at least 1, heads at least 0"
+            )
 
     @property
     def bytes_per_block(self) -> int:
@@ -43,7 +47,7 @@ class KVLayout:
 
 
 def num_blocks_that_fit(layout: KVLayout, budget_bytes: int) -> int:
-    """How many blocks the budget holds; UNLIMITED_BLOCKS on a rank that stores nothing, so that a minimum over ranks works."""
+    """How many blocks the budget holds; UNLIMITED_BLOCKS on a rank that stores nothing, for a minimum over ranks."""
     if layout.bytes_per_block == 0:
         return UNLIMITED_BLOCKS
     return min(max(0, budget_bytes) // layout.bytes_per_block, UNLIMITED_BLOCKS)
@@ -60,7 +64,10 @@ class KVCache:
         size, heads, dim = layout.block_size, layout.n_kv_heads, layout.head_dim
         shape = (heads, size // RUN, RUN * dim) if backend == "cpu" else (size, heads, dim)
         self.keys, self.values = (
-            [torch.zeros((num_blocks, *shape), dtype=layout.dtype, device=layout.device) for _ in range(layout.n_layers)]
+            [
+                torch.zeros((num_blocks, *shape), dtype=layout.dtype, device=layout.device)
+                for _ in range(layout.n_layers)
+            ]
             for _ in range(2)
         )
 
@@ -70,7 +77,9 @@ class KVCache:
             return
         sources, targets = zip(*pairs, strict=True)
         if len(set(targets)) != len(targets) or not all(0 <= b < self.num_blocks for b in (*sources, *targets)):
-            raise ConfigError(f"copy_blocks({list(pairs)}): targets must differ and all blocks lie in 0..{self.num_blocks - 1}")
+            raise ConfigError(
+                f"copy_blocks({list(pairs)}): targets must differ and all blocks lie in 0..{self.num_blocks - 1}"
+            )
         from_blocks, to_blocks = (torch.tensor(blocks, device=self.layout.device) for blocks in (sources, targets))
         for blocks in (*self.keys, *self.values):
             blocks[to_blocks] = blocks[from_blocks]

@@ -1,7 +1,7 @@
 """Which attention backend runs: asked for by name, or the best one that the device and the model allow.
 
-eager: plain torch, anything. cpu: the C++ kernel, same bits everywhere. sdpa: torch's scaled_dot_product_attention. flash:
-CUDA only. A name that cannot work is refused with the reason; the caller logs the chosen backend's name.
+eager: plain torch, anything. cpu: the C++ kernel, same bits everywhere. sdpa: torch's scaled_dot_product_attention.
+flash: CUDA only. A name that cannot work is refused with the reason; the caller logs the chosen backend's name.
 """
 
 from __future__ import annotations
@@ -30,12 +30,21 @@ def backend_named(name: str) -> Backend:
     """The backend of that name, without asking whether it can run here."""
     made: dict[str, type[Backend]] = {"eager": Eager, "cpu": Cpu, "sdpa": Sdpa, "flash": Flash}
     if name not in made:
-        raise ConfigError(f"attention backend {name!r} is unknown; choose one of {', '.join(BACKENDS)}, or none for the best one")
+        raise ConfigError(
+            f"attention backend {name!r} is unknown; choose one of {', '.join(BACKENDS)}, or none for the best one"
+        )
     return made[name]()
 
 
-def choose_backend(requested: str | None, device: torch.device | str, dtype: torch.dtype, *, alibi: bool, head_dim: int,
-                   multi_query: bool = False) -> Backend:
+def choose_backend(
+    requested: str | None,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    *,
+    alibi: bool,
+    head_dim: int,
+    multi_query: bool = False,
+) -> Backend:
     """The requested backend, or with None the best available one; ConfigError where the request is impossible."""
     device = torch.device(device)
     if requested is not None:
@@ -80,5 +89,5 @@ def _flash_obstacle(device: torch.device, dtype: torch.dtype, alibi: bool, head_
     if head_dim > 256 or head_dim % 8:
         return f"heads are {head_dim} wide and it takes multiples of 8 up to 256; use the backend sdpa"
     if alibi and package() is None:
-        return "ALiBi needs the flash-attn package, which is not installed; install tp-decoders[cuda] or use the backend sdpa"
+        return "ALiBi needs the flash-attn package, which is missing; install tp-decoders[cuda] or use the backend sdpa"
     return None

@@ -1,8 +1,8 @@
 """The C++ kernel: the same bits in training, prefill, decoding, any chunking, batch, block placement and thread count.
 
 Packed sequences go through a scratch cache and the very kernel that serves, which keeps the log-sum-exp; the backward
-recomputes the probabilities from it. A kv head shared by expanding it (head stride 0) is read once, and gets its gradient
-per query head, [T, N, H]: whoever expanded it sums them. A plain [T, 1, H] gets the sum over local heads.
+recomputes the probabilities from it. A kv head shared by expanding it (head stride 0) is read once and gets its
+gradient per query head, [T, N, H]: whoever expanded it sums them. A plain [T, 1, H] gets the sum over local heads.
 """
 
 from __future__ import annotations
@@ -25,10 +25,19 @@ class Cpu:
             return _Causal.apply(q_TNH, k_TKH, v_TKH, spec, packed)
         return _attend(spec, q_TNH, _stored(k_TKH), _stored(v_TKH), packed, None)
 
-    def cached(self, spec: AttentionSpec, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, cache: KVCache,
-               meta: AttentionMeta) -> Tensor:
-        return native.forward(meta.paged_step, cache.keys[spec.layer], cache.values[spec.layer], q_TNH, k_TKH, v_TKH,
-                              scale=spec.scale, slopes=spec.slopes)
+    def cached(
+        self, spec: AttentionSpec, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, cache: KVCache, meta: AttentionMeta
+    ) -> Tensor:
+        return native.forward(
+            meta.paged_step,
+            cache.keys[spec.layer],
+            cache.values[spec.layer],
+            q_TNH,
+            k_TKH,
+            v_TKH,
+            scale=spec.scale,
+            slopes=spec.slopes,
+        )
 
 
 def _stored(kv_TKH: Tensor) -> Tensor:
@@ -36,10 +45,14 @@ def _stored(kv_TKH: Tensor) -> Tensor:
     return kv_TKH[:, :1] if kv_TKH.shape[1] > 1 and kv_TKH.stride(1) == 0 else kv_TKH
 
 
-def _attend(spec: AttentionSpec, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, packed: Packed, lse_TN: Tensor | None) -> Tensor:
+def _attend(
+    spec: AttentionSpec, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, packed: Packed, lse_TN: Tensor | None
+) -> Tensor:
     step, blocks = packed.scratch_step
     k_cache, v_cache = (q_TNH.new_empty((blocks, x.shape[1], native.RUN * x.shape[2])) for x in (k_TKH, v_TKH))
-    return native.forward(step, k_cache, v_cache, q_TNH, k_TKH, v_TKH, scale=spec.scale, slopes=spec.slopes, lse_TN=lse_TN)
+    return native.forward(
+        step, k_cache, v_cache, q_TNH, k_TKH, v_TKH, scale=spec.scale, slopes=spec.slopes, lse_TN=lse_TN
+    )
 
 
 class _Causal(torch.autograd.Function):
@@ -55,6 +68,16 @@ class _Causal(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_o_TNH: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, o, lse = ctx.saved_tensors
-        grads = native.backward(ctx.packed.starts_S1, q, k, v, o, lse, grad_o_TNH, scale=ctx.spec.scale, slopes=ctx.spec.slopes,
-                                kv_grad_per_head=ctx.per_head)
+        grads = native.backward(
+            ctx.packed.starts_S1,
+            q,
+            k,
+            v,
+            o,
+            lse,
+            grad_o_TNH,
+            scale=ctx.spec.scale,
+            slopes=ctx.spec.slopes,
+            kv_grad_per_head=ctx.per_head,
+        )
         return *grads, None, None

@@ -17,14 +17,21 @@ class Eager:
     name = "eager"
 
     def causal(self, spec: AttentionSpec, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, packed: Packed) -> Tensor:
-        parts = [attend(spec, q, k, v) for q, k, v in zip(*(x.split(packed.lengths) for x in (q_TNH, k_TKH, v_TKH)), strict=True)]
+        parts = [
+            attend(spec, q, k, v)
+            for q, k, v in zip(*(x.split(packed.lengths) for x in (q_TNH, k_TKH, v_TKH)), strict=True)
+        ]
         return torch.cat(parts) if parts else q_TNH.new_empty(q_TNH.shape)
 
-    def cached(self, spec: AttentionSpec, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, cache: KVCache,
-               meta: AttentionMeta) -> Tensor:
+    @torch.no_grad()
+    def cached(
+        self, spec: AttentionSpec, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, cache: KVCache, meta: AttentionMeta
+    ) -> Tensor:
         cache.scatter(spec.layer, meta.new_slots_T, k_TKH, v_TKH)
-        parts = [attend(spec, q, *cache.gather(spec.layer, slots))
-                 for q, slots in zip(q_TNH.split(meta.query_lens), meta.context_slots, strict=True)]
+        parts = [
+            attend(spec, q, *cache.gather(spec.layer, slots))
+            for q, slots in zip(q_TNH.split(meta.query_lens), meta.context_slots, strict=True)
+        ]
         return torch.cat(parts) if parts else q_TNH.new_empty(q_TNH.shape)
 
 
@@ -47,7 +54,7 @@ def heads_like(kv_CKH: Tensor, q_QNH: Tensor) -> Tensor:
 def distance(queries: int, context: int, device: torch.device) -> Tensor:
     """[Q, C]: key position minus query position, the queries being the last of the context."""
     positions = torch.arange(context, device=device)
-    return positions[None, :] - positions[context - queries:, None]
+    return positions[None, :] - positions[context - queries :, None]
 
 
 def alibi_bias(slopes_N: Tensor, queries: int, context: int) -> Tensor:

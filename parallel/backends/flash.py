@@ -1,8 +1,8 @@
 """Flash attention on CUDA: the flash-attn package, or torch's own variable-length kernels where it is missing.
 
-UNTESTED: written from the documented signatures of flash-attn 2.8 and torch 2.13; no GPU was at hand. float16 and bfloat16
-only, head_dim a multiple of 8 up to 256; ALiBi needs the package. Paged keys are read in place where the package is there
-and blocks are a multiple of 256 tokens (its rule), else gathered first. Bits may depend on the batch (split keys).
+UNTESTED: written from the documented signatures of flash-attn 2.8 and torch 2.13; no GPU was at hand. float16 and
+bfloat16 only, head_dim a multiple of 8 up to 256; ALiBi needs the package. Paged keys are read in place where the
+package is there and blocks are a multiple of 256 tokens (its rule), else gathered. Bits may depend on the batch.
 """
 
 from __future__ import annotations
@@ -34,31 +34,65 @@ class Flash:
         starts, longest = int32(packed.starts, q_TNH.device), max(packed.lengths)
         return _varlen(spec, q_TNH, k_TKH, v_TKH, starts, starts, longest, longest)
 
-    def cached(self, spec: AttentionSpec, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, cache: KVCache,
-               meta: AttentionMeta) -> Tensor:
+    @torch.no_grad()
+    def cached(
+        self, spec: AttentionSpec, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, cache: KVCache, meta: AttentionMeta
+    ) -> Tensor:
         cache.scatter(spec.layer, meta.new_slots_T, k_TKH, v_TKH)
         flash, decoding = package(), max(meta.query_lens) == 1
         if flash is not None and decoding and meta.block_size % PAGE == 0:
             o = flash.flash_attn_with_kvcache(
-                q_TNH[:, None], cache.keys[spec.layer], cache.values[spec.layer], cache_seqlens=int32(meta.context_lens, meta.device),
-                block_table=meta.tables_SB.to(meta.device), softmax_scale=spec.scale, causal=True, alibi_slopes=spec.slopes)
+                q_TNH[:, None],
+                cache.keys[spec.layer],
+                cache.values[spec.layer],
+                cache_seqlens=int32(meta.context_lens, meta.device),
+                block_table=meta.tables_SB.to(meta.device),
+                softmax_scale=spec.scale,
+                causal=True,
+                alibi_slopes=spec.slopes,
+            )
             return o[:, 0].contiguous()
         starts, contexts = int32(meta.query_starts, meta.device), int32(starts_of(meta.context_lens), meta.device)
         if flash is not None and meta.block_size % PAGE == 0:
             return flash.flash_attn_varlen_func(
-                q_TNH, cache.keys[spec.layer], cache.values[spec.layer], starts, contexts, max(meta.query_lens), max(meta.context_lens),
-                softmax_scale=spec.scale, causal=True, alibi_slopes=spec.slopes, block_table=meta.tables_SB.to(meta.device))
+                q_TNH,
+                cache.keys[spec.layer],
+                cache.values[spec.layer],
+                starts,
+                contexts,
+                max(meta.query_lens),
+                max(meta.context_lens),
+                softmax_scale=spec.scale,
+                causal=True,
+                alibi_slopes=spec.slopes,
+                block_table=meta.tables_SB.to(meta.device),
+            )
         k, v = cache.gather(spec.layer, torch.cat(meta.context_slots))
         return _varlen(spec, q_TNH, k, v, starts, contexts, max(meta.query_lens), max(meta.context_lens))
 
 
-def _varlen(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, q_starts: Tensor, k_starts: Tensor, max_q: int, max_k: int) -> Tensor:
+def _varlen(
+    spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, q_starts: Tensor, k_starts: Tensor, max_q: int, max_k: int
+) -> Tensor:
     """Causal, aligned to the end of each sequence's keys, in both libraries."""
     flash = package()
     if flash is not None:
-        return flash.flash_attn_varlen_func(q, k, v, q_starts, k_starts, max_q, max_k, softmax_scale=spec.scale, causal=True,
-                                            alibi_slopes=spec.slopes)
+        return flash.flash_attn_varlen_func(
+            q, k, v, q_starts, k_starts, max_q, max_k, softmax_scale=spec.scale, causal=True, alibi_slopes=spec.slopes
+        )
     from torch.nn.attention.varlen import varlen_attn  # torch's own; has no ALiBi, which choose_backend has ruled out
 
-    return varlen_attn(q, k, v, q_starts, k_starts, max_q, max_k, scale=spec.scale, window_size=(-1, 0),
-                       enable_gqa=q.shape[1] != k.shape[1])
+    o = varlen_attn(
+        q,
+        k,
+        v,
+        q_starts,
+        k_starts,
+        max_q,
+        max_k,
+        scale=spec.scale,
+        window_size=(-1, 0),
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    assert isinstance(o, Tensor), "without return_aux it is the output alone"
+    return o

@@ -19,14 +19,21 @@ class Sdpa:
     name = "sdpa"
 
     def causal(self, spec: AttentionSpec, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, packed: Packed) -> Tensor:
-        parts = [_attend(spec, q, k, v) for q, k, v in zip(*(x.split(packed.lengths) for x in (q_TNH, k_TKH, v_TKH)), strict=True)]
+        parts = [
+            _attend(spec, q, k, v)
+            for q, k, v in zip(*(x.split(packed.lengths) for x in (q_TNH, k_TKH, v_TKH)), strict=True)
+        ]
         return torch.cat(parts) if parts else q_TNH.new_empty(q_TNH.shape)
 
-    def cached(self, spec: AttentionSpec, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, cache: KVCache,
-               meta: AttentionMeta) -> Tensor:
+    @torch.no_grad()
+    def cached(
+        self, spec: AttentionSpec, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, cache: KVCache, meta: AttentionMeta
+    ) -> Tensor:
         cache.scatter(spec.layer, meta.new_slots_T, k_TKH, v_TKH)
-        parts = [_attend(spec, q, *cache.gather(spec.layer, slots))
-                 for q, slots in zip(q_TNH.split(meta.query_lens), meta.context_slots, strict=True)]
+        parts = [
+            _attend(spec, q, *cache.gather(spec.layer, slots))
+            for q, slots in zip(q_TNH.split(meta.query_lens), meta.context_slots, strict=True)
+        ]
         return torch.cat(parts) if parts else q_TNH.new_empty(q_TNH.shape)
 
 
@@ -37,10 +44,14 @@ def _attend(spec: AttentionSpec, q_QNH: Tensor, k_CKH: Tensor, v_CKH: Tensor) ->
     queries, context = len(q_QNH), len(k_CKH)
     mask = None
     if spec.slopes is not None:
-        mask = alibi_bias(spec.slopes, queries, context).masked_fill(hidden(queries, context, q_QNH.device), float("-inf"))
+        mask = alibi_bias(spec.slopes, queries, context).masked_fill(
+            hidden(queries, context, q_QNH.device), float("-inf")
+        )
         mask = mask.to(q_QNH.dtype)[None]
     elif 1 < queries < context:
         mask = ~hidden(queries, context, q_QNH.device)
     q, k, v = (heads_like(x, q_QNH).transpose(0, 1)[None] for x in (q_QNH, k_CKH, v_CKH))
-    o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and queries > 1, scale=spec.scale)
+    o = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None and queries > 1, scale=spec.scale
+    )
     return o[0].transpose(0, 1).contiguous()

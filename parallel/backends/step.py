@@ -1,7 +1,7 @@
 """What every attention backend is given: a layer's facts, and how the flat row of tokens falls into sequences.
 
-`Packed` is a row of whole sequences (training); `AttentionMeta` is one serving step over a paged cache. Both are built once
-and used by all layers; what a backend wants in tensors is made on first use and kept.
+`Packed` is a row of whole sequences (training); `AttentionMeta` is one serving step over a paged cache. Both are built
+once and used by all layers; what a backend wants in tensors is made on first use and kept.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Protocol
 
 import torch
@@ -25,7 +25,7 @@ from parallel.native.attention import RUN, PagedStep
 
 @dataclass(frozen=True, eq=False)
 class AttentionSpec:
-    """One layer's attention: score = scale * q.k - slope * (q_pos - k_pos); slopes are float32, one per local query head."""
+    """One layer's attention: score = scale * q.k - slope * (q_pos - k_pos); slopes are float32, one per local head."""
 
     layer: int
     scale: float
@@ -39,8 +39,9 @@ class Backend(Protocol):
 
     def causal(self, spec: AttentionSpec, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, packed: Packed) -> Tensor: ...
 
-    def cached(self, spec: AttentionSpec, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, cache: KVCache,
-               meta: AttentionMeta) -> Tensor: ...
+    def cached(
+        self, spec: AttentionSpec, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, cache: KVCache, meta: AttentionMeta
+    ) -> Tensor: ...
 
 
 def starts_of(lengths: Sequence[int]) -> list[int]:
@@ -59,7 +60,9 @@ class Packed:
     def __init__(self, lengths: Sequence[int]) -> None:
         self.lengths = tuple(lengths)
         if any(length < 1 for length in self.lengths):
-            raise ConfigError(f"packed sequences of {list(self.lengths)} tokens: each needs at least one; leave empty ones out")
+            raise ConfigError(
+                f"packed sequences of {list(self.lengths)} tokens: each needs at least one; leave empty ones out"
+            )
         self.starts = starts_of(self.lengths)
         self.num_tokens = self.starts[-1]
 
@@ -69,11 +72,25 @@ class Packed:
 
     @cached_property
     def scratch_step(self) -> tuple[PagedStep, int]:
-        """The same row as a paged step over a scratch cache with one sequence's blocks after another; and its blocks."""
+        """The same row as a step over a scratch cache with one sequence's blocks after another; and how many blocks."""
         block_starts = starts_of([-(-length // RUN) for length in self.lengths])
-        width = max((stop - start for start, stop in zip(block_starts[:-1], block_starts[1:], strict=True)), default=0)
+        width = max((stop - start for start, stop in pairwise(block_starts)), default=0)
         tables = int32(block_starts[:-1])[:, None] + torch.arange(width, dtype=torch.int32)
         return PagedStep(self.starts_S1, int32(self.lengths), tables, RUN), block_starts[-1]
+
+
+def _table_tensor(block_tables: Sequence[Sequence[int]], needed: Sequence[int]) -> tuple[Tensor, int]:
+    """Tables cut to what is needed and filled up with 0 to [S, B], and the highest block (-1 without any)."""
+    width = max(needed, default=0)
+    flat = array("i")
+    for table, blocks in zip(block_tables, needed, strict=True):
+        flat.extend(table[:blocks])
+        flat.frombytes(bytes(flat.itemsize * (width - blocks)))
+    if not flat:
+        return torch.zeros((0, 0), dtype=torch.int32), -1
+    if min(flat) < 0:
+        raise ConfigError(f"a block table holds {min(flat)}; blocks are numbered from 0")
+    return torch.frombuffer(flat, dtype=torch.int32).view(-1, width), max(flat)
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,30 +103,34 @@ class AttentionMeta:
     block_size: int
     max_block: int
     tables_SB: Tensor  # int32 on the CPU; entries beyond a sequence's blocks are 0
-    device: torch.device | str
+    device: torch.device
 
     @staticmethod
-    def build(query_lens: Sequence[int], context_lens: Sequence[int], block_tables: Sequence[Sequence[int]], block_size: int,
-              device: torch.device | str = "cpu") -> AttentionMeta:
+    def build(
+        query_lens: Sequence[int],
+        context_lens: Sequence[int],
+        block_tables: Sequence[Sequence[int]],
+        block_size: int,
+        device: torch.device | str = "cpu",
+    ) -> AttentionMeta:
         """context_lens include the new tokens; a table may be longer than its sequence needs, never shorter."""
         if not len(query_lens) == len(context_lens) == len(block_tables):
-            raise ConfigError(f"a step of {len(query_lens)} query lengths, {len(context_lens)} context lengths and "
-                              f"{len(block_tables)} block tables: one of each per sequence")
+            raise ConfigError(
+                f"a step of {len(query_lens)} query lengths, {len(context_lens)} context lengths and "
+                f"{len(block_tables)} block tables: one of each per sequence"
+            )
         needed = [-(-context // block_size) for context in context_lens]
-        for s, (query, context, table) in enumerate(zip(query_lens, context_lens, block_tables, strict=True)):
-            if not 1 <= query <= context or len(table) < needed[s]:
-                raise ConfigError(f"sequence {s} of a step: {query} new tokens, {context} in all, {len(table)} blocks of {block_size}; "
-                                  "needs at least one new token, no more than in all, and blocks for all of them")
-        width = max(needed, default=0)
-        flat = array("i")
-        for table, count in zip(block_tables, needed, strict=True):
-            flat.extend(table[:count])
-            flat.frombytes(bytes(4 * (width - count)))
-        tables = torch.frombuffer(flat, dtype=torch.int32).view(-1, width) if flat else torch.zeros((0, 0), dtype=torch.int32)
-        if flat and min(flat) < 0:
-            raise ConfigError(f"block tables hold block {min(flat)}; blocks are numbered from 0")
-        return AttentionMeta(tuple(query_lens), tuple(context_lens), tuple(starts_of(query_lens)), block_size,
-                             max(flat, default=-1), tables, device)
+        for query, context, table, blocks in zip(query_lens, context_lens, block_tables, needed, strict=True):
+            if not 1 <= query <= context or len(table) < blocks:
+                raise ConfigError(
+                    f"a sequence of {context} tokens, {query} of them new, in {len(table)} blocks of {block_size}: it "
+                    "needs at least one new token, no more than it has, and blocks for all of them"
+                )
+        tables_SB, max_block = _table_tensor(block_tables, needed)
+        starts = tuple(starts_of(query_lens))
+        return AttentionMeta(
+            tuple(query_lens), tuple(context_lens), starts, block_size, max_block, tables_SB, torch.device(device)
+        )
 
     @property
     def num_tokens(self) -> int:
@@ -124,11 +145,13 @@ class AttentionMeta:
         """For each sequence the cache slots (block * block_size + offset) of its positions, ascending."""
         offsets = torch.arange(self.block_size)
         tables = self.tables_SB.long()
-        return [(table[:, None] * self.block_size + offsets).flatten()[:context].to(self.device)
-                for table, context in zip(tables, self.context_lens, strict=True)]
+        return [
+            (table[:, None] * self.block_size + offsets).flatten()[:context].to(self.device)
+            for table, context in zip(tables, self.context_lens, strict=True)
+        ]
 
     @cached_property
     def new_slots_T(self) -> Tensor:
         """The cache slots of the new tokens."""
-        new = [slots[len(slots) - query:] for slots, query in zip(self.context_slots, self.query_lens, strict=True)]
+        new = [slots[len(slots) - query :] for slots, query in zip(self.context_slots, self.query_lens, strict=True)]
         return torch.cat(new) if new else torch.empty(0, dtype=torch.long, device=self.device)
