@@ -18,6 +18,8 @@ from parallel.logsumexp import exp_sum_leaves, invariant_exp
 
 PIECE = 64
 FIRST_CANDIDATES = 256
+BINS, BINS_PER_UNIT = 512, 16
+"""Bins of logits: 16 to a unit, the last one for everything below -32."""
 LEAF = 512
 """Columns whose exponentials are summed together."""
 
@@ -71,14 +73,29 @@ def top_k_floor(rows_RV: Tensor, counts: list[int]) -> Tensor:
 
 
 def top_p_floor(rows_RV: Tensor, shares: list[float]) -> Tensor:
-    """[R] the lowest value of the smallest set of most likely tokens that holds the share: a token is kept if those before it do not."""
-    wanted = leaf_sums(rows_RV).sum(1) * torch.tensor(shares, dtype=torch.float64, device=rows_RV.device)
-    count = min(FIRST_CANDIDATES, rows_RV.shape[1])
-    while True:
-        values = top_values(rows_RV, count)
-        mass = invariant_exp(values).double().cumsum(1)
-        reached = (mass >= wanted[:, None]).int()
-        if count == rows_RV.shape[1] or bool(reached[:, -1].all()):
-            reached[:, -1] = 1
-            return values[torch.arange(len(shares)), reached.argmax(1)]
-        count = min(count * 8, rows_RV.shape[1])
+    """[R] the lowest value of the smallest set of most likely tokens that holds the share: a token is kept if those before it do not.
+
+    Looked for among the most likely few first; a row whose share is spread over more is divided into bins instead of being sorted.
+    """
+    device = rows_RV.device
+    wanted = leaf_sums(rows_RV).sum(1) * torch.tensor(shares, dtype=torch.float64, device=device)
+    values = top_values(rows_RV, min(FIRST_CANDIDATES, rows_RV.shape[1]))
+    mass = invariant_exp(values).double().cumsum(1)
+    reached = mass >= wanted[:, None]
+    floors = values[torch.arange(len(shares), device=device), reached.int().argmax(1)]
+    for i in (~reached[:, -1]).nonzero()[:, 0].tolist():
+        floors[i] = _floor_by_bins(rows_RV[i], shares[i])
+    return floors
+
+
+def _floor_by_bins(row_V: Tensor, share: float) -> Tensor:
+    """As top_p_floor, for one row: masses of narrow bins of logits, then a sort inside the one bin that decides."""
+    bins = (row_V * -BINS_PER_UNIT).clamp_(max=BINS - 1).long()
+    sums = torch.bincount(bins, invariant_exp(row_V).double(), BINS).cumsum(0)
+    wanted = sums[-1] * share
+    chosen = int(torch.searchsorted(sums, wanted).clamp_(max=BINS - 1))
+    inside = row_V[bins == chosen].sort(descending=True).values
+    mass = invariant_exp(inside).double().cumsum(0) + (sums[chosen - 1] if chosen else 0.0)
+    reached = (mass >= wanted).int()
+    reached[-1] = 1
+    return inside[reached.argmax()]

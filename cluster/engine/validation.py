@@ -48,18 +48,18 @@ def resolve(request: Request, limits: ModelLimits) -> Request:
 
 
 def room(request: Request, limits: ModelLimits) -> int:
-    """How many tokens can follow the prompt. The last one needs no place in the cache: it is never fed back."""
-    return min(limits.max_context, limits.kv_capacity_tokens + 1) - len(request.token_ids)
+    """How many tokens can follow the prompt. The last one needs no position and no place in the cache: it is never fed back."""
+    return min(limits.max_context, limits.kv_capacity_tokens) + 1 - len(request.token_ids)
 
 
 def check_capacity(request: Request, limits: ModelLimits) -> None:
     """Refuses what can never fit, with the numbers."""
     prompt, wanted = len(request.token_ids), request.stopping.max_new_tokens
     new = 0 if request.score_only else max(1, request.stopping.min_new_tokens) if wanted is None else wanted
-    if prompt + new > limits.max_context:
+    if prompt + new - 1 > limits.max_context:
         raise CapacityError(
-            f"the prompt's {prompt} tokens and {new} new ones are {prompt + new}, the model's context holds {limits.max_context}; "
-            "shorten the prompt or lower max_new_tokens"
+            f"the prompt's {prompt} tokens and {new} new ones need {prompt + new - 1} positions, the model's context holds "
+            f"{limits.max_context}; shorten the prompt or lower max_new_tokens"
         )
     if prompt + new - 1 > limits.kv_capacity_tokens:
         raise CapacityError(
