@@ -119,6 +119,8 @@ def connect(
 def pin_to_core(local_rank: int, local_size: int) -> int | None:
     """Pins this process to one core of its own where there is one per local rank; one torch thread either way."""
     torch.set_num_threads(1)
+    if not hasattr(os, "sched_setaffinity"):
+        return None  # only Linux lets a process choose
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < local_size:
         log.info("%d ranks share %d cores: none is pinned", local_size, len(cores))
@@ -155,7 +157,7 @@ def _all_share_memory(store: dist.Store, rank: int, size: int, wiring: Wiring) -
     try:
         library()
         note = f"ok {_memory_identity()}"
-    except NativeUnavailable as error:
+    except (NativeUnavailable, OSError) as error:  # OSError: a system without /proc or /dev/shm
         note = f"rank {rank}: {str(error).splitlines()[0]}"
     notes = share(store, "memory", rank, size, note)
     reasons = [text for text in notes if not text.startswith("ok ")]
@@ -181,6 +183,7 @@ def _torch_comm(store: dist.Store, rank: int, size: int, wiring: Wiring) -> Torc
     control = _gloo(dist.PrefixStore("gloo", store), rank, size, wiring)
     data = control
     if wiring.device.type == "cuda":
+        torch.cuda.set_device(wiring.device)
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = timedelta(seconds=wiring.timeout_s)
         data = dist.ProcessGroupNCCL(dist.PrefixStore("nccl", store), rank, size, options)

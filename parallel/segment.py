@@ -36,15 +36,36 @@ def map_segment(store: dist.Store, rank: int, nbytes: int) -> tuple[mmap.mmap, P
     """The group's segment: made by rank 0 once all ranks are there, opened by the others."""
     flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
     if rank == 0:
-        path, fd = _create(nbytes, flags | os.O_CREAT | os.O_EXCL)
-        store.set("segment", str(path))
+        path, fd = _offer(store, nbytes, flags | os.O_CREAT | os.O_EXCL)
     else:
-        path = Path(store.get("segment").decode())
-        fd = os.open(path, flags)
+        path, fd = _accept(store, rank, flags)
     try:
         return mmap.mmap(fd, nbytes, flags=mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)), path
     finally:
         os.close(fd)
+
+
+def _offer(store: dist.Store, nbytes: int, flags: int) -> tuple[Path, int]:
+    try:
+        path, fd = _create(nbytes, flags)
+    except CollectiveError as error:
+        store.set("segment", f"none: {error}")
+        raise
+    store.set("segment", str(path))
+    return path, fd
+
+
+def _accept(store: dist.Store, rank: int, flags: int) -> tuple[Path, int]:
+    try:
+        name = store.get("segment").decode()
+    except RuntimeError as error:
+        raise CollectiveError(f"rank {rank}: rank 0 named no shared segment in time ({error})") from error
+    if name.startswith("none: "):
+        raise CollectiveError(name.removeprefix("none: "))
+    try:
+        return Path(name), os.open(name, flags)
+    except OSError as error:
+        raise CollectiveError(f"rank {rank} cannot open the segment of rank 0 ({error}); was it too late?") from error
 
 
 def _create(nbytes: int, flags: int) -> tuple[Path, int]:

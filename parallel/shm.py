@@ -23,7 +23,8 @@ from parallel.native.comm import comm_library
 from parallel.segment import map_segment, share
 from parallel.tree import ReductionTree
 
-SEGMENT_BYTES = 32 << 20
+SEGMENT_BYTES = 16 << 20
+KNOWN_TREES = 4096
 CHUNK_BYTES = 1 << 19
 """Larger messages go in rounds of this many bytes per rank, which stay in the caches."""
 SPLIT_BYTES = 1 << 15
@@ -46,7 +47,9 @@ class ShmComm(Traffic):
         self._lib = comm_library()
         self._mapping = mapping
         self._view = (ctypes.c_char * len(mapping)).from_buffer(mapping)
-        self._plans: dict[int, tuple[object, int]] = {}
+        self._plans: dict[ReductionTree, int] = {}
+        self._recent: dict[int, tuple[ReductionTree, int]] = {}  # by id, which is quicker than by value
+        self._slot_given: int | None = None
         self._handle = self._lib.comm_attach(ctypes.addressof(self._view), rank, size, cap)
         spin, yielding = (0.0, SPIN_S) if crowded else (SPIN_S, YIELD_S)
         self._lib.comm_limits(self._handle, int(spin * 1e9), int(yielding * 1e9), int(timeout_s * 1e9))
@@ -76,11 +79,18 @@ class ShmComm(Traffic):
         return self._tree_sum(nodes.data_ptr(), nodes.shape[1:], tree, bias, dtype)
 
     def slot(self, nbytes: int) -> int | None:
-        return None if self.broken else self._lib.comm_slot(self._handle, nbytes)  # type: ignore[no-any-return]
+        address: int | None = None if self.broken else self._lib.comm_slot(self._handle, nbytes)
+        self._slot_given = self.sequence if address else None
+        return address
 
     def tree_sum_in_place(
         self, shape: Sequence[int], tree: ReductionTree, bias: Tensor | None = None, dtype: torch.dtype | None = None
     ) -> Tensor:
+        if self._slot_given != self.sequence:
+            raise CollectiveError(
+                f"tree_sum_in_place on rank {self.rank}: no slot was asked for since the last collective; "
+                "call slot(), write the nodes there, then call this"
+            )
         size = torch.Size(shape)
         self.issue("tree_sum", tree.node_counts[self.rank] * size.numel() * 4)
         return self._tree_sum(None, size, tree, bias, dtype)
@@ -124,7 +134,7 @@ class ShmComm(Traffic):
         if self._handle is None:
             return
         self._lib.comm_leave(self._handle, 0)
-        for _, plan in self._plans.values():
+        for plan in self._plans.values():
             self._lib.comm_plan_free(plan)
         self._lib.comm_plan_free(self._in_rank_order)
         self._lib.comm_detach(self._handle)
@@ -136,13 +146,19 @@ class ShmComm(Traffic):
     def _tree_sum(
         self, nodes: int | None, shape: torch.Size, tree: ReductionTree, bias: Tensor | None, dtype: torch.dtype | None
     ) -> Tensor:
-        known = self._plans.get(id(tree))
-        if known is None:  # kept with the tree, whose id then stays its own
-            known = self._plans[id(tree)] = (tree, self._plan(tree.node_counts, tree.program()))
+        known = self._recent.get(id(tree)) or self._remember(tree)
         wanted = dtype or torch.float32
         out = torch.empty(shape, dtype=wanted if wanted in CODES else torch.float32)
         self._reduce(TREE_SUM, known[1], nodes, torch.float32, bias, out)
         return out if out.dtype == wanted else out.to(wanted)
+
+    def _remember(self, tree: ReductionTree) -> tuple[ReductionTree, int]:
+        if tree not in self._plans:
+            self._plans[tree] = self._plan(tree.node_counts, tree.program())
+        if len(self._recent) == KNOWN_TREES:
+            self._recent.clear()
+        self._recent[id(tree)] = (tree, self._plans[tree])  # with the tree, so that no other gets its id
+        return self._recent[id(tree)]
 
     def _plan(self, counts: Sequence[int], program: Sequence[int]) -> int:
         c_counts, c_program = (ctypes.c_int * len(counts))(*counts), (ctypes.c_int * len(program))(*program)
