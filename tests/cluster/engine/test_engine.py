@@ -221,7 +221,7 @@ def test_priority_goes_first_but_nobody_waits_for_ever() -> None:
 
 def test_what_can_never_fit_is_refused_with_the_numbers() -> None:
     engine, _ = fake_engine(num_blocks=5)
-    with pytest.raises(CapacityError, match=r"60 tokens and 8 new ones are 68.*context holds 64"):
+    with pytest.raises(CapacityError, match=r"60 tokens and 8 new ones need 67 positions.*context holds 64"):
         engine.submit(ask("context", 60))
     with pytest.raises(CapacityError, match=r"18 tokens and 8 new ones need 25 places .* has 20"):
         engine.submit(ask("cache", 18))
