@@ -105,6 +105,11 @@ def connect(
     store: dist.Store, rank: int, size: int, wiring: Wiring = Wiring(), numerics: Numerics = "invariant"
 ) -> Group:
     """One group over a store that is its alone; all its ranks call this."""
+    if (wiring.transport == "nccl") != (wiring.device.type == "cuda") and wiring.transport != "auto":
+        raise ConfigError(
+            f"transport {wiring.transport!r} does not serve device {wiring.device}; "
+            "choose 'auto', or 'nccl' for cuda, or 'shm' or 'gloo' for cpu"
+        )
     if size == 1:
         return Group.single(numerics)
     store.set_timeout(timedelta(seconds=wiring.start_timeout_s))

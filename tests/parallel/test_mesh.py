@@ -63,6 +63,13 @@ def test_a_rank_whose_peers_do_not_come_says_where_it_waited() -> None:
         init_groups(1, 2, 2, 1, f"tcp://127.0.0.1:{port}", wiring=replace(WIRING, start_timeout_s=1.0))
 
 
+def test_a_transport_that_does_not_serve_the_device_is_refused() -> None:
+    with pytest.raises(ConfigError, match="transport 'nccl' does not serve device cpu"):
+        mesh.connect(dist.HashStore(), 0, 2, replace(WIRING, transport="nccl"))
+    with pytest.raises(ConfigError, match="transport 'shm' does not serve device cuda"):
+        mesh.connect(dist.HashStore(), 0, 2, replace(WIRING, transport="shm", device=torch.device("cuda")))
+
+
 def layout(group: Group, address: str, tp: int, dp: int) -> tuple[Any, ...]:
     """Where this rank stands, and the world ranks of its peers in both groups as the groups themselves tell them."""
     groups = init_groups(group.rank, group.size, tp, dp, address, wiring=WIRING)
