@@ -156,7 +156,7 @@ def initialise(model: Decoder, seed: int = 0) -> Decoder:
         if name.endswith(".bias") or id(parameter) in norms:
             parameter.fill_(1.0 if id(parameter) in norms else 0.0)
             continue
-        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) ^ (seed << 32))
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
         full = torch.empty(full_shape_of(parameter)).normal_(0.0, model.config.initializer_range, generator=generator)
         parameter.copy_(rule_of(parameter).take(full, model.group.rank))
     return model

@@ -79,7 +79,9 @@ class DenseMpt:
         return self.linear(f"{block}attn.out_proj", torch.einsum("nqk,knh->qnh", scores.softmax(-1), v).reshape(t, d))
 
     def linear(self, name: str, x: Tensor) -> Tensor:
-        return functional.linear(x, self.weights[f"transformer.{name}.weight"], self.weights.get(f"transformer.{name}.bias"))
+        return functional.linear(
+            x, self.weights[f"transformer.{name}.weight"], self.weights.get(f"transformer.{name}.bias")
+        )
 
     def norm(self, name: str, x: Tensor) -> Tensor:
         weight = self.weights[f"transformer.{name}.weight"]

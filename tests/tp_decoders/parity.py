@@ -23,7 +23,9 @@ from tp_decoders.registry import family_of
 
 LENGTHS = (7, 1, 5)
 TOLERANCE = 1e-4
-NO_GRADIENT = "attention.norm.k.bias"  # the same for all keys: a softmax does not see it, its gradient is rounding noise
+NO_GRADIENT = (
+    "attention.norm.k.bias"  # the same for all keys: a softmax does not see it, its gradient is rounding noise
+)
 
 GPT2 = {"vocab_size": 31, "n_positions": 32, "n_embd": 24, "n_layer": 2, "n_head": 4}
 NEOX = {

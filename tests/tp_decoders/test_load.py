@@ -67,7 +67,9 @@ def test_the_shards_of_all_ranks_join_to_the_whole(family: str, size: int, tmp_p
     ranks = [dict(load(tmp_path, group=Group(rank, size)).named_parameters()) for rank in range(size)]
     for name, parameter in whole.items():
         shards = [rank[name].detach() for rank in ranks]
-        assert torch.equal(rule_of(parameter).join(shards) if size == 1 else rule_of(ranks[0][name]).join(shards), parameter)
+        assert torch.equal(
+            rule_of(parameter).join(shards) if size == 1 else rule_of(ranks[0][name]).join(shards), parameter
+        )
 
 
 def test_sharded_index_loads_like_one_file(tmp_path: Path) -> None:

@@ -43,7 +43,12 @@ def test_load_takes_no_more_than_the_shard_and_a_tenth(
     arguments = [str(folders[layout]), str(folders["tiny"]), str(rank), str(size), dtype]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, str(PROGRAM), *arguments], env=environment, capture_output=True, text=True, check=True, timeout=120
+        [sys.executable, str(PROGRAM), *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
     )
     seen = json.loads(done.stdout)
     assert seen["samples"] > 50

@@ -28,7 +28,8 @@ from tp_decoders.fields import Fields
 from tp_decoders.names import Name, NameMap, block_names
 
 HARMLESS = ("init_config", "init_device", "verbose", "fc_type", "use_pad_tok_in_ffn")
-ROPE_DETAILS = ("rope_theta", "rope_impl", "rope_dail_config", "rope_hf_config")
+ATTENTION_HARMLESS = ("rope_theta", "rope_impl", "rope_dail_config", "rope_hf_config", "tie_word_embeddings")
+"""Details of a rotary embedding that is off, and what transformers writes into every nested config."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +121,7 @@ def _refuse_the_rest(fields: Fields, attention: Fields) -> None:
     attention.only("sliding_window_size", -1, None)
     attention.only("attn_logit_softcapping", None)
     attention.only("fused_qkv", True)
-    attention.finish(ROPE_DETAILS)
+    attention.finish(ATTENTION_HARMLESS)
     ffn = fields.section("ffn_config") or Fields({}, "ffn_config")
     ffn.only("ffn_type", "mptmlp")
     ffn.only("ffn_hidden_size", None)
