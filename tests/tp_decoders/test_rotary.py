@@ -1,0 +1,86 @@
+"""Rotary tables and rotation against transformers, dynamic scaling against its token-by-token generation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXRotaryEmbedding, apply_rotary_pos_emb
+
+from parallel.attention import Causal
+from tests.tp_decoders.parity import NEOX, hf
+from tp_decoders import load
+from tp_decoders.rotary import Rotary, RotaryConfig, Rotation, rotate
+
+
+def reference(size: int, head_dim: int, **options: object) -> GPTNeoXRotaryEmbedding:
+    config = transformers.GPTNeoXConfig(
+        hidden_size=head_dim * 2, num_attention_heads=2, rotary_pct=size / head_dim, max_position_embeddings=64, **options
+    )
+    return GPTNeoXRotaryEmbedding(config)
+
+
+@pytest.mark.parametrize(
+    ("kind", "factor", "scaling"),
+    [("default", 1.0, None), ("linear", 3.0, {"type": "linear", "factor": 3.0})],
+)
+def test_tables_are_those_of_transformers_bit_for_bit(kind: str, factor: float, scaling: dict[str, object] | None) -> None:
+    positions = torch.tensor([5, 0, 63, 17, 17])
+    table = Rotary(RotaryConfig(size=16, base=500.0, max_positions=64, kind=kind, factor=factor)).at(positions)
+    cos, sin = reference(16, 32, rotary_emb_base=500, rope_scaling=scaling)(torch.zeros(1), positions[None])
+    assert torch.equal(table.cos, cos[0, :, :8])
+    assert torch.equal(table.sin, sin[0, :, :8])
+
+
+@pytest.mark.parametrize("position", [3, 63, 64, 100, 127])
+def test_dynamic_scaling_depends_on_the_tokens_own_position(position: int) -> None:
+    ours = Rotary(RotaryConfig(size=16, base=500.0, max_positions=64, kind="dynamic", factor=2.0))
+    module = reference(16, 32, rotary_emb_base=500, rope_scaling={"type": "dynamic", "factor": 2.0})
+    cos, _ = module(torch.zeros(1), torch.tensor([[position]]))  # transformers, for a sequence that ends here
+    together = ours.at(torch.tensor([2, 127, position])).cos[2]
+    torch.testing.assert_close(together, cos[0, 0, :8], rtol=2e-5, atol=2e-6)
+    assert ours.config.reach == 128
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotation_in_place_and_with_gradient_have_the_same_bits(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    fused = torch.randn(5, 3, 2, 12).to(dtype)
+    q = fused.unbind(2)[1].clone().requires_grad_()
+    positions = torch.arange(5) * 7
+    rotation = Rotary(RotaryConfig(size=8, base=100.0, max_positions=64)).at(positions)
+    turned = rotate(q, rotation)
+    with torch.no_grad():
+        view = fused.unbind(2)[1]
+        assert rotate(view, rotation).data_ptr() == view.data_ptr()
+    assert torch.equal(turned, view)
+    assert torch.equal(turned[..., 8:], q[..., 8:])
+
+
+def test_rotation_and_its_gradient_equal_transformers() -> None:
+    torch.manual_seed(1)
+    q = torch.randn(5, 3, 12, dtype=torch.float32).requires_grad_()
+    rotation = Rotary(RotaryConfig(size=8, base=100.0, max_positions=64)).at(torch.arange(5))
+    whole = Rotation(torch.cat([rotation.cos] * 2, -1), torch.cat([rotation.sin] * 2, -1))
+    theirs, _ = apply_rotary_pos_emb(q, q, whole.cos, whole.sin)
+    weight = torch.randn_like(q)
+    (expected,) = torch.autograd.grad((theirs * weight).sum(), q)
+    ours = rotate(q, rotation)
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(torch.autograd.grad((ours * weight).sum(), q)[0], expected)
+
+
+def test_generation_beyond_the_trained_context_equals_transformers(tmp_path: object) -> None:
+    torch.manual_seed(2)
+    scaling = {"rope_type": "dynamic", "factor": 2.0}
+    model = hf("GPTNeoX", NEOX, max_position_embeddings=8, rope_scaling=scaling, rotary_pct=1.0)()
+    model.save_pretrained(tmp_path)
+    prompt = torch.tensor([[3, 1, 4, 1, 5]])
+    expected = model.generate(prompt, max_new_tokens=11, do_sample=False, pad_token_id=0, eos_token_id=None)[0].tolist()
+    ours, decoder = prompt[0].tolist(), load(str(tmp_path))
+    assert decoder.config.max_positions == 16
+    while len(ours) < 16:
+        with torch.no_grad():
+            logits = decoder(torch.tensor(ours), torch.arange(len(ours)), Causal([len(ours)]))
+        ours.append(decoder.head.argmax(logits[-1:]).ids.item())
+    assert ours == expected
