@@ -1,0 +1,206 @@
+"""Generation through the paged engine against transformers, and the same bits whatever rides along."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence as Many
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from cluster.engine.assembly import build_engine, build_runner
+from cluster.engine.commands import Commands
+from cluster.engine.config import EngineConfig
+from cluster.engine.engine import Engine, Result, generate
+from cluster.engine.executors import follow
+from cluster.engine.request import Request, ResponseOptions, SamplingParams, StoppingCriteria
+from parallel.attention import Causal
+from parallel.group import Group
+from tests.cluster.engine.tiny_models import CONFIGS, VOCAB, save_tiny, tiny_model
+from tp_decoders import load
+from tp_decoders.decoder import Decoder
+
+FAMILIES = list(CONFIGS)
+LENGTHS, NEW = (1, 3, 16, 17, 30, 45, 2, 33, 60, 15), (40, 30, 32, 25, 33, 20, 50, 9, 17, 1)
+GREEDY = SamplingParams(temperature=0.0)
+
+
+def prompts_of(lengths: Many[int], seed: int) -> list[tuple[int, ...]]:
+    rng = random.Random(seed)
+    return [tuple(rng.randrange(1, VOCAB) for _ in range(length)) for length in lengths]
+
+
+ASKED = list(zip(prompts_of(LENGTHS, seed=1), NEW, strict=True))
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {family: save_tiny(family, tmp_path_factory.mktemp(family)) for family in FAMILIES}
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, list[list[int]]]:
+    """What transformers generates, one prompt at a time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    answers = {family: [continued(tiny_model(family), *one) for one in ASKED] for family in FAMILIES}
+    torch.set_num_threads(threads)
+    return answers
+
+
+def continued(model: transformers.PreTrainedModel, prompt: tuple[int, ...], count: int) -> list[int]:
+    ids = torch.tensor([prompt])
+    out = model.generate(  # an end-of-sequence that never comes
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=count, eos_token_id=VOCAB, pad_token_id=0
+    )
+    answer: list[int] = out[0, len(prompt) :].tolist()
+    return answer
+
+
+def engine_over(model: Decoder, **sizes: Any) -> Engine:
+    config = EngineConfig(**{"kv_blocks": 64, "max_sequences": 16, "max_step_tokens": 64, **sizes})
+    return build_engine(build_runner(model, config, 0), config)
+
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {},
+        {"max_sequences": 3, "max_step_tokens": 7},  # prompts in many chunks, mixed with decoding
+        {"kv_blocks": 9, "max_step_tokens": 24},  # preemption
+    ],
+    ids=["plain", "chunks", "preemption"],
+)
+def test_greedy_generation_equals_transformers_token_for_token(
+    checkpoints: dict[str, Path], expected: dict[str, list[list[int]]], family: str, sizes: dict[str, int]
+) -> None:
+    engine = engine_over(load(str(checkpoints[family])), **sizes)
+    requests = [
+        Request(
+            request_id=str(i),
+            token_ids=prompt,
+            sampling=GREEDY,
+            stopping=StoppingCriteria(max_new_tokens=count, ignore_eos=True),
+        )
+        for i, (prompt, count) in enumerate(ASKED)
+    ]
+    results = generate(engine, requests)
+    assert (engine.load().preemptions > 0) == ("kv_blocks" in sizes)
+    answers = [result.token_ids for (result,) in results]
+    assert answers == expected[family]
+    assert len({token for answer in answers for token in answer}) > 15, "the model says too little to compare"
+
+
+# ---------------------------------------------------------------------------------------------------- the same bits
+
+PROBES = (
+    Request(
+        request_id="greedy",
+        token_ids=prompts_of([33], seed=2)[0],
+        sampling=GREEDY,
+        stopping=StoppingCriteria(max_new_tokens=9, ignore_eos=True),
+        response=ResponseOptions(logprobs=2, prompt_logprobs=0),
+    ),
+    Request(
+        request_id="drawn",
+        token_ids=prompts_of([18], seed=3)[0],
+        sampling=SamplingParams(temperature=0.9, top_p=0.95, seed=4, n=2),
+        stopping=StoppingCriteria(max_new_tokens=9, ignore_eos=True),
+        response=ResponseOptions(logprobs=0, prompt_logprobs=1),
+    ),
+    Request(request_id="scored", token_ids=prompts_of([50], seed=5)[0], score_only=True),
+)
+"""The requests whose every log-probability is compared."""
+
+SCENES: dict[str, tuple[int, dict[str, int]]] = {
+    "alone": (0, {}),
+    "alone, chunks of 5": (0, {"max_sequences": 3, "max_step_tokens": 5, "max_scored_tokens": 3}),
+    "batch of 16": (13, {"max_step_tokens": 48}),
+    "batch of 100, preempted": (97, {"max_sequences": 100, "max_step_tokens": 256, "kv_blocks": 110}),
+}
+"""How many others ride along, and the engine's sizes."""
+
+Answer = dict[str, list[Any]]
+
+
+def company(count: int) -> list[Request]:
+    """Requests that are there to be in the way."""
+    rng = random.Random(6)
+    lengths = [rng.randrange(1, 40) for _ in range(count)]
+    return [
+        Request(
+            request_id=f"other{i}",
+            token_ids=prompt,
+            sampling=SamplingParams(temperature=rng.choice([0.0, 1.0]), seed=i),
+            stopping=StoppingCriteria(max_new_tokens=rng.randrange(1, 16), ignore_eos=True),
+        )
+        for i, prompt in enumerate(prompts_of(lengths, seed=7))
+    ]
+
+
+def told(result: Result) -> list[Any]:
+    """Everything a result says, for exact comparison."""
+    return [result.token_ids, result.logprobs, result.prompt_logprobs, result.finish_reason]
+
+
+def serve_scene(model: Decoder, commands: Commands | None, others: int, sizes: dict[str, int]) -> tuple[Answer, int]:
+    """Rank 0: the probes' answers in that scene, and how often anything was preempted."""
+    config = EngineConfig(**{"kv_blocks": 100, "max_sequences": 24, "max_step_tokens": 128, **sizes})  # type: ignore[arg-type]
+    engine = build_engine(build_runner(model, config, 0), config, commands=commands)
+    crowd = company(others)
+    requests = [*crowd[: others // 2], *PROBES, *crowd[others // 2 :]]
+    results = dict(zip([request.request_id for request in requests], generate(engine, requests), strict=True))
+    engine.close()
+    return {probe.request_id: [told(sample) for sample in results[probe.request_id]] for probe in PROBES}, engine.load().preemptions
+
+
+def follow_scene(model: Decoder, commands: Commands, sizes: dict[str, int]) -> None:
+    config = EngineConfig(**{"kv_blocks": 100, "max_sequences": 24, "max_step_tokens": 128, **sizes})  # type: ignore[arg-type]
+    follow(build_runner(model, config, 0), commands)
+
+
+def serve_all_scenes(group: Group, folder: str, dtype: str) -> dict[str, tuple[Answer, int]] | None:
+    """Every scene on this group; the answers on rank 0."""
+    model = load(folder, group=group, dtype=getattr(torch, dtype))
+    answers = {}
+    for name, (others, sizes) in SCENES.items():
+        commands = None if group.size == 1 else Commands(group.talk)
+        if group.rank == 0:
+            answers[name] = serve_scene(model, commands, others, sizes)
+        elif commands is not None:
+            follow_scene(model, commands, sizes)
+    return answers if group.rank == 0 else None
+
+
+def trained_logprobs(model: Decoder, tokens: list[int]) -> list[float]:
+    """Of every token after the first, through the forward that training uses."""
+    ids = torch.tensor(tokens[:-1])
+    with torch.enable_grad():
+        logits = model(ids, torch.arange(len(ids)), Causal([len(ids)]))
+        assert logits.requires_grad
+    values: list[float] = model.head.log_probs(logits.detach(), torch.tensor(tokens[1:])).tolist()
+    return values
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_log_probability_has_the_same_bits_wherever_it_is_computed(
+    checkpoints: dict[str, Path], ranks: Callable[..., list[Any]], family: str, dtype: str
+) -> None:
+    folder = str(checkpoints[family])
+    answers = {tp: ranks(tp, serve_all_scenes, folder, dtype, limit=120.0)[0] for tp in (1, 2, 3, 4, 8)}
+    expected = answers[1]["alone"][0]
+    for tp, scenes in answers.items():
+        for scene, (answer, preemptions) in scenes.items():
+            assert answer == expected, f"tp = {tp}, {scene}"
+            assert (preemptions > 0) == ("preempted" in scene), f"tp = {tp}, {scene}: {preemptions} preemptions"
+    model = load(folder, dtype=getattr(torch, dtype))
+    for probe in PROBES:
+        for tokens, logprobs, _, _ in expected[probe.request_id]:
+            served = [entry.logprob for entry in (*expected[probe.request_id][0][2], *logprobs)]
+            assert served == trained_logprobs(model, [*probe.token_ids, *tokens])
