@@ -14,6 +14,9 @@ from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
 from cluster.actors.place import Place
 from parallel.errors import CollectiveError, TpError, WorkerError
 
+LOST_PEER = ("DistNetworkError", "DistStoreError", "DistBackendError")
+"""What torch.distributed raises where another rank went away."""
+
 
 @dataclass(frozen=True)
 class Fault:
@@ -32,18 +35,18 @@ class Fault:
         """The smaller, the closer to the root: a dead process, then an error of its own, then one caused by a peer."""
         if isinstance(self.original, RayActorError):
             return 0
-        if isinstance(self.original, CollectiveError):
+        if isinstance(self.original, CollectiveError) or type(self.original).__name__ in LOST_PEER:
             return 2
         return 3 if self.original is None else 1
 
-    def message(self, verb: str) -> str:
-        """One line: rank r on node n stopped: the cause."""
-        return f"{self.place} {verb}: {describe(self.original)}"
+    def message(self) -> str:
+        """One line: rank R on NODE: the cause."""
+        return f"{self.place}: {describe(self.original)}"
 
-    def error(self, verb: str) -> TpError:
-        """The same as an exception: of the original's kind where that is ours."""
+    def at_start(self) -> TpError:
+        """As an exception, for a rank that did not get ready: of the original's kind where that is ours."""
         kind = type(self.original) if isinstance(self.original, TpError) else WorkerError
-        return kind(self.message(verb))
+        return kind(f"{self.place} did not start: {describe(self.original)}")
 
 
 def root_cause(faults: Sequence[Fault]) -> Fault:

@@ -52,7 +52,9 @@ class WorkerGroup:
         """Places and starts every rank; on failure nothing is left behind and the error names rank, node and cause."""
         try:
             self._place()
+            self._check_open()
             self._meet()
+            self._check_open()
             ready = self._await_ready()
         except BaseException:
             self._end(ask=False)
@@ -86,12 +88,19 @@ class WorkerGroup:
             self._watcher.join(self.config.stop_timeout_s)
         self._actors, self._runs, self._placement = [], [], None
 
+    def _check_open(self) -> None:
+        if self._closing.is_set():
+            raise WorkerError("the group was closed while it started")
+
     def _place(self) -> None:
         """Reserves the ranks' resources, or says what is missing."""
         config = self.config
         check_room(ray.nodes(), self._size, self._device, config.strategy)
         self._placement = placement_group([bundle(self._device)] * self._size, strategy=config.strategy)
-        if not self._placement.wait(config.place_timeout_s):
+        deadline = time.monotonic() + config.place_timeout_s
+        while not self._placement.wait(PULSE_S) and not self._closing.is_set():
+            if time.monotonic() < deadline:
+                continue
             free = ray.available_resources()
             raise WorkerError(
                 f"{self._size} ranks were not placed within {config.place_timeout_s:g} s: the cluster is large "
@@ -116,7 +125,7 @@ class WorkerGroup:
         try:
             port = ray.get(self._actors[0].free_port.remote(), timeout=self.config.start_timeout_s)
         except (RayActorError, GetTimeoutError) as error:
-            raise WorkerError(f"rank 0 on node {nodes[0]}: its process did not start: {describe(error)}") from error
+            raise WorkerError(f"rank 0 on {nodes[0]}: its process did not start: {describe(error)}") from error
         self._places = assign(nodes, f"tcp://{nodes[0]}:{port}" if self._size > 1 else None)
         self._runs = [
             actor.run.remote(place, self._make) for actor, place in zip(self._actors, self._places, strict=True)
@@ -141,7 +150,7 @@ class WorkerGroup:
                 try:
                     ready[report] = ray.get(report)
                 except (WorkerError, RayActorError) as error:
-                    raise self._root_cause().error("did not start") from error
+                    raise self._root_cause().at_start() from error
         return [ready[report] for report in reports]
 
     def _slow(self, waiting: Sequence[ray.ObjectRef], reports: Sequence[ray.ObjectRef]) -> str:
@@ -174,7 +183,7 @@ class WorkerGroup:
             ended, _ = ray.wait(self._runs, timeout=PULSE_S)
             if self._closing.is_set():
                 return
-        self._fault = self._root_cause().message("stopped")
+        self._fault = self._root_cause().message()
         self._faulted.set()
         log.error("%s", self._fault)
         if on_fault is not None:

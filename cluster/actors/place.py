@@ -44,7 +44,7 @@ class Place:
     address: str | None = None  # tcp://HOST:PORT of rank 0
 
     def __str__(self) -> str:
-        return f"rank {self.rank} on node {self.node}"
+        return f"rank {self.rank} on {self.node}"
 
 
 def bundle(device: str) -> dict[str, float]:

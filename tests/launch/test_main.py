@@ -36,7 +36,7 @@ def test_help_lists_every_command_quickly() -> None:
     assert time.monotonic() - began < 5
 
 
-@pytest.mark.parametrize("arguments", [[], ["sever"], ["serve"], ["generate"], ["convert", "onlyone"], ["bench"]])
+@pytest.mark.parametrize("arguments", [[], ["sever"], ["serve"], ["convert", "onlyone"], ["bench"]])
 def test_wrong_arguments_exit_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(arguments)
@@ -65,6 +65,9 @@ def test_wrong_arguments_exit_with_2(arguments: list[str], capsys: pytest.Captur
         ),
         (["serve", "--model", "m", "--tp", "0"], "parallel.tp is 0; it must be at least 1"),
         (["serve", "--model", "m", "--dp", "2"], "parallel.dp is 2"),
+        (["generate"], "give the prompt either as text or with --token-ids"),
+        (["generate", "--token-ids", "1,x"], "--token-ids is '1,x'; write numbers"),
+        (["bench", "serve", "--streams", "0"], "--streams is 0; give at least 1"),
         (["generate", "hello", "--address", "nonsense"], "--address is 'nonsense'; write host:port"),
     ],
 )

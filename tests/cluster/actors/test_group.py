@@ -55,7 +55,7 @@ def test_more_ranks_than_cores_is_refused_with_the_numbers() -> None:
 def test_a_failed_start_names_rank_node_and_cause_and_keeps_its_kind(tmp_path: Path) -> None:
     group = WorkerGroup(MakeFake(fail="start", on_rank=1, folder=str(tmp_path)), size=2)
     began = time.monotonic()
-    with pytest.raises(CheckpointError, match=r"rank 1 on node [\d.]+ did not start: no checkpoint at /nowhere"):
+    with pytest.raises(CheckpointError, match=r"rank 1 on [\d.]+ did not start: no checkpoint at /nowhere"):
         group.start()
     assert time.monotonic() - began < 20
     assert all(gone(int(path.read_text())) for path in tmp_path.iterdir())
@@ -83,7 +83,7 @@ def test_a_killed_rank_is_reported_by_name_within_ten_seconds() -> None:
     ready = group.start(faults.put)
     os.kill(ready[1].pid, signal.SIGKILL)
     message = faults.get(timeout=10)
-    assert message.startswith(f"rank 1 on node {ready[1].place.node} stopped: its process died (killed or crashed)")
+    assert message.startswith(f"rank 1 on {ready[1].place.node}: its process died (killed or crashed)")
     assert group.wait_fault(0.0) == message
     group.close()
     assert gone(ready[0].pid)
@@ -93,7 +93,7 @@ def test_the_rank_that_failed_is_named_not_those_that_waited_for_it() -> None:
     faults: queue.Queue[str] = queue.Queue()
     group = WorkerGroup(MakeFake(fail="run", on_rank=1), size=2)
     group.start(faults.put)
-    assert faults.get(timeout=10).endswith("stopped: RuntimeError: the reason")
+    assert faults.get(timeout=10).endswith(": RuntimeError: the reason")
     group.close()
 
 
@@ -101,5 +101,5 @@ def test_a_program_that_ends_unasked_is_a_fault() -> None:
     faults: queue.Queue[str] = queue.Queue()
     group = WorkerGroup(MakeFake(fail="return"), size=1)
     group.start(faults.put)
-    assert "rank 0 on node" in faults.get(timeout=10)
+    assert "rank 0 on " in faults.get(timeout=10)
     group.close()

@@ -41,7 +41,7 @@ def test_strict_spread_wants_a_node_per_rank() -> None:
 def test_local_ranks_count_up_on_each_node() -> None:
     places = assign(["a", "b", "a", "a"], "tcp://a:1")
     assert [(place.local_rank, place.local_size) for place in places] == [(0, 3), (0, 1), (1, 3), (2, 3)]
-    assert str(places[1]) == "rank 1 on node b"
+    assert str(places[1]) == "rank 1 on b"
 
 
 def test_an_unknown_strategy_is_refused() -> None:

@@ -1,0 +1,129 @@
+"""A rank that serves: meets the others, loads its shard, sizes its cache, then drives the engine or follows it.
+
+A `Program` (see worker.py), so it runs in one thread and knows no Ray. Rank 0 answers a front-end through an
+EngineServer; when that is stopped it ends the command stream, which ends the other ranks.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from cluster.actors.cores import claim_cores, free_memory
+from cluster.actors.place import Place
+from cluster.actors.spec import RankFacts, ServeSpec
+from cluster.actors.worker import Phases
+from cluster.engine.assembly import build_engine, build_runner
+from cluster.engine.commands import Commands
+from cluster.engine.engine import Engine
+from cluster.engine.executors import follow
+from cluster.engine.runner import ModelRunner
+from cluster.frontend.engine_server import EngineServer
+from parallel.attention import Causal
+from parallel.mesh import Groups, Wiring, init_groups
+from tp_decoders import load
+from tp_decoders.decoder import Decoder
+from tp_decoders.tokenizer import eos_token_ids, load_tokenizer
+
+log = logging.getLogger(__name__)
+
+
+class ServeRank:
+    """One rank of a serving group."""
+
+    def __init__(self, spec: ServeSpec, place: Place, phases: Phases) -> None:
+        self._spec, self._place, self._phases = spec, place, phases
+        self._device = torch.device("cuda", 0) if spec.parallel.device == "cuda" else torch.device("cpu")
+        self._groups: Groups | None = None
+        self._runner: ModelRunner | None = None
+        self._commands: Commands | None = None
+        self._engine: Engine | None = None
+        self._server: EngineServer | None = None
+
+    def start(self) -> RankFacts:
+        parallel, phases = self._spec.parallel, self._phases
+        cores = claim_cores(self._place, parallel.threads, parallel.device)
+        with phases("meeting the other ranks"):
+            self._groups = self._meet()
+        with phases("reading weights"):
+            dtype = getattr(torch, parallel.dtype) if parallel.dtype else None
+            model = load(self._spec.model, group=self._groups.tp, dtype=dtype, device=self._device)
+        with phases("warming up"):
+            warm_up(model)
+        with phases("making the key/value cache"):
+            free = free_memory(self._place, parallel.device)
+            self._runner = build_runner(model, self._spec.engine, free)
+        self._commands = Commands(self._groups.tp.comm, parallel.collective_timeout_s)
+        if self._place.rank == 0:
+            self._serve_engine(self._runner, self._commands)
+        return self._facts(self._runner, cores)
+
+    def run(self) -> None:
+        assert self._runner is not None and self._commands is not None, "start comes first"
+        if self._server is None or self._engine is None:
+            follow(self._runner, self._commands)
+            return
+        self._server.serve()
+        self._engine.close()  # after a failure there is nobody to tell: not in a `finally`
+
+    def stop(self) -> None:
+        if self._server is not None:
+            self._server.stop()
+
+    def close(self) -> None:
+        if self._groups is not None:
+            self._groups.close()
+
+    def _meet(self) -> Groups:
+        parallel, place = self._spec.parallel, self._place
+        wiring = Wiring(
+            device=self._device,
+            timeout_s=parallel.collective_timeout_s,
+            start_timeout_s=self._spec.start_timeout_s,
+            transport=parallel.transport,
+        )
+        return init_groups(
+            place.rank, place.world, parallel.tp, parallel.dp, place.address, wiring=wiring, numerics=parallel.numerics
+        )
+
+    def _serve_engine(self, runner: ModelRunner, commands: Commands) -> None:
+        ends = eos_token_ids(self._spec.model)
+        if not ends:  # then the tokenizer may name the token that ends a text
+            tokenizer = load_tokenizer(self._spec.model)
+            ends = tokenizer.eos_token_ids if tokenizer else ()
+        self._engine = build_engine(runner, self._spec.engine, ends, commands if self._place.world > 1 else None)
+        self._server = EngineServer(self._engine, self._spec.authkey, host=self._place.node)
+
+    def _facts(self, runner: ModelRunner, cores: tuple[int, ...]) -> RankFacts:
+        model, layout = runner.model, runner.cache.layout
+        weights = list(model.parameters())
+        return RankFacts(
+            family=model.config.model_type,
+            dtype=str(weights[0].dtype).removeprefix("torch."),
+            parameters=sum(weight.numel() for weight in weights),
+            kv_blocks=runner.cache.num_blocks,
+            block_size=layout.block_size,
+            kv_bytes=runner.cache.num_blocks * layout.bytes_per_block,
+            attention=runner.backend.name,
+            transport=_transport(model),
+            cores=cores,
+            threads=torch.get_num_threads(),
+            limits=self._engine.limits if self._engine else None,
+            engine_address=self._server.address if self._server else None,
+        )
+
+
+@torch.inference_mode()
+def warm_up(model: Decoder) -> None:
+    """One forward of two tokens: weights are packed and kernels built before memory is counted and a client waits."""
+    weight = next(model.parameters())
+    tokens = torch.zeros(2, dtype=torch.long, device=weight.device)
+    model(tokens, torch.arange(2, device=weight.device), Causal([2]))
+
+
+def _transport(model: Decoder) -> str:
+    """How the ranks talk, by the name a user chooses it with."""
+    comm = model.group.comm
+    names = {"ShmComm": "shm", "TorchComm": "nccl" if next(model.parameters()).is_cuda else "gloo"}
+    return "one rank" if comm is None else names.get(type(comm).__name__, type(comm).__name__)

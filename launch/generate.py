@@ -1,0 +1,146 @@
+"""`tp-decoders generate`: a server's continuation of a prompt, streamed to the terminal.
+
+Text goes to stdout as it comes; everything about it goes to stderr. With several samples each is printed when it is
+done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from parallel.errors import ConfigError, RequestError
+
+if TYPE_CHECKING:
+    from cluster.rpc.client import ServiceError
+    from cluster.rpc.proto.inference_pb2 import GenerateChunk
+
+SAMPLING = {
+    "temperature": (float, "0 is greedy (default 1)"),
+    "top_k": (int, "keep the k most likely tokens"),
+    "top_p": (float, "keep the most likely tokens that together have this probability"),
+    "min_p": (float, "keep tokens at least this share as likely as the most likely one"),
+    "seed": (int, "the same seed gives the same text"),
+    "n": (int, "samples (default 1)"),
+    "repetition_penalty": (float, "above 1 discourages tokens already there"),
+    "presence_penalty": (float, "above 0 discourages tokens already generated, once"),
+    "frequency_penalty": (float, "above 0 discourages tokens already generated, each time"),
+}
+BAD_INPUT = ("INVALID_ARGUMENT", "FAILED_PRECONDITION", "UNIMPLEMENTED", "ALREADY_EXISTS")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("text", nargs="?", help="the prompt; - reads it from standard input")
+    parser.add_argument(
+        "--token-ids", help="the prompt as token ids, as in 2,1,0,1; for checkpoints without a tokenizer"
+    )
+    parser.add_argument("--address", default="127.0.0.1:50051", help="the server (default 127.0.0.1:50051)")
+    parser.add_argument("--max-new-tokens", type=int, help="default: what is left of the context")
+    parser.add_argument("--min-new-tokens", type=int)
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated"
+    )
+    parser.add_argument("--ignore-eos", action="store_true", help="go on after the end-of-text token")
+    for name, (kind, words) in SAMPLING.items():
+        parser.add_argument("-n" if name == "n" else f"--{name.replace('_', '-')}", type=kind, dest=name, help=words)
+    parser.add_argument("--timeout", type=float, metavar="SECONDS", help="the request's deadline")
+    parser.add_argument("--ids", action="store_true", help="print token ids, not text")
+    parser.add_argument("--stats", action="store_true", help="say afterwards how many tokens came how fast")
+
+
+def run(args: argparse.Namespace) -> int:
+    check_address(args.address)
+    prompt = prompt_of(args)
+    return asyncio.run(_stream(args, prompt))
+
+
+def check_address(address: str) -> None:
+    host, colon, port = address.rpartition(":")
+    if not (colon and host and port.isdigit()):
+        raise ConfigError(f"--address is {address!r}; write host:port, as in localhost:50051")
+
+
+def prompt_of(args: argparse.Namespace) -> str | list[int]:
+    """The one prompt that was given, as text or ids."""
+    if (args.text is None) == (args.token_ids is None):
+        raise ConfigError("give the prompt either as text or with --token-ids")
+    if args.text == "-":
+        return sys.stdin.read()
+    return parse_ids(args.token_ids) if args.text is None else str(args.text)
+
+
+def parse_ids(text: str) -> list[int]:
+    words = text.replace(",", " ").split()
+    if not words or not all(word.isdigit() for word in words):
+        raise ConfigError(f"--token-ids is {text!r}; write numbers, as in 2,1,0,1")
+    return [int(word) for word in words]
+
+
+def request_fields(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Only what was asked for: the server's defaults hold for the rest."""
+    sampling = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
+    stopping: dict[str, Any] = {"stop_sequences": args.stop, "ignore_eos": args.ignore_eos}
+    for name in ("max_new_tokens", "min_new_tokens"):
+        if getattr(args, name) is not None:
+            stopping[name] = getattr(args, name)
+    return {"sampling": sampling, "stopping": stopping}
+
+
+@dataclass
+class _Printer:
+    """Writes one sample as it comes, or several one after the other. as_ids None: ids where the server has no text."""
+
+    as_ids: bool
+    streaming: bool
+    tokens: int = 0
+    reasons: list[int] = field(default_factory=list)
+    parts: dict[int, list[str]] = field(default_factory=dict)
+
+    def take(self, chunk: GenerateChunk) -> None:
+        self.tokens += len(chunk.token_ids)
+        piece = "".join(f"{token} " for token in chunk.token_ids) if self.as_ids else chunk.text
+        if self.streaming:
+            print(piece, end="", flush=True)
+        else:
+            self.parts.setdefault(chunk.sample_index, []).append(piece)
+        if chunk.finish_reason:
+            self.reasons.append(chunk.finish_reason)
+            if not self.streaming:
+                print(f"--- sample {chunk.sample_index}\n{''.join(self.parts.pop(chunk.sample_index))}")
+            else:
+                print()
+
+
+async def _stream(args: argparse.Namespace, prompt: str | Sequence[int]) -> int:
+    from cluster.rpc.client import AsyncClient, ServiceError
+    from cluster.rpc.proto.inference_pb2 import FinishReason
+
+    began = time.monotonic()
+    async with AsyncClient(args.address) as client:
+        try:
+            fields = request_fields(args)
+            info = await client.model_info(timeout=10.0)
+            printer = _Printer(args.ids or not info.supports_text_input, (args.n or 1) == 1)
+            async for chunk in client.stream([prompt], timeout=args.timeout, **fields):
+                printer.take(chunk)
+        except ServiceError as error:
+            raise _named(error, args.address) from error
+        except ValueError as error:  # a number that the protocol's field cannot hold
+            raise RequestError(f"a number is out of range: {error}") from error
+    if args.stats:
+        seconds = time.monotonic() - began
+        reasons = ", ".join(FinishReason.Name(reason).removeprefix("FINISH_REASON_") for reason in printer.reasons)
+        print(f"{printer.tokens} tokens in {seconds:.2f} s; ended by {reasons}", file=sys.stderr)
+    return 0
+
+
+def _named(error: ServiceError, address: str) -> Exception:
+    """The service's error with the address, as bad input where the request was at fault."""
+    name = getattr(error.code, "name", "")
+    kind = RequestError if name in BAD_INPUT else type(error)
+    return kind(f"{address}: {error}")

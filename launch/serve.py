@@ -1,0 +1,120 @@
+"""`tp-decoders serve`: a worker group on Ray and a gRPC server in front of it, until told to stop.
+
+Reads the command line and presets, then hands over to launch.serving. Every setting of a preset can be given as a
+dotted override; the flags are short names of the commonest.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cluster.actors.place import PlacementConfig
+from cluster.actors.spec import ParallelConfig
+from cluster.engine.config import EngineConfig
+from cluster.frontend.calls import FrontendConfig
+from cluster.rpc.limits import ServerLimits
+from launch import logs
+from launch.presets import Layer, build, find, overrides, read
+from parallel.errors import ConfigError
+
+FLAGS = {
+    "model": "model",
+    "tp": "parallel.tp",
+    "dp": "parallel.dp",
+    "device": "parallel.device",
+    "dtype": "parallel.dtype",
+    "host": "server.host",
+    "port": "server.port",
+    "kv_blocks": "engine.kv_blocks",
+    "ray_address": "ray.address",
+}
+"""Which setting a flag stands for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RayConfig:
+    """Which Ray cluster: None starts one on this machine, with its cores or `num_cpus`, that ends with the server."""
+
+    address: str | None = None
+    num_cpus: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """Where the gRPC server listens, and how long a stopping one waits for open requests."""
+
+    host: str = "127.0.0.1"
+    port: int = 50051
+    drain_seconds: float = 30.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port < 65536:
+            raise ConfigError(f"server.port is {self.port}; give 1 to 65535, or 0 for any free one")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig:
+    """Everything about one server; a preset holds any part of it."""
+
+    model: str
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    frontend: FrontendConfig = field(default_factory=FrontendConfig)
+    limits: ServerLimits = field(default_factory=ServerLimits)
+    server: ServerConfig = field(default_factory=ServerConfig)
+    placement: PlacementConfig = field(default_factory=PlacementConfig)
+    ray: RayConfig = field(default_factory=RayConfig)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="the folder of a Hugging Face checkpoint")
+    parser.add_argument("--tp", type=int, help="tensor-parallel ranks (default 1)")
+    parser.add_argument("--dp", type=int, help="replicas (1 for now)")
+    parser.add_argument("--device", help="cpu (default) or cuda")
+    parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: the checkpoint's own)")
+    parser.add_argument("--host", help="address to listen on (default 127.0.0.1: this machine only)")
+    parser.add_argument("--port", type=int, help="port to listen on (default 50051; 0: any free one)")
+    parser.add_argument("--kv-blocks", type=int, help="size of the key/value cache (default: from free memory)")
+    parser.add_argument(
+        "--ray-address", help="a standing Ray cluster, as in auto or HOST:6379 (default: start one here)"
+    )
+    parser.add_argument("--preset", metavar="NAME", action="append", default=[], help="from configs/engine, or a path")
+    parser.add_argument("--cluster", metavar="NAME", help="from configs/cluster, or a path")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="name.name=value", help="any setting, as in engine.max_sequences=8"
+    )
+    logs.add_arguments(parser)
+
+
+def configuration(args: argparse.Namespace) -> ServeConfig:
+    """Presets, then flags, then overrides; later ones win."""
+    layers = [read(find(name, "engine")) for name in args.preset]
+    if args.cluster is not None:
+        layers.append(read(find(args.cluster, "cluster")))
+    config = build(ServeConfig, [*layers, _flags(args), overrides(args.overrides)])
+    assert isinstance(config, ServeConfig), "build makes what it was asked for"
+    return config
+
+
+def run(args: argparse.Namespace) -> int:
+    level = logs.configure(args.verbose)
+    config = configuration(args)
+    from launch.serving import serve  # brings in Ray, gRPC and torch
+
+    return serve(config, Path(config.model).resolve(), level)
+
+
+def _flags(args: argparse.Namespace) -> Layer:
+    values: dict[str, Any] = {}
+    for flag, setting in FLAGS.items():
+        value = getattr(args, flag)
+        if value is not None:
+            *sections, name = setting.split(".")
+            place = values
+            for section in sections:
+                place = place.setdefault(section, {})
+            place[name] = value
+    return Layer("command line", values)

@@ -1,0 +1,211 @@
+"""What `serve` does once its configuration is read: Ray, a worker group, front-end, gRPC server, and an orderly end.
+
+One asyncio loop in this process holds front-end and server; the engine runs on rank 0. A signal drains: nothing new is
+admitted, open requests may end within `server.drain_seconds`, a second signal ends them at once. A dead rank ends the
+server with the cause.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import signal
+import socket
+from collections.abc import Coroutine, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cluster.actors.group import WorkerGroup
+from cluster.actors.session import ray_session
+from cluster.actors.spec import RankFacts, ServeSpec
+from cluster.actors.worker import Ready
+from cluster.frontend.frontend import Frontend, State
+from cluster.frontend.socket_link import SocketLink
+from cluster.frontend.text import TextCodec
+from cluster.rpc.server import build_server
+from cluster.rpc.servicers import ServiceInfo
+from parallel.errors import ConfigError, WorkerError
+from tp_decoders.detokenizer import IncrementalDetokenizer
+from tp_decoders.registry import read_config
+from tp_decoders.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from launch.serve import ServeConfig
+
+log = logging.getLogger(__name__)
+CAUSE_S = 3.0
+"""How long the root cause of a fault is awaited once its effect was seen."""
+CLOSE_GRACE_S = 2.0
+ENVIRONMENT = {
+    "RAY_worker_niceness": "0",  # Ray's default of 15 starves the ranks on a machine that does anything else
+    "TORCH_CPP_LOG_LEVEL": "ERROR",  # a lost peer is reported by name; torch's C++ stack adds nothing
+}
+"""Of a Ray cluster started here; a standing one has its own."""
+
+
+def serve(config: ServeConfig, model: Path, log_level: int) -> int:
+    """Serves until a signal, a Drain call or a fault; the exit status."""
+    read_config(model)  # what is wrong with the checkpoint's description is said before anything starts
+    check_port(config.server.host, config.server.port)
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the loop takes over
+    try:
+        with ray_session(config.ray.address, config.ray.num_cpus):
+            return asyncio.run(_serve(config, model, log_level))
+    except SystemExit as ended:  # Ray's own handler of SIGTERM, while Ray starts
+        raise KeyboardInterrupt from ended
+
+
+def check_port(host: str, port: int) -> None:
+    """Refuses an address nobody can listen on, before a model is loaded for it."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ConfigError(f"cannot listen on {host}:{port}: {reason}; choose another port or host") from error
+
+
+async def _serve(config: ServeConfig, model: Path, log_level: int) -> int:
+    loop = asyncio.get_running_loop()
+    signals = _Signals(loop)
+    faults: asyncio.Queue[str] = asyncio.Queue()
+    spec = _spec(config, model)
+    placement = replace(config.placement, log_level=log_level)
+
+    def tell(cause: str) -> None:
+        loop.call_soon_threadsafe(faults.put_nowait, cause)
+
+    group = WorkerGroup(spec, config.parallel.tp, config.parallel.device, placement)
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(asyncio.to_thread, group.close)
+        start = asyncio.to_thread(group.start, tell)
+        ready = await _unless(signals.stop, start)
+        if ready is None:
+            return 0
+        frontend, port = await _open(config, model, spec, ready, stack)
+        print(ready_line(config, model, ready, port), flush=True)
+        await _run(frontend, signals, faults)
+        await _unless(signals.again, frontend.drain(config.server.drain_seconds))
+    return 0
+
+
+async def _open(
+    config: ServeConfig, model: Path, spec: ServeSpec, ready: Sequence[Ready], stack: AsyncExitStack
+) -> tuple[Frontend, int]:
+    """Front-end and server over the ranks' engine; the stack closes them."""
+    facts: RankFacts = ready[0].facts
+    assert facts.engine_address is not None, "rank 0 has an engine"
+    for rank in ready:
+        log.info("%s ready: %s; start-up seconds %s", rank.place, rank.facts, _rounded(rank.seconds))
+    link = await asyncio.to_thread(SocketLink, facts.engine_address, spec.authkey)
+    frontend = Frontend(link, codec=await asyncio.to_thread(_codec, model), config=config.frontend)
+    stack.push_async_callback(frontend.close)
+    address = f"{config.server.host}:{config.server.port}"
+    server = build_server(frontend, address, config.limits, _service_info(config, model, facts))
+    frontend.start()
+    await server.start()
+    stack.push_async_callback(server.stop, CLOSE_GRACE_S)
+    return frontend, server.port
+
+
+async def _run(frontend: Frontend, signals: _Signals, faults: asyncio.Queue[str]) -> None:
+    """Until there is a reason to stop; a fault is raised, with the cause that the group found."""
+    failed = asyncio.Event()
+    frontend.observe(lambda state: failed.set() if state is State.FAILED else None)
+    fault = asyncio.create_task(faults.get())
+    await _first(signals.stop.wait(), frontend.drained.wait(), failed.wait(), asyncio.shield(fault))
+    if not failed.is_set() and not fault.done():
+        fault.cancel()
+        return
+    await asyncio.wait({fault}, timeout=CAUSE_S)
+    cause = fault.result() if fault.done() else frontend.fault_cause
+    frontend.fault(cause)
+    raise WorkerError(f"the engine is gone: {cause}")
+
+
+def ready_line(config: ServeConfig, model: Path, ready: Sequence[Ready], port: int) -> str:
+    """The one line that says what is served where."""
+    facts: RankFacts = ready[0].facts
+    tokens = facts.kv_blocks * facts.block_size
+    size = sum(rank.facts.kv_bytes for rank in ready) / 1e6
+    return (
+        f"ready: {config.server.host}:{port}  model {model.name} ({facts.family}, {facts.dtype})  "
+        f"tp={config.parallel.tp} on {config.parallel.device} ({facts.transport}, attention {facts.attention})  "
+        f"KV cache {tokens} tokens ({facts.kv_blocks} blocks of {facts.block_size}, {size:.1f} MB)"
+    )
+
+
+def _spec(config: ServeConfig, model: Path) -> ServeSpec:
+    return ServeSpec(
+        model=str(model),
+        authkey=secrets.token_bytes(32),
+        parallel=config.parallel,
+        engine=config.engine,
+        start_timeout_s=config.placement.start_timeout_s,
+    )
+
+
+def _service_info(config: ServeConfig, model: Path, facts: RankFacts) -> ServiceInfo:
+    return ServiceInfo(
+        model_id=model.name,
+        family=facts.family,
+        dtype=facts.dtype,
+        device=config.parallel.device,
+        numerics=config.parallel.numerics,
+        tensor_parallel_size=config.parallel.tp,
+        data_parallel_size=config.parallel.dp,
+    )
+
+
+def _codec(model: Path) -> TextCodec | None:
+    tokenizer = load_tokenizer(model)
+    return (
+        None
+        if tokenizer is None
+        else TextCodec(tokenizer=tokenizer, detokenizer=partial(IncrementalDetokenizer, tokenizer))
+    )
+
+
+def _rounded(seconds: dict[str, float]) -> dict[str, float]:
+    return {name: round(value, 2) for name, value in seconds.items()}
+
+
+class _Signals:
+    """SIGINT and SIGTERM as events: the first asks to stop, any further one to hurry."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.stop, self.again = asyncio.Event(), asyncio.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._take)
+
+    def _take(self) -> None:
+        (self.again if self.stop.is_set() else self.stop).set()
+
+
+async def _unless(event: asyncio.Event, work: Coroutine[Any, Any, Any]) -> Any:
+    """The work's result, or None if the event came first; the work is then left to what closes its subject."""
+    task = asyncio.create_task(work)
+    await _first(event.wait(), asyncio.shield(task))
+    if task.done():
+        return task.result()
+    task.add_done_callback(lambda done: done.cancelled() or done.exception())
+    return None
+
+
+async def _first(*waits: Any) -> None:
+    """Until the first of them is done."""
+    tasks = [asyncio.ensure_future(wait) for wait in waits]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
