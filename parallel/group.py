@@ -28,6 +28,7 @@ class Group:
     size: int = 1
     comm: Comm | None = None
     numerics: Numerics = "invariant"
+    sequence_parallel: bool = False  # divide activations between sharded layers by tokens while training (parallel.tokens)
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.size:

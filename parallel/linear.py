@@ -18,6 +18,7 @@ from parallel.errors import ConfigError
 from parallel.group import Group
 from parallel.products import Operand, Term, column_sum, outer_product, product, reduced_product
 from parallel.shard import Fused, Part, Replicated, Split, VirtualShards, sharded
+from parallel.tokens import all_tokens, own_tokens, scatter_tokens
 
 
 class ColumnLinear(nn.Module):
@@ -43,10 +44,19 @@ class ColumnLinear(nn.Module):
         self._operand: Operand | None = None
         self._backward: list[_BackwardPart] | None = None
 
-    def forward(self, x_TK: Tensor, activation: str | None = None, dtype: torch.dtype | None = None) -> Tensor:
-        """[T, local outputs]; the activation is applied to the rounded sum, so fusing it changes no bit."""
+    def forward(
+        self,
+        x_TK: Tensor,
+        activation: str | None = None,
+        dtype: torch.dtype | None = None,
+        tokens: VirtualShards | None = None,
+    ) -> Tensor:
+        """[T, local outputs]; the activation is applied to the rounded sum, so fusing it changes no bit.
+
+        With `tokens`, x holds this rank's tokens only and the result all of them (sequence parallelism).
+        """
         if torch.is_grad_enabled() and (x_TK.requires_grad or self.weight.requires_grad):
-            y_TN = _Column.apply(x_TK, self.weight, self.bias, self, dtype)
+            y_TN = _Column.apply(x_TK, self.weight, self.bias, self, dtype, tokens)
             return activate(y_TN, activation) if activation else y_TN
         fused = activation if activation and is_native(x_TK, activation) else None
         y_TN = self.product(x_TK, fused, dtype)
@@ -104,23 +114,31 @@ def _backward_parts(parts: tuple[Part, ...], weight: Tensor, rank: int) -> list[
 
 class _Column(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, layer: ColumnLinear, dtype: torch.dtype | None) -> Tensor:  # type: ignore[no-untyped-def,override]
+    def forward(  # type: ignore[no-untyped-def,override]
+        ctx,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        layer: ColumnLinear,
+        dtype: torch.dtype | None,
+        tokens: VirtualShards | None,
+    ) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.layer = layer
-        return layer.product(x, dtype=dtype)
+        ctx.layer, ctx.tokens = layer, tokens
+        return layer.product(x if tokens is None else all_tokens(x, layer.group, tokens), dtype=dtype)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def,override]
         (x,) = ctx.saved_tensors
+        layer, tokens = ctx.layer, ctx.tokens
         grad = grad.to(x.dtype).contiguous()
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        return (
-            ctx.layer.input_grad(grad) if wants_x else None,
-            outer_product(grad, x) if wants_weight else None,
-            column_sum(grad) if wants_bias else None,
-            None,
-            None,
-        )
+        grad_x = layer.input_grad(grad) if wants_x else None
+        if tokens is not None:
+            x = all_tokens(x, layer.group, tokens)  # gathered again rather than kept
+            grad_x = None if grad_x is None else own_tokens(grad_x, layer.group, tokens)
+        grad_weight = outer_product(grad, x) if wants_weight else None
+        return grad_x, grad_weight, column_sum(grad) if wants_bias else None, None, None, None
 
 
 class RowLinear(nn.Module):
@@ -170,8 +188,11 @@ class Partial:
     layer: RowLinear
 
 
-def reduce_sum(*partials: Partial) -> Tensor:
-    """The sum of row-parallel layers over all ranks, [T, N]: ONE collective, however many layers are added in it."""
+def reduce_sum(*partials: Partial, tokens: VirtualShards | None = None) -> Tensor:
+    """The sum of row-parallel layers over all ranks, [T, N]: ONE collective, however many layers are added in it.
+
+    With `tokens`, the result holds this rank's tokens only (sequence parallelism).
+    """
     layers = tuple(partial.layer for partial in partials)
     if len({layer.shards.num_leaves for layer in layers}) > 1:
         raise ConfigError(
@@ -180,13 +201,15 @@ def reduce_sum(*partials: Partial) -> Tensor:
         )
     if torch.is_grad_enabled() and any(p.x.requires_grad or p.layer.weight.requires_grad for p in partials):
         flat = [tensor for p in partials for tensor in (p.x, p.layer.weight, p.layer.bias)]
-        return _RowSum.apply(layers, *flat)
+        return scatter_tokens(_RowSum.apply(layers, *flat), layers[0].group, tokens)
     return _row_sum([partial.x for partial in partials], layers)
 
 
 def _row_sum(xs: list[Tensor], layers: tuple[RowLinear, ...]) -> Tensor:
     biases = [layer.bias for layer in layers if layer.bias is not None]
-    bias = None if not biases else biases[0] if len(biases) == 1 else torch.stack(biases).float().sum(0)
+    bias = biases[0] if biases else None
+    for other in biases[1:]:
+        bias = bias.float() + other.float()  # type: ignore[union-attr]
     terms = [layer.term(x) for x, layer in zip(xs, layers, strict=True)]
     return reduced_product(terms, layers[0].shards, layers[0].group, bias)
 
