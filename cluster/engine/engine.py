@@ -82,6 +82,10 @@ class Engine:
         """To be called at least every second while idle: the other ranks give up on a silent rank 0."""
         self.executor.keep_alive()
 
+    def weights_changed(self) -> None:
+        """After an update of the model's weights: every running sequence is computed again with the new ones."""
+        self.scheduler.forget_cache()
+
     def load(self) -> EngineLoad:
         """A snapshot of the counters; step_seconds and forward_seconds are totals."""
         return replace(self.scheduler.load(), step_seconds=self._step_seconds, forward_seconds=self._forward_seconds)

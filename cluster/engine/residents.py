@@ -8,7 +8,7 @@ from __future__ import annotations
 from bisect import insort
 from operator import attrgetter
 
-from cluster.engine.blocks import BlockPool
+from cluster.engine.blocks import ROOT, BlockPool
 from cluster.engine.plan import TableChange
 from cluster.engine.sequence import Sequence
 
@@ -18,25 +18,47 @@ by_order = attrgetter("order")
 class Residents:
     """Running sequences, first come first, with their slots and blocks."""
 
-    def __init__(self, pool: BlockPool, max_sequences: int) -> None:
-        self.pool = pool
+    def __init__(self, pool: BlockPool, max_sequences: int, prefix_caching: bool = False) -> None:
+        self.pool, self.prefix_caching = pool, prefix_caching
         self.running: list[Sequence] = []
         self._slots = list(range(max_sequences - 1, -1, -1))
         self._tables: list[TableChange] = []
         self._copies: dict[int, int] = {}  # target: source
 
-    def has_room(self, seq: Sequence, spare: int) -> bool:
-        """Whether the sequence can start: slots for its samples, blocks for all of its known tokens."""
-        needed = self.pool.blocks_for(seq.target)
-        return len(self._slots) > len(seq.forks) and self.pool.num_free >= needed + spare
+    def admit(self, seq: Sequence, spare: int) -> bool:
+        """Gives the sequence blocks for its known tokens, and slots to it and the samples that will fork from it.
 
-    def admit(self, seq: Sequence) -> None:
-        """Gives the sequence blocks for its known tokens, and slots to it and to the samples that will fork from it."""
+        False, and nothing happens, where that would leave fewer than `spare` blocks.
+        """
+        needed = self.pool.blocks_for(seq.target)
+        if len(self._slots) <= len(seq.forks) or (not self.prefix_caching and self.pool.num_free < needed + spare):
+            return False
+        found, chain = self._found(seq)
+        if self.pool.num_free - self.pool.num_kept(found) < needed - len(found) + spare:
+            return False
         for sample in (seq, *seq.forks):
             sample.slot = self._slots.pop()
-        seq.blocks = self.pool.allocate(self.pool.blocks_for(seq.target))
+        self.pool.share(found)
+        seq.blocks = found + self.pool.allocate(needed - len(found))
+        seq.computed = len(found) * self.pool.block_size
+        seq.chain, seq.chained = chain, len(found)
         self._tables.append((seq.slot, 0, list(seq.blocks)))  # type: ignore[arg-type]
         insort(self.running, seq, key=by_order)
+        return True
+
+    def _found(self, seq: Sequence) -> tuple[list[int], int]:
+        """What is remembered of the sequence's start; one token is always left to compute, and all that are scored."""
+        if not self.prefix_caching or seq.unscored:
+            return [], ROOT
+        return self.pool.find(seq.tokens, (seq.target - 1) // self.pool.block_size)
+
+    def remember(self, seq: Sequence) -> None:
+        """Blocks that have become full may serve other sequences with the same start."""
+        size = self.pool.block_size
+        while (seq.chained + 1) * size <= seq.computed:
+            first = seq.chained * size
+            seq.chain = self.pool.remember(seq.blocks[seq.chained], seq.chain, seq.tokens[first : first + size])
+            seq.chained += 1
 
     def grow(self, seq: Sequence) -> None:
         """One more block at the end of the table."""
@@ -54,6 +76,7 @@ class Residents:
         if copy is not None:
             self._copies[copy[1]] = copy[0]
         child.computed = parent.computed
+        child.chain, child.chained = parent.chain, parent.chained
         self._tables.append((child.slot, 0, list(child.blocks)))  # type: ignore[arg-type]
         insort(self.running, child, key=by_order)
         return True
@@ -69,7 +92,7 @@ class Residents:
             for block in self.pool.free(seq.blocks):
                 self._copies.pop(block, None)
             seq.blocks = []
-        seq.computed = 0
+        seq.computed = seq.chained = 0
 
     def take_changes(self) -> tuple[list[TableChange], list[tuple[int, int]]]:
         """What the ranks' mirrors have to be told before the next step: changed tables, and blocks to copy."""

@@ -31,7 +31,7 @@ class Scheduler:
         self, config: EngineConfig, limits: ModelLimits, pool: BlockPool, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.config, self.limits, self.clock = config, limits, clock
-        self.residents = Residents(pool, config.max_sequences)
+        self.residents = Residents(pool, config.max_sequences, config.prefix_caching)
         self.waiting = WaitingQueue()
         self.answers: dict[str, Answer] = {}
         self.counters = Counters()
@@ -139,56 +139,64 @@ class Scheduler:
         running, block_size = self.residents.running, self.residents.pool.block_size
         decoding = 0
         for seq in running:
-            decoding += len(seq.tokens) - seq.computed == 1
+            decoding += len(seq.tokens) - seq.computed == 1  # set aside for them
         budget, scored = self.config.max_step_tokens - decoding, self.config.max_scored_tokens
         place = 0
         while place < len(running):  # preemption shortens the list at its end
             seq = running[place]
             place += 1
-            if len(seq.tokens) - seq.computed == 1 and not seq.scores:
+            last = len(seq.tokens) - seq.computed == 1
+            if last and not seq.scores:
                 if seq.computed == len(seq.blocks) * block_size and not self._grow(seq):
                     continue
                 plan.add(seq, 1)
             else:
-                budget, scored = self._plan_chunk(plan, seq, budget, scored)
+                budget, scored = self._plan_chunk(plan, seq, budget + last, scored)
         return budget, scored
 
     def _plan_chunk(self, plan: PlanBuilder, seq: Sequence, budget: int, scored: int) -> tuple[int, int]:
-        """The next part of a prompt, as far as the budgets go."""
-        count = seq.target - seq.computed
+        """The next part of a prompt, as far as the budgets go; returns what is left of them."""
+        count = min(budget, seq.target - seq.computed)
         if seq.computed + count > len(seq.blocks) * self.residents.pool.block_size and not self._grow(seq):
             return budget, scored
-        generating = count == 1 and len(seq.tokens) > seq.prompt_len  # its token was set aside
-        count = min(count, count if generating else budget)
-        unscored = seq.prompt_len - 1 - max(seq.computed, len(seq.answer.prompt_logprobs))
-        if seq.scores and unscored > 0:
+        if seq.unscored:
+            unscored = seq.prompt_len - 1 - max(seq.computed, len(seq.answer.prompt_logprobs))
             count = min(count, scored)
             scored -= min(count, unscored)
         if count > 0:
             plan.add(seq, count)
-        return budget - (0 if generating else count), scored
+        return budget - count, scored
 
     def _grow(self, seq: Sequence) -> bool:
         """A block for one more token, taken from the latest arrival if need be; False if that is the sequence itself."""
         while self.residents.pool.num_free == 0:
             victim = self.residents.running[-1]
-            self.residents.release(victim)
-            self.waiting.push(victim)
-            self.counters.preemptions += 1
+            self._set_aside(victim)
             if victim is seq:
                 return False
         self.residents.grow(seq)
         return True
+
+    def _set_aside(self, seq: Sequence) -> None:
+        """Takes back what a running sequence holds; it waits, at its own place, to be computed again."""
+        self.residents.release(seq)
+        self.waiting.push(seq)
+        self.counters.preemptions += 1
+
+    def forget_cache(self) -> None:
+        """The weights have changed: what runs is computed again with the new ones, and nothing old is shared."""
+        for seq in reversed(self.residents.running[:]):
+            self._set_aside(seq)
+        self.residents.pool.forget()
 
     def _plan_waiting(self, plan: PlanBuilder, budgets: tuple[int, int]) -> None:
         """Admits from the head of the queue; nobody overtakes a head that does not fit."""
         budget, scored = budgets
         while budget > 0 and (seq := self.waiting.head()) is not None:
             spare = min(len(self.residents.running), 1 + self.residents.pool.num_blocks // 64)
-            if not self.residents.has_room(seq, spare) or (seq.scores and scored == 0):
+            if (scored == 0 and seq.unscored) or not self.residents.admit(seq, spare):
                 return
             self.waiting.discard(seq)
-            self.residents.admit(seq)
             if seq.answer.started is None:
                 seq.answer.started = self.clock()
                 self.counters.prompt_tokens += seq.prompt_len
@@ -196,8 +204,11 @@ class Scheduler:
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[TokenEvent]:
         """Takes in what the step computed; returns everything that happened since the last call."""
+        block_size = self.residents.pool.block_size if self.config.prefix_caching else 1 << 62
         for seq, count in zip(plan.sequences, plan.query_lens, strict=True):
             seq.computed += count
+            if seq.computed >= (seq.chained + 1) * block_size:
+                self.residents.remember(seq)
         self._outcomes.commit(plan, result)
         return self._outcomes.take()
 

@@ -43,7 +43,7 @@ class Sequence:
     """One sample: tokens, table of blocks, and what decides when it ends."""
 
     __slots__ = (
-        "adjustments", "answer", "blocks", "computed", "done", "forks", "greedy_from", "index", "max_tokens", "min_tokens", "order", "plain",
+        "adjustments", "answer", "blocks", "chain", "chained", "computed", "done", "forks", "greedy_from", "index", "max_tokens", "min_tokens", "order", "plain",
         "prompt_len", "request_id", "sampling", "scores", "slot", "stop_ids", "stream", "tokens", "top_logprobs",
     )  # fmt: skip
 
@@ -56,6 +56,7 @@ class Sequence:
         self.prompt_len = len(request.token_ids)
         self.computed = 0
         self.blocks: list[int] = []
+        self.chain = self.chained = 0  # what the pool remembers of this sequence: chain, and number of blocks
         self.slot: int | None = None
         self.done = False
         self.forks: list[Sequence] = []  # samples that will share this one's prompt once it is computed
@@ -75,6 +76,11 @@ class Sequence:
     def target(self) -> int:
         """How many tokens have to be computed before something comes out: all but, when only scored, the last."""
         return len(self.tokens) - self.answer.request.score_only
+
+    @property
+    def unscored(self) -> bool:
+        """Whether log-probabilities of its prompt are still to be computed."""
+        return self.scores and len(self.answer.prompt_logprobs) < self.prompt_len - 1
 
     @property
     def position(self) -> int:
