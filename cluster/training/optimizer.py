@@ -1,0 +1,179 @@
+"""AdamW over one rank's shards: float32 masters in flat buffers, state divided over data-parallel ranks (ZeRO-1), clipped as one model.
+
+    gradients (each parameter's own, in its type) --hook--> flat float32 sums --dp sum--> clip --> AdamW on this dp rank's slice
+    --> masters gathered over dp --> parameters
+
+Parameters with two axes or more decay, the others do not (Loshchilov and Hutter, arXiv 1711.05101; Brown et al. 2020, appendix B). A
+float32 parameter IS its master: its storage is moved into the flat buffer. Buffers are padded so that every element goes through the same
+vector code, wherever a layout puts it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from parallel.errors import ConfigError
+from parallel.grads import squared_norm
+from parallel.group import Group
+
+ALIGN = 64
+"""Elements: the widest vector times the unrolling of the element-wise kernels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW's constants, and the norm to which gradients are clipped (None: not at all)."""
+
+    learning_rate: float = 1e-4
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.1
+    max_grad_norm: float | None = 1.0
+
+    def __post_init__(self) -> None:
+        for name, low, high in (("learning_rate", 0.0, math.inf), ("weight_decay", 0.0, math.inf), ("epsilon", 0.0, math.inf)):
+            _check(name, getattr(self, name), low, high)
+        _check("beta1", self.beta1, 0.0, 1.0)
+        _check("beta2", self.beta2, 0.0, 1.0)
+        if self.max_grad_norm is not None:
+            _check("max_grad_norm", self.max_grad_norm, 0.0, math.inf)
+
+
+def _check(name: str, value: float, low: float, high: float) -> None:
+    if not (math.isfinite(value) and low <= value < high):
+        raise ConfigError(f"{name} {value} is outside [{low:g}, {high:g}); give a finite number inside")
+
+
+class Flat:
+    """Parameters of one kind side by side: their masters, their gradients, and this dp rank's slice of both."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], dp: Group, decays: bool) -> None:
+        self.parameters, self.dp, self.decays = dict(parameters), dp, decays
+        self.places: dict[str, tuple[int, int]] = {}
+        total = 0
+        for name, parameter in self.parameters.items():
+            self.places[name] = (total, total + parameter.numel())
+            total += -(-parameter.numel() // ALIGN) * ALIGN
+        total = -(-total // (ALIGN * dp.size)) * ALIGN * dp.size
+        device = next(iter(self.parameters.values())).device
+        self.master = torch.zeros(total, dtype=torch.float32, device=device)
+        self.grad = torch.zeros_like(self.master)
+        share = total // dp.size
+        self.slice = slice(dp.rank * share, (dp.rank + 1) * share)
+        for name, parameter in self.parameters.items():
+            master = self.view(self.master, name)
+            master.copy_(parameter.detach())
+            if parameter.dtype is torch.float32:
+                parameter.data = master
+
+    def view(self, flat: Tensor, name: str) -> Tensor:
+        """The part of a flat buffer that belongs to a parameter, in the parameter's shape."""
+        start, stop = self.places[name]
+        return flat[start:stop].view(self.parameters[name].shape)
+
+    def gather(self) -> None:
+        """After the update: every dp rank's slice of the masters to all, and the masters to the parameters."""
+        if self.dp.size > 1:
+            own = self.master[self.slice].clone()
+            self.master.copy_(self.dp.talk.all_gather(own, [len(own)] * self.dp.size, 0))
+        for name, parameter in self.parameters.items():
+            with torch.no_grad():
+                if parameter.dtype is not torch.float32:
+                    parameter.copy_(self.view(self.master, name))
+                else:
+                    parameter.view(-1)[:0].zero_()  # it was written to through its flat buffer: whoever keeps a copy must see that
+
+
+class ShardedAdamW:
+    """One rank's optimiser. Backward passes add into it; `step` updates the parameters and forgets the gradients."""
+
+    def __init__(self, model: nn.Module, tp: Group, dp: Group, config: OptimizerConfig) -> None:
+        self.tp, self.dp, self.config = tp, dp, config
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if not trained:
+            raise ConfigError("no parameter of the model requires a gradient; there is nothing to train")
+        kinds = [
+            ({n: p for n, p in trained.items() if p.dim() >= 2}, True),
+            ({n: p for n, p in trained.items() if p.dim() < 2}, False),
+        ]
+        self.flats = [Flat(parameters, dp, decays) for parameters, decays in kinds if parameters]
+        self.steps = 0
+        self._slices = [nn.Parameter(flat.master[flat.slice]) for flat in self.flats]
+        self._adam = torch.optim.AdamW(
+            [{"params": [s], "weight_decay": 0.0} for s in self._slices],
+            lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.epsilon, fused=True,
+        )  # fmt: skip
+        self._hooks = [hook for flat in self.flats for hook in _accumulating(flat)]
+
+    def named_state(self) -> Iterator[tuple[str, Tensor, Flat, str]]:
+        """(parameter, moment's flat slice of this dp rank, its Flat, moment's name): for checkpoints."""
+        for flat, own in zip(self.flats, self._slices, strict=True):
+            state = self._adam.state[own]
+            for name in flat.parameters:
+                for moment in ("exp_avg", "exp_avg_sq"):
+                    if moment in state:
+                        yield name, state[moment], flat, moment
+
+    def zero_grad(self) -> None:
+        for flat in self.flats:
+            flat.grad.zero_()
+
+    def grad_norm(self) -> float:
+        """The norm of the whole model's gradient, the same float on every rank; after `reduce`."""
+        parameters = [p for flat in self.flats for p in flat.parameters.values()]
+        grads = [flat.view(flat.grad, name) for flat in self.flats for name in flat.parameters]
+        return math.sqrt(squared_norm(parameters, grads, self.tp))
+
+    def reduce(self) -> None:
+        """Adds the gradients of all data-parallel ranks."""
+        if self.dp.size > 1:
+            for flat in self.flats:
+                flat.grad.copy_(self.dp.talk.sum(flat.grad))
+
+    def step(self, config: OptimizerConfig | None = None) -> float:
+        """One update with the gradients added since the last; returns their norm before clipping. Not-finite: no update, an error."""
+        config = config or self.config
+        self.reduce()
+        norm = self.grad_norm()
+        if not math.isfinite(norm):
+            self.zero_grad()
+            raise FloatingPointError(f"the gradient norm of step {self.steps} is {norm}; no parameter was changed")
+        scale = 1.0 if config.max_grad_norm is None else min(1.0, config.max_grad_norm / (norm + 1e-6))
+        for flat, own, group in zip(self.flats, self._slices, self._adam.param_groups, strict=True):
+            grad = flat.grad[flat.slice]
+            own.grad = grad.mul_(scale) if scale != 1.0 else grad
+            group.update(
+                lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.epsilon,
+                weight_decay=config.weight_decay if flat.decays else 0.0,
+            )  # fmt: skip
+        self._adam.step()
+        for flat, own in zip(self.flats, self._slices, strict=True):
+            own.grad = None
+            flat.gather()
+        self.zero_grad()
+        self.steps += 1
+        return norm
+
+    def close(self) -> None:
+        """Stops listening to the parameters' gradients."""
+        for hook in self._hooks:
+            hook.remove()
+
+
+def _accumulating(flat: Flat) -> Iterator[torch.utils.hooks.RemovableHandle]:
+    """Hooks that move each gradient into the float32 sum as soon as it is complete."""
+    for name, parameter in flat.parameters.items():
+        total = flat.view(flat.grad, name)
+
+        def add(parameter: Tensor, total: Tensor = total) -> None:
+            if parameter.grad is not None:
+                total.add_(parameter.grad)
+                parameter.grad = None
+
+        yield parameter.register_post_accumulate_grad_hook(add)

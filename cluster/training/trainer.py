@@ -1,0 +1,166 @@
+"""One rank's trainer: forward and backward over packed sequences, then an optimiser step, on the very model that serves.
+
+    TrainBatch -> micro-batches of whole sequences -> model(tokens, positions, Causal) -> log-probabilities of the targets -> loss
+    -> backward (gradients add up in the optimiser) -> step
+
+The loss is normalised over the GLOBAL batch, so gradients of micro-batches and of data-parallel ranks only have to be added. Knows no
+file, no client and no schedule: the learning rate comes with each step. `weight_version` counts the steps applied.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from cluster.training.losses import LossInputs, LossOptions, compute_loss
+from cluster.training.optimizer import OptimizerConfig, ShardedAdamW
+from parallel.attention import Causal
+from parallel.errors import ConfigError
+from parallel.loss import IGNORE_INDEX, vocab_token_losses
+from parallel.mesh import Groups
+from tp_decoders.decoder import Decoder
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TrainBatch:
+    """Whole sequences, packed. targets: the token each position should predict, -100 where nothing is learned."""
+
+    token_ids: Tensor  # [T] int64
+    targets: Tensor  # [T] int64
+    weights: Tensor  # [T] float32
+    lengths: tuple[int, ...]
+    normaliser: float  # of the global batch: its sum of weights (dpo: its number of pairs)
+    old_logprobs: Tensor | None = None  # [T], at the position that predicts the token
+    advantages: Tensor | None = None
+    reference_logprobs: Tensor | None = None
+
+    def parts(self, max_tokens: int | None, sequences_together: int = 1) -> Iterator[TrainBatch]:
+        """Micro-batches of at most max_tokens tokens (or one unit, if that is longer); units of sequences stay together."""
+        start, first = 0, 0
+        while first < len(self.lengths):
+            last, stop = first, start
+            while last < len(self.lengths):
+                unit = sum(self.lengths[last : last + sequences_together])
+                if last > first and max_tokens is not None and stop + unit - start > max_tokens:
+                    break
+                last, stop = last + sequences_together, stop + unit
+            yield self._cut(start, stop, self.lengths[first:last])
+            first, start = last, stop
+
+    def _cut(self, start: int, stop: int, lengths: tuple[int, ...]) -> TrainBatch:
+        names = ("token_ids", "targets", "weights", "old_logprobs", "advantages", "reference_logprobs")
+        cut = {name: None if getattr(self, name) is None else getattr(self, name)[start:stop] for name in names}
+        return TrainBatch(lengths=lengths, normaliser=self.normaliser, **cut)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    """How a step is computed; none of it changes its result beyond the order in which micro-batches are added."""
+
+    optimizer: OptimizerConfig = OptimizerConfig()
+    micro_batch_tokens: int | None = None
+    recompute: str = "none"  # none | selective (the MLP) | full (whole blocks)
+    attention_backend: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.recompute not in ("none", "selective", "full"):
+            raise ConfigError(f"recompute {self.recompute!r} is unknown; choose none, selective or full")
+        if self.micro_batch_tokens is not None and self.micro_batch_tokens < 1:
+            raise ConfigError(f"micro_batch_tokens is {self.micro_batch_tokens}; give at least 1, or leave it out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassResult:
+    """What a forward and backward over a batch gave: this dp group's sums."""
+
+    loss: float
+    tokens: int
+    logprobs: Tensor  # [T] float32, detached, one per target (0 where ignored)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """An applied optimiser step."""
+
+    step: int
+    grad_norm: float
+    learning_rate: float
+    weight_version: int
+    seconds: float = 0.0
+
+
+class Trainer:
+    """Trains a model in place. All tensor-parallel ranks call the same methods with the same batches."""
+
+    def __init__(self, model: Decoder, groups: Groups, config: TrainerConfig) -> None:
+        self.model, self.groups, self.config = model, groups, config
+        self.optimizer = ShardedAdamW(model, groups.tp, groups.dp, config.optimizer)
+        self.weight_version = 0
+        model.recompute = config.recompute
+
+    @property
+    def step(self) -> int:
+        """Optimiser steps applied so far."""
+        return self.optimizer.steps
+
+    def forward_backward(
+        self, batch: TrainBatch, loss: str = "cross_entropy", options: LossOptions = LossOptions()
+    ) -> PassResult:
+        """Adds the batch's gradients to those waiting for the next step."""
+        return self._passes(batch, loss, options, backward=True)
+
+    def evaluate(self, batch: TrainBatch, loss: str = "cross_entropy", options: LossOptions = LossOptions()) -> PassResult:
+        """The same without gradients."""
+        with torch.no_grad():
+            return self._passes(batch, loss, options, backward=False)
+
+    def optim_step(self, learning_rate: float | None = None, config: OptimizerConfig | None = None) -> StepResult:
+        """Applies the waiting gradients."""
+        started = time.perf_counter()
+        config = config or self.config.optimizer
+        if learning_rate is not None:
+            config = replace(config, learning_rate=learning_rate)
+        norm = self.optimizer.step(config)
+        self.weight_version += 1
+        return StepResult(
+            step=self.step, grad_norm=norm, learning_rate=config.learning_rate, weight_version=self.weight_version,
+            seconds=time.perf_counter() - started,
+        )  # fmt: skip
+
+    def _passes(self, batch: TrainBatch, loss: str, options: LossOptions, backward: bool) -> PassResult:
+        started = time.perf_counter()
+        total, logprobs, metrics = 0.0, [], {}
+        together = 2 if loss == "dpo" else 1
+        for part in batch.parts(self.config.micro_batch_tokens, together):
+            terms, part_logprobs = self._loss(part, loss, options)
+            if backward:
+                terms.loss.backward()
+            total += float(terms.loss.detach())
+            logprobs.append(part_logprobs)
+            for name, value in terms.metrics.items():
+                metrics[name] = metrics.get(name, 0.0) + float(value)
+        return PassResult(
+            loss=total, tokens=len(batch.token_ids), logprobs=torch.cat(logprobs), metrics=metrics,
+            seconds=time.perf_counter() - started,
+        )  # fmt: skip
+
+    def _loss(self, part: TrainBatch, loss: str, options: LossOptions):  # type: ignore[no-untyped-def]
+        logprobs = self._logprobs(part)
+        weights = torch.where(part.targets == IGNORE_INDEX, torch.zeros_like(part.weights), part.weights)
+        inputs = LossInputs(
+            logprobs=logprobs, weights=weights, lengths=part.lengths, normaliser=part.normaliser,
+            old_logprobs=part.old_logprobs, advantages=part.advantages, reference_logprobs=part.reference_logprobs,
+        )  # fmt: skip
+        return compute_loss(loss, inputs, options), logprobs.detach()
+
+    def _logprobs(self, part: TrainBatch) -> Tensor:
+        positions = torch.cat([torch.arange(length) for length in part.lengths]).to(part.token_ids.device)
+        attend = Causal(part.lengths, self.config.attention_backend)
+        logits = self.model(part.token_ids, positions, attend)
+        return -vocab_token_losses(logits, part.targets, self.model.head.shards, self.groups.tp)
