@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from parallel.comm import Comm
-from parallel.errors import CollectiveError, ConfigError, NativeUnavailable
+from parallel.errors import CollectiveError, ConfigError, NativeUnavailable, TpError
 from parallel.group import Group, Numerics
 from parallel.native.library import library
 from parallel.segment import SHM_DIR, share
@@ -29,6 +29,7 @@ from parallel.torch_comm import Channels, TorchComm
 
 log = logging.getLogger(__name__)
 Transport = Literal["auto", "shm", "gloo", "nccl"]
+LINGER_S = 2.0
 GLOO_COST = (
     "an all-reduce of 16 KB takes about 110 us over gloo and 2 us through shared memory, "
     "a decode step of a small model two to four times as long"
@@ -95,10 +96,13 @@ def init_groups(
     store = _rendezvous(address, rank, world, wiring.start_timeout_s)
     wiring = _with_hostname(wiring, address)
     dp_index, tp_index = divmod(rank, tp)
-    groups = []
-    for name, index, size in ((f"tp{dp_index}", tp_index, tp), (f"dp{tp_index}", dp_index, dp)):
-        groups.append(connect(dist.PrefixStore(name, store), index, size, wiring, numerics))
-    return Groups(groups[0], groups[1], rank, world, store)
+    try:
+        tp_group = connect(dist.PrefixStore(f"tp{dp_index}", store), tp_index, tp, wiring, numerics)
+        dp_group = connect(dist.PrefixStore(f"dp{tp_index}", store), dp_index, dp, wiring, numerics)
+    except TpError:
+        _linger(store, rank, world)
+        raise
+    return Groups(tp_group, dp_group, rank, world, store)
 
 
 def connect(
@@ -143,6 +147,16 @@ def _rendezvous(address: str, rank: int, world: int, timeout_s: float) -> dist.S
             f"({str(error).splitlines()[0]}); check that rank 0 runs there and that the port is free and reachable"
         ) from error
     return dist.PrefixStore("tp-decoders", store)
+
+
+def _linger(store: dist.Store, rank: int, world: int) -> None:
+    """After a failure: rank 0, whose process hosts the store, stays until the others have read in it why."""
+    try:
+        store.set(f"failed/{rank}", "")
+        if rank == 0:
+            store.wait([f"failed/{other}" for other in range(world)], timedelta(seconds=LINGER_S))
+    except RuntimeError:
+        log.debug("not all ranks learned of the failure within %g s", LINGER_S)
 
 
 def _with_hostname(wiring: Wiring, address: str) -> Wiring:
