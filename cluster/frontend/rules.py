@@ -126,7 +126,8 @@ def _bad_words(s: Scope) -> Problem:
 
 
 def _min_new_tokens(s: Scope) -> Problem:
-    most = s.call.stopping.max_new_tokens or s.limits.max_context
+    given = s.call.stopping.max_new_tokens
+    most = given if isinstance(given, int) and given > 0 else s.limits.max_context
     return whole(0, most, f"a whole number from 0 to {most}, the most new tokens")(s.call.stopping.min_new_tokens)
 
 

@@ -1,0 +1,90 @@
+"""Front-ends over fake engines, and a link whose engine the test itself plays."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+from cluster.engine.request import EngineLoad, ModelLimits, Request, SamplingParams, StoppingCriteria
+from cluster.frontend.calls import Call, FrontendConfig, Prompt
+from cluster.frontend.frontend import Frontend
+from cluster.frontend.link import EventSink, FaultSink, SampleId
+from cluster.frontend.local_link import LocalLink
+from cluster.frontend.streams import Result, collect
+from cluster.frontend.text import TextCodec
+from tests.cluster.frontend.fakes import CODEC, LIMITS, FakeEngine
+
+T = TypeVar("T")
+
+
+def run(main: Coroutine[Any, Any, T], seconds: float = 30.0) -> T:
+    """A test's coroutine, with a limit."""
+
+    async def limited() -> T:
+        return await asyncio.wait_for(main, seconds)
+
+    return asyncio.run(limited())
+
+
+@asynccontextmanager
+async def serving(
+    engine: FakeEngine, codec: TextCodec | None = CODEC, **config: Any
+) -> AsyncIterator[Frontend]:
+    frontend = Frontend(LocalLink(engine), codec=codec, config=FrontendConfig(**config))
+    frontend.start()
+    try:
+        yield frontend
+    finally:
+        await frontend.close()
+
+
+def call(*prompts: Sequence[int] | str, **fields: Any) -> Call:
+    """A call with max_new_tokens 8 and seed 1 unless told otherwise."""
+    made = tuple(Prompt(text=p) if isinstance(p, str) else Prompt(token_ids=tuple(p)) for p in prompts)
+    fields.setdefault("sampling", SamplingParams(seed=1))
+    fields.setdefault("stopping", StoppingCriteria(max_new_tokens=8))
+    return Call(prompts=made, **fields)
+
+
+async def answer(frontend: Frontend, asked: Call) -> list[Result]:
+    return await collect(await frontend.open(asked), len(asked.prompts))
+
+
+async def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
+    """Wait for what another thread does."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        await asyncio.sleep(0.002)
+
+
+class PlayedLink:
+    """An EngineLink that only writes down what it is told; the test plays the engine through `events` and `fault`."""
+
+    def __init__(self, limits: ModelLimits = LIMITS) -> None:
+        self.limits = limits
+        self.submitted: list[Request] = []
+        self.aborted: list[str] = []
+        self.aborted_samples: list[SampleId] = []
+        self.closed = False
+        self.events: EventSink
+        self.fault: FaultSink
+
+    def start(self, events: EventSink, fault: FaultSink) -> None:
+        self.events, self.fault = events, fault
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        self.submitted += requests
+
+    def abort(self, request_ids: Sequence[str], samples: Sequence[SampleId] = ()) -> None:
+        self.aborted += request_ids
+        self.aborted_samples += samples
+
+    def load(self, timeout: float = 5.0) -> EngineLoad:
+        return EngineLoad()
+
+    def close(self, timeout: float = 10.0) -> None:
+        self.closed = True

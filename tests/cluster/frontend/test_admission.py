@@ -1,0 +1,171 @@
+"""What is refused, at once, with the field and the numbers; and what a request becomes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from cluster.engine.request import ModelLimits, Request, ResponseOptions, SamplingParams, StoppingCriteria
+from cluster.frontend.admission import Admission
+from cluster.frontend.calls import Call, FrontendConfig, Prompt
+from cluster.frontend.errors import InvalidRequest, NoTokenizer
+from parallel.errors import CapacityError, RequestError
+from tests.cluster.frontend.fakes import CODEC, LIMITS
+from tests.cluster.frontend.harness import call, run
+
+NAN, INF = math.nan, math.inf
+
+WRONG: list[tuple[str, dict[str, Any]]] = [
+    ("sampling.temperature", {"temperature": value}) for value in (-1.0, NAN, INF, -INF, 1e-9, 1e9, True, "1")
+]
+WRONG += [("sampling.top_p", {"top_p": value}) for value in (0.0, -0.5, 1.01, NAN, INF)]
+WRONG += [("sampling.top_k", {"top_k": value}) for value in (0, -1, 2.5, 2**40)]
+WRONG += [("sampling.min_p", {"min_p": value}) for value in (-0.1, 1.5, NAN)]
+WRONG += [("sampling.seed", {"seed": value}) for value in (-1, 2**63, 1.5, True)]
+WRONG += [("sampling.n", {"n": value}) for value in (0, -3, 65, 1.0)]
+WRONG += [("sampling.repetition_penalty", {"repetition_penalty": value}) for value in (0.0, -1.0, NAN, 1e9)]
+WRONG += [("sampling.presence_penalty", {"presence_penalty": value}) for value in (NAN, INF, 1e9)]
+WRONG += [("sampling.frequency_penalty", {"frequency_penalty": value}) for value in (NAN, -INF)]
+WRONG += [("sampling.logit_bias", {"logit_bias": value}) for value in ({0: NAN}, {99: 1.0}, {-1: 1.0}, {0: INF})]
+WRONG += [("sampling.allowed_token_ids", {"allowed_token_ids": value}) for value in ((), (99,), (-1,))]
+WRONG += [("sampling.bad_words", {"bad_words": value}) for value in (((),), ((99,),))]
+
+
+@pytest.mark.parametrize(("field", "sampling"), WRONG, ids=str)
+def test_a_sampling_parameter_out_of_range_is_refused_by_name(field: str, sampling: dict[str, Any]) -> None:
+    error = refused(call([1], sampling=replace(SamplingParams(), **sampling)))
+    assert [violation.field for violation in error.violations] == [field]
+    assert field in str(error)
+
+
+@pytest.mark.parametrize(
+    ("field", "stopping"),
+    [
+        ("stopping.max_new_tokens", {"max_new_tokens": 0}),
+        ("stopping.max_new_tokens", {"max_new_tokens": -4}),
+        ("stopping.min_new_tokens", {"min_new_tokens": 9, "max_new_tokens": 8}),
+        ("stopping.min_new_tokens", {"min_new_tokens": -1}),
+        ("stopping.stop_sequences", {"stop_sequences": ("",)}),
+        ("stopping.stop_sequences", {"stop_sequences": ("a" * 1025,)}),
+        ("stopping.stop_sequences", {"stop_sequences": ("a",) * 65}),
+        ("stopping.stop_token_ids", {"stop_token_ids": (99,)}),
+    ],
+)
+def test_a_stopping_rule_that_cannot_work_is_refused_by_name(field: str, stopping: dict[str, Any]) -> None:
+    error = refused(call([1], stopping=replace(StoppingCriteria(), **stopping)))
+    assert [violation.field for violation in error.violations] == [field]
+
+
+@pytest.mark.parametrize(
+    ("field", "asked"),
+    [
+        ("response.logprobs", call([1], response=ResponseOptions(logprobs=14))),
+        ("response.prompt_logprobs", call([1], response=ResponseOptions(prompt_logprobs=-1))),
+        ("response.logprobs_temperature", call([1], response=ResponseOptions(logprobs_temperature=0.0))),
+        ("temperature", call([1, 2], score=True, response=ResponseOptions(prompt_logprobs=0, logprobs_temperature=NAN))),
+        ("top_logprobs", call([1, 2], score=True, response=ResponseOptions(prompt_logprobs=99))),
+        ("request_id", call([1], request_id="x" * 257)),
+        ("priority", call([1], priority=10**9)),
+        ("deadline", call([1], deadline=NAN)),
+        ("deadline", call([1], deadline=0.0)),
+        ("prompts", call()),
+        ("sequences", call(score=True)),
+        ("prompts", call(*([[1]] * 1025))),
+        ("sampling.bad_words", call([1], bad_words=("a",) * 1025)),
+    ],
+)
+def test_everything_else_out_of_range_is_refused_by_name(field: str, asked: Call) -> None:
+    assert [violation.field for violation in refused(asked).violations] == [field]
+
+
+def test_all_broken_rules_are_named_at_once() -> None:
+    wrong = call([1], sampling=SamplingParams(temperature=NAN, top_p=2.0), stopping=StoppingCriteria(max_new_tokens=0))
+    fields = [violation.field for violation in refused(wrong).violations]
+    assert fields == ["sampling.temperature", "sampling.top_p", "stopping.max_new_tokens"]
+
+
+def test_values_at_the_ends_of_the_ranges_are_taken() -> None:
+    for sampling in (
+        SamplingParams(temperature=0.0),
+        SamplingParams(temperature=0, top_p=1.0, min_p=0.0, top_k=1, seed=0),
+        SamplingParams(seed=2**63 - 1, n=64, logit_bias={12: -1e4}, allowed_token_ids=(0,), min_p=1.0),
+    ):
+        admission().check(call([1], sampling=sampling))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        (Prompt(token_ids=()), "0 tokens; give at least 1"),
+        (Prompt(token_ids=(1, 99)), "99 is not a token id"),
+        (Prompt(token_ids=(1,) * 257), "257 tokens are too long"),
+        (Prompt(), "exactly one"),
+        (Prompt(text="a", token_ids=(1,)), "exactly one"),
+        (Prompt(text=""), "0 tokens"),
+        (Prompt(text="a" * 40_000), "40000 characters"),
+    ],
+)
+def test_a_prompt_that_cannot_work_fails_alone_and_says_why(prompt: Prompt, words: str) -> None:
+    good = Prompt(token_ids=(1, 2))
+    made = run(admission().requests(Call(prompts=(good, prompt, good))))
+    assert isinstance(made[1], InvalidRequest)
+    assert made[1].violations[0].field == "prompts[1]"
+    assert words in str(made[1])
+    assert isinstance(made[0], Request) and isinstance(made[2], Request)
+
+
+def test_a_prompt_that_fits_the_context_but_never_the_cache_is_refused_with_both_numbers() -> None:
+    small = ModelLimits(vocab_size=13, max_context=256, kv_capacity_tokens=32)
+    (made,) = run(admission(limits=small).requests(call([1] * 100)))
+    assert isinstance(made, CapacityError)
+    assert "100 tokens" in str(made) and "32" in str(made)
+
+
+def test_what_was_left_open_is_decided_and_what_is_too_much_is_cut() -> None:
+    (open_ended,) = run(admission().requests(call([1] * 10, stopping=StoppingCriteria(), sampling=SamplingParams())))
+    (too_much,) = run(admission().requests(call([1] * 10, stopping=StoppingCriteria(max_new_tokens=10_000))))
+    assert isinstance(open_ended, Request) and isinstance(too_much, Request)
+    assert open_ended.stopping.max_new_tokens == too_much.stopping.max_new_tokens
+    assert 246 <= (open_ended.stopping.max_new_tokens or 0) <= 247
+    assert open_ended.sampling.seed is not None
+
+
+def test_prompts_of_one_call_get_different_seeds_unless_one_is_given() -> None:
+    drawn = run(admission().requests(call([1], [1], sampling=SamplingParams())))
+    given = run(admission().requests(call([1], [1], sampling=SamplingParams(seed=5))))
+    assert len({item.sampling.seed for item in drawn if isinstance(item, Request)}) == 2
+    assert [item.sampling.seed for item in given if isinstance(item, Request)] == [5, 5]
+
+
+def test_without_a_tokenizer_token_ids_work_and_everything_textual_says_so() -> None:
+    bare = admission(codec=None)
+    made = run(bare.requests(call([1], "a")))
+    assert isinstance(made[0], Request)
+    assert isinstance(made[1], NoTokenizer) and "prompts[1]" in str(made[1]) and "token ids" in str(made[1])
+    for asked in (
+        call([1], bad_words=("a",)),
+        call([1], stopping=StoppingCriteria(stop_sequences=("a",))),
+        call([1], response=ResponseOptions(token_bytes=True)),
+    ):
+        with pytest.raises(NoTokenizer):
+            bare.check(asked)
+
+
+def test_bad_words_are_banned_with_and_without_a_leading_space() -> None:
+    (made,) = run(admission().requests(call([1], bad_words=("ab",))))
+    assert isinstance(made, Request)
+    assert made.sampling.bad_words == ((3,), (5, 3))
+
+
+def admission(limits: ModelLimits = LIMITS, codec: Any = CODEC) -> Admission:
+    return Admission(limits=limits, config=FrontendConfig(), codec=codec)
+
+
+def refused(asked: Call) -> InvalidRequest:
+    with pytest.raises(RequestError) as caught:
+        admission().check(asked)
+    assert isinstance(caught.value, InvalidRequest)
+    return caught.value

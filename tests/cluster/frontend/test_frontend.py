@@ -1,0 +1,314 @@
+"""The life of calls in a front-end over a fake engine in its own thread."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+
+from cluster.engine.request import FinishReason, ResponseOptions, SamplingParams, StoppingCriteria, TokenEvent
+from cluster.frontend.errors import Draining, DuplicateRequest, EngineFault, InvalidRequest, QueueFull, RequestFailed
+from cluster.frontend.frontend import Frontend, State
+from cluster.frontend.link import Rejected
+from cluster.frontend.streams import Chunk
+from parallel.errors import CapacityError
+from tests.cluster.frontend.fakes import CODEC, PIECES, FakeEngine, scores_of, tokens_of
+from tests.cluster.frontend.harness import PlayedLink, answer, call, run, serving, until
+from tests.cluster.frontend.test_stops import brute_force
+
+
+def test_every_sample_of_every_prompt_arrives_whole_with_text_and_parameters() -> None:
+    async def main() -> None:
+        async with serving(FakeEngine()) as frontend:
+            results = await answer(frontend, call([1, 2], "ab a", sampling=SamplingParams(seed=3, n=3)))
+            for result, ids in zip(results, ((1, 2), (3, 5, 0)), strict=True):
+                assert result.error is None and result.prompt is not None
+                assert (result.prompt.num_tokens, result.prompt.sampling.seed) == (len(ids), 3)
+                for index, sample in result.samples.items():
+                    assert sample.token_ids == tokens_of(ids, 3, index, 8)
+                    assert sample.text == CODEC.tokenizer.decode(sample.token_ids)
+                    assert (sample.finish_reason, sample.weight_version) == (FinishReason.LENGTH, 7)
+                    assert sample.timings is not None and sample.timings.total >= sample.timings.first_token > 0
+            assert frontend.num_open == 0
+
+    run(main())
+
+
+def test_chunks_put_together_are_the_whole_answer() -> None:
+    async def main() -> None:
+        async with serving(FakeEngine(step_seconds=0.001)) as frontend:
+            asked = call([1], [2], sampling=SamplingParams(seed=3, n=2), response=ResponseOptions(logprobs=1))
+            whole = await answer(frontend, asked)
+            parts: dict[tuple[int, int], list[Chunk]] = {}
+            async with await frontend.open(asked) as stream:
+                async for chunk in stream:
+                    parts.setdefault((chunk.prompt_index, chunk.sample_index), []).append(chunk)
+            for (prompt, sample), chunks in parts.items():
+                unary = whole[prompt].samples[sample]
+                assert "".join(c.text for c in chunks) == unary.text
+                assert sum((c.token_ids for c in chunks), []) == unary.token_ids
+                assert sum((c.logprobs for c in chunks), []) == unary.logprobs and len(unary.logprobs) == 8
+                assert [c.finish_reason for c in chunks if c.finish_reason] == [FinishReason.LENGTH]
+            assert len(parts) == 4 and sum(map(len, parts.values())) > 8, "it was streamed, not sent at once"
+
+    run(main())
+
+
+def test_stop_strings_end_samples_as_brute_force_says_and_the_engine_frees_them() -> None:
+    async def main() -> None:
+        engine = FakeEngine(tokens_per_step=3)
+        async with serving(engine) as frontend:
+            for seed in range(150):
+                stops = (("b", "ab"), ("a a", "xyz"), ("é",), ("日b", "c日"))[seed % 4]
+                asked = call(
+                    [seed % 13],
+                    sampling=SamplingParams(seed=seed, n=3),
+                    stopping=StoppingCriteria(max_new_tokens=24, stop_sequences=stops, include_stop_sequence=seed % 3 == 0),
+                )
+                (result,) = await answer(frontend, asked)
+                for index, sample in result.samples.items():
+                    check_stopped(sample, tokens_of([seed % 13], seed, index, 24), list(stops), seed % 3 == 0)
+            await until(lambda: engine.idle)
+
+    run(main())
+
+
+def check_stopped(sample: Chunk, ids: list[int], stops: list[str], include: bool) -> None:
+    text, stop = brute_force(CODEC.tokenizer.decode(ids), stops, include)
+    assert (sample.text, sample.stop_sequence) == (text, stop)
+    assert sample.finish_reason is (FinishReason.LENGTH if stop is None else FinishReason.STOP)
+    if stop is None:
+        assert sample.token_ids == ids
+    else:
+        count = len(sample.token_ids)
+        assert sample.token_ids == ids[:count]
+        assert stop in b"".join(PIECES[i] for i in ids[:count]).decode("utf-8", "ignore")
+        assert stop not in b"".join(PIECES[i] for i in ids[: count - 1]).decode("utf-8", "ignore")
+
+
+def test_a_stop_string_of_one_sample_leaves_the_others_running() -> None:
+    async def main() -> None:
+        link = PlayedLink()
+        frontend = Frontend(link, codec=CODEC)
+        frontend.start()
+        asked = call([1], sampling=SamplingParams(seed=1, n=2), stopping=StoppingCriteria(stop_sequences=("b",)))
+        stream = await frontend.open(asked)
+        key = link.submitted[0].request_id
+        link.events([TokenEvent(request_id=key, token_ids=(1,)), TokenEvent(request_id=key, sample_index=1, token_ids=(0,))])
+        link.events([TokenEvent(request_id=key, token_ids=(2,)), TokenEvent(request_id=key, sample_index=1, token_ids=(1,))])
+        chunks = [chunk async for chunk in stream]
+        assert link.aborted_samples == [(key, 0)] and link.aborted == [key]
+        assert {c.sample_index: (c.token_ids, c.text, c.stop_sequence) for c in chunks} == {0: ([1], "", "b"), 1: ([0, 1], "a", "b")}
+
+    run(main())
+
+
+def test_scores_come_back_one_per_token_after_the_first() -> None:
+    async def main() -> None:
+        async with serving(FakeEngine()) as frontend:
+            asked = call([1, 2, 3], "ab a", [4], score=True, response=ResponseOptions(prompt_logprobs=1))
+            results = await answer(frontend, asked)
+            assert results[0].prompt_logprobs == scores_of((1, 2, 3))
+            assert results[1].prompt_logprobs == scores_of((3, 5, 0))
+            assert isinstance(results[2].error, InvalidRequest) and "sequences[2]" in str(results[2].error)
+
+    run(main())
+
+
+def test_prompts_that_fail_do_not_fail_the_others() -> None:
+    async def main() -> None:
+        async with serving(FakeEngine(error_on_prompt=(7,))) as frontend:
+            results = await answer(frontend, call([1], [], [7], [99], [2]))
+            kinds = [type(result.error) for result in results]
+            assert kinds == [type(None), InvalidRequest, RequestFailed, InvalidRequest, type(None)]
+            assert results[4].samples[0].token_ids == tokens_of([2], 1, 0, 8)
+            with pytest.raises(InvalidRequest, match=r"prompts\[0\]"):
+                await frontend.open(call([], [99]))
+            with pytest.raises(RequestFailed, match="told to fail"):
+                await answer(frontend, call([7]))
+
+    run(main())
+
+
+def test_an_engine_that_rejects_gives_its_own_error_to_that_prompt() -> None:
+    async def main() -> None:
+        link = PlayedLink()
+        frontend = Frontend(link, codec=CODEC)
+        frontend.start()
+        stream = await frontend.open(call([1], [2]))
+        first, second = (request.request_id for request in link.submitted)
+        link.events([Rejected(first, CapacityError("no room")), TokenEvent(request_id=second, finish_reason=FinishReason.STOP)])
+        chunks = {chunk.prompt_index: chunk async for chunk in stream}
+        assert isinstance(chunks[0].error, CapacityError) and chunks[1].finish_reason is FinishReason.STOP
+
+    run(main())
+
+
+def test_a_reader_that_leaves_frees_the_engine_within_a_step() -> None:
+    async def main() -> None:
+        engine = FakeEngine(step_seconds=0.005)
+        async with serving(engine) as frontend:
+            async with await frontend.open(call([1], [2], stopping=StoppingCriteria(max_new_tokens=200))) as stream:
+                await anext(stream)
+                assert len(engine.live) == 2
+            await until(lambda: not engine.live, 0.5)
+            assert engine.steps < 50 and frontend.num_open == 0
+
+    run(main())
+
+
+def test_abort_by_id_ends_the_stream_with_what_was_there() -> None:
+    async def main() -> None:
+        engine = FakeEngine(step_seconds=0.005)
+        async with serving(engine) as frontend:
+            stream = await frontend.open(call([1], [2], request_id="x", stopping=StoppingCriteria(max_new_tokens=200)))
+            await anext(stream)
+            assert frontend.abort(["x", "unknown"]) == 2 and frontend.abort(["x"]) == 0
+            rest = [chunk async for chunk in stream]
+            assert {chunk.finish_reason for chunk in rest} == {FinishReason.ABORTED}
+            await until(lambda: not engine.live, 0.5)
+
+    run(main())
+
+
+def test_a_deadline_ends_a_request_even_where_the_engine_does_not_answer() -> None:
+    async def main() -> None:
+        link = PlayedLink()
+        frontend = Frontend(link, codec=CODEC)
+        frontend.start()
+        started = time.monotonic()
+        (result,) = await answer(frontend, call([1], deadline=0.1))
+        assert result.samples[0].finish_reason is FinishReason.DEADLINE
+        assert time.monotonic() - started < 1.0 and link.aborted == [link.submitted[0].request_id]
+
+    run(main())
+
+
+def test_an_id_in_use_and_a_full_queue_are_refused_until_there_is_room() -> None:
+    async def main() -> None:
+        async with serving(FakeEngine(step_seconds=0.002), max_open_requests=3) as frontend:
+            stream = await frontend.open(call([1], [2], request_id="x", stopping=StoppingCriteria(max_new_tokens=50)))
+            with pytest.raises(DuplicateRequest, match="'x'"):
+                await frontend.open(call([1], request_id="x"))
+            with pytest.raises(QueueFull, match="2 prompts are open and 2 more"):
+                await frontend.open(call([1], [2]))
+            await answer(frontend, call([3]))
+            stream.close()
+            assert len(await answer(frontend, call([1], [2], request_id="x"))) == 2
+
+    run(main())
+
+
+def test_an_id_used_again_never_sees_the_late_tokens_of_its_first_use() -> None:
+    async def main() -> None:
+        link = PlayedLink()
+        frontend = Frontend(link, codec=CODEC)
+        frontend.start()
+        first = await frontend.open(call([1], request_id="x"))
+        first.close()
+        second = await frontend.open(call([1], request_id="x"))
+        old, new = (request.request_id for request in link.submitted)
+        link.events([TokenEvent(request_id=old, token_ids=(5, 5)), TokenEvent(request_id=new, token_ids=(1,))])
+        first.close()
+        assert (await anext(second)).token_ids == [1]
+        assert frontend.num_open == 1, "closing the first stream again must not end the second"
+
+    run(main())
+
+
+def test_a_slow_reader_gets_fewer_larger_chunks_and_holds_up_nobody() -> None:
+    async def main() -> None:
+        engine = FakeEngine(step_seconds=0.001)
+        async with serving(engine) as frontend:
+            slow = await frontend.open(call([1], stopping=StoppingCriteria(max_new_tokens=100)))
+            started = time.monotonic()
+            await answer(frontend, call([2], stopping=StoppingCriteria(max_new_tokens=100)))
+            assert time.monotonic() - started < 2.0
+            await until(lambda: not engine.live)
+            chunks = [chunk async for chunk in slow]
+            assert len(chunks) == 1 and chunks[0].token_ids == tokens_of([1], 1, 0, 100)
+
+    run(main())
+
+
+def test_drain_admits_nothing_finishes_what_is_open_and_ends_the_rest_after_the_grace_time() -> None:
+    async def main() -> None:
+        async with serving(FakeEngine(step_seconds=0.002)) as frontend:
+            short = asyncio.create_task(answer(frontend, call([1])))
+            long = await frontend.open(call([2], stopping=StoppingCriteria(max_new_tokens=240)))
+            await asyncio.sleep(0.005)
+            draining = asyncio.create_task(frontend.drain(0.15))
+            await asyncio.sleep(0)
+            assert frontend.state is State.DRAINING
+            with pytest.raises(Draining):
+                await frontend.open(call([1]))
+            (result,) = await short
+            assert result.samples[0].finish_reason is FinishReason.LENGTH
+            assert await draining == 1 and frontend.drained.is_set()
+            chunks = [chunk async for chunk in long]
+            assert chunks[-1].finish_reason is FinishReason.ABORTED
+
+    run(main())
+
+
+def test_drain_of_an_idle_server_is_immediate() -> None:
+    async def main() -> None:
+        async with serving(FakeEngine()) as frontend:
+            await answer(frontend, call([1]))
+            started = time.monotonic()
+            assert await frontend.drain(10.0) == 0 and time.monotonic() - started < 1.0
+
+    run(main())
+
+
+def test_an_engine_that_fails_fails_its_requests_with_rank_node_and_cause() -> None:
+    async def main() -> None:
+        async with serving(FakeEngine(crash_at_step=3)) as frontend:
+            with pytest.raises(EngineFault, match=r"rank 0 on \S+: RuntimeError: the fake engine was told to fail"):
+                await answer(frontend, call([1]))
+            assert frontend.state is State.FAILED
+            with pytest.raises(EngineFault):
+                await frontend.open(call([1]))
+            with pytest.raises(EngineFault):
+                await frontend.load()
+
+    run(main())
+
+
+def test_a_tokenizer_that_fails_on_one_request_ends_that_one_only() -> None:
+    async def main() -> None:
+        link = PlayedLink()
+        frontend = Frontend(link, codec=CODEC)
+        frontend.start()
+        stream = await frontend.open(call([1], [2]))
+        first, second = (request.request_id for request in link.submitted)
+        link.events([TokenEvent(request_id=first, token_ids=(10_000,)), TokenEvent(request_id=second, token_ids=(1,))])
+        link.events([TokenEvent(request_id=second, token_ids=(2,), finish_reason=FinishReason.STOP)])
+        chunks = [chunk async for chunk in stream]
+        assert isinstance(stream.errors[0], RequestFailed) and link.aborted == [first]
+        assert sum((chunk.token_ids for chunk in chunks if chunk.prompt_index == 1), []) == [1, 2]
+
+    run(main())
+
+
+def test_echo_puts_the_prompt_first_once_per_sample() -> None:
+    async def main() -> None:
+        async with serving(FakeEngine()) as frontend:
+            asked = call("ab a", sampling=SamplingParams(seed=1, n=2), response=ResponseOptions(echo=True))
+            (result,) = await answer(frontend, asked)
+            assert result.prompt is not None and result.prompt.token_ids == (3, 5, 0)
+            for sample in result.samples.values():
+                assert sample.text == "ab a" + CODEC.tokenizer.decode(sample.token_ids) and len(sample.token_ids) == 8
+
+    run(main())
+
+
+def test_an_idle_engine_is_kept_alive_without_steps() -> None:
+    async def main() -> None:
+        engine = FakeEngine()
+        async with serving(engine):
+            await until(lambda: engine.kept_alive >= 1, 3.0)
+            assert engine.steps == 0 and engine.kept_alive < 10
+
+    run(main())

@@ -1,0 +1,165 @@
+"""An engine behind a connection: authenticated, limited in every wait, faults that name what happened."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from cluster.engine.request import Request, ResponseOptions, StoppingCriteria
+from cluster.frontend import socket_link
+from cluster.frontend.engine_server import EngineServer
+from cluster.frontend.frontend import Frontend, State
+from cluster.frontend.socket_link import SocketLink
+from cluster.frontend.wire import Submit, Wire, connect
+from parallel.errors import WorkerError
+from tests.cluster.frontend.engine_process import engine_process
+from tests.cluster.frontend.fakes import CODEC, LIMITS, FakeEngine, tokens_of
+from tests.cluster.frontend.harness import answer, call, run, until
+
+KEY = b"k" * 32
+
+
+class ServedEngine:
+    """A fake engine behind an EngineServer in a thread of this process."""
+
+    def __init__(self, engine: FakeEngine) -> None:
+        self.engine = engine
+        self.server = EngineServer(engine, KEY)
+        self.thread = threading.Thread(target=self.server.serve, daemon=True)
+        self.thread.start()
+
+    def __enter__(self) -> ServedEngine:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.server.stop()
+        self.thread.join(10)
+        assert not self.thread.is_alive(), "the server did not stop in time"
+
+    def link(self, key: bytes = KEY, timeout: float = 5.0) -> SocketLink:
+        return SocketLink(self.server.address, key, timeout)
+
+
+def test_answers_over_a_connection_equal_those_without() -> None:
+    async def main() -> None:
+        with ServedEngine(FakeEngine()) as served:
+            frontend = Frontend(served.link(), codec=CODEC)
+            frontend.start()
+            assert frontend.limits == LIMITS
+            results = await answer(frontend, call([1], [2], [3]))
+            assert [r.samples[0].token_ids for r in results] == [tokens_of([i], 1, 0, 8) for i in (1, 2, 3)]
+            assert (await frontend.load()).steps == served.engine.steps
+            await frontend.close()
+
+    run(main())
+
+
+def test_a_front_end_that_goes_away_ends_its_requests_and_the_next_one_is_served() -> None:
+    async def main() -> None:
+        with ServedEngine(FakeEngine(step_seconds=0.005)) as served:
+            for _ in range(2):
+                frontend = Frontend(await asyncio.to_thread(served.link), codec=CODEC)
+                frontend.start()
+                await frontend.open(call([1], stopping=StoppingCriteria(max_new_tokens=200)))
+                await until(lambda: len(served.engine.live) == 1)
+                frontend._link.close()
+                await until(lambda: not served.engine.live, 1.0)
+
+    run(main())
+
+
+def test_a_wrong_key_is_refused_and_the_server_serves_on() -> None:
+    with ServedEngine(FakeEngine()) as served:
+        with pytest.raises(WorkerError, match="AuthenticationError"):
+            served.link(b"w" * 32)
+        served.link().close()
+
+
+def test_a_stranger_that_says_nothing_is_hung_up_on_and_holds_nobody_up_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.frontend.engine_server.HANDSHAKE_SECONDS", 0.3)
+    with ServedEngine(FakeEngine()) as served:
+        with socket.create_connection(served.server.address) as silent:
+            started = time.monotonic()
+            served.link(timeout=5.0).close()
+            assert time.monotonic() - started < 2.0
+            silent.settimeout(2.0)
+            while silent.recv(1024):
+                pass
+        with socket.create_connection(served.server.address) as noisy:
+            noisy.sendall(b"GET / HTTP/1.1\r\n\r\n" * 10)
+        served.link().close()
+
+
+def test_nobody_there_is_an_error_within_the_time_limit() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        started = time.monotonic()
+        with pytest.raises(WorkerError, match=r"cannot reach the engine at 127\.0\.0\.1"):
+            SocketLink(mute.getsockname(), KEY, 0.3)
+        assert time.monotonic() - started < 2.0
+        address = mute.getsockname()
+    with pytest.raises(WorkerError, match="ConnectionRefusedError"):
+        SocketLink(address, KEY, 0.3)
+
+
+def test_an_engine_that_raises_tells_its_front_end_why() -> None:
+    async def main() -> None:
+        with engine_process(crash_at_step=1) as served:
+            frontend = Frontend(served.link(), codec=CODEC)
+            frontend.start()
+            await frontend.open(call([1]))
+            await until(lambda: frontend.state is State.FAILED)
+            assert "RuntimeError: the fake engine was told to fail" in frontend.fault_cause
+            served.process.join(5)
+            assert served.process.exitcode == 1, "rank 0 ends with an error, for its supervisor to see"
+            await frontend.close()
+
+    run(main())
+
+
+def test_a_stopped_process_is_a_fault_within_the_silence_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket_link, "SILENCE_SECONDS", 2.0)
+
+    async def main() -> None:
+        with engine_process() as served:
+            frontend = Frontend(served.link(), codec=CODEC)
+            frontend.start()
+            await asyncio.sleep(2.5)
+            assert frontend.state is State.SERVING, "an idle engine is not silent: it beats"
+            started = time.monotonic()
+            served.signal(signal.SIGSTOP)
+            await until(lambda: frontend.state is State.FAILED, 6.0)
+            assert time.monotonic() - started < 4.0 and "no sign of life" in frontend.fault_cause
+            await frontend.close()
+
+    run(main())
+
+
+def test_a_front_end_that_reads_nothing_is_dropped_and_never_holds_up_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.frontend.engine_server.FRONTEND_SILENCE_SECONDS", 1.0)
+    endless = replace(LIMITS, max_context=2**40, kv_capacity_tokens=2**40)
+    with ServedEngine(FakeEngine(limits=endless, tokens_per_step=2048)) as served:
+        connection = connect(served.server.address, KEY, 5.0)
+        with socket.socket(fileno=socket.dup(connection.fileno())) as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        wire = Wire(connection, "deaf")
+        stopping = StoppingCriteria(max_new_tokens=2**32)
+        asked = Request(request_id="x", token_ids=(1,), stopping=stopping, response=ResponseOptions(logprobs=1))
+        wire.send(Submit((asked,)))
+        wait_for(lambda: served.engine.steps > 5, 5.0)
+        wait_for(lambda: not served.engine.live, 10.0)
+        wire.close()
+        served.link().close()
+
+
+def wait_for(condition: Callable[[], bool], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.01)

@@ -1,0 +1,67 @@
+"""A real gRPC server on a real local port, over a front-end and a fake engine."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+
+from cluster.frontend.frontend import Frontend
+from cluster.frontend.text import TextCodec
+from cluster.rpc.client import OPTIONS, AsyncClient
+from cluster.rpc.limits import ServerLimits
+from cluster.rpc.server import Server, build_server
+from cluster.rpc.servicers import ServiceInfo
+from tests.cluster.frontend.fakes import CODEC, FakeEngine
+from tests.cluster.frontend.harness import serving
+
+INFERENCE = "/tp_decoders.v1.Inference/"
+CONTROL = "/tp_decoders.v1.Control/"
+
+
+@dataclass
+class Service:
+    """Everything of one running service."""
+
+    engine: FakeEngine
+    frontend: Frontend
+    server: Server
+    client: AsyncClient
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.server.port}"
+
+    async def raw(self, method: str, data: bytes, timeout: float = 20.0) -> bytes:
+        """Any bytes to any method."""
+        call: Any = self.client.channel.unary_unary(method)
+        answer: bytes = await call(data, timeout=timeout)
+        return answer
+
+
+@asynccontextmanager
+async def service(
+    engine: FakeEngine | None = None,
+    codec: TextCodec | None = CODEC,
+    limits: ServerLimits | None = None,
+    **config: Any,
+) -> AsyncIterator[Service]:
+    engine = engine or FakeEngine()
+    async with serving(engine, codec, **config) as frontend:
+        info = ServiceInfo(model_id="fake", family="none", tensor_parallel_size=2)
+        server = build_server(frontend, "127.0.0.1:0", limits, info)
+        await server.start()
+        try:
+            async with AsyncClient(f"127.0.0.1:{server.port}") as client:
+                await client.ready()
+                yield Service(engine, frontend, server, client)
+        finally:
+            await server.stop(1.0)
+
+
+def new_channel(address: str) -> grpc.aio.Channel:
+    """A connection of its own, not shared with other channels of this process."""
+    return grpc.aio.insecure_channel(address, options=[*OPTIONS, ("grpc.use_local_subchannel_pool", 1)])
