@@ -100,7 +100,7 @@ def product(
 
 def nodes(terms: Sequence[Term], ranges: Sequence[Range]) -> Tensor:
     """The roots of complete subtrees of leaves, [len(ranges), T, N] float32."""
-    if uses_native(terms[0].x):
+    if uses_native(terms[0].x) and ranges:
         return gemm.nodes(_sources(terms), ranges)
     if not ranges:
         matrix = terms[0].operand.matrix()
@@ -123,7 +123,8 @@ def reduced_product(
     slot = group.talk.slot(len(ranges) * x.shape[0] * num_outputs * 4) if uses_native(x) else None
     if slot is None:
         return group.talk.tree_sum(nodes(terms, ranges), shards.tree, bias=bias, dtype=dtype)
-    gemm.nodes(_sources(terms), ranges, out=slot)  # straight into shared memory
+    if ranges:  # none on a rank without leaves (8 ranks, 5 heads): it only takes part in the collective
+        gemm.nodes(_sources(terms), ranges, out=slot)  # straight into shared memory
     return group.talk.tree_sum_in_place((x.shape[0], num_outputs), shards.tree, bias=bias, dtype=dtype)
 
 
