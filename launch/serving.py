@@ -105,7 +105,7 @@ async def _open(
     facts: RankFacts = ready[0].facts
     assert facts.engine_address is not None, "rank 0 has an engine"
     for rank in ready:
-        log.info("%s ready: %s; start-up seconds %s", rank.place, rank.facts, _rounded(rank.seconds))
+        log.info("%s", start_line(rank))
     link = await asyncio.to_thread(SocketLink, facts.engine_address, spec.authkey)
     frontend = Frontend(link, codec=await asyncio.to_thread(_codec, model), config=config.frontend)
     stack.push_async_callback(frontend.close)
@@ -144,6 +144,14 @@ def ready_line(config: ServeConfig, model: Path, ready: Sequence[Ready], port: i
     )
 
 
+def start_line(rank: Ready) -> str:
+    """What one rank holds and where its start-up time went."""
+    facts: RankFacts = rank.facts
+    where = f"cores {','.join(map(str, facts.cores))}" if facts.cores else "no core of its own"
+    phases = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in rank.seconds.items())
+    return f"{rank.place}: {facts.parameters / 1e6:.2f} M parameters, {where}, {facts.threads} thread(s); {phases}"
+
+
 def _spec(config: ServeConfig, model: Path) -> ServeSpec:
     return ServeSpec(
         model=str(model),
@@ -173,10 +181,6 @@ def _codec(model: Path) -> TextCodec | None:
         if tokenizer is None
         else TextCodec(tokenizer=tokenizer, detokenizer=partial(IncrementalDetokenizer, tokenizer))
     )
-
-
-def _rounded(seconds: dict[str, float]) -> dict[str, float]:
-    return {name: round(value, 2) for name, value in seconds.items()}
 
 
 class _Signals:

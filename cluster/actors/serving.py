@@ -22,6 +22,7 @@ from cluster.engine.runner import ModelRunner
 from cluster.frontend.engine_server import EngineServer
 from parallel.attention import Causal
 from parallel.mesh import Groups, Wiring, init_groups
+from parallel.native import library
 from tp_decoders import load
 from tp_decoders.decoder import Decoder
 from tp_decoders.tokenizer import eos_token_ids, load_tokenizer
@@ -44,6 +45,8 @@ class ServeRank:
     def start(self) -> RankFacts:
         parallel, phases = self._spec.parallel, self._phases
         cores = claim_cores(self._place, parallel.threads, parallel.device)
+        with phases("building the kernels"):  # a minute, once per machine and version
+            library.available()
         with phases("meeting the other ranks"):
             self._groups = self._meet()
         with phases("reading weights"):

@@ -7,8 +7,10 @@ at. Reads no environment of its own; what a standing cluster needs there is in d
 from __future__ import annotations
 
 import logging
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import ray
 
@@ -16,6 +18,7 @@ from parallel.errors import ConfigError, WorkerError
 
 OBJECT_STORE_BYTES = 100_000_000
 """Nothing large travels through the object store: plans go over the ranks' own collectives, weights come from files."""
+CONNECT_S = 5.0
 
 
 @contextmanager
@@ -24,30 +27,45 @@ def ray_session(address: str | None = None, num_cpus: int | None = None, log_to_
     if num_cpus is not None and num_cpus < 1:
         raise ConfigError(f"num_cpus is {num_cpus}; a local Ray cluster needs at least 1")
     if num_cpus is not None and address is not None:
-        raise ConfigError(
-            f"num_cpus={num_cpus} is for a local cluster; {address} has the cores it has: leave num_cpus out"
-        )
-    options = {"log_to_driver": log_to_driver, "logging_level": logging.ERROR, "configure_logging": True}
+        raise ConfigError(f"num_cpus={num_cpus} is for a local cluster; {address} has the cores it has: leave it out")
+    if address is not None:
+        check_reachable(address)
+    options: dict[str, Any] = {"log_to_driver": log_to_driver, "logging_level": logging.ERROR}
+    if address is None:
+        options |= {"num_cpus": num_cpus, "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
     try:
-        if address is None:
-            ray.init(
-                address="local",
-                num_cpus=num_cpus,
-                include_dashboard=False,
-                object_store_memory=OBJECT_STORE_BYTES,
-                **options,
-            )
-        else:
-            ray.init(address=address, **options)
+        ray.init(address=address or "local", **options)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        where = f"the Ray cluster at {address}" if address else "a local Ray cluster"
-        raise WorkerError(
-            f"could not reach {where}: {first_line(error)}; `ray status` on its head says more"
-        ) from error
+        raise WorkerError(_cannot_join(address, error)) from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def check_reachable(address: str) -> None:
+    """Refuses an address where nobody listens; Ray itself would try for a minute and more."""
+    if address == "auto":
+        return
+    host, _, port = address.rpartition(":")
+    if "/" in address or not host or not port.isdigit():
+        raise ConfigError(
+            f"ray.address is {address!r}; write auto, or HOST:PORT of the cluster's head, as in 10.0.0.1:6379"
+        )
+    try:
+        socket.create_connection((host, int(port)), CONNECT_S).close()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise WorkerError(f"no Ray cluster answers at {address} ({reason}); is that its head, and is it up?") from error
+
+
+def _cannot_join(address: str | None, error: Exception) -> str:
+    if address is None:
+        return f"could not start a local Ray cluster: {first_line(error)}"
+    return (
+        f"could not join the Ray cluster at {address}: {first_line(error)}; where it asks for a token, "
+        "set RAY_AUTH_MODE=token here too"
+    )
 
 
 def first_line(error: BaseException) -> str:

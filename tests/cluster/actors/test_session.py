@@ -1,0 +1,37 @@
+"""Joining a cluster that is not there, and asking for what cannot be."""
+
+from __future__ import annotations
+
+import socket
+import time
+
+import pytest
+
+from cluster.actors.session import check_reachable, ray_session
+from parallel.errors import ConfigError, WorkerError
+
+
+def test_an_address_where_nobody_listens_is_said_at_once() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    began = time.monotonic()
+    with pytest.raises(WorkerError, match=f"no Ray cluster answers at 127.0.0.1:{port}"):
+        check_reachable(f"127.0.0.1:{port}")
+    assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize("address", ["", "head", "ray://head:10001", ":6379", "head:port"])
+def test_an_address_that_is_none_is_refused_with_an_example(address: str) -> None:
+    with pytest.raises(ConfigError, match="write auto, or HOST:PORT"):
+        check_reachable(address)
+
+
+def test_cores_are_for_a_local_cluster_only() -> None:
+    with pytest.raises(ConfigError, match="num_cpus=2 is for a local cluster"), ray_session("auto", num_cpus=2):
+        pass
+
+
+def test_a_local_cluster_has_at_least_one_core() -> None:
+    with pytest.raises(ConfigError, match="num_cpus is 0"), ray_session(num_cpus=0):
+        pass
