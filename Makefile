@@ -9,7 +9,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PYTEST_ARGS ?=
 
-.PHONY: demo test lint types imports tests format proto setup clean
+.PHONY: demo test lint style contracts types tests format proto setup clean
 
 setup: $(STAMP)
 
@@ -21,11 +21,18 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/tp-decoders demo
 
-test: lint tests
+test: $(STAMP)
+	@status=0; $(MAKE) --no-print-directory -k lint || status=1; $(MAKE) --no-print-directory tests || status=1; exit $$status
 
-lint: $(STAMP)
+lint: style contracts types
+
+style: $(STAMP)
 	$(BIN)/ruff check .
+
+contracts: $(STAMP)
 	$(BIN)/lint-imports --no-cache
+
+types: $(STAMP)
 	$(BIN)/mypy
 
 tests: $(STAMP)
