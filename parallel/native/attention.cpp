@@ -1,6 +1,6 @@
 // Paged causal attention: writes the new keys and values into the cache, then attends over the cache alone.
 //
-// Work is cut into items of at most 24 query rows of one kv head (tokens, or the tokens' query heads where they share a
+// Work is cut into items of at most 48 query rows of one kv head (tokens, or the tokens' query heads where they share a
 // kv head), taken by threads from one counter, the longest of a sequence first. What a row computes depends on the
 // positions of its own sequence only (attention_tiles.h); slots at and beyond its position are never read into a sum.
 #include "attention_step.h"
@@ -14,7 +14,7 @@
 namespace attn {
 namespace {
 
-constexpr int kItemRows = 4 * kRows;
+constexpr int kItemRows = 8 * kRows;
 
 template <class T>
 struct Call {
@@ -43,10 +43,10 @@ struct Scratch {                            // one thread's
   float *q, *o, *p;
   int ld;                                   // of q (in elements of its type) and o
   Row rows[kItemRows];
-  f32x16 scores[kRows][kRuns], shrink[kRows];
+  f32x16 scores[kRows][kRuns], shrink[kItemRows];
   void reserve(int H) {
     ld = padded(H);
-    memory.resize(std::max(memory.size(), size_t(2 * kItemRows) * ld + kRows * kTile + kRun));
+    memory.resize(std::max(memory.size(), size_t(kItemRows) * (2 * ld + kTile) + kRun));
     q = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
     o = q + kItemRows * ld;
     p = o + kItemRows * ld;
@@ -56,7 +56,7 @@ struct Scratch {                            // one thread's
 template <class T>
 struct Tile {
   int start;
-  const T *keys[kRuns], *values[kRuns], *next[kRuns];   // next: the keys of the tile that will be asked for after this one
+  const T *keys[kRuns], *values[kRuns], *next[kRuns];   // next: the keys that will be asked for after this tile
 };
 
 void put_key(float* run, int lane, const float* k, int H) {
@@ -67,11 +67,19 @@ void put_key(bf16* run, int lane, const bf16* k, int H) {
   if (H % 2) run[(H - 1) * kRun + lane] = k[H - 1];
 }
 
+// Rows of one head lie thousands of bytes apart in the fused row, where no hardware prefetcher follows.
+template <class T>
+inline void fetch_row(const T* row, int H) {
+  for (int h = 0; h < H; h += 64 / int(sizeof(T))) __builtin_prefetch(row + h);
+}
+
 template <class T>
 void write(const Call<T>& call, const Sequence& s, int64_t head) {
   for (int t = 0; t < s.queries; ++t) {
-    const int64_t run = call.run(s, s.past + t, head);
+    const int64_t run = call.run(s, s.past + t, head), soon = s.first_token + std::min(t + 8, s.queries - 1);
     const int lane = (s.past + t) % kRun;
+    fetch_row(call.k.at(soon, head), call.H);
+    fetch_row(call.v.at(soon, head), call.H);
     put_key(call.k_cache + run, lane, call.k.at(s.first_token + t, head), call.H);
     std::memcpy(call.v_cache + run + int64_t(lane) * call.H, call.v.at(s.first_token + t, head), sizeof(T) * call.H);
   }
@@ -81,23 +89,34 @@ template <int R, int C, class T>
 void score(Scratch& w, int row, const Tile<T>& t, int H, float scale) {
   const T* const* ahead = C == kRuns ? t.values : t.next;
   dot<R, C>(reinterpret_cast<const T*>(w.q) + row * w.ld, w.ld, t.keys, H, ahead, w.scores);
-  soften<R, C>(w.rows + row, w.scores, t.start, scale, w.p, w.shrink);
+  soften<R, C>(w.rows + row, w.scores, t.start, scale, w.p + row * kTile, w.shrink + row);
 }
 
-// R rows over one tile: all of it together as far as the first row sees, then what each later row sees beyond that.
 template <int R, class T>
-void advance(Scratch& w, int row, const Tile<T>& t, int H, float scale) {
+void score_rows(Scratch& w, int row, const Tile<T>& t, int H, float scale) {
   const int most = std::min(kTile, w.rows[row + R - 1].bound - t.start);
-  if (most <= 0) return;
   switch ((most + kRun - 1) / kRun) {
-    case 4: score<R, 4>(w, row, t, H, scale); break;
-    case 3: score<R, 3>(w, row, t, H, scale); break;
-    case 2: score<R, 2>(w, row, t, H, scale); break;
-    default: score<R, 1>(w, row, t, H, scale); break;
+    case 4: return score<R, 4>(w, row, t, H, scale);
+    case 3: return score<R, 3>(w, row, t, H, scale);
+    case 2: return score<R, 2>(w, row, t, H, scale);
+    default: return score<R, 1>(w, row, t, H, scale);
   }
+}
+
+template <int R, class T>
+void weigh_rows(Scratch& w, int row, const Tile<T>& t, int H) {
   int live[R];
   for (int r = 0; r < R; ++r) live[r] = std::clamp(w.rows[row + r].bound - t.start, 0, kTile);
-  weigh_up_to<R, T>({w.p, kTile, 1, t.values, H, 0, 0, t.next}, live, w.shrink, w.o + row * w.ld, w.ld);
+  const Weighted<T> sum{w.p + row * kTile, kTile, 1, t.values, H, 0, 0, t.next};
+  weigh_up_to<R>(sum, live, w.shrink + row, w.o + row * w.ld, w.ld);
+}
+
+// All rows over one tile: every score, then every output, so that first the keys and then the values stay in L1.
+template <class T>
+void advance(Scratch& w, int rows, const Tile<T>& t, int H, float scale) {
+  auto sees = [&](int last_row) { return w.rows[last_row].bound > t.start; };
+  in_groups(rows, [&](auto R, int row) { if (sees(row + R() - 1)) score_rows<R()>(w, row, t, H, scale); });
+  in_groups(rows, [&](auto R, int row) { if (sees(row + R() - 1)) weigh_rows<R()>(w, row, t, H); });
 }
 
 template <class T>
@@ -107,6 +126,7 @@ void begin_rows(const Call<T>& call, const Sequence& s, int64_t kv_head, const I
     const int token = (item.row + r) / G;
     const int64_t head = kv_head * G + (item.row + r) % G;
     const T* q = call.q.at(s.first_token + token, head);
+    fetch_row(call.q.at(s.first_token + token, std::min<int64_t>(head + G, call.N - 1)), call.H);   // the next item's
     for (int h = 0; h < call.H; h += kRun) {
       simd::store(reinterpret_cast<T*>(w.q) + r * w.ld + h, simd::load(q + h, std::min(kRun, call.H - h)));
       simd::store(w.o + r * w.ld + h, simd::zero());
@@ -129,7 +149,7 @@ void end_rows(const Call<T>& call, const Sequence& s, int64_t kv_head, const Ite
 }
 
 template <class T>
-void attend(const Call<T>& call, const Item& item, int64_t kv_head, Scratch& w) {
+__attribute__((noinline, noclone)) void attend(const Call<T>& call, const Item& item, int64_t kv_head, Scratch& w) {
   const Sequence s(*call.step, item.sequence);
   w.reserve(call.H);
   if (s.queries * call.group() <= kItemRows) write(call, s, kv_head);       // its only reader: write just in time
@@ -140,13 +160,13 @@ void attend(const Call<T>& call, const Item& item, int64_t kv_head, Scratch& w) 
   for (t.start = 0; t.start < end; t.start += kTile) {
     const bool last = t.start + kTile >= end;
     for (int c = 0; c < kRuns; ++c) {       // runs beyond the end repeat the last one: never summed, at most fetched
-      const int position = std::min(t.start + c * kRun, end - 1);
+      const int position = std::min(t.start + c * kRun, end - 1), after = last ? c * kRun : position + kTile;
       const int64_t run = call.run(s, position, kv_head);
       t.keys[c] = call.k_cache + run;
       t.values[c] = call.v_cache + run;
-      t.next[c] = call.k_cache + call.run(s, std::min(last ? c * kRun : position + kTile, end - 1), last ? next_head : kv_head);
+      t.next[c] = call.k_cache + call.run(s, std::min(after, end - 1), last ? next_head : kv_head);
     }
-    in_groups(item.rows, [&](auto R, int row) { advance<R()>(w, row, t, call.H, call.scale); });
+    advance(w, item.rows, t, call.H, call.scale);
   }
   end_rows(call, s, kv_head, item, w);
 }
@@ -178,15 +198,17 @@ void forward(const Call<T>& call) {
 
 extern "C" {
 
-// strides: token and head strides of q, k, v in elements; o is [tokens][N][H] and lse [tokens][N] or null, both contiguous
+// strides: token and head strides of q, k, v in elements; o [tokens][N][H] and lse [tokens][N] or null are contiguous
 void attn_forward(const attn::Step* step, int bfloat16, void* k_cache, void* v_cache, const void* q, const void* k,
                   const void* v, const int64_t* strides, void* o, float* lse, int N, int K, int H, float scale,
                   const float* slopes) {
   auto run = [&](auto zero) {
     using T = decltype(zero);
-    auto view = [&](const void* data, int i) { return attn::View<const T>{static_cast<const T*>(data), strides[i], strides[i + 1]}; };
-    attn::forward(attn::Call<T>{step, static_cast<T*>(k_cache), static_cast<T*>(v_cache), view(q, 0), view(k, 2), view(v, 4),
-                                static_cast<T*>(o), lse, N, K, H, scale, slopes});
+    using View = attn::View<const T>;
+    auto view = [&](const void* data, int i) { return View{static_cast<const T*>(data), strides[i], strides[i + 1]}; };
+    T *keys = static_cast<T*>(k_cache), *values = static_cast<T*>(v_cache);
+    attn::forward(attn::Call<T>{step, keys, values, view(q, 0), view(k, 2), view(v, 4), static_cast<T*>(o), lse, N, K,
+                                H, scale, slopes});
   };
   bfloat16 ? run(attn::bf16()) : run(0.0f);
 }

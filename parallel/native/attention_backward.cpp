@@ -1,9 +1,9 @@
 // Gradients of causal attention over packed sequences, from the log-sum-exp the forward kept.
 //
-// One item is a (sequence, query head), or a (sequence, kv head) where the gradients of a shared kv head are summed. The
-// item is brought to float32 scratch, then key tiles are walked in ascending order and, for each, query tiles: p is
+// One item is a (sequence, query head), or a (sequence, kv head) where the gradients of a shared kv head are summed.
+// The item is brought to float32 scratch, then key tiles are walked in ascending order and, for each, query tiles: p is
 // recomputed, dq adds up over keys, dk and dv over queries, all in ascending positions. So the bits of a head depend on
-// its own sequence alone. Masked pairs add nothing, not even 0 * inf.
+// its own sequence alone.
 #include "attention_step.h"
 
 #include <atomic>
@@ -72,7 +72,10 @@ void gather(const Call<T>& call, int64_t first, int64_t head, int64_t kv_head, H
 template <int R>
 void recompute(Head& w, int64_t row, int in_tile, int64_t key_tile, float scale, float slope) {
   const float *keys[kRuns], *values[kRuns];
-  for (int c = 0; c < kRuns; ++c) keys[c] = w.run_of(w.k_runs, key_tile, c), values[c] = w.run_of(w.v_runs, key_tile, c);
+  for (int c = 0; c < kRuns; ++c) {
+    keys[c] = w.run_of(w.k_runs, key_tile, c);
+    values[c] = w.run_of(w.v_runs, key_tile, c);
+  }
   f32x16 scores[R][kRuns], d_p[R][kRuns];
   dot<R, kRuns>(w.q + row * w.ld, w.ld, keys, w.H, values, scores);
   dot<R, kRuns>(w.d_o + row * w.ld, w.ld, values, w.H, keys, d_p);
@@ -81,29 +84,28 @@ void recompute(Head& w, int64_t row, int in_tile, int64_t key_tile, float scale,
       const int live = int(row + r + 1 - key_tile * kTile) - kRun * c;
       f32x16 p = simd::exp(biased(scores[r][c], scale, slope, live) - simd::set1(w.lse[row + r]));
       f32x16 ds = p * (d_p[r][c] - simd::set1(w.delta[row + r])) * simd::set1(scale);
-      if (live < kRun) p = simd::select(before(live), p, simd::zero()), ds = simd::select(before(live), ds, simd::zero());
+      if (live < kRun) {
+        p = simd::select(before(live), p, simd::zero());
+        ds = simd::select(before(live), ds, simd::zero());
+      }
       simd::store(w.p + (in_tile + r) * kTile + kRun * c, p);
       simd::store(w.ds + (in_tile + r) * kTile + kRun * c, ds);
     }
 }
 
-// out[key] += weights[query][key] * rows[query] over one tile of queries, R keys from `key` on; on the diagonal a key
-// takes queries from its own on: each key its first few alone, then all together.
+// out[key] += weights[query][key] * rows[query] over one tile of queries, R keys from `key` on
 template <int R>
-void add_to_keys(const Head& w, const float* weights, const float* rows, int key, int queries, bool diagonal, float* out) {
+void add_to_keys(const Head& w, const float* weights, const float* rows, int key, int queries, float* out) {
   const float* runs[kRuns];
+  f32x16 ones[R];
   for (int c = 0; c < kRuns; ++c) runs[c] = rows + int64_t(c) * kRun * w.ld;
-  const f32x16 ones[kRows] = {simd::set1(1), simd::set1(1), simd::set1(1), simd::set1(1), simd::set1(1), simd::set1(1)};
-  const int together = diagonal ? key + R - 1 : 0;
-  for (int r = 0; r + 1 < R && diagonal; ++r)
-    weigh<1, float>({weights + key + r, 1, kTile, runs, w.ld, key + r, std::min(together, queries), runs}, ones,
-                    out + int64_t(key + r) * w.ld, w.ld);
-  weigh<R, float>({weights + key, 1, kTile, runs, w.ld, together, queries, runs}, ones, out + int64_t(key) * w.ld, w.ld);
+  for (int r = 0; r < R; ++r) ones[r] = simd::set1(1);
+  weigh<R, float>({weights + key, 1, kTile, runs, w.ld, 0, queries, runs}, ones, out + int64_t(key) * w.ld, w.ld);
 }
 
 void backward_tile(Head& w, int64_t key_tile, int64_t query_tile, float scale, float slope) {
-  const int queries = std::min<int>(kTile, w.L - query_tile * kTile), keys = std::min<int>(kTile, w.L - key_tile * kTile);
   const int64_t q0 = query_tile * kTile, k0 = key_tile * kTile;
+  const int queries = std::min<int>(kTile, w.L - q0), keys = std::min<int>(kTile, w.L - k0);
   const bool diagonal = key_tile == query_tile;
   const float* k_rows[kRuns];
   for (int c = 0; c < kRuns; ++c) k_rows[c] = w.k + (k0 + c * kRun) * w.ld;
@@ -112,11 +114,12 @@ void backward_tile(Head& w, int64_t key_tile, int64_t query_tile, float scale, f
     int live[R()];
     f32x16 ones[R()];
     for (int r = 0; r < R(); ++r) live[r] = diagonal ? row + r + 1 : kTile, ones[r] = simd::set1(1);
-    weigh_up_to<R(), float>({w.ds + row * kTile, kTile, 1, k_rows, w.ld, 0, 0, k_rows}, live, ones, w.dq + (q0 + row) * w.ld, w.ld);
+    const Weighted<float> sum{w.ds + row * kTile, kTile, 1, k_rows, w.ld, 0, 0, k_rows};
+    weigh_up_to<R()>(sum, live, ones, w.dq + (q0 + row) * w.ld, w.ld);
   });
   in_groups(keys, [&](auto R, int key) {
-    add_to_keys<R()>(w, w.p, w.d_o + q0 * w.ld, key, queries, diagonal, w.dv + k0 * w.ld);
-    add_to_keys<R()>(w, w.ds, w.q + q0 * w.ld, key, queries, diagonal, w.dk + k0 * w.ld);
+    add_to_keys<R()>(w, w.p, w.d_o + q0 * w.ld, key, queries, w.dv + k0 * w.ld);
+    add_to_keys<R()>(w, w.ds, w.q + q0 * w.ld, key, queries, w.dk + k0 * w.ld);
   });
 }
 
@@ -129,7 +132,8 @@ void store_rows(const View<T>& out, int64_t first, int64_t head, const Head& w, 
 
 // All query heads first_head..last_head-1 of one sequence that share kv_head; their dk and dv go to out_head, summed.
 template <class T>
-void backward_heads(const Call<T>& call, int64_t sequence, int first_head, int last_head, int64_t kv_head, int64_t out_head, Head& w) {
+void backward_heads(const Call<T>& call, int64_t sequence, int first_head, int last_head, int64_t kv_head,
+                    int64_t out_head, Head& w) {
   const int64_t first = call.starts[sequence];
   w.reserve(int(call.starts[sequence + 1] - first), call.H);
   for (int head = first_head; head < last_head; ++head) {
@@ -139,8 +143,10 @@ void backward_heads(const Call<T>& call, int64_t sequence, int first_head, int l
         backward_tile(w, key_tile, query_tile, call.scale, call.slopes ? call.slopes[head] : 0.0f);
     store_rows(call.dq, first, head, w, w.dq);
     if (last_head - first_head == 1) break;
-    for (int64_t i = 0; i < int64_t(w.L) * w.ld; ++i)
-      w.dk_sum[i] = head == first_head ? w.dk[i] : w.dk_sum[i] + w.dk[i], w.dv_sum[i] = head == first_head ? w.dv[i] : w.dv_sum[i] + w.dv[i];
+    for (int64_t i = 0; i < int64_t(w.L) * w.ld; ++i) {
+      w.dk_sum[i] = head == first_head ? w.dk[i] : w.dk_sum[i] + w.dk[i];
+      w.dv_sum[i] = head == first_head ? w.dv[i] : w.dv_sum[i] + w.dv[i];
+    }
   }
   const bool alone = last_head - first_head == 1;
   store_rows(call.dk, first, out_head, w, alone ? w.dk : w.dk_sum);
@@ -172,8 +178,10 @@ void attn_backward(const int32_t* starts, int64_t sequences, int bfloat16, const
                    int per_head) {
   auto run = [&](auto zero) {
     using T = decltype(zero);
-    auto in = [&](int i) { return attn::View<const T>{static_cast<const T*>(inputs[i]), strides[2 * i], strides[2 * i + 1]}; };
-    auto out = [&](int i) { return attn::View<T>{static_cast<T*>(outputs[i]), strides[10 + 2 * i], strides[11 + 2 * i]}; };
+    using In = attn::View<const T>;
+    using Out = attn::View<T>;
+    auto in = [&](int i) { return In{static_cast<const T*>(inputs[i]), strides[2 * i], strides[2 * i + 1]}; };
+    auto out = [&](int i) { return Out{static_cast<T*>(outputs[i]), strides[10 + 2 * i], strides[11 + 2 * i]}; };
     attn::backward(attn::Call<T>{starts, in(0), in(1), in(2), in(3), in(4), lse, out(0), out(1), out(2), N, K, H, scale,
                                  slopes, per_head != 0}, sequences);
   };

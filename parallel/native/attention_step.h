@@ -9,7 +9,7 @@ namespace attn {
 
 struct Step {
   int64_t sequences, block_size, table_stride;
-  const int32_t *query_starts, *context_lens, *tables;  // starts [sequences + 1]; lens count the new tokens; tables [.., stride]
+  const int32_t *query_starts, *context_lens, *tables;  // [sequences + 1]; with the new tokens; [sequences][stride]
 };
 
 struct Sequence {

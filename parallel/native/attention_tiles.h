@@ -72,7 +72,8 @@ __attribute__((noinline)) void dot(const T* q, int ldq, const T* const* keys, in
                                    f32x16 (*scores)[kRuns]) {
   f32x16 sum[R][C] = {};
   for (int i = 0; i < steps(q, H); ++i) {
-    if (R == 1) ATTN_UNROLL for (int c = 0; c < kRuns; ++c) __builtin_prefetch(reinterpret_cast<const char*>(ahead[c]) + 64 * i);
+    if (R == 1)
+      ATTN_UNROLL for (int c = 0; c < kRuns; ++c) __builtin_prefetch(reinterpret_cast<const char*>(ahead[c]) + 64 * i);
     decltype(key_step(q, 0, 0)) key[C];
     ATTN_UNROLL for (int c = 0; c < C; ++c) key[c] = key_step(keys[c], i, H);
     ATTN_UNROLL for (int r = 0; r < R; ++r) {
@@ -161,7 +162,8 @@ struct Row {
 
 // Online softmax of R rows over C runs that begin at `start`: scores become p, outputs must shrink by shrink[r].
 template <int R, int C>
-__attribute__((noinline)) void soften(Row* rows, f32x16 (*scores)[kRuns], int start, float scale, float* p, f32x16* shrink) {
+__attribute__((noinline)) void soften(Row* rows, f32x16 (*scores)[kRuns], int start, float scale, float* p,
+                                      f32x16* shrink) {
   f32x16 top[R];
   ATTN_UNROLL for (int r = 0; r < R; ++r) {
     top[r] = simd::set1(kNever);
