@@ -70,7 +70,8 @@ def measure(shape: str, dtype: torch.dtype, rows: list[int], leaves: int, budget
             if only and name.split("/")[0] not in only:
                 continue
             seconds = best_seconds(run, budget)
-            cells.append(f"{name} {seconds * 1e6:9.1f} us {size / seconds / 1e9:5.1f} GB/s {2 * m * n * k / seconds / 1e9:6.1f} GF")
+            rates = f"{size / seconds / 1e9:5.1f} GB/s {2 * m * n * k / seconds / 1e9:6.1f} GF"
+            cells.append(f"{name} {seconds * 1e6:9.1f} us {rates}")
         print(f"{shape:>11} M={m:<5} " + " | ".join(cells), flush=True)
 
 
@@ -87,7 +88,9 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     configure(threads=args.threads)
     dtype = getattr(torch, args.dtype)
-    print(f"{args.dtype}, {args.threads} threads, peak {peak_gflops(dtype == torch.bfloat16, args.threads):.0f} GFLOP/s")
+    print(
+        f"{args.dtype}, {args.threads} threads, peak {peak_gflops(dtype == torch.bfloat16, args.threads):.0f} GFLOP/s"
+    )
     with torch.inference_mode():
         for shape in args.shapes:
             measure(shape, dtype, args.rows, args.leaves, args.budget, args.only)

@@ -16,8 +16,18 @@ from torch import Tensor
 from parallel.errors import ConfigError
 from parallel.native.library import library
 
-_IDS = {"gelu": 1, "gelu_new": 2, "gelu_pytorch_tanh": 2, "gelu_fast": 2, "quick_gelu": 3, "relu": 4, "silu": 5, "swish": 5,
-        "tanh": 6, "sigmoid": 7}  # activation::Id
+_IDS = {
+    "gelu": 1,
+    "gelu_new": 2,
+    "gelu_pytorch_tanh": 2,
+    "gelu_fast": 2,
+    "quick_gelu": 3,
+    "relu": 4,
+    "silu": 5,
+    "swish": 5,
+    "tanh": 6,
+    "sigmoid": 7,
+}  # activation::Id
 NAMES: frozenset[str] = frozenset(_IDS)
 
 _P, _I, _L, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
@@ -65,8 +75,9 @@ def activate_grad(x: Tensor, dy: Tensor, name: str) -> Tensor:
     if dy.shape != x.shape or dy.dtype != x.dtype:
         raise ConfigError(f"dy is {_words(dy)}; it must match x, {_words(x)}")
     dx = _like(x)
-    _function("ew_activate_grad")(activation_id(name), x.dtype is torch.bfloat16, x.numel(), x.data_ptr(), dy.data_ptr(),
-                                  dx.data_ptr())
+    _function("ew_activate_grad")(
+        activation_id(name), x.dtype is torch.bfloat16, x.numel(), x.data_ptr(), dy.data_ptr(), dx.data_ptr()
+    )
     return dx
 
 
@@ -84,7 +95,9 @@ def row_max(x: Tensor) -> Tensor:
     """The largest element of each row of x [R, C], float32 [R]; -inf where C is 0, NaN where the row holds one."""
     x = _rows(x)
     out = torch.empty(x.shape[0], dtype=torch.float32)
-    _function("ew_row_max")(x.dtype is torch.bfloat16, x.shape[0], x.shape[1], x.data_ptr(), x.stride(0), out.data_ptr())
+    _function("ew_row_max")(
+        x.dtype is torch.bfloat16, x.shape[0], x.shape[1], x.data_ptr(), x.stride(0), out.data_ptr()
+    )
     return out
 
 
@@ -97,13 +110,27 @@ def exp_sum(x: Tensor, top: Tensor, borders: Sequence[int]) -> Tensor:
     if top.shape != (x.shape[0],) or top.dtype != torch.float32 or not top.is_contiguous():
         raise ConfigError(f"the row maxima are {_words(top)}; they must be a contiguous [{x.shape[0]}] float32 tensor")
     out = torch.empty(x.shape[0], len(cuts) - 1, dtype=torch.float32)
-    _function("ew_exp_sum")(x.dtype is torch.bfloat16, x.shape[0], x.data_ptr(), x.stride(0), top.data_ptr(), len(cuts) - 1,
-                            (ctypes.c_int64 * len(cuts))(*cuts), out.data_ptr())
+    _function("ew_exp_sum")(
+        x.dtype is torch.bfloat16,
+        x.shape[0],
+        x.data_ptr(),
+        x.stride(0),
+        top.data_ptr(),
+        len(cuts) - 1,
+        (ctypes.c_int64 * len(cuts))(*cuts),
+        out.data_ptr(),
+    )
     return out
 
 
-def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, residual: Tensor | None = None,
-               stats: bool = False) -> Normed:
+def layer_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None = None,
+    stats: bool = False,
+) -> Normed:
     """Layer norm of the rows of x [T, D] (of x + residual, rounded, where given), float32 statistics per row."""
     x = _rows(x)
     n_rows, width = x.shape
@@ -117,9 +144,24 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
             raise ConfigError(f"the residual is {_words(residual)}; it must match x, {_words(x)}")
         total = torch.empty(n_rows, width, dtype=x.dtype)
     mean, rstd = (torch.empty(n_rows), torch.empty(n_rows)) if stats else (None, None)
-    _function("ew_layer_norm")(x.dtype is torch.bfloat16, n_rows, width, x.data_ptr(), x.stride(0), _address(residual),
-                               0 if residual is None else residual.stride(0), _address(total), y.data_ptr(), _address(weight),
-                               _half(weight), _address(bias), _half(bias), eps, _address(mean), _address(rstd))
+    _function("ew_layer_norm")(
+        x.dtype is torch.bfloat16,
+        n_rows,
+        width,
+        x.data_ptr(),
+        x.stride(0),
+        _address(residual),
+        0 if residual is None else residual.stride(0),
+        _address(total),
+        y.data_ptr(),
+        _address(weight),
+        _half(weight),
+        _address(bias),
+        _half(bias),
+        eps,
+        _address(mean),
+        _address(rstd),
+    )
     return Normed(y, mean, rstd, total)
 
 
@@ -133,19 +175,31 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None, inver
     tokens, heads, width = x.shape
     for name, table in (("cos", cos), ("sin", sin)):
         if table.shape != cos.shape or table.shape[0] != tokens or table.dtype != torch.float32 or table.stride(1) != 1:
-            raise ConfigError(f"{name} is {_words(table)}; it must be a float32 [{tokens}, R/2] tensor with contiguous rows")
+            raise ConfigError(
+                f"{name} is {_words(table)}; it must be a float32 [{tokens}, R/2] tensor with contiguous rows"
+            )
     if 2 * cos.shape[1] > width or cos.stride(0) != sin.stride(0):
-        raise ConfigError(f"cos {_words(cos)} and sin {_words(sin)} do not fit heads of {width}; R <= {width}, same strides")
+        raise ConfigError(
+            f"cos {_words(cos)} and sin {_words(sin)} do not fit heads of {width}; R <= {width}, same strides"
+        )
     if x.stride(2) != 1:
         x = x.contiguous()
     if out is None:
         out = torch.empty(tokens, heads, width, dtype=x.dtype)
     elif out.shape != x.shape or out.dtype != x.dtype or out.stride(2) != 1:
         raise ConfigError(f"out is {_words(out)}; it must match x, {_words(x)}, with contiguous heads")
-    shape = (ctypes.c_int64 * 9)(tokens, heads, width, cos.shape[1], x.stride(0), x.stride(1), out.stride(0), out.stride(1),
-                                 cos.stride(0))
-    _function("ew_rotary")(x.dtype is torch.bfloat16, shape, x.data_ptr(), out.data_ptr(), cos.data_ptr(), sin.data_ptr(),
-                           -1.0 if inverse else 1.0)
+    shape = (ctypes.c_int64 * 9)(
+        tokens, heads, width, cos.shape[1], x.stride(0), x.stride(1), out.stride(0), out.stride(1), cos.stride(0)
+    )
+    _function("ew_rotary")(
+        x.dtype is torch.bfloat16,
+        shape,
+        x.data_ptr(),
+        out.data_ptr(),
+        cos.data_ptr(),
+        sin.data_ptr(),
+        -1.0 if inverse else 1.0,
+    )
     return out
 
 

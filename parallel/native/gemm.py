@@ -10,7 +10,7 @@ import itertools
 import struct
 from collections.abc import Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -59,17 +59,27 @@ class PackedMatrix:
     def repack(self, src: Tensor) -> None:
         """Take over src's present values, in place."""
         if src.shape != (self.n, self.k) or src.dtype != self.dtype or src.device.type != "cpu":
-            raise ConfigError(f"cannot repack {_words(src)} into a packed [{self.n}, {self.k}] {self.dtype}; "
-                              "pack a new matrix for another shape or dtype")
+            raise ConfigError(
+                f"cannot repack {_words(src)} into a packed [{self.n}, {self.k}] {self.dtype}; "
+                "pack a new matrix for another shape or dtype"
+            )
         src = src.detach()
         if self.n == 0 or self.k == 0:
             return
         if src.stride(1) != 1 and src.stride(0) != 1:
             src = src.contiguous()
         leaves = _leaves(self)
-        library().gemm_pack(ctypes.c_int(self.dtype == torch.bfloat16), ctypes.c_void_p(src.data_ptr()),
-                            ctypes.c_int64(src.stride(0)), ctypes.c_int64(_k_stride(src)), ctypes.c_int64(self.n), leaves,
-                            ctypes.c_int64(len(self.starts)), ctypes.c_int64(self.units), ctypes.c_void_p(self.address))
+        library().gemm_pack(
+            ctypes.c_int(self.dtype == torch.bfloat16),
+            ctypes.c_void_p(src.data_ptr()),
+            ctypes.c_int64(src.stride(0)),
+            ctypes.c_int64(_k_stride(src)),
+            ctypes.c_int64(self.n),
+            leaves,
+            ctypes.c_int64(len(self.starts)),
+            ctypes.c_int64(self.units),
+            ctypes.c_void_p(self.address),
+        )
 
     @property
     def nbytes(self) -> int:
@@ -85,9 +95,13 @@ class Source(NamedTuple):
     borders: tuple[int, ...]
 
 
-def product(sources: Sequence[Source], bias: Tensor | None = None, activation: str | None = None,
-            out_dtype: torch.dtype | None = None) -> Tensor:
-    """The sum over all sources [M, N]: leaves through one tree, + bias in float32, rounded, then the activation, rounded.
+def product(
+    sources: Sequence[Source],
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """The sum over all sources [M, N]: leaves in one tree, + bias in float32, rounded, then the activation, rounded.
 
     Leaf i is one chain through every source's range i in turn. out_dtype: the sources' own unless given.
     """
@@ -99,7 +113,13 @@ def product(sources: Sequence[Source], bias: Tensor | None = None, activation: s
     return out
 
 
-def nodes(sources: Sequence[Source], node_ranges: Sequence[tuple[int, int]], out: Tensor | int | None = None) -> Tensor | int:
+@overload
+def nodes(sources: Sequence[Source], node_ranges: Sequence[tuple[int, int]], out: Tensor | None = None) -> Tensor: ...
+@overload
+def nodes(sources: Sequence[Source], node_ranges: Sequence[tuple[int, int]], out: int) -> int: ...
+def nodes(
+    sources: Sequence[Source], node_ranges: Sequence[tuple[int, int]], out: Tensor | int | None = None
+) -> Tensor | int:
     """The root of each complete subtree (lo, hi), float32 [len(node_ranges), M, N], no bias; into `out` where given
     (a contiguous float32 tensor or an address)."""
     plan = _plan(sources, tuple(node_ranges))
@@ -108,7 +128,9 @@ def nodes(sources: Sequence[Source], node_ranges: Sequence[tuple[int, int]], out
     if out is None:
         out = torch.empty(shape, dtype=torch.float32)
     elif isinstance(out, Tensor) and (out.shape != shape or out.dtype != torch.float32 or not out.is_contiguous()):
-        raise ConfigError(f"nodes() cannot write into {_words(out)}; out is a contiguous float32 tensor of shape {shape}")
+        raise ConfigError(
+            f"nodes() cannot write into {_words(out)}; out is a contiguous float32 tensor of shape {shape}"
+        )
     _run(plan, sources, m, out if isinstance(out, int) else out.data_ptr(), torch.float32, m * n, None, None)
     return out
 
@@ -125,14 +147,25 @@ def _call_struct(n_sources: int) -> struct.Struct:
 @cache
 def _functions() -> tuple:
     """gemm_run twice: keeping the interpreter lock (short calls) and releasing it (long ones)."""
-    keeping, releasing = ctypes.PyDLL(None, handle=library()._handle).gemm_run, ctypes.CDLL(None, handle=library()._handle).gemm_run
+    keeping, releasing = (
+        ctypes.PyDLL(None, handle=library()._handle).gemm_run,
+        ctypes.CDLL(None, handle=library()._handle).gemm_run,
+    )
     for function in (keeping, releasing):
         function.argtypes, function.restype = (ctypes.c_char_p, ctypes.c_char_p), ctypes.c_int
     return keeping, releasing
 
 
-def _run(plan: bytes, sources: Sequence[Source], m: int, out: int, out_dtype: torch.dtype, root_stride: int,
-         bias: Tensor | None, activation: str | None) -> None:
+def _run(
+    plan: bytes,
+    sources: Sequence[Source],
+    m: int,
+    out: int,
+    out_dtype: torch.dtype,
+    root_stride: int,
+    bias: Tensor | None,
+    activation: str | None,
+) -> None:
     n = sources[0].weight.n
     if out_dtype not in _DTYPES:
         raise ConfigError(f"out_dtype is {out_dtype}; the native product writes float32 or bfloat16")
@@ -184,9 +217,14 @@ def _make_plan(sources: Sequence[Source], roots: tuple[tuple[int, int], ...] | N
         depth = max(depth, len(pops).bit_length() + 1)
         for leaf, pop in pops:
             runs += _leaf_runs(sources, leaf, pop, root if leaf == hi - 1 or leaf < 0 else 0)
-    odd = any((end - begin) % (_UNIT // s.weight.dtype.itemsize) for s in sources
-              for begin, end in itertools.pairwise(s.borders))
-    head = _PLAN.pack(sources[0].weight.dtype == torch.bfloat16, len(runs), depth, len(sources), sources[0].weight.n, odd)
+    odd = any(
+        (end - begin) % (_UNIT // s.weight.dtype.itemsize)
+        for s in sources
+        for begin, end in itertools.pairwise(s.borders)
+    )
+    head = _PLAN.pack(
+        sources[0].weight.dtype == torch.bfloat16, len(runs), depth, len(sources), sources[0].weight.n, odd
+    )
     return head + b"".join(runs) + b"".join(_copy_plan(s.weight) for s in sources)
 
 
@@ -210,9 +248,19 @@ def _leaf_runs(sources: Sequence[Source], leaf: int, pops: int, root: int) -> li
         units = -(-(end - begin) // per_unit)
         unit = _unit_of(weight, begin, end) if end > begin else 0
         last = index == len(sources) - 1
-        runs.append(_RUN.pack(index, units, begin * weight.dtype.itemsize, unit * _UNIT,
-                              weight.address + unit * PANEL * _UNIT, weight.panel_bytes, index == 0,
-                              pops if last else -1, root if last else 0))
+        runs.append(
+            _RUN.pack(
+                index,
+                units,
+                begin * weight.dtype.itemsize,
+                unit * _UNIT,
+                weight.address + unit * PANEL * _UNIT,
+                weight.panel_bytes,
+                index == 0,
+                pops if last else -1,
+                root if last else 0,
+            )
+        )
     return runs
 
 
@@ -222,8 +270,10 @@ def _unit_of(weight: PackedMatrix, begin: int, end: int) -> int:
     index = max(i for i, border in enumerate(weight.borders[:-1]) if border <= begin)
     stop = weight.borders[index + 1]
     if (begin - weight.borders[index]) % per_unit or end > stop or ((end - begin) % per_unit and end != stop):
-        raise ConfigError(f"a leaf {begin}..{end} of a {weight.dtype} weight packed with borders {weight.borders} splits a "
-                          "pair of elements; pass the leaves' borders to PackedMatrix.pack")
+        raise ConfigError(
+            f"a leaf {begin}..{end} of a {weight.dtype} weight packed with borders {weight.borders} splits a "
+            "pair of elements; pass the leaves' borders to PackedMatrix.pack"
+        )
     return weight.starts[index] + (begin - weight.borders[index]) // per_unit
 
 
@@ -233,15 +283,19 @@ def _check(sources: Sequence[Source]) -> None:
         raise ConfigError(f"{len(sources)} sources; a product takes at most {MAX_SOURCES}")
     for _, weight, borders in sources:
         if weight.n != first.weight.n or weight.dtype != first.weight.dtype or len(borders) != len(first.borders):
-            raise ConfigError(f"sources of one product share N, dtype and number of leaves; got [{weight.n}, {weight.k}] "
-                              f"{weight.dtype} with {len(borders) - 1} leaves beside [{first.weight.n}, {first.weight.k}] "
-                              f"{first.weight.dtype} with {len(first.borders) - 1}")
+            raise ConfigError(
+                f"sources of one product share N, dtype and number of leaves; got [{weight.n}, {weight.k}] "
+                f"{weight.dtype} with {len(borders) - 1} leaves beside [{first.weight.n}, {first.weight.k}] "
+                f"{first.weight.dtype} with {len(first.borders) - 1}"
+            )
         if not borders or list(borders) != sorted(borders) or borders[0] < 0 or borders[-1] > weight.k:
             raise ConfigError(f"borders {borders} must ascend within 0..{weight.k}")
 
 
 def _leaves(weight: PackedMatrix) -> ctypes.Array:
-    flat = [v for pair, start in zip(itertools.pairwise(weight.borders), weight.starts, strict=True) for v in (*pair, start)]
+    flat = [
+        v for pair, start in zip(itertools.pairwise(weight.borders), weight.starts, strict=True) for v in (*pair, start)
+    ]
     return (ctypes.c_int64 * len(flat))(*flat)
 
 
@@ -258,7 +312,7 @@ def _aligned(nbytes: int) -> tuple[Tensor, int]:
     align = _HUGE if nbytes >= _HUGE else 64
     raw = torch.empty(nbytes + align, dtype=torch.uint8)
     offset = -raw.data_ptr() % align
-    storage = raw[offset:offset + nbytes]
+    storage = raw[offset : offset + nbytes]
     if align == _HUGE:
         library().gemm_advise_huge(ctypes.c_void_p(storage.data_ptr()), ctypes.c_int64(nbytes))
     return storage, storage.data_ptr()

@@ -1,5 +1,6 @@
 // The register tile of gemm.cpp: up to 6 rows of x against one panel of 64 columns of W, 24 accumulators, over one step
-// of K. It is all of the product's arithmetic; everything else decides which tile runs when.
+// of K (one row where there are no 32 wide registers). All of the product's arithmetic is here; everything else decides
+// which tile runs when.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -11,7 +12,11 @@ namespace gemm {
 
 using simd::f32x16;
 
+#ifdef __AVX512F__
 constexpr int kRows = 6;
+#else
+constexpr int kRows = 1;
+#endif
 
 // An operation on units: `spread` broadcasts one unit of x, `read` takes 16 units of W, `add` is c + a b. The two
 // instructions are written out because the compiler otherwise folds a load of W into several of its uses.
@@ -103,6 +108,7 @@ void tile(const Tile& t) {
 
 using TileFn = void (*)(const Tile&);
 
+#ifdef __AVX512F__
 template <class Op, int Lines, bool Near>
 TileFn of_rows(int64_t rows) {
   static constexpr TileFn kTile[kRows] = {tile<Op, 1, Lines, Near>, tile<Op, 2, Lines, Near>, tile<Op, 3, Lines, Near>,
@@ -116,5 +122,9 @@ TileFn pick(int64_t rows, int lines, bool near) {
   if (!near) return of_rows<Op, 4, false>(rows);
   return lines == 4 ? of_rows<Op, 4, true>(rows) : lines == 8 ? of_rows<Op, 8, true>(rows) : of_rows<Op, 16, true>(rows);
 }
+#else
+template <class Op>
+TileFn pick(int64_t, int, bool) { return tile<Op, 1, 0, false>; }
+#endif
 
 }  // namespace gemm

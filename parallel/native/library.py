@@ -26,9 +26,21 @@ from parallel.errors import ConfigError, NativeUnavailable
 
 SOURCES = Path(__file__).parent
 # No -ffast-math and no contraction: one formula gives the same bits in the middle, the tail and every inlined copy.
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-pthread", "-ffp-contract=off", "-fno-math-errno",
-         "-fno-trapping-math", "-fvisibility-inlines-hidden", "-Wall", "-Wno-psabi", "-Wno-uninitialized",
-         "-Wno-maybe-uninitialized")  # the last two: false alarms inside gcc 12's own intrinsics
+FLAGS = (
+    "-O3",
+    "-march=native",
+    "-std=c++17",
+    "-fPIC",
+    "-pthread",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fvisibility-inlines-hidden",
+    "-Wall",
+    "-Wno-psabi",
+    "-Wno-uninitialized",
+    "-Wno-maybe-uninitialized",
+)  # the last two: false alarms inside gcc 12's own intrinsics
 BUILD_SECONDS = 300.0
 MAX_THREADS = 256
 
@@ -113,8 +125,10 @@ def _load(config: NativeConfig) -> ctypes.CDLL:
     try:
         cdll = _built(library_path(config.cache_dir or _default_cache_dir()))
     except OSError as error:
-        raise NativeUnavailable(f"the native kernels could not be built or loaded: {error}; "
-                                "give configure(cache_dir=...) a folder that allows writing and loading code") from error
+        raise NativeUnavailable(
+            f"the native kernels could not be built or loaded: {error}; "
+            "give configure(cache_dir=...) a folder that allows writing and loading code"
+        ) from error
     cdll.pool_set_threads(config.threads)
     return cdll
 
@@ -138,8 +152,13 @@ def _build(path: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="build-", dir=path.parent) as folder:
         sources = sorted(SOURCES.glob("*.cpp"))
         objects = [str(Path(folder, source.stem + ".o")) for source in sources]
-        _run([[compiler, *FLAGS, "-c", str(source), "-o", target]
-              for source, target in zip(sources, objects, strict=True)], deadline)
+        _run(
+            [
+                [compiler, *FLAGS, "-c", str(source), "-o", target]
+                for source, target in zip(sources, objects, strict=True)
+            ],
+            deadline,
+        )
         result = Path(folder, "kernels.so")
         _run([[compiler, "-shared", "-pthread", *objects, "-o", str(result)]], deadline)
         os.replace(result, path)
@@ -152,7 +171,9 @@ def _run(commands: list[list[str]], deadline: float) -> None:
         for command, process in zip(commands, running, strict=True):
             _, errors = process.communicate(timeout=max(0.1, deadline - time.monotonic()))
             if process.returncode != 0:
-                raise NativeUnavailable(f"the native kernels do not compile here: {' '.join(command)}\n{errors[-4000:]}")
+                raise NativeUnavailable(
+                    f"the native kernels do not compile here: {' '.join(command)}\n{errors[-4000:]}"
+                )
     except subprocess.TimeoutExpired as error:
         raise NativeUnavailable(f"compiling the native kernels took more than {BUILD_SECONDS:.0f} s") from error
     finally:
@@ -164,7 +185,7 @@ def _run(commands: list[list[str]], deadline: float) -> None:
 
 @contextmanager
 def _exclusive(path: Path) -> Iterator[None]:
-    """Hold a lock file, waiting for its holder at most as long as a build may take; the system frees a dead holder's."""
+    """Hold a lock file; wait for its holder at most as long as a build may take (a dead holder's is free)."""
     deadline = time.monotonic() + BUILD_SECONDS + 30
     with path.open("w") as lock:
         while True:
@@ -173,8 +194,10 @@ def _exclusive(path: Path) -> Iterator[None]:
                 break
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    raise NativeUnavailable(f"another process has held {path} for {BUILD_SECONDS + 30:.0f} s; "
-                                            "stop it or give configure(cache_dir=...) another folder") from None
+                    raise NativeUnavailable(
+                        f"another process has held {path} for {BUILD_SECONDS + 30:.0f} s; "
+                        "stop it or give configure(cache_dir=...) another folder"
+                    ) from None
                 time.sleep(0.05)
         yield
 
@@ -199,8 +222,10 @@ def _private_dir() -> Path:
     path.mkdir(mode=0o700, exist_ok=True)
     status = path.lstat()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
-        raise NativeUnavailable(f"{path} is not a folder owned by and open to this user alone; "
-                                "remove it or give configure(cache_dir=...) another folder")
+        raise NativeUnavailable(
+            f"{path} is not a folder owned by and open to this user alone; "
+            "remove it or give configure(cache_dir=...) another folder"
+        )
     return path
 
 

@@ -7,7 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#ifdef __AVX512F__
+#if defined(__AVX512F__) || defined(__FMA__)
 #include <immintrin.h>
 #endif
 
@@ -42,8 +42,20 @@ inline u32x16 widen(u16x16 x) { return (u32x16)_mm512_cvtepu16_epi32((__m256i)x)
 inline u16x16 narrow(u32x16 x) { return (u16x16)_mm512_cvtepi32_epi16((__m512i)x); }
 #else
 #define SIMD_EACH(expression) f32x16 r; for (int i = 0; i < kLanes; ++i) r[i] = (expression); return r
+#ifdef __FMA__
+inline f32x16 fma(f32x16 a, f32x16 b, f32x16 c) {
+  __m256 x[2], y[2], z[2];
+  std::memcpy(x, &a, sizeof x);
+  std::memcpy(y, &b, sizeof y);
+  std::memcpy(z, &c, sizeof z);
+  for (int i = 0; i < 2; ++i) z[i] = _mm256_fmadd_ps(x[i], y[i], z[i]);
+  std::memcpy(&c, z, sizeof c);
+  return c;
+}
+#else
 inline f32x16 fma(f32x16 a, f32x16 b, f32x16 c) { SIMD_EACH(__builtin_fmaf(a[i], b[i], c[i])); }
-inline f32x16 fnma(f32x16 a, f32x16 b, f32x16 c) { SIMD_EACH(__builtin_fmaf(-a[i], b[i], c[i])); }
+#endif
+inline f32x16 fnma(f32x16 a, f32x16 b, f32x16 c) { return fma(-a, b, c); }
 inline f32x16 max(f32x16 a, f32x16 b) { return a > b ? a : b; }
 inline f32x16 min(f32x16 a, f32x16 b) { return a < b ? a : b; }
 inline f32x16 round(f32x16 x) { SIMD_EACH(__builtin_nearbyintf(x[i])); }
