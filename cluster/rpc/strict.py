@@ -11,13 +11,12 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
-from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from cluster.frontend.errors import InvalidRequest, Violation
 
-MAX_FIELDS = 400_000
+MAX_FIELDS = 100_000  # a map's entry counts as one
 COUNTED_FROM_BYTES = 256 * 1024  # smaller messages cannot hold enough fields to matter
 
 VARINT, DELIMITED = 0, 2
@@ -49,11 +48,15 @@ def _unknown(message: Message, path: str) -> Iterator[tuple[str, int]]:
     for unknown in unknowns:
         yield path, unknown.field_number
     for field, value in message.ListFields():
-        if field.message_type is None or field.message_type.GetOptions().map_entry:
+        if field.message_type is None or _is_map(field):
             continue
         for index, item in enumerate(value) if field.is_repeated else [(None, value)]:
             at = field.name if index is None else f"{field.name}[{index}]"
             yield from _unknown(item, f"{path}{at}.")
+
+
+def _is_map(field: Any) -> bool:
+    return bool(field.message_type.GetOptions().map_entry)
 
 
 def _check_count(kind: type[Message], data: bytes) -> None:
@@ -76,7 +79,7 @@ def _fields(data: memoryview, descriptor: Any) -> Iterator[int]:
         elif wire == DELIMITED:
             size, at = _varint(data, at)
             field = descriptor.fields_by_number.get(tag >> 3)
-            if field is not None and field.type == FieldDescriptor.TYPE_MESSAGE:
+            if field is not None and field.message_type is not None and not _is_map(field):
                 yield from _fields(data[at : at + size], field.message_type)
             at += size
 

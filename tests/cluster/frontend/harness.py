@@ -13,9 +13,10 @@ from cluster.frontend.calls import Call, FrontendConfig, Prompt
 from cluster.frontend.frontend import Frontend
 from cluster.frontend.link import EventSink, FaultSink, SampleId
 from cluster.frontend.local_link import LocalLink
+from cluster.frontend.loop import EngineSurface
 from cluster.frontend.streams import Result, collect
 from cluster.frontend.text import TextCodec
-from tests.cluster.frontend.fakes import CODEC, LIMITS, FakeEngine
+from tests.cluster.frontend.fakes import CODEC, LIMITS
 
 T = TypeVar("T")
 
@@ -30,9 +31,7 @@ def run(main: Coroutine[Any, Any, T], seconds: float = 30.0) -> T:
 
 
 @asynccontextmanager
-async def serving(
-    engine: FakeEngine, codec: TextCodec | None = CODEC, **config: Any
-) -> AsyncIterator[Frontend]:
+async def serving(engine: EngineSurface, codec: TextCodec | None = CODEC, **config: Any) -> AsyncIterator[Frontend]:
     frontend = Frontend(LocalLink(engine), codec=codec, config=FrontendConfig(**config))
     frontend.start()
     try:

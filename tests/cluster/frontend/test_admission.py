@@ -65,7 +65,10 @@ def test_a_stopping_rule_that_cannot_work_is_refused_by_name(field: str, stoppin
         ("response.logprobs", call([1], response=ResponseOptions(logprobs=14))),
         ("response.prompt_logprobs", call([1], response=ResponseOptions(prompt_logprobs=-1))),
         ("response.logprobs_temperature", call([1], response=ResponseOptions(logprobs_temperature=0.0))),
-        ("temperature", call([1, 2], score=True, response=ResponseOptions(prompt_logprobs=0, logprobs_temperature=NAN))),
+        (
+            "temperature",
+            call([1, 2], score=True, response=ResponseOptions(prompt_logprobs=0, logprobs_temperature=NAN)),
+        ),
         ("top_logprobs", call([1, 2], score=True, response=ResponseOptions(prompt_logprobs=99))),
         ("request_id", call([1], request_id="x" * 257)),
         ("priority", call([1], priority=10**9)),

@@ -47,8 +47,8 @@ def test_chunks_put_together_are_the_whole_answer() -> None:
             for (prompt, sample), chunks in parts.items():
                 unary = whole[prompt].samples[sample]
                 assert "".join(c.text for c in chunks) == unary.text
-                assert sum((c.token_ids for c in chunks), []) == unary.token_ids
-                assert sum((c.logprobs for c in chunks), []) == unary.logprobs and len(unary.logprobs) == 8
+                assert [t for c in chunks for t in c.token_ids] == unary.token_ids
+                assert [p for c in chunks for p in c.logprobs] == unary.logprobs and len(unary.logprobs) == 8
                 assert [c.finish_reason for c in chunks if c.finish_reason] == [FinishReason.LENGTH]
             assert len(parts) == 4 and sum(map(len, parts.values())) > 8, "it was streamed, not sent at once"
 
@@ -64,7 +64,9 @@ def test_stop_strings_end_samples_as_brute_force_says_and_the_engine_frees_them(
                 asked = call(
                     [seed % 13],
                     sampling=SamplingParams(seed=seed, n=3),
-                    stopping=StoppingCriteria(max_new_tokens=24, stop_sequences=stops, include_stop_sequence=seed % 3 == 0),
+                    stopping=StoppingCriteria(
+                        max_new_tokens=24, stop_sequences=stops, include_stop_sequence=seed % 3 == 0
+                    ),
                 )
                 (result,) = await answer(frontend, asked)
                 for index, sample in result.samples.items():
@@ -95,11 +97,18 @@ def test_a_stop_string_of_one_sample_leaves_the_others_running() -> None:
         asked = call([1], sampling=SamplingParams(seed=1, n=2), stopping=StoppingCriteria(stop_sequences=("b",)))
         stream = await frontend.open(asked)
         key = link.submitted[0].request_id
-        link.events([TokenEvent(request_id=key, token_ids=(1,)), TokenEvent(request_id=key, sample_index=1, token_ids=(0,))])
-        link.events([TokenEvent(request_id=key, token_ids=(2,)), TokenEvent(request_id=key, sample_index=1, token_ids=(1,))])
+        link.events(
+            [TokenEvent(request_id=key, token_ids=(1,)), TokenEvent(request_id=key, sample_index=1, token_ids=(0,))]
+        )
+        link.events(
+            [TokenEvent(request_id=key, token_ids=(2,)), TokenEvent(request_id=key, sample_index=1, token_ids=(1,))]
+        )
         chunks = [chunk async for chunk in stream]
         assert link.aborted_samples == [(key, 0)] and link.aborted == [key]
-        assert {c.sample_index: (c.token_ids, c.text, c.stop_sequence) for c in chunks} == {0: ([1], "", "b"), 1: ([0, 1], "a", "b")}
+        assert {c.sample_index: (c.token_ids, c.text, c.stop_sequence) for c in chunks} == {
+            0: ([1], "", "b"),
+            1: ([0, 1], "a", "b"),
+        }
 
     run(main())
 
@@ -138,7 +147,9 @@ def test_an_engine_that_rejects_gives_its_own_error_to_that_prompt() -> None:
         frontend.start()
         stream = await frontend.open(call([1], [2]))
         first, second = (request.request_id for request in link.submitted)
-        link.events([Rejected(first, CapacityError("no room")), TokenEvent(request_id=second, finish_reason=FinishReason.STOP)])
+        link.events(
+            [Rejected(first, CapacityError("no room")), TokenEvent(request_id=second, finish_reason=FinishReason.STOP)]
+        )
         chunks = {chunk.prompt_index: chunk async for chunk in stream}
         assert isinstance(chunks[0].error, CapacityError) and chunks[1].finish_reason is FinishReason.STOP
 
@@ -287,7 +298,7 @@ def test_a_tokenizer_that_fails_on_one_request_ends_that_one_only() -> None:
         link.events([TokenEvent(request_id=second, token_ids=(2,), finish_reason=FinishReason.STOP)])
         chunks = [chunk async for chunk in stream]
         assert isinstance(stream.errors[0], RequestFailed) and link.aborted == [first]
-        assert sum((chunk.token_ids for chunk in chunks if chunk.prompt_index == 1), []) == [1, 2]
+        assert [token for chunk in chunks if chunk.prompt_index == 1 for token in chunk.token_ids] == [1, 2]
 
     run(main())
 

@@ -82,7 +82,9 @@ def test_a_wrong_key_is_refused_and_the_server_serves_on() -> None:
         served.link().close()
 
 
-def test_a_stranger_that_says_nothing_is_hung_up_on_and_holds_nobody_up_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stranger_that_says_nothing_is_hung_up_on_and_holds_nobody_up_for_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("cluster.frontend.engine_server.HANDSHAKE_SECONDS", 0.3)
     with ServedEngine(FakeEngine()) as served:
         with socket.create_connection(served.server.address) as silent:
@@ -141,7 +143,9 @@ def test_a_stopped_process_is_a_fault_within_the_silence_limit(monkeypatch: pyte
     run(main())
 
 
-def test_a_front_end_that_reads_nothing_is_dropped_and_never_holds_up_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_front_end_that_reads_nothing_is_dropped_and_never_holds_up_the_engine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("cluster.frontend.engine_server.FRONTEND_SILENCE_SECONDS", 1.0)
     endless = replace(LIMITS, max_context=2**40, kv_capacity_tokens=2**40)
     with ServedEngine(FakeEngine(limits=endless, tokens_per_step=2048)) as served:

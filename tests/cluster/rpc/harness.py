@@ -7,11 +7,9 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import grpc
-
 from cluster.frontend.frontend import Frontend
 from cluster.frontend.text import TextCodec
-from cluster.rpc.client import OPTIONS, AsyncClient
+from cluster.rpc.client import AsyncClient
 from cluster.rpc.limits import ServerLimits
 from cluster.rpc.server import Server, build_server
 from cluster.rpc.servicers import ServiceInfo
@@ -37,8 +35,8 @@ class Service:
 
     async def raw(self, method: str, data: bytes, timeout: float = 20.0) -> bytes:
         """Any bytes to any method."""
-        call: Any = self.client.channel.unary_unary(method)
-        answer: bytes = await call(data, timeout=timeout)
+        channel: Any = self.client.channel
+        answer: bytes = await channel.unary_unary(method)(data, timeout=timeout)
         return answer
 
 
@@ -60,8 +58,3 @@ async def service(
                 yield Service(engine, frontend, server, client)
         finally:
             await server.stop(1.0)
-
-
-def new_channel(address: str) -> grpc.aio.Channel:
-    """A connection of its own, not shared with other channels of this process."""
-    return grpc.aio.insecure_channel(address, options=[*OPTIONS, ("grpc.use_local_subchannel_pool", 1)])

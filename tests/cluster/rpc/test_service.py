@@ -69,7 +69,9 @@ def test_what_was_not_asked_for_does_not_come() -> None:
             assert not (sample.logprobs or sample.top_logprobs or sample.token_bytes or sample.HasField("timings"))
             assert not (result.prompt_logprobs or result.prompt_token_ids)
             assert result.used.sampling.HasField("seed"), "the seed drawn comes back: the answer can be asked for again"
-            again = await s.client.generate([[1]], sampling={"seed": result.used.sampling.seed}, stopping={"max_new_tokens": 3})
+            again = await s.client.generate(
+                [[1]], sampling={"seed": result.used.sampling.seed}, stopping={"max_new_tokens": 3}
+            )
             assert again.results[0].samples[0].token_ids == sample.token_ids
 
     run(main())
@@ -88,7 +90,9 @@ def test_a_stream_put_together_equals_the_unary_answer() -> None:
             parts: dict[tuple[int, int], inference_pb2.Sample] = {}
             chunks = [chunk async for chunk in s.client.stream(prompts, **fields)]
             for chunk in chunks:
-                sample = parts.setdefault((chunk.prompt_index, chunk.sample_index), inference_pb2.Sample(index=chunk.sample_index))
+                sample = parts.setdefault(
+                    (chunk.prompt_index, chunk.sample_index), inference_pb2.Sample(index=chunk.sample_index)
+                )
                 add_chunk(sample, chunk)
             for result in whole.results:
                 assert list(result.samples) == [parts[result.prompt_index, i] for i in range(2)]
@@ -181,7 +185,9 @@ def test_an_error_names_its_field_in_text_and_details(fields: dict[str, Any], co
 def test_a_checkpoint_without_a_tokenizer_serves_ids_and_says_so_about_text() -> None:
     async def main() -> None:
         async with service(codec=None) as s:
-            (result,) = (await s.client.generate([[1]], stopping={"max_new_tokens": 4}, response={"echo": True})).results
+            (result,) = (
+                await s.client.generate([[1]], stopping={"max_new_tokens": 4}, response={"echo": True})
+            ).results
             assert len(result.samples[0].token_ids) == 4 and result.samples[0].text == ""
             for wrong in (s.client.generate(["a"]), s.client.tokenize(["a"])):
                 error = await refused(wrong, grpc.StatusCode.FAILED_PRECONDITION, "no tokenizer")
@@ -210,7 +216,11 @@ def test_an_engine_fault_names_rank_node_and_cause_and_health_follows() -> None:
             assert await health(s, "") == Health.SERVING
             error = await refused(s.client.generate([[1]]), grpc.StatusCode.UNAVAILABLE, "told to fail")
             facts = info(error).metadata
-            assert (facts["rank"], facts["retryable"]) == ("0", "true") and facts["node"] and "told to fail" in facts["cause"]
+            assert (
+                (facts["rank"], facts["retryable"]) == ("0", "true")
+                and facts["node"]
+                and "told to fail" in facts["cause"]
+            )
             assert await health(s, "") == await health(s, "tp_decoders.v1.Inference") == Health.NOT_SERVING
             assert await health(s, "tp_decoders.v1.Control") == Health.SERVING
             server = await s.client.server_info()
@@ -242,7 +252,11 @@ def test_server_model_and_load_are_told() -> None:
             server, model = await s.client.server_info(), await s.client.model_info()
             assert (server.api_version, server.parallelism.tensor_parallel_size) == ("tp_decoders.v1", 2)
             assert server.state == control_pb2.SERVING_STATE_SERVING and server.max_message_bytes == 64 << 20
-            assert (model.model_id, model.vocab_size, model.max_context) == ("fake", 13, 256) and model.supports_text_input
+            assert (model.model_id, model.vocab_size, model.max_context) == (
+                "fake",
+                13,
+                256,
+            ) and model.supports_text_input
             stream = s.client.stream([[1], [2]], request_id="x", stopping={"max_new_tokens": 200})
             await anext(stream)
             load = await s.client.load()
@@ -328,7 +342,9 @@ def test_a_stream_that_nobody_reads_is_dropped_after_the_limit() -> None:
     async def main() -> None:
         big = FakeEngine(tokens_per_step=200)
         async with service(big, limits=ServerLimits(write_seconds=0.5)) as s:
-            narrow = grpc.aio.insecure_channel(s.address, options=[("grpc.http2.bdp_probe", 0)])  # 64 KiB in flight
+            narrow: Any = grpc.aio.insecure_channel(
+                s.address, options=[("grpc.http2.bdp_probe", 0)]
+            )  # 64 KiB in flight
             call = InferenceStub(narrow).GenerateStream(
                 inference_pb2.GenerateRequest(
                     prompts=[{"token_ids": {"ids": [i % 13]}} for i in range(40)],
