@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from cluster.engine.draws import fresh_seed
 from cluster.engine.request import ModelLimits, Request, SamplingParams
 from cluster.engine.validation import check_capacity, room
-from cluster.frontend.calls import Call, FrontendConfig, Prompt
+from cluster.frontend.calls import Call, FillInMiddle, FrontendConfig, Prompt
 from cluster.frontend.errors import InvalidRequest, NoTokenizer, Violation
 from cluster.frontend.rules import token_ids, violations
 from cluster.frontend.text import TextCodec
@@ -47,7 +47,7 @@ class Admission:
     async def requests(self, call: Call) -> list[Request | RequestError]:
         """One request per prompt, or what is wrong with that prompt. Long texts are tokenized beside the event loop."""
         sampling = replace(call.sampling, bad_words=call.sampling.bad_words + self._banned(call.bad_words))
-        beside = sum(len(prompt.text or "") for prompt in call.prompts) > self.config.inline_chars
+        beside = sum(prompt.num_characters for prompt in call.prompts) > self.config.inline_chars
         made: list[Request | RequestError] = []
         for index, prompt in enumerate(call.prompts):
             try:
@@ -84,11 +84,22 @@ class Admission:
         return await asyncio.to_thread(self.encode, text) if beside else self.encode(text)
 
     async def _token_ids(self, prompt: Prompt, field: str, beside: bool) -> Sequence[int]:
-        if prompt.token_ids is not None and prompt.text is None:
+        if sum(given is not None for given in (prompt.text, prompt.token_ids, prompt.fim)) != 1:
+            raise _invalid(field, "give exactly one of text, token_ids and fim")
+        if prompt.token_ids is not None:
             return prompt.token_ids
-        if prompt.text is None or prompt.token_ids is not None:
-            raise _invalid(field, "give exactly one of text and token_ids")
-        return await self.encode_bounded(prompt.text, field, beside)
+        if prompt.fim is not None:
+            return await self._fill_in_middle(prompt.fim, f"{field}.fim", beside)
+        return await self.encode_bounded(prompt.text or "", field, beside)
+
+    async def _fill_in_middle(self, fim: FillInMiddle, field: str, beside: bool) -> Sequence[int]:
+        """Prefix, suffix, then the middle is the model's to write."""
+        prefix = await self.encode_bounded(fim.prefix, f"{field}.prefix", beside)
+        suffix = await self.encode_bounded(fim.suffix, f"{field}.suffix", beside)
+        marks = self.codec.fim if self.codec else None
+        if marks is None:
+            raise _invalid(field, "this model's vocabulary has no fill-in-the-middle tokens; send text or token_ids")
+        return (marks.prefix, *prefix, marks.suffix, *suffix, marks.middle)
 
     def _request(self, call: Call, given: Sequence[int], sampling: SamplingParams, field: str) -> Request:
         ids = self._checked(given, 2 if call.score else 1, field)

@@ -10,12 +10,26 @@ from dataclasses import dataclass, field
 from cluster.engine.request import ResponseOptions, SamplingParams, StoppingCriteria
 
 
+@dataclass(frozen=True)
+class FillInMiddle:
+    """Text before and after what the model is to write."""
+
+    prefix: str
+    suffix: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """Exactly one of the two. The ids may be any sequence: copied only once it is known that they are not too many."""
+    """Exactly one of the three. The ids may be any sequence: copied only once they are known to be not too many."""
 
     text: str | None = None
     token_ids: Sequence[int] | None = None
+    fim: FillInMiddle | None = None
+
+    @property
+    def num_characters(self) -> int:
+        """How much there is to tokenize."""
+        return len(self.text or "") + (len(self.fim.prefix) + len(self.fim.suffix) if self.fim else 0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -131,7 +131,7 @@ class Frontend:
         """Admit nothing more, wait for what is open, end what is left after `grace` seconds; returns how many that
         were.
         """
-        if self.state in (State.SERVING, State.STARTING):
+        if self.state not in (State.FAILED, State.CLOSED):
             self._become(State.DRAINING)
         try:
             await asyncio.wait_for(self._delivery.quiet.wait(), grace)
@@ -155,12 +155,14 @@ class Frontend:
 
     def fault(self, cause: str) -> None:
         """The engine is gone. Open requests wait `recovery_seconds` for a new one, then fail."""
-        if self.state in (State.FAILED, State.CLOSED):
+        if self.state is State.CLOSED:
             return
         log.error("engine fault: %s", cause)
+        self.fault_cause = cause
+        if self.state is State.FAILED:
+            return
         self._generation += 1
         self._engine_alive = False
-        self.fault_cause = cause
         if self.config.recovery_seconds > 0:
             if self.state is not State.DRAINING:
                 self._become(State.RECOVERING)

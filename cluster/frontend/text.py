@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from tp_decoders.tokenizer import Tokenizer as CheckpointTokenizer
 
 
+FIM_SPELLINGS = ("<fim_{}>", "<fim-{}>")  # StarCoder's, SantaCoder's
+
+
 class Tokenizer(Protocol):
     """What a front-end needs of a tokenizer."""
 
@@ -36,12 +39,22 @@ class Detokenizer(Protocol):
     def flush(self) -> str: ...
 
 
+@dataclass(frozen=True)
+class FimTokens:
+    """The tokens that mark the parts of a fill-in-the-middle prompt."""
+
+    prefix: int
+    suffix: int
+    middle: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class TextCodec:
-    """A tokenizer and how to make a detokenizer for one sample."""
+    """A tokenizer, how to make a detokenizer for one sample, and the model's fill-in-the-middle tokens if any."""
 
     tokenizer: Tokenizer
     detokenizer: Callable[[], Detokenizer]
+    fim: FimTokens | None = None
 
 
 def codec_of(tokenizer: CheckpointTokenizer | None) -> TextCodec | None:
@@ -52,7 +65,17 @@ def codec_of(tokenizer: CheckpointTokenizer | None) -> TextCodec | None:
         IncrementalDetokenizer,  # not at the top: a front-end of token ids needs no torch
     )
 
-    return TextCodec(tokenizer=tokenizer, detokenizer=partial(IncrementalDetokenizer, tokenizer))
+    fim = fim_tokens(tokenizer.vocabulary.find)
+    return TextCodec(tokenizer=tokenizer, detokenizer=partial(IncrementalDetokenizer, tokenizer), fim=fim)
+
+
+def fim_tokens(find: Callable[[str], int | None]) -> FimTokens | None:
+    """The tokens by their spelling in the vocabulary; None unless all three are there."""
+    for spelling in FIM_SPELLINGS:
+        prefix, suffix, middle = (find(spelling.format(part)) for part in ("prefix", "suffix", "middle"))
+        if prefix is not None and suffix is not None and middle is not None:
+            return FimTokens(prefix, suffix, middle)
+    return None
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import TypeVar
 from google.protobuf.message import Message
 
 from cluster.engine.request import ResponseOptions, SamplingParams, StoppingCriteria
-from cluster.frontend.calls import Call, FrontendConfig, Prompt
+from cluster.frontend.calls import Call, FillInMiddle, FrontendConfig, Prompt
 from cluster.frontend.errors import InvalidRequest, NotImplementedField, Violation
 from cluster.rpc.proto import inference_pb2 as pb
 
@@ -58,17 +58,14 @@ def score_call(message: pb.ScoreRequest, config: FrontendConfig, deadline: float
 
 
 def _prompts(messages: Sequence[pb.Prompt], field: str, config: FrontendConfig) -> tuple[Prompt, ...]:
-    return tuple(
-        _prompt(message, f"{field}[{index}]")
-        for index, message in enumerate(_bounded(messages, field, config.max_prompts_per_call))
-    )
+    return tuple(map(_prompt, _bounded(messages, field, config.max_prompts_per_call)))
 
 
-def _prompt(message: pb.Prompt, field: str) -> Prompt:
+def _prompt(message: pb.Prompt) -> Prompt:
     """A prompt that says nothing stays so: it fails alone, at admission."""
     kind = message.WhichOneof("prompt")
     if kind == "fim":
-        raise NotImplementedField.of(f"{field}.fim", "spell the model's fill-in-the-middle tokens in a text prompt")
+        return Prompt(fim=FillInMiddle(message.fim.prefix, message.fim.suffix))
     if kind == "text":
         return Prompt(text=message.text)
     return Prompt(token_ids=message.token_ids.ids if kind == "token_ids" else None)

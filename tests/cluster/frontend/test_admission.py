@@ -12,6 +12,7 @@ from cluster.engine.request import ModelLimits, Request, ResponseOptions, Sampli
 from cluster.frontend.admission import Admission
 from cluster.frontend.calls import Call, FrontendConfig, Prompt
 from cluster.frontend.errors import InvalidRequest, NoTokenizer
+from cluster.frontend.text import FimTokens, fim_tokens
 from parallel.errors import CapacityError, RequestError
 from tests.cluster.frontend.fakes import CODEC, LIMITS
 from tests.cluster.frontend.harness import call, run
@@ -125,6 +126,14 @@ def test_a_prompt_that_fits_the_context_but_never_the_cache_is_refused_with_both
     (made,) = run(admission(limits=small).requests(call([1] * 100)))
     assert isinstance(made, CapacityError)
     assert "100 tokens" in str(made) and "32" in str(made)
+
+
+def test_fill_in_the_middle_tokens_are_found_by_either_spelling_and_only_all_together() -> None:
+    santa = {"<fim-prefix>": 1, "<fim-suffix>": 3, "<fim-middle>": 2}
+    star = {"<fim_prefix>": 4, "<fim_suffix>": 6, "<fim_middle>": 5}
+    assert fim_tokens(santa.get) == FimTokens(1, 3, 2)
+    assert fim_tokens(star.get) == FimTokens(4, 6, 5)
+    assert fim_tokens({"<fim_prefix>": 4, "<fim_suffix>": 6}.get) is None
 
 
 def test_what_was_left_open_is_decided_and_what_is_too_much_is_cut() -> None:

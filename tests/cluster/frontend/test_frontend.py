@@ -8,9 +8,11 @@ import time
 import pytest
 
 from cluster.engine.request import FinishReason, ResponseOptions, SamplingParams, StoppingCriteria, TokenEvent
+from cluster.frontend.calls import FrontendConfig
 from cluster.frontend.errors import Draining, DuplicateRequest, EngineFault, InvalidRequest, QueueFull, RequestFailed
 from cluster.frontend.frontend import Frontend, State
 from cluster.frontend.link import Rejected
+from cluster.frontend.local_link import LocalLink
 from cluster.frontend.streams import Chunk
 from parallel.errors import CapacityError
 from tests.cluster.frontend.fakes import CODEC, PIECES, FakeEngine, scores_of, tokens_of
@@ -259,6 +261,26 @@ def test_drain_admits_nothing_finishes_what_is_open_and_ends_the_rest_after_the_
             assert await draining == 1 and frontend.drained.is_set()
             chunks = [chunk async for chunk in long]
             assert chunks[-1].finish_reason is FinishReason.ABORTED
+
+    run(main())
+
+
+def test_drain_while_the_engine_is_gone_admits_nothing_and_still_finishes_on_a_new_one() -> None:
+    async def main() -> None:
+        frontend = Frontend(
+            LocalLink(FakeEngine(crash_at_step=2)), codec=CODEC, config=FrontendConfig(recovery_seconds=9)
+        )
+        frontend.start()
+        running = asyncio.create_task(answer(frontend, call([1])))
+        await until(lambda: frontend.state is State.RECOVERING)
+        draining = asyncio.create_task(frontend.drain(10.0))
+        await asyncio.sleep(0)
+        with pytest.raises(Draining):
+            await frontend.open(call([2]))
+        await frontend.reattach(LocalLink(FakeEngine()))
+        assert (await running)[0].samples[0].token_ids == tokens_of([1], 1, 0, 8)
+        assert await draining == 0 and frontend.state is State.DRAINING
+        await frontend.close()
 
     run(main())
 

@@ -6,6 +6,7 @@ import asyncio
 import math
 import threading
 import time
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -14,6 +15,7 @@ from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from cluster.frontend.text import FimTokens
 from cluster.rpc.client import Client, ServiceError
 from cluster.rpc.limits import ServerLimits
 from cluster.rpc.proto import control_pb2, inference_pb2
@@ -163,7 +165,7 @@ def test_items_that_fail_have_their_own_status_and_a_call_of_only_such_items_fai
         ({"sampling": {"temperature": math.nan}}, "INVALID_ARGUMENT", "sampling.temperature"),
         ({"sampling": {"beam": {"width": 4}}}, "UNIMPLEMENTED", "sampling.beam"),
         ({"adapter": "lora"}, "UNIMPLEMENTED", "adapter"),
-        ({"prompts": [{"fim": {"prefix": "a", "suffix": "b"}}]}, "UNIMPLEMENTED", "prompts[0].fim"),
+        ({"prompts": [{"fim": {"prefix": "a", "suffix": "b"}}]}, "INVALID_ARGUMENT", "prompts[0].fim"),
         ({"prompts": [{}]}, "INVALID_ARGUMENT", "prompts[0]"),
         ({"prompts": [{"text": "a" * 100_000}]}, "INVALID_ARGUMENT", "100000 characters"),
         ({"prompts": [{"token_ids": {"ids": [1] * 500}}]}, "INVALID_ARGUMENT", "500 tokens are too long"),
@@ -193,6 +195,20 @@ def test_a_checkpoint_without_a_tokenizer_serves_ids_and_says_so_about_text() ->
                 error = await refused(wrong, grpc.StatusCode.FAILED_PRECONDITION, "no tokenizer")
                 assert info(error).reason == "NO_TOKENIZER"
             assert not (await s.client.model_info()).supports_text_input
+
+    run(main())
+
+
+def test_a_prompt_with_a_hole_is_marked_with_the_models_own_tokens() -> None:
+    async def main() -> None:
+        async with service(codec=replace(CODEC, fim=FimTokens(prefix=7, suffix=8, middle=9))) as s:
+            message = inference_pb2.GenerateRequest(
+                prompts=[{"fim": {"prefix": "ab", "suffix": "c"}}],
+                stopping={"max_new_tokens": 3},
+                response={"echo": True},
+            )
+            answer = await s.client.call(s.client.inference.Generate, message)
+            assert list(answer.results[0].prompt_token_ids) == [7, 3, 8, 2, 9]
 
     run(main())
 
