@@ -111,14 +111,37 @@ class ShardedAdamW:
         )  # fmt: skip
         self._hooks = [hook for flat in self.flats for hook in _accumulating(flat)]
 
-    def named_state(self) -> Iterator[tuple[str, Tensor, Flat, str]]:
-        """(parameter, moment's flat slice of this dp rank, its Flat, moment's name): for checkpoints."""
+    def local_state(self) -> Iterator[tuple[str, str, Tensor]]:
+        """(parameter, "exp_avg" | "exp_avg_sq" | "master", this tensor-parallel rank's whole shard of it, copied). Gathers over dp."""
         for flat, own in zip(self.flats, self._slices, strict=True):
             state = self._adam.state[own]
-            for name in flat.parameters:
-                for moment in ("exp_avg", "exp_avg_sq"):
-                    if moment in state:
-                        yield name, state[moment], flat, moment
+            for moment in ("exp_avg", "exp_avg_sq"):
+                part = state[moment] if moment in state else torch.zeros_like(own)
+                whole = part.detach().clone() if self.dp.size == 1 else self.dp.talk.all_gather(part, [len(part)] * self.dp.size, 0)
+                for name in flat.parameters:
+                    yield name, moment, flat.view(whole, name)
+            for name, parameter in flat.parameters.items():
+                if parameter.dtype is not torch.float32:
+                    yield name, "master", flat.view(flat.master, name).clone()
+
+    def prepare_state(self, steps: int) -> None:
+        """Makes room for moments that `restore` then fills, as after `steps` updates."""
+        self.steps = steps
+        for own in self._slices:
+            self._adam.state[own] = {
+                "step": torch.tensor(float(steps)), "exp_avg": torch.zeros_like(own), "exp_avg_sq": torch.zeros_like(own)
+            }  # fmt: skip
+
+    def restore(self, flat: Flat, name: str, moment: str, local: Tensor) -> None:
+        """Takes over one moment, or the master, of a parameter: this tensor-parallel rank's whole shard of it."""
+        if moment == "master":
+            flat.view(flat.master, name).copy_(local)
+            return
+        own = self._slices[self.flats.index(flat)]
+        start, stop = flat.places[name]
+        low, high = max(start, flat.slice.start), min(stop, flat.slice.stop)
+        if low < high:
+            self._adam.state[own][moment][low - flat.slice.start : high - flat.slice.start] = local.reshape(-1)[low - start : high - start]
 
     def zero_grad(self) -> None:
         for flat in self.flats:

@@ -65,6 +65,13 @@ def test_a_long_document_is_cut_at_rows_and_each_piece_predicts_the_next_ones_fi
     assert found[2][:2] == (ids[2 * ROW :], [*ids[2 * ROW + 1 :], -100])
 
 
+def test_a_last_token_that_would_be_alone_is_a_target_only(tmp_path: Path) -> None:
+    dataset = PackedDataset(store_of(tmp_path, ["a" * 2 * ROW, "b"]), tokens_per_sample=ROW, shuffle=False)
+    found = [part for batch in epoch(dataset) for part in parts(batch)]
+    assert [len(part[0]) for part in found] == [ROW, ROW, 2]
+    assert found[1][1] == [*b"a" * (ROW - 1), EOS] and found[1][2] == [1.0] * ROW
+
+
 def test_rows_are_full_but_never_padded_and_positions_restart(tmp_path: Path) -> None:
     dataset = PackedDataset(store_of(tmp_path, random_texts(300, 2 * ROW)), tokens_per_sample=ROW)
     for batch in epoch(dataset):
