@@ -29,7 +29,8 @@ CHUNK_BYTES = 1 << 19
 """Larger messages go in rounds of this many bytes per rank, which stay in the caches."""
 SPLIT_BYTES = 1 << 15
 """From this size on, three or more ranks divide a sum instead of each computing all of it (bench/collectives.py)."""
-SPIN_S, YIELD_S = 20e-6, 2e-3
+OWN_CORE, CROWDED = (50e-6, 2e-3), (0.0, 200e-6)
+"""How long a rank spins, and until when it yields, before it sleeps: with a core for each rank, and with fewer."""
 PATIENCE_S = 0.2
 """How long one wait for a command may keep Python from seeing a signal."""
 TIMEOUT, DIED, LEFT, MISMATCH = 1, 2, 3, 4
@@ -51,7 +52,7 @@ class ShmComm(Traffic):
         self._recent: dict[int, tuple[ReductionTree, int]] = {}  # by id, which is quicker than by value
         self._slot_given: int | None = None
         self._handle = self._lib.comm_attach(ctypes.addressof(self._view), rank, size, cap)
-        spin, yielding = (0.0, SPIN_S) if crowded else (SPIN_S, YIELD_S)
+        spin, yielding = CROWDED if crowded else OWN_CORE
         self._lib.comm_limits(self._handle, int(spin * 1e9), int(yielding * 1e9), int(timeout_s * 1e9))
         self._in_rank_order = self._plan(tuple([1] * size), (0, *(step for r in range(1, size) for step in (r, -1))))
 

