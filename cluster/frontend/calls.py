@@ -56,7 +56,7 @@ class Call:
 class FrontendConfig:
     """Bounds a front-end keeps whatever model is behind it."""
 
-    max_open_requests: int = 4096  # prompts in the journal
+    max_open_requests: int = 4096  # samples in the journal, over all prompts
     max_prompts_per_call: int = 1024
     max_n: int = 64
     max_logprobs: int = 64

@@ -82,7 +82,7 @@ class Frontend:
         admission = self._admission()
         admission.check(call)
         call = replace(call, request_id=call.request_id or uuid.uuid4().hex)
-        self._journal.check_room(call.request_id, len(call.prompts))
+        self._journal.check_room(call.request_id, len(call.prompts) * call.sampling.n)
         made = await admission.requests(call)
         self._check_open()
         failed = [item for item in made if isinstance(item, RequestError)]

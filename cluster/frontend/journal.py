@@ -114,10 +114,11 @@ class Entry:
 
 
 class Journal:
-    """Open entries by engine id, in order of admission; bounded."""
+    """Open entries by engine id, in order of admission; bounded by the number of their samples."""
 
     def __init__(self, max_open: int) -> None:
         self._max_open = max_open
+        self._num_samples = 0
         self._entries: dict[str, Entry] = {}
         self._calls: dict[str, list[str]] = {}
 
@@ -134,24 +135,27 @@ class Journal:
         return [self._entries[request_id] for request_id in self._calls.get(call_id, ())]
 
     def check_room(self, call_id: str, count: int) -> None:
-        """Refuse what cannot be added now."""
+        """Refuse a call of `count` samples that cannot be added now."""
         if call_id in self._calls:
             raise DuplicateRequest(f"request_id {call_id!r} is still open; give each call its own, or none")
-        if len(self._entries) + count > self._max_open:
+        if self._num_samples + count > self._max_open:
             raise QueueFull(
-                f"{len(self._entries)} prompts are open and {count} more were sent; "
+                f"{self._num_samples} samples are open and {count} more were sent; "
                 f"at most {self._max_open} may be open; retry later"
             )
 
     def add(self, entries: list[Entry]) -> None:
         """Open all entries of one call, or none."""
         if entries:
-            self.check_room(entries[0].call_id, len(entries))
+            count = sum(len(entry.samples) for entry in entries)
+            self.check_room(entries[0].call_id, count)
+            self._num_samples += count
             self._entries.update((entry.request.request_id, entry) for entry in entries)
             self._calls[entries[0].call_id] = [entry.request.request_id for entry in entries]
 
     def remove(self, entry: Entry) -> None:
         self._entries.pop(entry.request.request_id)
+        self._num_samples -= len(entry.samples)
         ids = self._calls[entry.call_id]
         ids.remove(entry.request.request_id)
         if not ids:

@@ -84,10 +84,8 @@ class SocketLink:
             hello = self._wire.receive()
         except (EOFError, OSError) as error:
             self._wire.close()
-            raise WorkerError(
-                f"the engine at {self._where} did not greet within {timeout:g} s ({type(error).__name__}); "
-                "it may be serving another front-end, which has to leave first"
-            ) from error
+            text = f"the engine at {self._where} said nothing within {timeout:g} s ({type(error).__name__})"
+            raise WorkerError(text) from error
         if not isinstance(hello, Hello):
             self._wire.close()
             raise WorkerError(

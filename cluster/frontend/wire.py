@@ -154,13 +154,19 @@ def accept(sock: socket.socket, authkey: bytes, timeout: float) -> Connection:
 
 def connect(address: tuple[str, int], authkey: bytes, timeout: float) -> Connection:
     """Client's side; WorkerError with the cause where nobody answers, or not as it should."""
+    where = f"the engine at {address[0]}:{address[1]}"
     try:
         connection = _limited(socket.create_connection(address, timeout), timeout)
+    except OSError as error:
+        raise WorkerError(f"cannot reach {where} in {timeout:g} s: {type(error).__name__}: {error}") from error
+    try:
         answer_challenge(connection, authkey)
         deliver_challenge(connection, authkey)
     except (AuthenticationError, OSError, EOFError) as error:
+        connection.close()
         raise WorkerError(
-            f"cannot reach the engine at {address[0]}:{address[1]} in {timeout:g} s: {type(error).__name__}: {error}"
+            f"{where} did not greet this front-end in {timeout:g} s ({type(error).__name__}: {error}); "
+            "the key is wrong, or another front-end is connected and has to leave first"
         ) from error
     return connection
 

@@ -204,8 +204,8 @@ def test_an_id_in_use_and_a_full_queue_are_refused_until_there_is_room() -> None
             stream = await frontend.open(call([1], [2], request_id="x", stopping=StoppingCriteria(max_new_tokens=50)))
             with pytest.raises(DuplicateRequest, match="'x'"):
                 await frontend.open(call([1], request_id="x"))
-            with pytest.raises(QueueFull, match="2 prompts are open and 2 more"):
-                await frontend.open(call([1], [2]))
+            with pytest.raises(QueueFull, match="2 samples are open and 2 more"):
+                await frontend.open(call([1], sampling=SamplingParams(n=2)))
             await answer(frontend, call([3]))
             stream.close()
             assert len(await answer(frontend, call([1], [2], request_id="x"))) == 2

@@ -102,7 +102,7 @@ def test_a_stranger_that_says_nothing_is_hung_up_on_and_holds_nobody_up_for_long
 def test_nobody_there_is_an_error_within_the_time_limit() -> None:
     with socket.create_server(("127.0.0.1", 0)) as mute:
         started = time.monotonic()
-        with pytest.raises(WorkerError, match=r"cannot reach the engine at 127\.0\.0\.1"):
+        with pytest.raises(WorkerError, match=r"127\.0\.0\.1.*another front-end"):
             SocketLink(mute.getsockname(), KEY, 0.3)
         assert time.monotonic() - started < 2.0
         address = mute.getsockname()

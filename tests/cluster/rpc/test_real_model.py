@@ -69,6 +69,12 @@ async def serving_model(engine: Engine, codec: TextCodec | None = None) -> Async
         await frontend.close()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def kernels_built() -> None:
+    """Compiling the native kernels for the first time takes longer than any test's limit."""
+    engine_of(SORTER)
+
+
 @pytest.fixture(scope="module")
 def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random GPT-2 with the real GPT-2 tokenizer."""

@@ -218,7 +218,7 @@ def test_a_full_queue_is_retryable_and_says_when() -> None:
         async with service(FakeEngine(step_seconds=0.01), max_open_requests=1) as s:
             first = s.client.stream([[1]], stopping={"max_new_tokens": 200})
             await anext(first)
-            error = await refused(s.client.generate([[2]]), grpc.StatusCode.RESOURCE_EXHAUSTED, "1 prompts are open")
+            error = await refused(s.client.generate([[2]]), grpc.StatusCode.RESOURCE_EXHAUSTED, "1 samples are open")
             assert info(error).metadata["retryable"] == "true"
             assert any(isinstance(d, RetryInfo) and d.retry_delay.ToMilliseconds() > 0 for d in error.details)
             await first.aclose()
@@ -358,9 +358,8 @@ def test_a_stream_that_nobody_reads_is_dropped_after_the_limit() -> None:
     async def main() -> None:
         big = FakeEngine(tokens_per_step=200)
         async with service(big, limits=ServerLimits(write_seconds=0.5)) as s:
-            narrow: Any = grpc.aio.insecure_channel(
-                s.address, options=[("grpc.http2.bdp_probe", 0)]
-            )  # 64 KiB in flight
+            at_most_64_kib_in_flight = [("grpc.http2.bdp_probe", 0)]
+            narrow: Any = grpc.aio.insecure_channel(s.address, options=at_most_64_kib_in_flight)
             call = InferenceStub(narrow).GenerateStream(
                 inference_pb2.GenerateRequest(
                     prompts=[{"token_ids": {"ids": [i % 13]}} for i in range(40)],
@@ -372,6 +371,7 @@ def test_a_stream_that_nobody_reads_is_dropped_after_the_limit() -> None:
             await asyncio.sleep(0)
             good = await s.client.generate([[1]], stopping={"max_new_tokens": 4})
             assert len(good.results[0].samples[0].token_ids) == 4
+            await until(lambda: s.engine.idle, 20.0)
             await asyncio.sleep(1.5)
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 async for _ in call:
