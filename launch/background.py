@@ -48,10 +48,10 @@ class Server:
         try:
             self.ready = lines.get(timeout=self._timeout_s).strip()
         except queue.Empty:
-            self._process.kill()
+            self.stop()
             raise WorkerError(f"the server was not ready within {self._timeout_s:g} s: {self.complaint}") from None
         if not self.ready.startswith(READY):
-            self._process.kill()
+            self._process.wait(STOP_S)
             raise WorkerError(f"the server did not start: {self.complaint}")
         return self
 

@@ -50,6 +50,10 @@ def find(name: str, folder: str) -> Path:
             raise ConfigError(f"no preset file at {name}")
         return Path(name)
     known = sorted(path.stem for path in (CONFIGS / folder).glob("*.yaml"))
+    if not known:
+        raise ConfigError(
+            f"no preset {name!r}: names come from a checkout's configs/{folder}; give a path to a .yaml file"
+        )
     if name not in known:
         raise ConfigError(
             f"no preset {name!r} in configs/{folder}; choose one of {known} or give a path to a .yaml file"

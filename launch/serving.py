@@ -16,7 +16,6 @@ import socket
 from collections.abc import Coroutine, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,11 +25,10 @@ from cluster.actors.spec import RankFacts, ServeSpec
 from cluster.actors.worker import Ready
 from cluster.frontend.frontend import Frontend, State
 from cluster.frontend.socket_link import SocketLink
-from cluster.frontend.text import TextCodec
+from cluster.frontend.text import codec_of
 from cluster.rpc.server import build_server
 from cluster.rpc.servicers import ServiceInfo
 from parallel.errors import ConfigError, WorkerError
-from tp_decoders.detokenizer import IncrementalDetokenizer
 from tp_decoders.registry import read_config
 from tp_decoders.tokenizer import load_tokenizer
 
@@ -43,6 +41,7 @@ CAUSE_S = 3.0
 CLOSE_GRACE_S = 2.0
 ENVIRONMENT = {
     "RAY_worker_niceness": "0",  # Ray's default of 15 starves the ranks on a machine that does anything else
+    "RAY_USAGE_STATS_ENABLED": "0",  # nothing is reported to anyone unless asked for
     "TORCH_CPP_LOG_LEVEL": "ERROR",  # a lost peer is reported by name; torch's C++ stack adds nothing
 }
 """Of a Ray cluster started here; a standing one has its own."""
@@ -95,6 +94,8 @@ async def _serve(config: ServeConfig, model: Path, log_level: int) -> int:
         print(ready_line(config, model, ready, port), flush=True)
         await _run(frontend, signals, faults)
         await _unless(signals.again, frontend.drain(config.server.drain_seconds))
+        if frontend.state is State.FAILED:
+            raise WorkerError(f"the engine was lost while open requests ended: {frontend.fault_cause}")
     return 0
 
 
@@ -107,7 +108,8 @@ async def _open(
     for rank in ready:
         log.info("%s", start_line(rank))
     link = await asyncio.to_thread(SocketLink, facts.engine_address, spec.authkey)
-    frontend = Frontend(link, codec=await asyncio.to_thread(_codec, model), config=config.frontend)
+    codec = codec_of(await asyncio.to_thread(load_tokenizer, model))
+    frontend = Frontend(link, codec=codec, config=config.frontend)
     stack.push_async_callback(frontend.close)
     address = f"{config.server.host}:{config.server.port}"
     server = build_server(frontend, address, config.limits, _service_info(config, model, facts))
@@ -171,15 +173,6 @@ def _service_info(config: ServeConfig, model: Path, facts: RankFacts) -> Service
         numerics=config.parallel.numerics,
         tensor_parallel_size=config.parallel.tp,
         data_parallel_size=config.parallel.dp,
-    )
-
-
-def _codec(model: Path) -> TextCodec | None:
-    tokenizer = load_tokenizer(model)
-    return (
-        None
-        if tokenizer is None
-        else TextCodec(tokenizer=tokenizer, detokenizer=partial(IncrementalDetokenizer, tokenizer))
     )
 
 

@@ -17,11 +17,18 @@ from cluster.frontend.frontend import Frontend
 from cluster.frontend.socket_link import SocketLink
 from cluster.frontend.streams import collect
 from parallel.errors import CheckpointError, ConfigError, TpError
+from parallel.native import library
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
 SORTER = Path(__file__).resolve().parents[2] / "data" / "gpt-nano-sort"
 KEY = b"0123456789abcdef"
 SMALL = EngineConfig(kv_blocks=32, max_sequences=4)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernels() -> None:
+    """Compiled here if need be, outside the limits below."""
+    library.available()
 
 
 def spec(model: Path = SORTER, engine: EngineConfig = SMALL, **parallel: object) -> ServeSpec:
