@@ -191,6 +191,17 @@ def test_nodes_that_are_not_the_trees_are_refused(ranks: Run) -> None:
         ranks(2, wrong_nodes)
 
 
+def late_slot(group: Group) -> None:
+    group.talk.slot(64)
+    group.talk.barrier()
+    group.talk.tree_sum_in_place((4,), ReductionTree.over(2, 2))
+
+
+def test_a_slot_asked_for_before_another_collective_is_refused(ranks: Run) -> None:
+    with pytest.raises(CollectiveError, match="no slot was asked for since the last collective"):
+        ranks(2, late_slot)
+
+
 def closed_twice(group: Group) -> str:
     group.talk.barrier()
     group.talk.close()
