@@ -1,10 +1,10 @@
-"""What the engine costs besides the model: scheduling, the plan's way to other ranks, taking tokens in, and drawing them.
+"""What the engine costs besides the model: scheduling, sending the plan, taking tokens in, drawing them.
 
     python bench/engine_overhead.py [--batch 16] [--steps 2000] [--vocab 50304]
 
-The executor is a stub that returns a token per row at once, so the time of a step is the engine's own. Drawing is timed by itself on
-random logits, because greedy rows never leave their ranks. With a real model, `EngineLoad` tells both times (step_seconds and
-forward_seconds). Prints microseconds per decode step, median and 90th percentile.
+The executor is a stub that returns a token per row at once, so the time of a step is the engine's own. Drawing is
+timed by itself on random logits, because greedy rows never leave their ranks. With a real model, `EngineLoad` tells
+both times (step_seconds and forward_seconds). Prints microseconds per decode step, median and 90th percentile.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 In this order, which is transformers' (`generate` builds its processors so):
 
     logit bias           x[t] += bias[t]
-    repetition penalty   for t in prompt or output: x[t] = x[t] / r if x[t] > 0 else x[t] * r        (Keskar et al. 2019)
-    presence, frequency  for t in output, seen c times: x[t] -= frequency * c + presence             (OpenAI; the prompt does not count)
+    repetition penalty   for t in prompt or output: x[t] = x[t] / r if x[t] > 0 else x[t] * r   (Keskar et al. 2019)
+    presence, frequency  for t in output, seen c times: x[t] -= frequency * c + presence        (OpenAI; not the prompt)
     bad words            the last token of a word whose other tokens have just been produced: x[t] = -inf
     minimum length       end-of-sequence and stop tokens: x[t] = -inf until min_new_tokens are there
     allowed tokens       all others: x[t] = -inf

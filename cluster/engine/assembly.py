@@ -1,7 +1,7 @@
 """From a loaded model to an engine: attention backend, cache layout, number of blocks, runner.
 
-Every rank calls the same functions in the same order (agreeing on the number of blocks is a collective). The caller says how much memory
-this rank may count on; nothing here asks the machine.
+Every rank calls the same functions in the same order (agreeing on the number of blocks is a collective). The caller
+says how much memory this rank may count on; nothing here asks the machine.
 """
 
 from __future__ import annotations

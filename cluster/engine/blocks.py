@@ -1,8 +1,8 @@
 """The key/value cache's blocks as integers: who holds which, how often, which are free, and what full ones hold.
 
-Blocks are counted by reference: the samples of one prompt share its full blocks, and `fork` copies only the last, partly
-filled one. A full block may be remembered by what it holds (a chain of token runs from the start of a sequence); nobody
-holding it, it stays until its place is needed, the longest unused first. No tensor here.
+Blocks are counted by reference: the samples of one prompt share its full blocks, and `fork` copies only the last,
+partly filled one. A full block may be remembered by what it holds (a chain of token runs from the start of a
+sequence); nobody holding it, it stays until its place is needed, the longest unused first. No tensor here.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ class BlockPool:
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         if num_blocks < 1 or block_size < 1:
-            raise ConfigError(f"{num_blocks} blocks of {block_size} tokens: a cache needs at least one block of one token")
+            raise ConfigError(
+                f"{num_blocks} blocks of {block_size} tokens: a cache needs at least one block of one token"
+            )
         self.num_blocks, self.block_size = num_blocks, block_size
         self._references = [0] * num_blocks
         self._free = list(range(num_blocks - 1, -1, -1))  # free, and holding nothing known

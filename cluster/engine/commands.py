@@ -3,8 +3,9 @@
     (STEP, plan)    one engine step        (KEEP_ALIVE,)    rank 0 is there and has nothing to do
     (STOP,)         the end of the stream  (name, ...)      whatever else the group was taught (training, saving, ...)
 
-Commands are plain tuples, pickled by rank 0, which is trusted: the transport is the group's own collective, never an open socket. While
-idle rank 0 sends a keep-alive every second; a follower that hears nothing for `silence_s` fails, naming rank 0.
+Commands are plain tuples, pickled by rank 0, which is trusted: the transport is the group's own collective, never an
+open socket. While idle rank 0 sends a keep-alive every second; a follower that hears nothing for `silence_s` fails,
+naming rank 0.
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ class Commands:
             payload = self.comm.broadcast_bytes(None, self.silence_s)
         except CollectiveError as error:
             raise CollectiveError(
-                f"rank {self.comm.rank} waited for a command from rank 0, which sends one at least every {KEEP_ALIVE_S:g} s "
-                f"and is given up after {self.silence_s:g} s: {error}"
+                f"rank {self.comm.rank} waited for a command from rank 0, which sends one at least every "
+                f"{KEEP_ALIVE_S:g} s and is given up after {self.silence_s:g} s: {error}"
             ) from error
         command: Command = pickle.loads(payload)
         return command

@@ -13,7 +13,7 @@ from parallel.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """An engine's sizes. kv_blocks None: as many as `kv_memory_fraction` of the free memory holds, but never more than can be used."""
+    """An engine's sizes. Without kv_blocks: what `kv_memory_fraction` of free memory holds, never more than useful."""
 
     block_size: int = 16
     kv_memory_fraction: float = 0.6
@@ -32,13 +32,18 @@ class EngineConfig:
             if not isinstance(value, int) or value < 1:
                 raise ConfigError(f"engine.{name} is {value!r}; it must be a whole number of at least 1")
         if not 0.0 < self.kv_memory_fraction <= 1.0:
-            raise ConfigError(f"engine.kv_memory_fraction is {self.kv_memory_fraction!r}; it must be above 0 and at most 1")
+            raise ConfigError(
+                f"engine.kv_memory_fraction is {self.kv_memory_fraction!r}; it must be above 0 and at most 1"
+            )
         if self.kv_blocks is not None and self.kv_blocks < 1:
-            raise ConfigError(f"engine.kv_blocks is {self.kv_blocks}; give at least 1, or leave it out to use free memory")
+            raise ConfigError(
+                f"engine.kv_blocks is {self.kv_blocks}; give at least 1, or leave it out to use free memory"
+            )
         if self.max_step_tokens < self.max_sequences:
             raise ConfigError(
-                f"engine.max_step_tokens is {self.max_step_tokens}, less than engine.max_sequences {self.max_sequences}: "
-                "a step must hold one token of every running sequence; raise the first or lower the second"
+                f"engine.max_step_tokens is {self.max_step_tokens}, less than engine.max_sequences "
+                f"{self.max_sequences}: a step must hold one token of every running sequence; raise the first or lower "
+                "the second"
             )
         if not (self.priority_patience > 0 and math.isfinite(self.priority_patience)):
             raise ConfigError(f"engine.priority_patience is {self.priority_patience!r}; give seconds above 0")
@@ -53,7 +58,8 @@ def num_kv_blocks(config: EngineConfig, bytes_per_block: int, free_bytes: int, m
     if affordable < 1:
         raise ConfigError(
             f"no room for the key/value cache: one block needs {bytes_per_block} bytes, engine.kv_memory_fraction "
-            f"{config.kv_memory_fraction:g} of {free_bytes} free bytes is {int(free_bytes * config.kv_memory_fraction)}; "
-            "use a smaller model or type, more ranks, or set engine.kv_blocks"
+            f"{config.kv_memory_fraction:g} of {free_bytes} free bytes is "
+            f"{int(free_bytes * config.kv_memory_fraction)}; use a smaller model or type, more ranks, or set "
+            "engine.kv_blocks"
         )
     return min(useful, affordable)

@@ -1,8 +1,9 @@
 """Which tokens may be drawn: top-k, top-p, min-p, in transformers' order, on rows of scaled logits.
 
-Each cut is a lowest logit that is kept, so tokens that tie with the last one kept are kept too, and nothing depends on the order in which
-a sort leaves equal values. The candidates for top-k and top-p are found through the maxima of short pieces of the row (the k-th largest
-piece maximum cannot exceed the k-th largest logit), which is several times cheaper than sorting 50,000 logits.
+Each cut is a lowest logit that is kept, so tokens that tie with the last one kept are kept too, and nothing depends
+on the order in which a sort leaves equal values. The candidates for top-k and top-p are found through the maxima of
+short pieces of the row (the k-th largest piece maximum cannot exceed the k-th largest logit), which is several times
+cheaper than sorting 50,000 logits.
 """
 
 from __future__ import annotations
@@ -73,9 +74,10 @@ def top_k_floor(rows_RV: Tensor, counts: list[int]) -> Tensor:
 
 
 def top_p_floor(rows_RV: Tensor, shares: list[float]) -> Tensor:
-    """[R] the lowest value of the smallest set of most likely tokens that holds the share: a token is kept if those before it do not.
+    """[R] the lowest value of the smallest set of most likely tokens that holds the share.
 
-    Looked for among the most likely few first; a row whose share is spread over more is divided into bins instead of being sorted.
+    A token is kept if those before it hold less. Looked for among the most likely few first; a row whose share is
+    spread over more is divided into bins instead of being sorted.
     """
     device = rows_RV.device
     wanted = leaf_sums(rows_RV).sum(1) * torch.tensor(shares, dtype=torch.float64, device=device)

@@ -1,7 +1,8 @@
 """The random number behind each drawn token, as a pure function of (seed, sample index, position).
 
-Counter-based: no generator state, so a token's draw is the same alone or in any batch, after a preemption or a restart, on any rank.
-The function is documented because answers depend on it; changing it changes every seeded answer.
+Counter-based: no generator state, so a token's draw is the same alone or in any batch, after a preemption or a
+restart, on any rank. The function is documented because answers depend on it; changing it changes every seeded
+answer.
 
     stream  = mix(mix(seed + G) ^ (sample_index + 1) * G)      once per sample
     uniform = (mix(stream + (position + 1) * G) >> 11) * 2^-53
@@ -19,7 +20,7 @@ UNIT = 2.0**-53
 
 
 def mix(x: int) -> int:
-    """SplitMix64's finaliser: a bijection of 64-bit integers that changes half of the output bits for each input bit."""
+    """SplitMix64's finaliser: a bijection of 64-bit integers; each input bit changes half of the output bits."""
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK
     return x ^ (x >> 31)

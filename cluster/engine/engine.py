@@ -1,13 +1,15 @@
 """The engine: a scheduler, and an executor that runs its plans. Plain Python, one process or one rank of many.
 
-Not thread-safe on purpose: one thread submits, aborts and steps. Who drives it (a front-end's thread, a worker's loop, a test) decides
-when. A fault inside a step is the executor's group's end and is raised; what concerns one request only ends that one, as an event.
+Not thread-safe on purpose: one thread submits, aborts and steps. Who drives it (a front-end's thread, a worker's
+loop, a test) decides when. A fault inside a step is the executor's group's end and is raised; what concerns one
+request only ends that one, as an event.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence as Many
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Many
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -54,7 +56,7 @@ class Engine:
         return self.scheduler.idle
 
     def submit(self, request: Request) -> Request:
-        """Queues a request; returns it with its seed and max_new_tokens decided. Raises RequestError or CapacityError."""
+        """Queues a request; returns it with seed and max_new_tokens decided. Raises RequestError or CapacityError."""
         return self.scheduler.submit(request)
 
     def abort(self, request_ids: Many[str]) -> None:
@@ -116,7 +118,7 @@ class Result:
 
 
 def generate(engine: Engine, requests: Iterable[Request]) -> list[list[Result]]:
-    """Runs requests to their end: for each its samples' results, in order. For tests and programs without a front-end."""
+    """Runs requests to their end: for each its samples' results. For tests and programs without a front-end."""
     submitted = [engine.submit(request) for request in requests]
     results = {request.request_id: [Result() for _ in range(request.sampling.n)] for request in submitted}
     while not engine.idle:

@@ -1,4 +1,4 @@
-"""Ways to run a plan: in this process alone, or on a group whose rank 0 this is; and what the other ranks do meanwhile."""
+"""Ways to run a plan: in this process alone, or on a group whose rank 0 this is; and what its other ranks do."""
 
 from __future__ import annotations
 
@@ -65,4 +65,6 @@ def follow(runner: ModelRunner, commands: Commands, handlers: Mapping[str, Handl
         elif handlers and name in handlers:
             handlers[name](*arguments)
         elif name != KEEP_ALIVE:
-            raise CollectiveError(f"rank 0 issued {name!r}, which this rank was not taught; all ranks must run the same version")
+            raise CollectiveError(
+                f"rank 0 issued {name!r}, which this rank was not taught; all ranks must run the same version"
+            )

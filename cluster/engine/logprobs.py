@@ -1,7 +1,7 @@
 """Log-probabilities that go back with tokens: those of the model itself, before penalties, cuts and temperature.
 
-They are the trainer's bit for bit: a logit minus the log-sum-exp that is taken leaf by leaf over the vocabulary's virtual shards
-(parallel.vocab). `response.logprobs_temperature` other than 1 divides the logits first.
+They are the trainer's bit for bit: a logit minus the log-sum-exp that is taken leaf by leaf over the vocabulary's
+virtual shards (parallel.vocab). `response.logprobs_temperature` other than 1 divides the logits first.
 """
 
 from __future__ import annotations
@@ -62,5 +62,7 @@ def at_temperatures(logits_RV: Tensor, temperatures: Many[float] | None) -> Tens
 def checked(token: int, value: float, top: tuple[tuple[int, float], ...]) -> TokenLogprobs | str:
     """NaN means that the row had no finite log-sum-exp."""
     if value != value:
-        return f"the model's logits give token {token} the log-probability {value}: its weights or activations are damaged"
+        return (
+            f"the model's logits give token {token} the log-probability {value}: its weights or activations are damaged"
+        )
     return TokenLogprobs(token, value, top)

@@ -1,7 +1,7 @@
 """How a step's result changes the sequences, and the events that tell of it.
 
-Here it is decided when a sample ends: a stop token, its length, an abort, a deadline, or a fault of its own row, which never touches the
-others.
+Here it is decided when a sample ends: a stop token, its length, an abort, a deadline, or a fault of its own row,
+which never touches the others.
 """
 
 from __future__ import annotations
@@ -141,7 +141,9 @@ class Outcomes:
         """Log-probabilities of some of the prompt's tokens; for a request that is only scored, perhaps its end."""
         seq = score.sequence
         if isinstance(values, str):
-            self.end(seq, FinishReason.ERROR, error=values)
+            for sample in list(seq.answer.live.values()):
+                sample.forks = []
+                self.end(sample, FinishReason.ERROR, error=values)
             return
         seq.answer.prompt_logprobs += values
         if seq.answer.request.score_only and len(seq.answer.prompt_logprobs) == seq.prompt_len - 1:
@@ -156,7 +158,7 @@ class Outcomes:
         return tuple(answer.prompt_logprobs)
 
     def over_already(self, seq: Sequence) -> bool:
-        """Ends a sample that has nothing to compute: a score of a single token, or a resumed sample that was complete."""
+        """Ends a sample that has nothing to compute: the score of one token, or a resumed sample that was complete."""
         if seq.answer.request.score_only and seq.prompt_len == 1:
             self.end(seq, FinishReason.STOP)
         elif not seq.answer.request.score_only and len(seq.tokens) >= seq.max_tokens:

@@ -1,11 +1,11 @@
 """What one engine step computes, and what came out of it.
 
-`StepPlan` is lists of integers. Its `wire` form is what travels to the other ranks: every rank keeps a mirror of each slot's block
-table, so only changes are sent, and parameters of sampling never are (rank 0 alone draws). Rows whose logits are wanted stand in
-three groups, because each group costs different collectives:
+`StepPlan` is lists of integers. Its `wire` form is what travels to the other ranks: every rank keeps a mirror of each
+slot's block table, so only changes are sent, and parameters of sampling never are (rank 0 alone draws). Rows whose
+logits are wanted stand in three groups, because each group costs different collectives:
 
-    rows    [ largest logit only | gathered to rank 0: drawn, or scored with alternatives | scored: log-probability of `targets` ]
-              num_argmax           num_gathered                                             len(targets)
+    rows    [ largest logit only | to rank 0: drawn, or scored with alternatives | scored: log-probability of targets ]
+              num_argmax           num_gathered                                    len(targets)
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class StepPlan:
     def wire(self) -> tuple[Any, ...]:
         """What the other ranks need, as plain values."""
         return (
-            self.number, self.tokens, self.slots, self.query_lens, self.context_lens, self.tables, self.copies, self.rows,
-            self.num_argmax, self.num_gathered, self.targets, self.temperatures,
+            self.number, self.tokens, self.slots, self.query_lens, self.context_lens, self.tables, self.copies,
+            self.rows, self.num_argmax, self.num_gathered, self.targets, self.temperatures,
         )  # fmt: skip
 
     @staticmethod
@@ -120,7 +120,9 @@ class PlanBuilder:
         if first >= last:
             return
         response = seq.answer.request.response
-        score = PromptScore(seq, seq.tokens[first + 1 : last + 1], response.prompt_logprobs or 0, response.logprobs_temperature)
+        score = PromptScore(
+            seq, seq.tokens[first + 1 : last + 1], response.prompt_logprobs or 0, response.logprobs_temperature
+        )
         rows, scores = self._gathered_scores if score.top else self._plain_scores
         rows.extend(range(first_row + first - start, first_row + last - start))
         scores.append(score)

@@ -1,7 +1,7 @@
 """What the engine is asked and what it answers: token ids in, token events out.
 
-Plain frozen dataclasses that pickle; text, stop strings and protobuf messages live above. Validation against a model's limits
-is `cluster.engine.validation.validate`; the defaults are a Hugging Face user's.
+Plain frozen dataclasses that pickle; text, stop strings and protobuf messages live above. Validation against a
+model's limits is `cluster.engine.validation.validate`; the defaults are a Hugging Face user's.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class SamplingParams:
 
 @dataclass(frozen=True, kw_only=True)
 class StoppingCriteria:
-    """When a sample ends. max_new_tokens None means what is left of the context; stop strings are matched on text above the engine."""
+    """When a sample ends. max_new_tokens None: what is left of the context; stop strings are matched elsewhere."""
 
     max_new_tokens: int | None = None
     min_new_tokens: int = 0
@@ -57,7 +57,7 @@ class StoppingCriteria:
 
 @dataclass(frozen=True, kw_only=True)
 class ResponseOptions:
-    """What comes back besides tokens. logprobs = k adds the chosen token's log-probability and the k most likely ones (0: chosen only)."""
+    """What comes back besides tokens. logprobs = k: the chosen token's log-probability and the k most likely ones."""
 
     logprobs: int | None = None
     prompt_logprobs: int | None = None
@@ -69,7 +69,7 @@ class ResponseOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One prompt to be continued (n samples). Samples share the prompt's cache. `resumed_ids` were already sent before a restart."""
+    """One prompt to be continued (n samples, which share its cache). `resumed_ids` were sent before a restart."""
 
     request_id: str
     token_ids: tuple[int, ...]
@@ -78,8 +78,12 @@ class Request:
     response: ResponseOptions = ResponseOptions()
     priority: int = 0
     deadline: float | None = None  # seconds from submission
-    resumed_ids: tuple[tuple[int, ...], ...] = ()  # per sample: tokens generated before a rebuild; the engine goes on after them
-    finished_samples: tuple[int, ...] = ()  # samples that had ended before a rebuild: they are neither run nor answered again
+    resumed_ids: tuple[
+        tuple[int, ...], ...
+    ] = ()  # per sample: tokens generated before a rebuild; the engine goes on after them
+    finished_samples: tuple[
+        int, ...
+    ] = ()  # samples that had ended before a rebuild: they are neither run nor answered again
     score_only: bool = False  # prompt log-probabilities only: no token is generated
 
 
@@ -109,9 +113,13 @@ class TokenEvent:
     sample_index: int = 0
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] = ()  # one per new token where asked for
-    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None  # one per prompt token after the first; sent once, with sample 0
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = (
+        None  # one per prompt token after the first; sent once, with sample 0
+    )
     finish_reason: FinishReason | None = None
-    stop_token_id: int | None = None  # the stop token that ended the sample; it is not in token_ids unless asked to be included
+    stop_token_id: int | None = (
+        None  # the stop token that ended the sample; it is not in token_ids unless asked to be included
+    )
     error: str | None = None
     weight_version: int = 0
     timings: Timings | None = None

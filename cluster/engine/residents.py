@@ -1,6 +1,7 @@
 """The sequences that run: each holds a slot (its row in every rank's mirror of block tables) and blocks of the cache.
 
-Bookkeeping of integers, and a record of what changed since the last plan (`take_changes`). Which sequence runs is the scheduler's choice.
+Bookkeeping of integers, and a record of what changed since the last plan (`take_changes`). Which sequence runs is the
+scheduler's choice.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class Residents:
         seq.blocks.append(block)
 
     def fork(self, parent: Sequence, child: Sequence) -> bool:
-        """Lets the child (whose slot is there already) run on from its parent's computed tokens; False if no block is left."""
+        """Lets the child, which has a slot, run on from its parent's computed tokens; False if no block is left."""
         if self.pool.num_free == 0:
             self._slots.append(child.slot)  # type: ignore[arg-type]
             child.slot = None

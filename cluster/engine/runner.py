@@ -1,7 +1,8 @@
 """One rank's part of a step: mirror of block tables, model forward, and on rank 0 the choice of tokens.
 
-Every rank runs the same plan in the same order, so the collectives inside the forward and after it match. Followers return None: tokens,
-parameters of sampling and answers live on rank 0 only, and what it drew reaches the others with the next plan.
+Every rank runs the same plan in the same order, so the collectives inside the forward and after it match. Followers
+return None: tokens, parameters of sampling and answers live on rank 0 only, and what it drew reaches the others with
+the next plan.
 """
 
 from __future__ import annotations
@@ -53,7 +54,11 @@ class ModelRunner:
     def _forward(self, plan: StepPlan) -> Tensor:
         tables = self._tables
         meta = AttentionMeta.build(
-            plan.query_lens, plan.context_lens, [tables[slot] for slot in plan.slots], self.cache.layout.block_size, self.device
+            plan.query_lens,
+            plan.context_lens,
+            [tables[slot] for slot in plan.slots],
+            self.cache.layout.block_size,
+            self.device,
         )
         tokens = torch.tensor(plan.tokens, dtype=torch.long, device=self.device)
         positions = torch.tensor(positions_of(plan), dtype=torch.long, device=self.device)

@@ -1,11 +1,12 @@
 """From rows of logits to tokens, on rank 0.
 
-The rule that everything here keeps: what is drawn for a row depends on that row alone, never on the others or on how many there are.
-torch's vectorised exp and log differ in the last bit between the body of a tensor and its tail, so they are never called here: only
-`parallel.logsumexp`'s, whose bits do not depend on the place, and operations that are exact element by element.
+The rule that everything here keeps: what is drawn for a row depends on that row alone, never on the others or on how
+many there are. torch's vectorised exp and log differ in the last bit between the body of a tensor and its tail, so
+they are never called here: only `parallel.logsumexp`'s, whose bits do not depend on the place, and operations that
+are exact element by element.
 
-A draw inverts the distribution function in the order of token ids: one uniform number per token (see cluster.engine.draws) is looked up
-first among sums over leaves of 512 tokens, then inside one leaf.
+A draw inverts the distribution function in the order of token ids: one uniform number per token (see
+cluster.engine.draws) is looked up first among sums over leaves of 512 tokens, then inside one leaf.
 """
 
 from __future__ import annotations
@@ -48,8 +49,8 @@ class Sampler:
         greedy = [i for i, seq in enumerate(sequences) if seq.sampling.greedy]
         others = [i for i, seq in enumerate(sequences) if not seq.sampling.greedy]
         if greedy:
-            values, ids = _pick(rows_RV, greedy).max(1)
-            self._note(tokens, errors, greedy, ids.tolist(), values.tolist())
+            largest = _pick(rows_RV, greedy).max(1)
+            self._note(tokens, errors, greedy, largest.indices.tolist(), largest.values.tolist())
         if others:
             chosen = [sequences[i] for i in others]
             best, ids = draw_rows(_pick(rows_RV, others), chosen)
@@ -78,13 +79,18 @@ class Sampler:
         for i, token, value in zip(places, ids, best, strict=True):
             tokens[i] = token
             if value == float("-inf") and i not in errors:
-                errors[i] = "no token is left that may be drawn: bad_words, allowed_token_ids and min_new_tokens exclude all"
+                errors[i] = (
+                    "no token is left that may be drawn: bad_words, allowed_token_ids and min_new_tokens exclude all"
+                )
 
 
 def bad_rows(largest: list[float]) -> dict[int, str]:
     """Rows whose largest logit is no finite number, with the reason: such a row ends its sequence, never silently."""
     wrong = {i: value for i, value in enumerate(largest) if not abs(value) < float("inf")}
-    return {i: f"the model's logits hold {value}: its weights or activations overflowed or are damaged" for i, value in wrong.items()}
+    return {
+        i: f"the model's logits hold {value}: its weights or activations overflowed or are damaged"
+        for i, value in wrong.items()
+    }
 
 
 def _pick(rows_RV: Tensor, places: list[int]) -> Tensor:
@@ -108,7 +114,7 @@ def draw_rows(rows_RV: Tensor, sequences: Many[Sequence]) -> tuple[list[float], 
 
 def look_up(scaled_RV: Tensor, uniforms_R: Tensor) -> Tensor:
     """[R] the first token at which the distribution function of exp(scaled) exceeds the uniform number."""
-    rows, vocab_size = scaled_RV.shape
+    vocab_size = scaled_RV.shape[1]
     leaf, share = _invert(leaf_sums(scaled_RV), uniforms_R)
     columns = leaf[:, None] * LEAF + torch.arange(LEAF, device=scaled_RV.device)
     inside = scaled_RV.gather(1, columns.clamp(max=vocab_size - 1)).masked_fill_(columns >= vocab_size, float("-inf"))

@@ -1,16 +1,18 @@
 """Which tokens are computed next: continuous batching over a pool of cache blocks.
 
-Every step takes the running sequences first come first: one token of each that is generating, chunks of those still reading their
-prompt, then new ones from the queue while tokens, slots and blocks last. When a generating sequence needs a block and none is free, the
-latest arrival gives its blocks back and is computed again later (its tokens stay, and draws depend on positions only, so the answer does
-not change). The first of all can always go on, so every admitted request ends. No tensor, no clock of its own.
+Every step takes the running sequences first come first: one token of each that is generating, chunks of those still
+reading their prompt, then new ones from the queue while tokens, slots and blocks last. When a generating sequence
+needs a block and none is free, the latest arrival gives its blocks back and is computed again later (its tokens stay,
+and draws depend on positions only, so the answer does not change). The first of all can always go on, so every
+admitted request ends. No tensor, no clock of its own.
 """
 
 from __future__ import annotations
 
 import heapq
 import time
-from collections.abc import Callable, Sequence as Many
+from collections.abc import Callable
+from collections.abc import Sequence as Many
 
 from cluster.engine.blocks import BlockPool
 from cluster.engine.config import EngineConfig
@@ -48,10 +50,12 @@ class Scheduler:
         """Queues a request and returns it with everything it left open decided; refuses what cannot work."""
         validate(request, self.limits)
         if request.request_id in self.answers:
-            raise RequestError(f"request_id {request.request_id!r} is in use by a request that has not ended; choose another")
+            raise RequestError(
+                f"request_id {request.request_id!r} is in use by a request that has not ended; choose another"
+            )
         if len(self.waiting) >= self.config.max_queue:
             raise CapacityError(
-                f"{len(self.waiting)} sequences are waiting, engine.max_queue is {self.config.max_queue}; try again later"
+                f"{len(self.waiting)} sequences are waiting and engine.max_queue is {self.config.max_queue}; try later"
             )
         request = resolve(request, self.limits)
         now = self.clock()
@@ -67,7 +71,9 @@ class Scheduler:
         when = answer.submitted + request.priority * self.config.priority_patience
         ignored = frozenset() if request.stopping.ignore_eos else frozenset(self.limits.eos_token_ids)
         stop_ids = ignored | frozenset(request.stopping.stop_token_ids)
-        indices = [i for i in range(1 if request.score_only else request.sampling.n) if i not in request.finished_samples]
+        indices = [
+            i for i in range(1 if request.score_only else request.sampling.n) if i not in request.finished_samples
+        ]
         samples = []
         for index in indices:
             order: Order = (when, self._submissions, index)
@@ -83,7 +89,7 @@ class Scheduler:
             self.answers.pop(request.request_id, None)
 
     def _share_prompt(self, samples: list[Sequence]) -> None:
-        """Samples of a bare prompt fork from the first once it is computed; resumed ones differ and go by themselves."""
+        """Samples of a bare prompt fork from the first once it is computed; resumed ones go by themselves."""
         if samples and not any(len(seq.tokens) > seq.prompt_len for seq in samples):
             samples[0].forks = samples[1:]
             samples = samples[:1]
@@ -168,7 +174,7 @@ class Scheduler:
         return budget - count, scored
 
     def _grow(self, seq: Sequence) -> bool:
-        """A block for one more token, taken from the latest arrival if need be; False if that is the sequence itself."""
+        """A block for one more token, if need be from the latest arrival; False if that is the sequence itself."""
         while self.residents.pool.num_free == 0:
             victim = self.residents.running[-1]
             self._set_aside(victim)

@@ -1,8 +1,8 @@
 """One sample of one request while it lives in the engine, and what its samples have in common.
 
-Plain mutable records: the scheduler owns and changes them, the sampler reads them. The tokens of a sequence are its prompt and
-everything generated so far; `computed` of them have their keys and values in the cache, so a preempted sequence is simply one with
-`computed` set back to 0.
+Plain mutable records: the scheduler owns and changes them, the sampler reads them. The tokens of a sequence are its
+prompt and everything generated so far; `computed` of them have their keys and values in the cache, so a preempted
+sequence is simply one with `computed` set back to 0.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ class Sequence:
     """One sample: tokens, table of blocks, and what decides when it ends."""
 
     __slots__ = (
-        "adjustments", "answer", "blocks", "chain", "chained", "computed", "done", "forks", "greedy_from", "index", "max_tokens", "min_tokens", "order", "plain",
+        "adjustments", "answer", "blocks", "chain", "chained", "computed", "done", "forks", "greedy_from", "index",
+        "max_tokens", "min_tokens", "order", "plain",
         "prompt_len", "request_id", "sampling", "scores", "slot", "stop_ids", "stream", "tokens", "top_logprobs",
     )  # fmt: skip
 
@@ -89,7 +90,7 @@ class Sequence:
 
 
 def is_plain(request: Request) -> bool:
-    """Whether every token is the largest logit and nothing about the others is asked: no row of logits need be gathered."""
+    """Whether every token is the largest logit and nothing else is asked: no row of logits need be gathered."""
     given = request.sampling
     untouched = not (given.logit_bias or given.bad_words or given.allowed_token_ids is not None)
     no_penalty = given.repetition_penalty == 1.0 and given.presence_penalty == 0.0 and given.frequency_penalty == 0.0

@@ -1,7 +1,7 @@
 """Whether a request can work at all: the rules of its fields, then whether it fits the model's context and the cache.
 
-Every refusal names the field, what was given and the rule. `resolve` fills in what the request left open (max_new_tokens, the seed), so
-that an answer can say which parameters were used.
+Every refusal names the field, what was given and the rule. `resolve` fills in what the request left open
+(max_new_tokens, the seed), so that an answer can say which parameters were used.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def resolve(request: Request, limits: ModelLimits) -> Request:
 
 
 def room(request: Request, limits: ModelLimits) -> int:
-    """How many tokens can follow the prompt. The last one needs no position and no place in the cache: it is never fed back."""
+    """How many tokens can follow the prompt. The last one needs no place: it is never fed back."""
     return min(limits.max_context, limits.kv_capacity_tokens) + 1 - len(request.token_ids)
 
 
@@ -58,16 +58,19 @@ def check_capacity(request: Request, limits: ModelLimits) -> None:
     new = 0 if request.score_only else max(1, request.stopping.min_new_tokens) if wanted is None else wanted
     if prompt + new - 1 > limits.max_context:
         raise CapacityError(
-            f"the prompt's {prompt} tokens and {new} new ones need {prompt + new - 1} positions, the model's context holds "
-            f"{limits.max_context}; shorten the prompt or lower max_new_tokens"
+            f"the prompt's {prompt} tokens and {new} new ones need {prompt + new - 1} positions, the model's context "
+            f"holds {limits.max_context}; shorten the prompt or lower max_new_tokens"
         )
     if prompt + new - 1 > limits.kv_capacity_tokens:
         raise CapacityError(
-            f"the prompt's {prompt} tokens and {new} new ones need {prompt + new - 1} places in the key/value cache, which has "
-            f"{limits.kv_capacity_tokens}; lower max_new_tokens, or serve with a larger engine.kv_memory_fraction or more ranks"
+            f"the prompt's {prompt} tokens and {new} new ones need {prompt + new - 1} places in the key/value cache, "
+            f"which has {limits.kv_capacity_tokens}; lower max_new_tokens, or serve with a larger "
+            "engine.kv_memory_fraction or more ranks"
         )
     if limits.max_batch and request.sampling.n > limits.max_batch:
-        raise CapacityError(f"sampling.n is {request.sampling.n}; at most engine.max_sequences = {limits.max_batch} run at once")
+        raise CapacityError(
+            f"sampling.n is {request.sampling.n}; at most engine.max_sequences = {limits.max_batch} run at once"
+        )
 
 
 def _is_number(value: object) -> bool:
@@ -79,7 +82,9 @@ def _check_ids(what: str, ids: Sequence[int], vocab_size: int) -> None:
         raise RequestError(f"{what} ids must be whole numbers")
     if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
         wrong = next(token for token in ids if not 0 <= token < vocab_size)
-        raise RequestError(f"{what} id {wrong} is outside the vocabulary of {vocab_size}; ids run from 0 to {vocab_size - 1}")
+        raise RequestError(
+            f"{what} id {wrong} is outside the vocabulary of {vocab_size}; ids run from 0 to {vocab_size - 1}"
+        )
 
 
 def _within(field: str, value: object, rule: str, good: bool) -> None:
@@ -107,7 +112,9 @@ def _check_sampling(given: SamplingParams, vocab_size: int) -> None:
     if given.allowed_token_ids is not None:
         _check_ids("sampling.allowed_token", given.allowed_token_ids, vocab_size)
         if not given.allowed_token_ids:
-            raise RequestError("sampling.allowed_token_ids is empty: no token could be drawn; leave it out to allow all")
+            raise RequestError(
+                "sampling.allowed_token_ids is empty: no token could be drawn; leave it out to allow all"
+            )
     for word in given.bad_words:
         if not word:
             raise RequestError("sampling.bad_words holds an empty word; each needs at least one token")
@@ -121,7 +128,9 @@ def _check_stopping(given: StoppingCriteria, vocab_size: int) -> None:
         return
     _within("stopping.max_new_tokens", given.max_new_tokens, "at least 1, or left out", given.max_new_tokens >= 1)
     if given.min_new_tokens > given.max_new_tokens:
-        raise RequestError(f"stopping.min_new_tokens is {given.min_new_tokens}, above max_new_tokens {given.max_new_tokens}")
+        raise RequestError(
+            f"stopping.min_new_tokens is {given.min_new_tokens}, above max_new_tokens {given.max_new_tokens}"
+        )
 
 
 def _check_response(given: ResponseOptions) -> None:

@@ -1,7 +1,8 @@
 """The queue of sequences that wait for a slot and blocks: one static order, so nobody is overtaken for ever.
 
-The order is arrival time plus priority times a fixed patience: a request of a worse priority is overtaken only by what arrives within
-that many seconds per level after it. A preempted sequence keeps its order and so comes back ahead of everything that arrived later.
+The order is arrival time plus priority times a fixed patience: a request of a worse priority is overtaken only by
+what arrives within that many seconds per level after it. A preempted sequence keeps its order and so comes back ahead
+of everything that arrived later.
 """
 
 from __future__ import annotations

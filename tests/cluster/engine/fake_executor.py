@@ -1,7 +1,7 @@
 """An executor without a model: it keeps a paged "cache" of token ids, and a next token is a hash of what it reads back.
 
-It sees what a real rank sees (the plan's wire form), so a wrong table, a missing copy, a lost chunk or a block that is used twice
-changes the tokens that come out. `reference` says what must come out.
+It sees what a real rank sees (the plan's wire form), so a wrong table, a missing copy, a lost chunk or a block that
+is used twice changes the tokens that come out. `reference` says what must come out.
 """
 
 from __future__ import annotations
@@ -134,7 +134,13 @@ def reference(request: Request, sample_index: int) -> tuple[list[int], FinishRea
 
 def fake_engine(num_blocks: int = 32, clock: Clock | None = None, **options: object) -> tuple[Engine, FakeExecutor]:
     """An engine over the fake executor; small sizes, so that limits are met."""
-    sizes: dict[str, object] = {"block_size": 4, "max_step_tokens": 16, "max_sequences": 6, "max_scored_tokens": 5, **options}
+    sizes: dict[str, object] = {
+        "block_size": 4,
+        "max_step_tokens": 16,
+        "max_sequences": 6,
+        "max_scored_tokens": 5,
+        **options,
+    }
     config = EngineConfig(**sizes)  # type: ignore[arg-type]
     executor = FakeExecutor(config.block_size)
     return Engine(executor, LIMITS, config, num_blocks, clock or Clock()), executor

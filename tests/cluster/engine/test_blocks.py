@@ -92,7 +92,9 @@ def computed(executor: FakeExecutor) -> int:
 def test_a_shared_prefix_is_computed_once(caching: bool) -> None:
     engine, executor = fake_engine(num_blocks=32, prefix_caching=caching)
     prefix = tuple(range(20))
-    requests = [Request(request_id=str(i), token_ids=(*prefix, 40 + i), sampling=GREEDY, stopping=STOP) for i in range(3)]
+    requests = [
+        Request(request_id=str(i), token_ids=(*prefix, 40 + i), sampling=GREEDY, stopping=STOP) for i in range(3)
+    ]
     for i, request in enumerate(requests):
         (result,) = generate(engine, [request])[0]
         assert result.token_ids == reference(request, 0)[0]
@@ -105,7 +107,9 @@ def test_an_answer_s_tokens_serve_the_next_turn() -> None:
     first = Request(request_id="a", token_ids=tuple(range(10)), sampling=GREEDY, stopping=STOP)
     (result,) = generate(engine, [first])[0]
     computed(executor)
-    second = Request(request_id="b", token_ids=(*first.token_ids, *result.token_ids, 3, 3), sampling=GREEDY, stopping=STOP)
+    second = Request(
+        request_id="b", token_ids=(*first.token_ids, *result.token_ids, 3, 3), sampling=GREEDY, stopping=STOP
+    )
     (answer,) = generate(engine, [second])[0]
     assert answer.token_ids == reference(second, 0)[0]
     assert computed(executor) == 18 + 5 - 12  # three full blocks of 10 + 5 cached tokens
@@ -124,12 +128,18 @@ def test_scored_prompts_are_computed_whole() -> None:
     engine, _ = fake_engine(num_blocks=32)
     plain = Request(request_id="a", token_ids=tuple(range(20)), sampling=GREEDY, stopping=STOP)
     scored = Request(
-        request_id="b", token_ids=plain.token_ids, sampling=GREEDY, stopping=STOP, response=ResponseOptions(prompt_logprobs=0)
+        request_id="b",
+        token_ids=plain.token_ids,
+        sampling=GREEDY,
+        stopping=STOP,
+        response=ResponseOptions(prompt_logprobs=0),
     )
     generate(engine, [plain])
     (result,) = generate(engine, [scored])[0]
     ids = plain.token_ids
-    assert [entry.logprob for entry in result.prompt_logprobs or ()] == [logprob_of(ids[:i], ids[i]) for i in range(1, 20)]
+    assert [entry.logprob for entry in result.prompt_logprobs or ()] == [
+        logprob_of(ids[:i], ids[i]) for i in range(1, 20)
+    ]
 
 
 def test_new_weights_recompute_what_runs_and_forget_what_was() -> None:

@@ -102,11 +102,15 @@ def test_a_stop_token_ends_the_sample_and_is_named_but_not_included() -> None:
     stop = first.token_ids[5]
     place = first.token_ids.index(stop)
     stopping = StoppingCriteria(max_new_tokens=12, ignore_eos=True, stop_token_ids=(stop,))
-    (result,) = generate(engine, [Request(request_id="s", token_ids=free.token_ids, sampling=GREEDY, stopping=stopping)])[0]
+    (result,) = generate(
+        engine, [Request(request_id="s", token_ids=free.token_ids, sampling=GREEDY, stopping=stopping)]
+    )[0]
     assert result.token_ids == first.token_ids[:place]
     assert (result.finish_reason, result.stop_token_id) == (FinishReason.STOP, stop)
     shown = StoppingCriteria(max_new_tokens=12, ignore_eos=True, stop_token_ids=(stop,), include_stop_sequence=True)
-    (result,) = generate(engine, [Request(request_id="s", token_ids=free.token_ids, sampling=GREEDY, stopping=shown)])[0]
+    (result,) = generate(engine, [Request(request_id="s", token_ids=free.token_ids, sampling=GREEDY, stopping=shown)])[
+        0
+    ]
     assert result.token_ids == first.token_ids[: place + 1]
 
 
@@ -246,7 +250,7 @@ def test_a_full_queue_and_a_used_id_are_refused() -> None:
     with pytest.raises(RequestError, match="'a' is in use"):
         engine.submit(ask("a", 4))
     engine.submit(ask("b", 4))
-    with pytest.raises(CapacityError, match="2 sequences are waiting, engine.max_queue is 2"):
+    with pytest.raises(CapacityError, match="2 sequences are waiting and engine.max_queue is 2"):
         engine.submit(ask("c", 4))
     drain(engine)
     engine.submit(ask("a", 4))

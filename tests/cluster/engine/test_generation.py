@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence as Many
+from collections.abc import Callable
+from collections.abc import Sequence as Many
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,12 @@ def expected() -> dict[str, list[list[int]]]:
 def continued(model: transformers.PreTrainedModel, prompt: tuple[int, ...], count: int) -> list[int]:
     ids = torch.tensor([prompt])
     out = model.generate(  # an end-of-sequence that never comes
-        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=count, eos_token_id=VOCAB, pad_token_id=0
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=count,
+        eos_token_id=VOCAB,
+        pad_token_id=0,
     )
     answer: list[int] = out[0, len(prompt) :].tolist()
     return answer
@@ -64,7 +70,6 @@ def continued(model: transformers.PreTrainedModel, prompt: tuple[int, ...], coun
 def engine_over(model: Decoder, **sizes: Any) -> Engine:
     config = EngineConfig(**{"kv_blocks": 64, "max_sequences": 16, "max_step_tokens": 64, **sizes})
     return build_engine(build_runner(model, config, 0), config)
-
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -122,7 +127,10 @@ SCENES: dict[str, tuple[int, dict[str, int]]] = {
     "alone": (0, {}),
     "alone, chunks of 5": (0, {"max_sequences": 3, "max_step_tokens": 5, "max_scored_tokens": 3}),
     "batch of 16": (13, {"max_step_tokens": 48}),
-    "batch of 100, preempted": (97, {"max_sequences": 128, "max_step_tokens": 4096, "kv_blocks": 195, "prefix_caching": False}),
+    "batch of 100, preempted": (
+        97,
+        {"max_sequences": 128, "max_step_tokens": 4096, "kv_blocks": 195, "prefix_caching": False},
+    ),
 }
 """How many others ride along, and the engine's sizes."""
 
@@ -162,7 +170,9 @@ def preempted_by(engine: Engine) -> set[str]:
     return names
 
 
-def serve_scene(model: Decoder, commands: Commands | None, others: int, sizes: dict[str, int]) -> tuple[Answer, set[str]]:
+def serve_scene(
+    model: Decoder, commands: Commands | None, others: int, sizes: dict[str, int]
+) -> tuple[Answer, set[str]]:
     """Rank 0: the probes' answers in that scene, and which requests were preempted."""
     config = EngineConfig(**{"kv_blocks": 100, "max_sequences": 24, "max_step_tokens": 128, **sizes})  # type: ignore[arg-type]
     engine = build_engine(build_runner(model, config, 0), config, commands=commands)
@@ -212,7 +222,9 @@ def test_every_log_probability_has_the_same_bits_wherever_it_is_computed(
     for tp, scenes in answers.items():
         for scene, (answer, preempted) in scenes.items():
             assert answer == expected, f"tp = {tp}, {scene}"
-            assert (len(preempted & {"greedy", "drawn"}) == 2) == ("preempted" in scene), f"tp = {tp}, {scene}: {preempted}"
+            assert (len(preempted & {"greedy", "drawn"}) == 2) == ("preempted" in scene), (
+                f"tp = {tp}, {scene}: {preempted}"
+            )
     model = load(folder, dtype=getattr(torch, dtype))
     for probe in PROBES:
         for tokens, logprobs, _, _ in expected[probe.request_id]:

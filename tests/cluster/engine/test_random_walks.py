@@ -52,7 +52,9 @@ class Walk:
         return Request(
             request_id=f"r{self.submitted}",
             token_ids=tuple(prompt),
-            sampling=SamplingParams(temperature=rng.choice([0.0, 1.0]), n=rng.choice([1, 1, 1, 2, 3]), seed=rng.randrange(99)),
+            sampling=SamplingParams(
+                temperature=rng.choice([0.0, 1.0]), n=rng.choice([1, 1, 1, 2, 3]), seed=rng.randrange(99)
+            ),
             stopping=StoppingCriteria(
                 max_new_tokens=new,
                 min_new_tokens=minimum,
@@ -167,7 +169,9 @@ def test_equal_requests_start_in_the_order_of_arrival_even_when_preempted(seed: 
     for name in names:
         prompt = tuple(rng.randrange(VOCAB) for _ in range(rng.randrange(1, 25)))
         stopping = StoppingCriteria(max_new_tokens=rng.randrange(1, 30), ignore_eos=True)
-        engine.submit(Request(request_id=name, token_ids=prompt, sampling=SamplingParams(temperature=0.0), stopping=stopping))
+        engine.submit(
+            Request(request_id=name, token_ids=prompt, sampling=SamplingParams(temperature=0.0), stopping=stopping)
+        )
     starts = admissions(engine, names)
     assert sorted(starts) == sorted(names) and engine.load().preemptions > 0
     places = {name: starts.index(name) for name in names}

@@ -1,4 +1,4 @@
-"""Sampling against transformers' logits processors, and its own promises: draws that depend on nothing but their row."""
+"""Sampling against transformers' logits processors, and draws that depend on nothing but their row."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ VOCAB = 997
 NEVER = float("-inf")
 
 
-def sequence(output: list[int] | None = None, prompt: tuple[int, ...] = (3, 5, 5, 8), index: int = 0, **fields: object) -> Sequence:
+def sequence(
+    output: list[int] | None = None, prompt: tuple[int, ...] = (3, 5, 5, 8), index: int = 0, **fields: object
+) -> Sequence:
     """A sequence whose output so far is `output`."""
     limits = ModelLimits(vocab_size=VOCAB, max_context=10_000, kv_capacity_tokens=10_000)
     stopping = fields.pop("stopping", StoppingCriteria())
@@ -119,7 +121,8 @@ def test_bias_and_allowed_tokens_do_what_they_say() -> None:
     "given",
     [
         {"top_k": 1}, {"top_k": 2}, {"top_k": 50}, {"top_p": 0.1}, {"top_p": 0.9}, {"top_p": 0.999}, {"min_p": 0.05},
-        {"min_p": 1.0}, {"top_k": 40, "top_p": 0.8, "min_p": 0.02}, {"top_k": 5, "top_p": 0.3}, {"top_p": 1.0, "min_p": 0.0},
+        {"min_p": 1.0}, {"top_k": 40, "top_p": 0.8, "min_p": 0.02}, {"top_k": 5, "top_p": 0.3},
+        {"top_p": 1.0, "min_p": 0.0},
     ],
 )  # fmt: skip
 def test_cuts_equal_transformers(vocab_size: int, scale: float, given: dict[str, float]) -> None:
@@ -152,7 +155,8 @@ def test_a_wide_nucleus_is_that_of_a_sort(share: float, scale: float) -> None:
 
 def test_rows_with_different_cuts_do_not_mix() -> None:
     params = [
-        SamplingParams(), SamplingParams(top_k=3), SamplingParams(top_p=0.5), SamplingParams(min_p=0.3), SamplingParams(top_k=7),
+        SamplingParams(), SamplingParams(top_k=3), SamplingParams(top_p=0.5), SamplingParams(min_p=0.3),
+        SamplingParams(top_k=7),
         SamplingParams(top_k=2, top_p=0.99),
     ]  # fmt: skip
     logits = rows(len(params), 4096)
@@ -181,7 +185,7 @@ def varied(count: int, vocab_size: int, seed: int) -> tuple[Tensor, list[Sequenc
     sequences = []
     for _ in range(count):
         output = [rng.randrange(VOCAB) for _ in range(rng.randrange(5))]
-        fields = {
+        fields: dict[str, object] = {
             "temperature": rng.choice([0.0, 0.3, 1.0, 1.7]),
             "top_k": rng.choice([None, 1, 20]),
             "top_p": rng.choice([None, 0.4, 0.95]),
@@ -191,7 +195,7 @@ def varied(count: int, vocab_size: int, seed: int) -> tuple[Tensor, list[Sequenc
             "frequency_penalty": rng.choice([0.0, 0.5]),
             "logit_bias": rng.choice([{}, {3: 1.0}]),
         }
-        sequences.append(sequence(output, index=rng.randrange(3), **fields))
+        sequences.append(sequence(output, index=rng.randrange(3), **fields))  # type: ignore[arg-type]
     return rows(count, vocab_size, seed), sequences
 
 

@@ -1,4 +1,4 @@
-"""Tiny random checkpoints of the five families, with weights large enough for answers to depend on all of the prompt."""
+"""Tiny random checkpoints of the five families, their answers depend on all of the prompt."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ def tiny_model(family: str) -> transformers.PreTrainedModel:
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     torch.manual_seed(sum(map(ord, family)))
     for key, parameter in model.named_parameters():
-        parameter.data = _random(key, tuple(parameter.shape), is_norm=bool(parameter.dim() == 1 and parameter.mean() > 0.5))
+        parameter.data = _random(
+            key, tuple(parameter.shape), is_norm=bool(parameter.dim() == 1 and parameter.mean() > 0.5)
+        )
     return model
 
 
