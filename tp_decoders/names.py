@@ -24,6 +24,14 @@ class Name:
     prefixed: bool = True
 
 
+@dataclass(frozen=True)
+class Found:
+    """One of our parameters under the name a checkpoint gives it; `ours` is None for a tensor that is not needed."""
+
+    ours: str | None
+    transposed: bool
+
+
 def block_names(theirs: str, ours: str, pairs: dict[str, str], transposed: Iterable[str] = ()) -> tuple[Name, ...]:
     """The weight and bias of each module of a block, {theirs: ours}; `transposed` weights are stored [in, out]."""
     flipped = set(transposed)
@@ -43,13 +51,14 @@ class NameMap:
         self._theirs = [(_pattern(name.theirs), name) for name in names]
         self._ours = [(_pattern(name.ours), name) for name in names if name.ours]
 
-    def find(self, theirs: str) -> tuple[Name, str | None] | None:
-        """The line that a checkpoint's name falls under and our name for it; None for a name that no line covers."""
+    def find(self, theirs: str) -> Found | None:
+        """What the table says of a checkpoint's name; None for a name that no line covers."""
         bare = theirs.removeprefix(self.prefix)
         for pattern, name in self._theirs:
             match = pattern.fullmatch(bare)
             if match:
-                return name, name.ours and name.ours.replace(LAYER, match.groupdict().get("i", ""))
+                ours = name.ours and name.ours.replace(LAYER, match.groupdict().get("i", ""))
+                return Found(ours, name.transposed)
         return None
 
     def theirs(self, ours: str) -> tuple[Name, str]:

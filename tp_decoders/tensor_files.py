@@ -32,7 +32,8 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 class TensorFile(Protocol):
     """One file of a checkpoint."""
 
-    shapes: Mapping[str, tuple[int, ...]]
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
 
     def dtype(self, name: str) -> torch.dtype | None:
         """None for a tensor that is not of a floating-point type."""
@@ -61,7 +62,7 @@ class SafetensorsFile:
 class PickledFile:
     """A .bin file; nothing but tensors is unpickled."""
 
-    def __init__(self, path: Path, stack: ExitStack) -> None:
+    def __init__(self, path: Path) -> None:
         self._tensors = _load_pickled(path)
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
 
@@ -135,26 +136,27 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         )
         raise CheckpointError(f"{folder} has none of {', '.join(LAYOUTS)}; it holds {held or 'nothing'}")
     with ExitStack() as stack:
-        reader = SafetensorsFile if "safetensors" in layout else PickledFile
         if layout.endswith(".json"):
-            files = _open_index(folder, layout, reader, stack)
+            files = _open_index(folder, layout, stack)
         else:
-            file = reader(folder / layout, stack)
+            file = _open_file(folder / layout, stack)
             files = dict.fromkeys(file.shapes, file)
         return Checkpoint(folder, files, stack.pop_all())
-    raise AssertionError("unreachable")
+    raise AssertionError("an ExitStack that is given away suppresses nothing")
 
 
-def _open_index(
-    folder: Path, layout: str, reader: type[SafetensorsFile | PickledFile], stack: ExitStack
-) -> dict[str, TensorFile]:
+def _open_file(path: Path, stack: ExitStack) -> TensorFile:
+    return SafetensorsFile(path, stack) if path.suffix == ".safetensors" else PickledFile(path)
+
+
+def _open_index(folder: Path, layout: str, stack: ExitStack) -> dict[str, TensorFile]:
     weight_map = _weight_map(folder / layout)
     absent = sorted({name for name in weight_map.values() if not (folder / name).is_file()})
     if absent:
         raise CheckpointError(
             f"{folder / layout} names files that are not there: {', '.join(absent)}; fetch the whole checkpoint"
         )
-    opened = {name: reader(folder / name, stack) for name in sorted(set(weight_map.values()))}
+    opened = {name: _open_file(folder / name, stack) for name in sorted(set(weight_map.values()))}
     lost = [f"{tensor} (in {name})" for tensor, name in weight_map.items() if tensor not in opened[name].shapes]
     if lost:
         raise CheckpointError(f"{folder / layout} names tensors that its files do not hold: {', '.join(lost)}")

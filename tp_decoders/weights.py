@@ -65,25 +65,29 @@ def _match(model: Decoder, checkpoint: Checkpoint, names: NameMap) -> dict[str, 
     wanted = dict(model.named_parameters())
     sources: dict[str, tuple[str, bool]] = {}
     extra, misshapen = [], []
-    for theirs, shape in checkpoint.shapes.items():
+    for theirs in checkpoint.shapes:
         found = names.find(theirs)
-        if found is None or (found[1] is not None and found[1] not in wanted and not _is_tied_head(model, found[1])):
+        if found is not None and found.ours in wanted:
+            doubt = _doubt(wanted[found.ours], checkpoint, theirs, found.transposed, sources.get(found.ours))
+            misshapen.extend([f"{theirs} {doubt}"] if doubt else [])
+            sources[found.ours] = (theirs, found.transposed)
+        elif found is None or not (found.ours is None or _is_tied_head(model, found.ours)):
             extra.append(theirs)
-        elif found[1] in wanted:
-            name, ours = found
-            expected = full_shape_of(wanted[ours])
-            if shape != (expected[::-1] if name.transposed else expected):
-                misshapen.append(
-                    f"{theirs} {list(shape)} instead of {list(expected[::-1] if name.transposed else expected)}"
-                )
-            elif not checkpoint.is_floating(theirs):
-                misshapen.append(f"{theirs} of integers instead of floating-point numbers")
-            elif ours in sources:
-                misshapen.append(f"{theirs}, the same tensor as {sources[ours][0]}")
-            sources[ours] = (theirs, name.transposed)
     missing = [names.theirs(ours)[1] for ours in wanted if ours not in sources]
     _refuse(checkpoint.folder, {"missing": missing, "unexpected": extra, "of another shape": misshapen})
     return sources
+
+
+def _doubt(
+    parameter: nn.Parameter, checkpoint: Checkpoint, theirs: str, transposed: bool, earlier: tuple[str, bool] | None
+) -> str | None:
+    """Why a stored tensor cannot be the parameter's, if it cannot."""
+    shape = full_shape_of(parameter)[::-1] if transposed else full_shape_of(parameter)
+    if checkpoint.shapes[theirs] != shape:
+        return f"{list(checkpoint.shapes[theirs])} instead of {list(shape)}"
+    if not checkpoint.is_floating(theirs):
+        return "of integers instead of floating-point numbers"
+    return f"is the same tensor as {earlier[0]}" if earlier else None
 
 
 def _is_tied_head(model: Decoder, ours: str) -> bool:

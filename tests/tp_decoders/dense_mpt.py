@@ -1,4 +1,4 @@
-"""MPT as llm-foundry defines it, dense and in plain torch: the reference for the options that transformers does not heed."""
+"""MPT as llm-foundry defines it, dense, in plain torch: the reference for options that transformers does not heed."""
 
 from __future__ import annotations
 
@@ -27,10 +27,16 @@ class DenseMpt:
         d, v = self.hf["d_model"], self.hf["vocab_size"]
         f = int(self.hf.get("expansion_ratio", 4) * d)
         kv = d // self.hf["n_heads"] if self.attn.get("attn_type") == "multiquery_attention" else d
-        modules = {"norm_1": (d,), "attn.Wqkv": (d + 2 * kv, d), "attn.out_proj": (d, d), "norm_2": (d,)}
+        modules: dict[str, tuple[int, ...]] = {
+            "norm_1": (d,),
+            "attn.Wqkv": (d + 2 * kv, d),
+            "attn.out_proj": (d, d),
+            "norm_2": (d,),
+        }
         modules |= {"ffn.up_proj": (f, d), "ffn.down_proj": (d, f)}
         modules |= {"attn.q_ln": (d,), "attn.k_ln": (kv,)} if self.attn.get("qk_ln") else {}
-        shapes = {"wte.weight": (v, d)} | ({} if self.attn["alibi"] else {"wpe.weight": (self.hf["max_seq_len"], d)})
+        shapes: dict[str, tuple[int, ...]] = {"wte.weight": (v, d)}
+        shapes |= {} if self.attn["alibi"] else {"wpe.weight": (self.hf["max_seq_len"], d)}
         for name, shape in self._all(modules).items():
             shapes[f"{name}.weight"] = shape
             if not self.hf.get("no_bias", True):
@@ -89,7 +95,7 @@ class DenseMpt:
 
 
 def slopes_of(n_heads: int, bias_max: float) -> list[float]:
-    """ALiBi's slopes: powers of two down to 2^-bias_max; for other counts every second one of the next power, then the rest."""
+    """ALiBi's slopes: powers of two down to 2^-bias_max; other counts take every second of the next power's first."""
     power = 1
     while power < n_heads:
         power *= 2

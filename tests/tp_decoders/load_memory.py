@@ -1,6 +1,7 @@
 """Run as a program: the most anonymous memory a rank's `load` takes. Arguments: folder, rank, size, dtype; prints JSON.
 
-File pages of a mapped checkpoint are the kernel's and are not counted. A thread samples while the load runs, as often as it can.
+File pages of a mapped checkpoint are the kernel's and are not counted. A thread samples while the load runs, as often
+as it can.
 """
 
 from __future__ import annotations

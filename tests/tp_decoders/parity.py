@@ -1,4 +1,4 @@
-"""The oracle of the parity tests: reference models by case, their checkpoints, logits, loss and gradients; and the same on ranks."""
+"""The parity tests' oracle: reference models by case, their checkpoints, logits, loss, gradients; the same on ranks."""
 
 from __future__ import annotations
 
@@ -23,9 +23,7 @@ from tp_decoders.registry import family_of
 
 LENGTHS = (7, 1, 5)
 TOLERANCE = 1e-4
-NO_GRADIENT = (
-    "attention.norm.k.bias"  # the same for all keys: a softmax does not see it, its gradient is rounding noise
-)
+NO_GRADIENT = "attention.norm.k.bias"  # the same for all keys, which a softmax does not see
 
 GPT2 = {"vocab_size": 31, "n_positions": 32, "n_embd": 24, "n_layer": 2, "n_head": 4}
 NEOX = {
@@ -33,7 +31,8 @@ NEOX = {
     "max_position_embeddings": 32,
 }  # fmt: skip
 JAPANESE = {
-    "vocab_size": 31, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 32,
+    "vocab_size": 31, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "max_position_embeddings": 32,
 }  # fmt: skip
 MPT = {"vocab_size": 29, "d_model": 24, "n_heads": 4, "n_layers": 2, "max_seq_len": 32}
 

@@ -11,6 +11,9 @@ import pytest
 
 from tests.tp_decoders.parity import deviation, write_reference
 
+# importing transformers' GPT-BigCode warns
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+
 LAYERS = 2
 EMBEDDING = Counter(sum=1)
 TWO_PER_LAYER = EMBEDDING + Counter(tree_sum=2 * LAYERS)

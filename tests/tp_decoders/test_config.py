@@ -27,25 +27,31 @@ CLASSES = {
 # Files as they are published with the models (shortened where values repeat nothing of interest).
 PUBLISHED: dict[str, dict[str, typing.Any]] = {
     "openai gpt2": {
-        "activation_function": "gelu_new", "architectures": ["GPT2LMHeadModel"], "attn_pdrop": 0.1, "bos_token_id": 50256,
-        "embd_pdrop": 0.1, "eos_token_id": 50256, "initializer_range": 0.02, "layer_norm_epsilon": 1e-05, "model_type": "gpt2",
+        "activation_function": "gelu_new", "architectures": ["GPT2LMHeadModel"], "attn_pdrop": 0.1,
+        "bos_token_id": 50256,
+        "embd_pdrop": 0.1, "eos_token_id": 50256, "initializer_range": 0.02, "layer_norm_epsilon": 1e-05,
+        "model_type": "gpt2",
         "n_ctx": 1024, "n_embd": 768, "n_head": 12, "n_layer": 12, "n_positions": 1024, "resid_pdrop": 0.1,
-        "summary_activation": None, "summary_first_dropout": 0.1, "summary_proj_to_labels": True, "summary_type": "cls_index",
+        "summary_activation": None, "summary_first_dropout": 0.1, "summary_proj_to_labels": True,
+        "summary_type": "cls_index",
         "summary_use_proj": True, "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
         "vocab_size": 50257,
     },
     "gpt-neox-20b": {
-        "architectures": ["GPTNeoXForCausalLM"], "attention_probs_dropout_prob": 0, "bos_token_id": 0, "eos_token_id": 0,
+        "architectures": ["GPTNeoXForCausalLM"], "attention_probs_dropout_prob": 0, "bos_token_id": 0,
+        "eos_token_id": 0,
         "hidden_act": "gelu_fast", "hidden_dropout_prob": 0, "hidden_size": 6144, "initializer_range": 0.02,
         "intermediate_size": 24576, "layer_norm_eps": 1e-05, "max_position_embeddings": 2048, "model_type": "gpt_neox",
         "num_attention_heads": 64, "num_hidden_layers": 44, "rotary_emb_base": 10000, "rotary_pct": 0.25,
-        "tie_word_embeddings": False, "torch_dtype": "float16", "transformers_version": "4.19.0.dev0", "use_cache": True,
+        "tie_word_embeddings": False, "torch_dtype": "float16", "transformers_version": "4.19.0.dev0",
+        "use_cache": True,
         "vocab_size": 50432,
     },
     "mpt-7b": {
         "architectures": ["MPTForCausalLM"], "auto_map": {"AutoConfig": "configuration_mpt.MPTConfig"},
         "attn_config": {
-            "alibi": True, "alibi_bias_max": 8, "attn_impl": "torch", "attn_pdrop": 0, "attn_type": "multihead_attention",
+            "alibi": True, "alibi_bias_max": 8, "attn_impl": "torch", "attn_pdrop": 0,
+            "attn_type": "multihead_attention",
             "attn_uses_sequence_id": False, "clip_qkv": None, "prefix_lm": False, "qk_ln": False, "softmax_scale": None,
         },
         "d_model": 4096, "emb_pdrop": 0, "embedding_fraction": 1.0, "expansion_ratio": 4, "init_config": {"verbose": 0},
@@ -61,7 +67,8 @@ PUBLISHED: dict[str, dict[str, typing.Any]] = {
         "model_type": "gpt_bigcode", "multi_query": True, "n_embd": 6144, "n_head": 48, "n_inner": 24576, "n_layer": 40,
         "n_positions": 8192, "pad_key_length": True, "pre_allocate_kv_cache": False, "resid_pdrop": 0.1,
         "scale_attention_softmax_in_fp32": True, "scale_attn_weights": True, "summary_activation": None,
-        "summary_first_dropout": 0.1, "summary_proj_to_labels": True, "summary_type": "cls_index", "summary_use_proj": True,
+        "summary_first_dropout": 0.1, "summary_proj_to_labels": True, "summary_type": "cls_index",
+        "summary_use_proj": True,
         "torch_dtype": "float32", "use_cache": True, "validate_runner_input": True, "vocab_size": 49152,
     },
 }  # fmt: skip
@@ -73,7 +80,8 @@ def test_published_configs_are_understood_and_agree_with_transformers(name: str)
     config = config_from_hf(hf)
     theirs = CLASSES[str(hf["model_type"])](**hf)
     assert (config.n_layers, config.n_heads, config.d_model, config.vocab_size, config.tie) == (
-        theirs.num_hidden_layers, theirs.num_attention_heads, theirs.hidden_size, theirs.vocab_size, theirs.tie_word_embeddings,
+        theirs.num_hidden_layers, theirs.num_attention_heads, theirs.hidden_size, theirs.vocab_size,
+        theirs.tie_word_embeddings,
     )  # fmt: skip
     build(config, Group(3, 8), device="meta")
 
@@ -108,17 +116,20 @@ BASES: dict[str, dict[str, typing.Any]] = {family: {"model_type": family} for fa
         ("gpt2", {"resid_pdrop": 1.5}, "resid_pdrop = 1.5 is not supported; accepted: a number from 0.0 to 1.0"),
         ("gpt2", {"activation_function": "gelu_9"}, "activation 'gelu_9' is unknown; choose one of"),
         ("gpt2", {"n_embd": 768, "hidden_size": 512}, "disagree"),
-        ("gpt_neox", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type = 'yarn' is not supported; accepted: "),
+        ("gpt_neox", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
+        "rope_type = 'yarn' is not supported; accepted: "),
         ("gpt_neox", {"rope_scaling": {"type": "linear"}}, "has no 'factor'"),
         ("gpt_neox", {"rope_scaling": {"type": "linear", "factor": 0.5}}, "factor = 0.5"),
-        ("gpt_neox", {"rope_scaling": {"type": "linear", "factor": 2.0, "beta_fast": 3}}, "rope_scaling: beta_fast = 3"),
+        ("gpt_neox", {"rope_scaling": {"type": "linear", "factor": 2.0, "beta_fast": 3}},
+        "rope_scaling: beta_fast = 3"),
         ("gpt_neox", {"rope_scaling": "linear"}, "rope_scaling should be a JSON object"),
         ("gpt_neox", {"rotary_pct": 0.27}, "rotates 25 elements; they turn in pairs"),
         ("gpt_neox", {"rotary_emb_base": 10000, "rope_theta": 500}, "disagree"),
         ("gpt_neox", {"hidden_dropout_prob": 0.1}, "hidden_dropout_prob = 0.1"),
         ("gpt_neox_japanese", {"use_parallel_residual": True}, "use_parallel_residual = True: not an option"),
         ("gpt_neox_japanese", {"intermediate_multiple_size": 0}, "intermediate_multiple_size"),
-        ("mpt", {"attn_config": {"prefix_lm": True}}, "attn_config: prefix_lm = True is not supported; accepted: False"),
+        ("mpt", {"attn_config": {"prefix_lm": True}},
+        "attn_config: prefix_lm = True is not supported; accepted: False"),
         ("mpt", {"attn_config": {"attn_uses_sequence_id": True}}, "attn_uses_sequence_id = True"),
         ("mpt", {"attn_config": {"attn_type": "grouped_query_attention"}}, "attn_type = 'grouped_query_attention'"),
         ("mpt", {"attn_config": {"rope": True}}, "rope = True"),
@@ -141,7 +152,9 @@ def test_what_is_not_supported_is_an_error_that_names_it(family: str, option: di
 
 def test_unknown_model_type_lists_the_families(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(ConfigError, match=r"'llama' is not one of .*: gpt2, gpt_bigcode, gpt_neox, gpt_neox_japanese, mpt"):
+    with pytest.raises(
+        ConfigError, match=r"'llama' is not one of .*: gpt2, gpt_bigcode, gpt_neox, gpt_neox_japanese, mpt"
+    ):
         read_config(tmp_path)
 
 

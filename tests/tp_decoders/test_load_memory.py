@@ -1,4 +1,4 @@
-"""A rank's memory while it loads: its shard and a tenth. (One slice more would be allowed; mapped slices cost nothing.)"""
+"""A rank's memory while it loads: its shard and a tenth. One slice more is allowed; mapped ones cost nothing."""
 
 from __future__ import annotations
 

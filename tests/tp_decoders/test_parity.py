@@ -1,4 +1,4 @@
-"""Logits, loss and every parameter's gradient against the reference, for every family, option and tensor-parallel size."""
+"""Logits, loss and every parameter's gradient against the reference: every family, option and tensor-parallel size."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 
 from tests.tp_decoders.parity import CASES, TOLERANCE, deviation, write_reference
+
+# importing transformers' GPT-BigCode warns
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
 
 SIZES = (1, 2, 3, 4)
 

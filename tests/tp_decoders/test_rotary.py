@@ -15,7 +15,11 @@ from tp_decoders.rotary import Rotary, RotaryConfig, Rotation, rotate
 
 def reference(size: int, head_dim: int, **options: object) -> GPTNeoXRotaryEmbedding:
     config = transformers.GPTNeoXConfig(
-        hidden_size=head_dim * 2, num_attention_heads=2, rotary_pct=size / head_dim, max_position_embeddings=64, **options
+        hidden_size=head_dim * 2,
+        num_attention_heads=2,
+        rotary_pct=size / head_dim,
+        max_position_embeddings=64,
+        **options,
     )
     return GPTNeoXRotaryEmbedding(config)
 
@@ -24,7 +28,9 @@ def reference(size: int, head_dim: int, **options: object) -> GPTNeoXRotaryEmbed
     ("kind", "factor", "scaling"),
     [("default", 1.0, None), ("linear", 3.0, {"type": "linear", "factor": 3.0})],
 )
-def test_tables_are_those_of_transformers_bit_for_bit(kind: str, factor: float, scaling: dict[str, object] | None) -> None:
+def test_tables_are_those_of_transformers_bit_for_bit(
+    kind: str, factor: float, scaling: dict[str, object] | None
+) -> None:
     positions = torch.tensor([5, 0, 63, 17, 17])
     table = Rotary(RotaryConfig(size=16, base=500.0, max_positions=64, kind=kind, factor=factor)).at(positions)
     cos, sin = reference(16, 32, rotary_emb_base=500, rope_scaling=scaling)(torch.zeros(1), positions[None])

@@ -1,4 +1,4 @@
-"""The same bits at every tensor-parallel size, alone or packed with others: logits, log-probabilities, loss and gradients."""
+"""The same bits at every tensor-parallel size, alone or packed: logits, log-probabilities, loss and gradients."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ from parallel.loss import vocab_cross_entropy
 from parallel.shard import rule_of
 from tests.tp_decoders.parity import LENGTHS, write_reference
 from tp_decoders import load
+
+# importing transformers' GPT-BigCode warns
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
 
 CASES = (
     "gpt2 25 heads",
@@ -43,7 +46,11 @@ def outcome(group: Group, folder: str, dtype: torch.dtype, lengths: tuple[int, .
     loss.backward()
     with torch.no_grad():
         served = model(tokens, positions, Causal(lengths))
-        found = {"logits": model.head.gather(logits.detach()), "served": model.head.gather(served), "loss": loss.detach()}
+        found = {
+            "logits": model.head.gather(logits.detach()),
+            "served": model.head.gather(served),
+            "loss": loss.detach(),
+        }
         found["log_probs"] = model.head.log_probs(served, targets.clamp(min=0))
     shards = {name: (rule_of(parameter), parameter.grad) for name, parameter in model.named_parameters()}
     return {**found, "grads": shards}  # type: ignore[dict-item]

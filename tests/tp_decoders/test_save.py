@@ -20,6 +20,9 @@ from tp_decoders.registry import FAMILIES, config_from_hf
 from tp_decoders.save_files import TensorPlan, divide
 from tp_decoders.weights import full_tensor
 
+# importing transformers' GPT-BigCode warns
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+
 
 def load_and_save(group: Group, source: str, target: str, max_shard_size: int, dtype: torch.dtype | None) -> None:
     save(load(source, group=group, dtype=dtype), target, max_shard_size)

@@ -136,14 +136,14 @@ def test_japanese_ids_equal_transformers_and_bytes_become_characters(tokenizers:
     rare = "丂とꙮ\n"  # not in the vocabulary: bytes, which transformers would decode one by one to U+FFFD
     assert japanese.decode(japanese.encode(rare)) == rare
     assert len(japanese.encode(rare)) > len(rare)
-    assert (japanese.vocab_size, japanese.special_ids) == (32000, {31996, 31999})
+    assert (japanese.vocab_size, japanese.special_ids) == (32000, frozenset({31996, 31999}))
 
 
 def test_special_tokens_are_known_and_skipped_on_request(tokenizers: dict[str, Tokenizer]) -> None:
     for kind in ("gpt2", "gpt2-bpe"):
         tokenizer = tokenizers[kind]
         assert tokenizer.encode("a<|endoftext|>") == [64, 50256]
-        assert (tokenizer.vocab_size, tokenizer.special_ids) == (50257, {50256})
+        assert (tokenizer.vocab_size, tokenizer.special_ids) == (50257, frozenset({50256}))
         assert (tokenizer.decode([64, 50256]), tokenizer.decode([64, 50256], False)) == ("a", "a<|endoftext|>")
 
 
