@@ -168,14 +168,25 @@ def test_metrics_of_samples_that_are_on_policy() -> None:
     assert on_policy == pytest.approx({"ratio": 1.0, "kl": 0.0, "clip_fraction": 0.0}, abs=1e-6)
 
 
-def test_the_clip_fraction_counts_the_tokens_whose_gradient_is_taken() -> None:
+@pytest.mark.parametrize("name", ["importance_sampling", "ppo"])
+def test_metrics_of_samples_that_are_not(name: str) -> None:
     case = Case()
-    found = compute_loss(
-        "ppo", case.inputs(normaliser=float((case.weights > 0).sum()), weights=(case.weights > 0).float())
-    )
+    ratio = torch.exp(case.logprobs().detach().float() - case.old)
+    kl = ratio - 1 - torch.log(ratio)
+    expected = {"ratio": float((case.weights * ratio).sum() / 6.5), "kl": float((case.weights * kl).sum() / 6.5)}
+    found = described(name)
+    assert {key: found[key] for key in expected} == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_clip_fraction_counts_the_tokens_whose_gradient_is_taken(seed: int) -> None:
+    case = Case(seed)
+    num_learned = int((case.weights > 0).sum())
+    inputs = case.inputs(normaliser=num_learned, weights=(case.weights > 0).float())
+    found = compute_loss("ppo", inputs, LossOptions(clip_low=0.05, clip_high=0.1))
     silent = (case.gradient(found.loss).abs().sum(-1) == 0) & (case.weights > 0)
-    assert 0 < int(silent.sum()) < int((case.weights > 0).sum())
-    assert float(found.metrics["clip_fraction"]) == pytest.approx(int(silent.sum()) / int((case.weights > 0).sum()))
+    assert 0 < int(silent.sum()) < num_learned
+    assert float(found.metrics["clip_fraction"]) == pytest.approx(int(silent.sum()) / num_learned)
 
 
 def test_dpo_describes_the_rewards() -> None:

@@ -119,7 +119,7 @@ def test_one_epoch_ends_with_what_is_left_even_if_a_rank_gets_none(store: TokenS
     assert empty.num_tokens == 0 and empty.lengths == () and empty.split(2) == [] and empty.global_samples == 1
     assert empty.token_ids.dtype == torch.int64 and empty.loss_weights.dtype == torch.float32
     assert sum(batch.num_samples for found in batches for batch in found) == num_rows
-    assert next(loaders[0], None) is None
+    assert next(loaders[0], None) is None and loaders[0].state.sample == num_rows
 
 
 @pytest.mark.parametrize(
