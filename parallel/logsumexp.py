@@ -22,6 +22,15 @@ def row_max(logits_TV: Tensor) -> Tensor:
     return elementwise.row_max(logits_TV) if uses_native(logits_TV) else logits_TV.amax(1)
 
 
+def row_best(logits_TV: Tensor) -> tuple[Tensor, Tensor]:
+    """[T] the largest logit of each row, NaN where there is one, and [T] the first place where it stands."""
+    if logits_TV.device.type == "cpu" and logits_TV.dtype is torch.float32:  # numpy's is ten times as fast
+        ids = torch.from_numpy(logits_TV.detach().numpy().argmax(1))
+        return logits_TV.gather(1, ids[:, None])[:, 0], ids
+    best = logits_TV.max(1)
+    return best.values, best.indices
+
+
 def exp_sum_leaves(logits_TV: Tensor, maximum_T: Tensor, borders: Sequence[int]) -> Tensor:
     """[T, leaves]: sum of exp(logit - maximum) over the columns of each leaf."""
     if uses_native(logits_TV) and logits_TV.shape[1]:

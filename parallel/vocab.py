@@ -20,7 +20,7 @@ from torch.nn import functional
 from parallel.collectives import reduce_from
 from parallel.group import Group
 from parallel.linear import ColumnLinear
-from parallel.logsumexp import exp_sum_leaves, exp_sum_total, invariant_log, row_max
+from parallel.logsumexp import exp_sum_leaves, exp_sum_total, invariant_log, row_best, row_max
 from parallel.products import leaf_tree
 from parallel.shard import Split, VirtualShards, sharded
 
@@ -108,7 +108,7 @@ class VocabHead(nn.Module):
         rows = logits_local.shape[0]
         start, stop = self.shards.range(self.group.rank)
         if stop > start:
-            values, ids = logits_local.max(1)
+            values, ids = row_best(logits_local)
         else:
             values = logits_local.new_full((rows,), float("-inf"))
             ids = torch.zeros(rows, dtype=torch.long, device=logits_local.device)

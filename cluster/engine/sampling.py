@@ -21,7 +21,7 @@ from cluster.engine.adjustments import Adjustments, adjusts
 from cluster.engine.cuts import LEAF, cut, leaf_sums
 from cluster.engine.draws import uniform
 from cluster.engine.sequence import Sequence
-from parallel.logsumexp import invariant_exp, row_max
+from parallel.logsumexp import invariant_exp, row_best, row_max
 
 COLDEST = 1e-30
 """Temperatures above 0 are taken as at least this: the division then cannot make a NaN."""
@@ -49,12 +49,12 @@ class Sampler:
         greedy = [i for i, seq in enumerate(sequences) if seq.sampling.greedy]
         others = [i for i, seq in enumerate(sequences) if not seq.sampling.greedy]
         if greedy:
-            largest = _pick(rows_RV, greedy).max(1)
-            self._note(tokens, errors, greedy, largest.indices.tolist(), largest.values.tolist())
+            values, ids = row_best(_pick(rows_RV, greedy))
+            self._note(tokens, errors, greedy, ids.tolist(), values.tolist())
         if others:
             chosen = [sequences[i] for i in others]
-            best, ids = draw_rows(_pick(rows_RV, others), chosen)
-            self._note(tokens, errors, others, ids, best)
+            best, drawn = draw_rows(_pick(rows_RV, others), chosen)
+            self._note(tokens, errors, others, drawn, best)
         return Drawn(tokens, errors)
 
     def _adjusted(self, logits_RV: Tensor, sequences: Many[Sequence], errors: dict[int, str]) -> Tensor:
