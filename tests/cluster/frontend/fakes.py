@@ -23,6 +23,7 @@ from cluster.engine.request import (
 )
 from cluster.engine.validation import validate
 from cluster.frontend.text import TextCodec
+from parallel.errors import CapacityError
 
 PIECES = (
     b"a",
@@ -105,6 +106,7 @@ class FakeEngine:
     tokens_per_step: int = 1
     held: bool = False  # steps do nothing
     crash_at_step: int | None = None
+    reject_prompt: tuple[int, ...] | None = None
     error_on_prompt: tuple[int, ...] | None = None
     live: dict[str, Live] = field(default_factory=dict)
     pending: list[TokenEvent] = field(default_factory=list)
@@ -118,6 +120,8 @@ class FakeEngine:
 
     def submit(self, request: Request) -> Request:
         validate(request, self.limits)
+        if request.token_ids == self.reject_prompt:
+            raise CapacityError("told to reject")
         self.submitted += 1
         count = 1 if request.score_only else request.sampling.n
         resumed = [list(ids) for ids in request.resumed_ids] or [[] for _ in range(count)]

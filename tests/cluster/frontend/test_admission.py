@@ -105,6 +105,8 @@ def test_values_at_the_ends_of_the_ranges_are_taken() -> None:
     [
         (Prompt(token_ids=()), "0 tokens; give at least 1"),
         (Prompt(token_ids=(1, 99)), "99 is not a token id"),
+        (Prompt(token_ids=(13,)), "13 is not a token id; this model's are 0 to 12"),
+        (Prompt(token_ids=(-1,)), "-1 is not a token id"),
         (Prompt(token_ids=(1,) * 257), "257 tokens are too long"),
         (Prompt(), "exactly one"),
         (Prompt(text="a", token_ids=(1,)), "exactly one"),

@@ -39,7 +39,7 @@ def test_every_sample_of_every_prompt_arrives_whole_with_text_and_parameters() -
 
 def test_chunks_put_together_are_the_whole_answer() -> None:
     async def main() -> None:
-        async with serving(FakeEngine(step_seconds=0.001)) as frontend:
+        async with serving(FakeEngine(step_seconds=0.02)) as frontend:
             asked = call([1], [2], sampling=SamplingParams(seed=3, n=2), response=ResponseOptions(logprobs=1))
             whole = await answer(frontend, asked)
             parts: dict[tuple[int, int], list[Chunk]] = {}
@@ -52,7 +52,7 @@ def test_chunks_put_together_are_the_whole_answer() -> None:
                 assert [t for c in chunks for t in c.token_ids] == unary.token_ids
                 assert [p for c in chunks for p in c.logprobs] == unary.logprobs and len(unary.logprobs) == 8
                 assert [c.finish_reason for c in chunks if c.finish_reason] == [FinishReason.LENGTH]
-            assert len(parts) == 4 and sum(map(len, parts.values())) > 8, "it was streamed, not sent at once"
+            assert len(parts) == 4 and sum(map(len, parts.values())) > 4, "it was streamed, not sent at once"
 
     run(main())
 
@@ -69,6 +69,7 @@ def test_stop_strings_end_samples_as_brute_force_says_and_the_engine_frees_them(
                     stopping=StoppingCriteria(
                         max_new_tokens=24, stop_sequences=stops, include_stop_sequence=seed % 3 == 0
                     ),
+                    response=ResponseOptions(logprobs=0),
                 )
                 (result,) = await answer(frontend, asked)
                 for index, sample in result.samples.items():
@@ -81,6 +82,7 @@ def test_stop_strings_end_samples_as_brute_force_says_and_the_engine_frees_them(
 def check_stopped(sample: Chunk, ids: list[int], stops: list[str], include: bool) -> None:
     text, stop = brute_force(CODEC.tokenizer.decode(ids), stops, include)
     assert (sample.text, sample.stop_sequence) == (text, stop)
+    assert [entry.token_id for entry in sample.logprobs] == sample.token_ids, "tokens after the stop have none"
     assert sample.finish_reason is (FinishReason.LENGTH if stop is None else FinishReason.STOP)
     if stop is None:
         assert sample.token_ids == ids
@@ -138,6 +140,38 @@ def test_prompts_that_fail_do_not_fail_the_others() -> None:
                 await frontend.open(call([], [99]))
             with pytest.raises(RequestFailed, match="told to fail"):
                 await answer(frontend, call([7]))
+
+    run(main())
+
+
+def test_a_request_that_the_engine_refuses_at_submission_does_not_end_the_engine() -> None:
+    async def main() -> None:
+        async with serving(FakeEngine(reject_prompt=(7,))) as frontend:
+            results = await answer(frontend, call([7], [2]))
+            assert isinstance(results[0].error, CapacityError) and str(results[0].error) == "told to reject"
+            assert results[1].samples[0].token_ids == tokens_of([2], 1, 0, 8)
+            with pytest.raises(CapacityError):
+                await answer(frontend, call([7]))
+            assert frontend.state is State.SERVING
+
+    run(main())
+
+
+def test_coalesced_chunks_carry_the_newest_weights_version_and_everything_that_came_once() -> None:
+    async def main() -> None:
+        link = PlayedLink()
+        frontend = Frontend(link, codec=CODEC)
+        frontend.start()
+        stream = await frontend.open(call([1, 2]))
+        key = link.submitted[0].request_id
+        link.events([TokenEvent(request_id=key, token_ids=(1,), weight_version=3, prompt_logprobs=scores_of((1, 2)))])
+        link.events([TokenEvent(request_id=key, token_ids=(2,), weight_version=4)])
+        end = TokenEvent(request_id=key, finish_reason=FinishReason.STOP, stop_token_id=9, weight_version=4)
+        link.events([end])
+        await asyncio.sleep(0.01)
+        (chunk,) = [chunk async for chunk in stream]
+        assert (chunk.token_ids, chunk.text, chunk.weight_version, chunk.stop_token_id) == ([1, 2], "bc", 4, 9)
+        assert chunk.prompt is not None and chunk.prompt_logprobs == scores_of((1, 2)) and chunk.timings is not None
 
     run(main())
 

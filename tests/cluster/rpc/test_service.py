@@ -81,7 +81,7 @@ def test_what_was_not_asked_for_does_not_come() -> None:
 
 def test_a_stream_put_together_equals_the_unary_answer() -> None:
     async def main() -> None:
-        async with service(FakeEngine(step_seconds=0.001)) as s:
+        async with service(FakeEngine(step_seconds=0.02)) as s:
             fields: dict[str, Any] = {
                 "sampling": {"seed": 5, "n": 2},
                 "stopping": {"max_new_tokens": 20, "stop_sequences": ["ba", "é"]},
@@ -100,7 +100,7 @@ def test_a_stream_put_together_equals_the_unary_answer() -> None:
                 assert list(result.samples) == [parts[result.prompt_index, i] for i in range(2)]
             heads = {chunk.prompt_index: chunk for chunk in reversed(chunks) if chunk.HasField("prompt")}
             assert {i: head.prompt.used for i, head in heads.items()} == {r.prompt_index: r.used for r in whole.results}
-            assert len(chunks) > 24
+            assert len(chunks) > 12, "it was streamed, not sent at once"
 
     run(main())
 
