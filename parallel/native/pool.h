@@ -1,12 +1,14 @@
 // A persistent pool of threads shared by all kernels of the library.
 //
-//   pool::parallel_for(n, [&](int64_t i) { ... });              every i of 0..n-1 once, thread t takes one contiguous run
-//   pool::parallel_ranges(n, [&](int64_t begin, int64_t end) { ... });   the same, one call per run
+//   pool::parallel_for(n, [&](int64_t i) { ... });              every i of 0..n-1 once
+//   pool::parallel_ranges(n, [&](int64_t begin, int64_t end) { ... });   the same in contiguous runs
 //
-// The caller is one of the threads. With one thread, n < 2, a nested call, or another Python thread inside the pool at
-// this moment, everything runs in the caller: kernels must not let their results depend on who runs what. Exceptions
-// must not leave the function. Workers spin for a short while and then sleep, so that a decode step does not pay for
-// waking them and an idle process costs nothing. After a fork the child starts its own workers on first use.
+// Thread t of T starts on the t-th of T equal parts, in a few pieces; who is done takes pieces of others, and nobody
+// waits for a thread that has not begun: on a busy machine the caller does the work itself. With one thread, n < 2, a
+// nested call, or another Python thread inside the pool at this moment, everything runs in the caller. So kernels must
+// not let their results depend on who runs what. Exceptions must not leave the function. Workers spin for a short while
+// and then sleep: a decode step does not pay for waking them and an idle process costs nothing. After a fork the child
+// starts its own workers on first use.
 #pragma once
 #include <pthread.h>
 
@@ -35,69 +37,85 @@ struct Job {
 
 class Pool {
  public:
-  explicit Pool(int wanted) : wanted_(wanted) {
+  explicit Pool(int wanted) : wanted_(wanted), parts_(wanted) {
     workers_.reserve(wanted);
     try {
       for (int t = 1; t < wanted; ++t) workers_.emplace_back([this, t] { work(t); });
     } catch (const std::system_error&) {    // the system gives no more threads: go on with those there are
     }
-    threads_ = 1 + static_cast<int>(workers_.size());
   }
   ~Pool() {
     stop_ = true;
-    announce();
+    open_gate();
     for (auto& worker : workers_) worker.join();
   }
   int wanted() const { return wanted_; }
+
   void run(const Job& job) {
     job_ = job;
-    pending_.store(threads_ - 1, std::memory_order_relaxed);
-    announce();
+    for (int t = 0; t < wanted_; ++t) parts_[t].next.store(0, std::memory_order_relaxed);
+    open_gate();
     share(0);
-    for (int spins = 0; pending_.load(std::memory_order_acquire) != 0; ++spins) {
+    gate_.fetch_and(~kOpen, std::memory_order_acq_rel);
+    for (int spins = 0; gate_.load(std::memory_order_acquire) & kInside; ++spins) {
       if (spins < kSpins) relax(); else std::this_thread::yield();
     }
   }
 
  private:
   static constexpr int kSpins = 4000;       // about 50 us: longer than the gap between two products of a decode step
+  static constexpr int kPieces = 4;         // of a part
+  static constexpr uint64_t kInside = 0xffff, kOpen = 1u << 31;          // the epoch stands in the upper half
 
-  void share(int t) {
-    int64_t begin = job_.n * t / threads_, end = job_.n * (t + 1) / threads_;
-    if (begin < end) job_.call(job_.context, begin, end);
+  struct alignas(64) Part { std::atomic<int> next{0}; };
+
+  void share(int self) {
+    for (int i = 0; i < wanted_; ++i) {
+      int t = (self + i) % wanted_;
+      int64_t begin = job_.n * t / wanted_, size = job_.n * (t + 1) / wanted_ - begin;
+      for (int p; (p = parts_[t].next.fetch_add(1, std::memory_order_relaxed)) < kPieces;) {
+        int64_t from = begin + size * p / kPieces, to = begin + size * (p + 1) / kPieces;
+        if (from < to) job_.call(job_.context, from, to);
+      }
+    }
   }
-  void announce() {
-    epoch_.fetch_add(1, std::memory_order_seq_cst);
+  void open_gate() {
+    uint64_t epoch = (gate_.load(std::memory_order_relaxed) >> 32) + 1;
+    gate_.store(epoch << 32 | kOpen, std::memory_order_seq_cst);
     if (sleepers_.load(std::memory_order_seq_cst) == 0) return;
     std::lock_guard<std::mutex> lock(mutex_);
     wake_.notify_all();
   }
-  void wait_beyond(uint32_t seen) {
+  uint64_t wait_beyond(uint64_t seen) {
     for (int spins = 0; spins < kSpins; ++spins) {
-      if (epoch_.load(std::memory_order_acquire) != seen) return;
+      uint64_t gate = gate_.load(std::memory_order_acquire);
+      if (gate >> 32 != seen) return gate;
       relax();
     }
     std::unique_lock<std::mutex> lock(mutex_);
     sleepers_.fetch_add(1, std::memory_order_seq_cst);
-    wake_.wait(lock, [&] { return epoch_.load(std::memory_order_seq_cst) != seen; });
+    wake_.wait(lock, [&] { return gate_.load(std::memory_order_seq_cst) >> 32 != seen; });
     sleepers_.fetch_sub(1, std::memory_order_seq_cst);
+    return gate_.load(std::memory_order_acquire);
   }
   void work(int t) {
-    for (uint32_t seen = 0;;) {
-      wait_beyond(seen);
-      ++seen;                               // run() never announces a job before the last one is done by everybody
+    for (uint64_t gate = 0;;) {
+      gate = wait_beyond(gate >> 32);
       if (stop_) return;
-      share(t);
-      pending_.fetch_sub(1, std::memory_order_release);
+      while (gate & kOpen)                  // enter, unless the caller is done already
+        if (gate_.compare_exchange_weak(gate, gate + 1, std::memory_order_acq_rel)) {
+          share(t);
+          gate_.fetch_sub(1, std::memory_order_release);
+          break;
+        }
     }
   }
 
   const int wanted_;
-  int threads_ = 1;                         // read by the workers only after the first announce()
-  Job job_{};
+  Job job_{};                               // read by a worker only between entering and leaving
+  std::vector<Part> parts_;
   std::atomic<bool> stop_{false};
-  alignas(64) std::atomic<uint32_t> epoch_{0};
-  alignas(64) std::atomic<int> pending_{0};
+  alignas(64) std::atomic<uint64_t> gate_{0};
   alignas(64) std::atomic<int> sleepers_{0};
   std::mutex mutex_;
   std::condition_variable wake_;
