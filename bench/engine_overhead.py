@@ -1,6 +1,7 @@
 """What the engine costs besides the model: scheduling, sending the plan, taking tokens in, drawing them.
 
     python bench/engine_overhead.py [--batch 16] [--steps 2000] [--vocab 50304]
+    python bench/engine_overhead.py --model DIR --dtype bfloat16 [--steps 100]      a real model, in this process
 
 The executor is a stub that returns a token per row at once, so the time of a step is the engine's own. Drawing is
 timed by itself on random logits, because greedy rows never leave their ranks. With a real model, `EngineLoad` tells
@@ -14,15 +15,19 @@ import pickle
 import statistics
 import time
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 
+from cluster.engine.assembly import build_engine, build_runner
 from cluster.engine.blocks import BlockPool
 from cluster.engine.config import EngineConfig
 from cluster.engine.plan import StepPlan, StepResult
 from cluster.engine.request import ModelLimits, Request, SamplingParams, StoppingCriteria
 from cluster.engine.sampling import Sampler
 from cluster.engine.scheduler import Scheduler
+from parallel.native import library as native
+from tp_decoders import load
 
 KINDS: dict[str, SamplingParams] = {
     "greedy": SamplingParams(temperature=0.0),
@@ -96,17 +101,55 @@ def show(what: str, seconds: list[float]) -> None:
     print(f"{what:<24} {statistics.median(micro):9.1f} {micro[int(0.9 * len(micro))]:9.1f}")
 
 
+def real_steps(options: argparse.Namespace) -> None:
+    """Decode steps of a real model: what each spent outside the model's forward."""
+    model = load(options.model, dtype=getattr(torch, options.dtype))
+    context = 128 + options.steps + 8
+    config = EngineConfig(
+        kv_blocks=options.batch * -(-context // 16), max_sequences=options.batch, max_step_tokens=4096
+    )
+    for kind in ("greedy", "temperature"):
+        engine = build_engine(build_runner(model, config, 0), config)
+        for i in range(options.batch):
+            stopping = StoppingCriteria(max_new_tokens=options.steps + 6, ignore_eos=True)
+            prompt = tuple((i + 7 * k) % model.config.vocab_size for k in range(128))
+            engine.submit(
+                Request(request_id=f"r{i}", token_ids=prompt, sampling=KINDS[kind], stopping=stopping),
+            )
+        for _ in range(4):
+            engine.step()
+        loads = [engine.load()]
+        for _ in range(options.steps):
+            engine.step()
+            loads.append(engine.load())
+        forward = [b.forward_seconds - a.forward_seconds for a, b in pairwise(loads)]
+        steps = [b.step_seconds - a.step_seconds for a, b in pairwise(loads)]
+        rest = [whole - part for whole, part in zip(steps, forward, strict=True)]
+        show(f"{kind}: forward", forward)
+        show(f"{kind}: all else", rest)
+        print(
+            f"{kind}: all else is {100 * statistics.median(rest) / statistics.median(steps):.1f} % of a step (medians)"
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="engine overhead per decode step, in microseconds")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--vocab", type=int, default=50304)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--model", help="a checkpoint; without one the model is a stub")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    print(f"batch {options.batch}, vocabulary {options.vocab}\n{'microseconds per step':<24} {'median':>9} {'p90':>9}")
-    scheduler = scheduler_with(options.batch, options.vocab, KINDS["greedy"])
-    for part, seconds in step_times(scheduler, options.steps).items():
+    native.set_threads(options.threads)
+    print(f"batch {options.batch}\n{'microseconds per step':<24} {'median':>9} {'p90':>9}")
+    if options.model is not None:
+        real_steps(options)
+        return
+    for part, seconds in step_times(
+        scheduler_with(options.batch, options.vocab, KINDS["greedy"]), options.steps
+    ).items():
         show(part, seconds)
     for kind, sampling in KINDS.items():
         if kind != "greedy":

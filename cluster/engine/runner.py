@@ -36,8 +36,9 @@ class ModelRunner:
     def run(self, plan: StepPlan) -> StepResult | None:
         """The plan's result on rank 0, None elsewhere."""
         self._follow_tables(plan)
+        inputs = self._inputs(plan)
         started = time.perf_counter()
-        logits_local = self._forward(plan)
+        logits_local = self.model(*inputs)
         forward_seconds = time.perf_counter() - started
         result = self._choose(plan, logits_local)
         if result is not None:
@@ -51,7 +52,8 @@ class ModelRunner:
         if plan.copies:
             self.cache.copy_blocks(plan.copies)
 
-    def _forward(self, plan: StepPlan) -> Tensor:
+    def _inputs(self, plan: StepPlan) -> tuple[Tensor, Tensor, Cached, Tensor]:
+        """The model's arguments: tokens, positions, attention over the cache, rows whose logits are wanted."""
         tables = self._tables
         meta = AttentionMeta.build(
             plan.query_lens,
@@ -63,7 +65,7 @@ class ModelRunner:
         tokens = torch.tensor(plan.tokens, dtype=torch.long, device=self.device)
         positions = torch.tensor(positions_of(plan), dtype=torch.long, device=self.device)
         rows = torch.tensor(plan.rows, dtype=torch.long, device=self.device)
-        return self.model(tokens, positions, Cached(self.cache, meta, self.backend), rows)
+        return tokens, positions, Cached(self.cache, meta, self.backend), rows
 
     def _choose(self, plan: StepPlan, logits_local: Tensor) -> StepResult | None:
         """The collectives that each group of rows needs, on every rank; the rest on rank 0."""

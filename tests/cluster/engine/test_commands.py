@@ -124,7 +124,7 @@ def test_a_request_whose_logits_are_not_finite_ends_alone_with_an_error(checkpoi
     model = load(str(checkpoint))
     poison = 50
     with torch.no_grad():
-        model.embed.weight[poison] = math.nan
+        model.get_parameter("embed.weight")[poison] = math.nan
     config = EngineConfig(kv_blocks=32, max_sequences=4, max_step_tokens=64)
     engine = build_engine(build_runner(model, config, 0), config)
 
@@ -151,7 +151,7 @@ def test_a_request_whose_logits_are_not_finite_ends_alone_with_an_error(checkpoi
 def test_a_failed_prompt_ends_all_of_its_samples(checkpoint: Path) -> None:
     model = load(str(checkpoint))
     with torch.no_grad():
-        model.embed.weight[50] = math.nan
+        model.get_parameter("embed.weight")[50] = math.nan
     config = EngineConfig(kv_blocks=32, max_sequences=4, max_step_tokens=64)
     engine = build_engine(build_runner(model, config, 0), config)
     for response in (ResponseOptions(), ResponseOptions(prompt_logprobs=0)):
