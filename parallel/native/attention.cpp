@@ -1,8 +1,9 @@
 // Paged causal attention: writes the new keys and values into the cache, then attends over the cache alone.
 //
 // Work is cut into items of at most 48 query rows of one kv head (tokens, or the tokens' query heads where they share a
-// kv head), taken by threads from one counter, the longest of a sequence first. What a row computes depends on the
-// positions of its own sequence only (attention_tiles.h); slots at and beyond its position are never read into a sum.
+// kv head), or the single row of each of two heads, which hides the latency of either. Threads take items from one
+// counter, the longest of a sequence first. What a row computes depends on the positions of its own sequence only
+// (attention_tiles.h); slots at and beyond its position are never read into a sum.
 #include "attention_step.h"
 
 #include <atomic>
@@ -35,7 +36,8 @@ struct Call {
 };
 
 struct Item {
-  int32_t sequence, row, rows;
+  int32_t sequence, kv_head, kv_heads;      // two kv heads where one token attends alone with each, else one
+  int32_t row, rows;                        // of the sequence's new tokens x the query heads of these kv heads
 };
 
 struct Scratch {                            // one thread's
@@ -56,7 +58,8 @@ struct Scratch {                            // one thread's
 template <class T>
 struct Tile {
   int start;
-  const T *keys[kRuns], *values[kRuns], *next[kRuns];   // next: the keys that will be asked for after this tile
+  const T *keys[2 * kRuns], *values[2 * kRuns];
+  const T* next[2 * kRuns];                 // the keys that will be asked for after these
 };
 
 void put_key(float* run, int lane, const float* k, int H) {
@@ -85,21 +88,21 @@ void write(const Call<T>& call, const Sequence& s, int64_t head) {
   }
 }
 
-template <int R, int C, class T>
+template <int R, int C, int S, class T>
 void score(Scratch& w, int row, const Tile<T>& t, int H, float scale) {
   const T* const* ahead = C == kRuns ? t.values : t.next;
-  dot<R, C>(reinterpret_cast<const T*>(w.q) + row * w.ld, w.ld, t.keys, H, ahead, w.scores);
+  dot<R, C, S>(reinterpret_cast<const T*>(w.q) + row * w.ld, w.ld, t.keys, H, ahead, w.scores);
   soften<R, C>(w.rows + row, w.scores, t.start, scale, w.p + row * kTile, w.shrink + row);
 }
 
-template <int R, class T>
+template <int R, int S, class T>
 void score_rows(Scratch& w, int row, const Tile<T>& t, int H, float scale) {
   const int most = std::min(kTile, w.rows[row + R - 1].bound - t.start);
   switch ((most + kRun - 1) / kRun) {
-    case 4: return score<R, 4>(w, row, t, H, scale);
-    case 3: return score<R, 3>(w, row, t, H, scale);
-    case 2: return score<R, 2>(w, row, t, H, scale);
-    default: return score<R, 1>(w, row, t, H, scale);
+    case 4: return score<R, 4, S>(w, row, t, H, scale);
+    case 3: return score<R, 3, S>(w, row, t, H, scale);
+    case 2: return score<R, 2, S>(w, row, t, H, scale);
+    default: return score<R, 1, S>(w, row, t, H, scale);
   }
 }
 
@@ -115,18 +118,25 @@ void weigh_rows(Scratch& w, int row, const Tile<T>& t, int H) {
 template <class T>
 void advance(Scratch& w, int rows, const Tile<T>& t, int H, float scale) {
   auto sees = [&](int last_row) { return w.rows[last_row].bound > t.start; };
-  in_groups(rows, [&](auto R, int row) { if (sees(row + R() - 1)) score_rows<R()>(w, row, t, H, scale); });
+  in_groups(rows, [&](auto R, int row) { if (sees(row + R() - 1)) score_rows<R(), 0>(w, row, t, H, scale); });
   in_groups(rows, [&](auto R, int row) { if (sees(row + R() - 1)) weigh_rows<R()>(w, row, t, H); });
 }
 
+// One row of each of two heads.
 template <class T>
-void begin_rows(const Call<T>& call, const Sequence& s, int64_t kv_head, const Item& item, Scratch& w) {
-  const int G = call.group();
+void advance_pair(Scratch& w, const Tile<T>& t, int H, float scale) {
+  score_rows<2, kRuns>(w, 0, t, H, scale);
+  const Weighted<T> sum{w.p, kTile, 1, t.values, H, 0, std::min(w.rows[0].bound - t.start, kTile), t.next};
+  weigh<2, kRuns>(sum, w.shrink, w.o, w.ld);
+}
+
+template <class T>
+void begin_rows(const Call<T>& call, const Sequence& s, const Item& item, Scratch& w) {
+  const int heads = call.group() * item.kv_heads;
   for (int r = 0; r < item.rows; ++r) {
-    const int token = (item.row + r) / G;
-    const int64_t head = kv_head * G + (item.row + r) % G;
+    const int token = (item.row + r) / heads, head = item.kv_head * call.group() + (item.row + r) % heads;
     const T* q = call.q.at(s.first_token + token, head);
-    fetch_row(call.q.at(s.first_token + token, std::min<int64_t>(head + G, call.N - 1)), call.H);   // the next item's
+    fetch_row(call.q.at(s.first_token + token, std::min(head + heads, call.N - 1)), call.H);  // the next item's
     for (int h = 0; h < call.H; h += kRun) {
       simd::store(reinterpret_cast<T*>(w.q) + r * w.ld + h, simd::load(q + h, std::min(kRun, call.H - h)));
       simd::store(w.o + r * w.ld + h, simd::zero());
@@ -136,10 +146,11 @@ void begin_rows(const Call<T>& call, const Sequence& s, int64_t kv_head, const I
 }
 
 template <class T>
-void end_rows(const Call<T>& call, const Sequence& s, int64_t kv_head, const Item& item, const Scratch& w) {
-  const int G = call.group();
+void end_rows(const Call<T>& call, const Sequence& s, const Item& item, const Scratch& w) {
+  const int heads = call.group() * item.kv_heads;
   for (int r = 0; r < item.rows; ++r) {
-    const int64_t at = (s.first_token + (item.row + r) / G) * call.N + kv_head * G + (item.row + r) % G;
+    const int token = (item.row + r) / heads, head = item.kv_head * call.group() + (item.row + r) % heads;
+    const int64_t at = (s.first_token + token) * call.N + head;
     const float total = simd::sum_lanes(w.rows[r].sum);
     const f32x16 inverse = simd::set1(1.0f / total);
     for (int h = 0; h < call.H; h += kRun)
@@ -148,48 +159,68 @@ void end_rows(const Call<T>& call, const Sequence& s, int64_t kv_head, const Ite
   }
 }
 
+// The runs of one tile of one kv head, and of what follows it; runs beyond the end repeat the last one, which is never
+// summed there, at most fetched.
 template <class T>
-__attribute__((noinline, noclone)) void attend(const Call<T>& call, const Item& item, int64_t kv_head, Scratch& w) {
+void locate(const Call<T>& call, const Sequence& s, int kv_head, int next_head, int end, int set, Tile<T>& t) {
+  const bool last = t.start + kTile >= end;
+  for (int c = 0; c < kRuns; ++c) {
+    const int position = std::min(t.start + c * kRun, end - 1), after = last ? c * kRun : position + kTile;
+    const int64_t run = call.run(s, position, kv_head);
+    t.keys[set * kRuns + c] = call.k_cache + run;
+    t.values[set * kRuns + c] = call.v_cache + run;
+    t.next[set * kRuns + c] = call.k_cache + call.run(s, std::min(after, end - 1), last ? next_head : kv_head);
+  }
+}
+
+template <class T>
+__attribute__((noinline, noclone)) void attend(const Call<T>& call, const Item& item, Scratch& w) {
   const Sequence s(*call.step, item.sequence);
   w.reserve(call.H);
-  if (s.queries * call.group() <= kItemRows) write(call, s, kv_head);       // its only reader: write just in time
-  begin_rows(call, s, kv_head, item, w);
+  if (s.queries * call.group() <= kItemRows)          // nobody else reads this head of the sequence: write just in time
+    for (int i = 0; i < item.kv_heads; ++i) write(call, s, item.kv_head + i);
+  begin_rows(call, s, item, w);
   const int end = w.rows[item.rows - 1].bound;
-  const int64_t next_head = std::min<int64_t>(kv_head + 1, call.K - 1);
   Tile<T> t;
   for (t.start = 0; t.start < end; t.start += kTile) {
-    const bool last = t.start + kTile >= end;
-    for (int c = 0; c < kRuns; ++c) {       // runs beyond the end repeat the last one: never summed, at most fetched
-      const int position = std::min(t.start + c * kRun, end - 1), after = last ? c * kRun : position + kTile;
-      const int64_t run = call.run(s, position, kv_head);
-      t.keys[c] = call.k_cache + run;
-      t.values[c] = call.v_cache + run;
-      t.next[c] = call.k_cache + call.run(s, std::min(after, end - 1), last ? next_head : kv_head);
-    }
-    advance(w, item.rows, t, call.H, call.scale);
+    for (int i = 0; i < item.kv_heads; ++i)
+      locate(call, s, item.kv_head + i, std::min(item.kv_head + i + item.kv_heads, call.K - 1), end, i, t);
+    item.kv_heads == 2 ? advance_pair(w, t, call.H, call.scale) : advance(w, item.rows, t, call.H, call.scale);
   }
-  end_rows(call, s, kv_head, item, w);
+  end_rows(call, s, item, w);
+}
+
+template <class T>
+void add_items(const Call<T>& call, int32_t sequence, std::vector<Item>& items) {
+  const int rows = Sequence(*call.step, sequence).queries * call.group();
+  if (rows == 1) {
+    for (int head = 0; head < call.K; head += 2) {
+      const int heads = std::min(2, call.K - head);
+      items.push_back({sequence, head, heads, 0, heads});
+    }
+    return;
+  }
+  for (int row = (rows - 1) / kItemRows * kItemRows; row >= 0; row -= kItemRows) {
+    const int count = std::min(kItemRows, rows - row);
+    for (int head = 0; head < call.K; ++head) items.push_back({sequence, head, 1, row, count});
+  }
 }
 
 template <class T>
 void forward(const Call<T>& call) {
   const Step& step = *call.step;
   std::vector<Item> items;
-  std::vector<int32_t> apart;               // sequences of several items: written before anything reads them
+  std::vector<int32_t> apart;               // sequences of several items a head: written before anything reads them
   for (int32_t s = 0; s < step.sequences; ++s) {
-    const int rows = (step.query_starts[s + 1] - step.query_starts[s]) * call.group();
-    if (rows > kItemRows) apart.push_back(s);
-    for (int row = (rows - 1) / kItemRows * kItemRows; row >= 0; row -= kItemRows)
-      items.push_back({s, row, std::min(kItemRows, rows - row)});
+    if (Sequence(step, s).queries * call.group() > kItemRows) apart.push_back(s);
+    add_items(call, s, items);
   }
   pool::parallel_for(int64_t(apart.size()) * call.K,
                      [&](int64_t i) { write(call, Sequence(step, apart[i / call.K]), i % call.K); });
-  std::atomic<int64_t> next{0};
-  const int64_t total = int64_t(items.size()) * call.K;
-  pool::parallel_for(std::min<int64_t>(pool::num_threads(), total), [&](int64_t) {
+  std::atomic<size_t> next{0};
+  pool::parallel_for(std::min<int64_t>(pool::num_threads(), items.size()), [&](int64_t) {
     static thread_local Scratch scratch;
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < total;)
-      attend(call, items[i / call.K], i % call.K, scratch);
+    for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < items.size();) attend(call, items[i], scratch);
   });
 }
 

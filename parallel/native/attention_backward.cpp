@@ -100,7 +100,8 @@ void add_to_keys(const Head& w, const float* weights, const float* rows, int key
   f32x16 ones[R];
   for (int c = 0; c < kRuns; ++c) runs[c] = rows + int64_t(c) * kRun * w.ld;
   for (int r = 0; r < R; ++r) ones[r] = simd::set1(1);
-  weigh<R, float>({weights + key, 1, kTile, runs, w.ld, 0, queries, runs}, ones, out + int64_t(key) * w.ld, w.ld);
+  const Weighted<float> sum{weights + key, 1, kTile, runs, w.ld, 0, queries, runs};
+  weigh<R>(sum, ones, out + int64_t(key) * w.ld, w.ld);
 }
 
 void backward_tile(Head& w, int64_t key_tile, int64_t query_tile, float scale, float slope) {

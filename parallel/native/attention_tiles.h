@@ -66,17 +66,25 @@ inline f32x16 add_step(u32x16 query, u32x16 key, f32x16 sum) {
 #endif
 }
 
-// scores[r][c] = q[r] . keys of run c. A lone row is bound by memory: it fetches `ahead`, the four runs needed next.
-template <int R, int C, class T>
+// S, here and below, is 0 where all rows read the same four runs and kRuns where each row brings its own four.
+// Rows that share nothing are bound by memory: they fetch `ahead`, the runs needed next.
+template <int R, int S>
+constexpr bool kFetches = R == 1 || S > 0;
+template <int R, int S>
+constexpr int kSets = S > 0 ? R : 1;
+
+// scores[r][c] = q[r] . keys of run c
+template <int R, int C, int S = 0, class T>
 __attribute__((noinline)) void dot(const T* q, int ldq, const T* const* keys, int H, const T* const* ahead,
                                    f32x16 (*scores)[kRuns]) {
   f32x16 sum[R][C] = {};
   for (int i = 0; i < steps(q, H); ++i) {
-    if (R == 1)
-      ATTN_UNROLL for (int c = 0; c < kRuns; ++c) __builtin_prefetch(reinterpret_cast<const char*>(ahead[c]) + 64 * i);
+    if (kFetches<R, S>)
+      ATTN_UNROLL for (int c = 0; c < kRuns * kSets<R, S>; ++c)
+        __builtin_prefetch(reinterpret_cast<const char*>(ahead[c]) + 64 * i);
     decltype(key_step(q, 0, 0)) key[C];
-    ATTN_UNROLL for (int c = 0; c < C; ++c) key[c] = key_step(keys[c], i, H);
     ATTN_UNROLL for (int r = 0; r < R; ++r) {
+      if (r < kSets<R, S>) ATTN_UNROLL for (int c = 0; c < C; ++c) key[c] = key_step(keys[r * S + c], i, H);
       auto query = query_step(q + r * ldq, i);
       ATTN_UNROLL for (int c = 0; c < C; ++c) sum[r][c] = add_step(query, key[c], sum[r][c]);
     }
@@ -90,13 +98,13 @@ template <class T>
 struct Weighted {
   const float* p;
   int row, position;                        // strides of p
-  const T* const* values;                   // four runs
+  const T* const* values;                   // four runs, or four per row
   int H, first, last;
-  const T* const* ahead;                    // fetched by a lone row
+  const T* const* ahead;
 };
 
 // o[r] = o[r] * shrink[r] + the weighted values, C vectors wide from dimension h on
-template <int R, int C, class T>
+template <int R, int C, int S, class T>
 __attribute__((noinline)) void accumulate(const Weighted<T> w, int h, const f32x16* shrink, float* o, int ldo) {
   const int live = std::min(kRun, w.H - h - kRun * (C - 1));      // lanes of the last vector
   f32x16 sum[R][C];
@@ -104,28 +112,37 @@ __attribute__((noinline)) void accumulate(const Weighted<T> w, int h, const f32x
     ATTN_UNROLL for (int c = 0; c < C; ++c) sum[r][c] = simd::load(o + r * ldo + h + kRun * c) * shrink[r];
   for (int run = w.first / kRun; run * kRun < w.last; ++run) {
     const int begin = std::max(w.first - run * kRun, 0), end = std::min(w.last - run * kRun, kRun);
-    const T *values = w.values[run] + int64_t(begin) * w.H + h, *ahead = w.ahead[run] + int64_t(begin) * w.H + h;
+    const T *values[R], *ahead[R];
+    ATTN_UNROLL for (int r = 0; r < kSets<R, S>; ++r) {
+      values[r] = w.values[r * S + run] + int64_t(begin) * w.H + h;
+      ahead[r] = w.ahead[r * S + run] + int64_t(begin) * w.H + h;
+    }
     const float* p = w.p + (run * kRun + begin) * w.position;
-    for (int j = begin; j < end; ++j, values += w.H, ahead += w.H, p += w.position) {
-      if (R == 1) ATTN_UNROLL for (int c = 0; c < C; c += 4 / sizeof(T)) __builtin_prefetch(ahead + c * kRun);
+    for (int j = begin; j < end; ++j, p += w.position) {
       f32x16 value[C];
-      ATTN_UNROLL for (int c = 0; c + 1 < C; ++c) value[c] = simd::load(values + kRun * c);
-      value[C - 1] = simd::load(values + kRun * (C - 1), live);
-      ATTN_UNROLL for (int r = 0; r < R; ++r)
+      ATTN_UNROLL for (int r = 0; r < R; ++r) {
+        if (r < kSets<R, S>) {
+          if (kFetches<R, S>)
+            ATTN_UNROLL for (int c = 0; c < C; c += 4 / sizeof(T)) __builtin_prefetch(ahead[r] + c * kRun);
+          ATTN_UNROLL for (int c = 0; c + 1 < C; ++c) value[c] = simd::load(values[r] + kRun * c);
+          value[C - 1] = simd::load(values[r] + kRun * (C - 1), live);
+          values[r] += w.H, ahead[r] += w.H;
+        }
         ATTN_UNROLL for (int c = 0; c < C; ++c) sum[r][c] = simd::fma(simd::set1(p[r * w.row]), value[c], sum[r][c]);
+      }
     }
   }
   ATTN_UNROLL for (int r = 0; r < R; ++r)
     ATTN_UNROLL for (int c = 0; c < C; ++c) simd::store(o + r * ldo + h + kRun * c, sum[r][c]);
 }
 
-template <int R, class T>
+template <int R, int S = 0, class T>
 void weigh(const Weighted<T>& w, const f32x16* shrink, float* o, int ldo) {
   int h = 0;
-  for (; w.H - h > 3 * kRun; h += 4 * kRun) accumulate<R, 4>(w, h, shrink, o, ldo);
-  if (w.H - h > 2 * kRun) accumulate<R, 3>(w, h, shrink, o, ldo);
-  else if (w.H - h > kRun) accumulate<R, 2>(w, h, shrink, o, ldo);
-  else if (w.H - h > 0) accumulate<R, 1>(w, h, shrink, o, ldo);
+  for (; w.H - h > 3 * kRun; h += 4 * kRun) accumulate<R, 4, S>(w, h, shrink, o, ldo);
+  if (w.H - h > 2 * kRun) accumulate<R, 3, S>(w, h, shrink, o, ldo);
+  else if (w.H - h > kRun) accumulate<R, 2, S>(w, h, shrink, o, ldo);
+  else if (w.H - h > 0) accumulate<R, 1, S>(w, h, shrink, o, ldo);
 }
 
 // Row r adds positions 0..last[r]-1, ascending in r: together as far as the first row goes, then each row its rest.
