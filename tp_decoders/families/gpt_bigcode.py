@@ -25,7 +25,6 @@ from tp_decoders.fields import Fields
 from tp_decoders.names import Name, NameMap, block_names
 
 INFERENCE_HINTS = (
-    "attention_type",
     "inference_runner",
     "max_batch_size",
     "max_sequence_length",
