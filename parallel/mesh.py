@@ -23,7 +23,7 @@ from parallel.comm import Comm
 from parallel.errors import CollectiveError, ConfigError, NativeUnavailable, TpError
 from parallel.group import Group, Numerics
 from parallel.native.library import library
-from parallel.segment import SHM_DIR, share
+from parallel.segment import memory_identity, share
 from parallel.shm import ShmComm
 from parallel.torch_comm import Channels, TorchComm
 
@@ -175,8 +175,8 @@ def _all_share_memory(store: dist.Store, rank: int, size: int, wiring: Wiring) -
     """Whether every rank sits on the same memory and can load the kernels; says why not, and what that costs."""
     try:
         library()
-        note = f"ok {_memory_identity()}"
-    except (NativeUnavailable, OSError) as error:  # OSError: a system without /proc or /dev/shm
+        note = f"ok {memory_identity()}"
+    except (NativeUnavailable, OSError) as error:  # OSError: a system without /proc
         note = f"rank {rank}: {str(error).splitlines()[0]}"
     notes = share(store, "memory", rank, size, note)
     reasons = [text for text in notes if not text.startswith("ok ")]
@@ -189,13 +189,6 @@ def _all_share_memory(store: dist.Store, rank: int, size: int, wiring: Wiring) -
     if rank == 0:
         log.warning("%d ranks talk over gloo, not shared memory (%s): %s", size, "; ".join(reasons), GLOO_COST)
     return False
-
-
-def _memory_identity() -> str:
-    """Equal on two processes that see the same boot, the same shared-memory mount and the same process numbers."""
-    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-        boot = file.read().strip()
-    return f"{boot} {os.stat(SHM_DIR).st_dev} {os.stat('/proc/self/ns/pid').st_ino}"
 
 
 def _torch_comm(store: dist.Store, rank: int, size: int, wiring: Wiring) -> TorchComm:

@@ -1,23 +1,25 @@
-"""The memory that the ranks of one host share: a file that has no name left once all of them have mapped it.
+"""The memory that the ranks of one host share: an anonymous file that never has a name, so nothing can be left behind.
 
-Rank 0 makes it when all ranks have come to the start, mode 0600 under a random name, in /dev/shm or else in the
-temporary folder. The name travels through the rendezvous store. What is in the segment is the business of
-native/comm.h.
+Rank 0 makes it (memfd) when all ranks have come to the start; the others, processes of the same user that see the same
+process numbers, open it through rank 0's entry in /proc, which the rendezvous store names. It needs no room in
+/dev/shm. What is in it is the business of native/comm.h.
 """
 
 from __future__ import annotations
 
 import mmap
 import os
-import secrets
-import tempfile
 from pathlib import Path
 
 import torch.distributed as dist
 
 from parallel.errors import CollectiveError
 
-SHM_DIR = Path("/dev/shm")
+
+def memory_identity() -> str:
+    """Equal on two processes that run under the same boot of one system and see each other's process numbers."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    return f"{boot} {os.stat('/proc/self/ns/pid').st_ino}"
 
 
 def share(store: dist.Store, name: str, rank: int, size: int, note: str) -> list[str]:
@@ -32,30 +34,31 @@ def share(store: dist.Store, name: str, rank: int, size: int, note: str) -> list
     return [store.get(key).decode() for key in keys]
 
 
-def map_segment(store: dist.Store, rank: int, nbytes: int) -> tuple[mmap.mmap, Path]:
-    """The group's segment: made by rank 0 once all ranks are there, opened by the others."""
-    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
-    if rank == 0:
-        path, fd = _offer(store, nbytes, flags | os.O_CREAT | os.O_EXCL)
-    else:
-        path, fd = _accept(store, rank, flags)
+def map_segment(store: dist.Store, rank: int, nbytes: int) -> tuple[mmap.mmap, int]:
+    """The group's segment, and a descriptor of it that rank 0 must keep open until all ranks have mapped it."""
+    fd = _offer(store, nbytes) if rank == 0 else _accept(store, rank)
     try:
-        return mmap.mmap(fd, nbytes, flags=mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)), path
-    finally:
+        return mmap.mmap(fd, nbytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE), fd
+    except OSError as error:
         os.close(fd)
+        raise CollectiveError(f"rank {rank} cannot map {nbytes >> 20} MiB of shared memory ({error})") from error
 
 
-def _offer(store: dist.Store, nbytes: int, flags: int) -> tuple[Path, int]:
+def _offer(store: dist.Store, nbytes: int) -> int:
+    """Its memory is reserved at once: too little must be an error here, not a bus error later."""
+    fd = os.memfd_create("tp-decoders")
     try:
-        path, fd = _create(nbytes, flags)
-    except CollectiveError as error:
-        store.set("segment", f"none: {error}")
-        raise
-    store.set("segment", str(path))
-    return path, fd
+        os.posix_fallocate(fd, 0, nbytes)
+    except OSError as error:
+        os.close(fd)
+        message = f"rank 0 cannot reserve {nbytes >> 20} MiB of shared memory ({error}); choose transport 'gloo'"
+        store.set("segment", f"none: {message}")
+        raise CollectiveError(message) from error
+    store.set("segment", f"/proc/{os.getpid()}/fd/{fd}")
+    return fd
 
 
-def _accept(store: dist.Store, rank: int, flags: int) -> tuple[Path, int]:
+def _accept(store: dist.Store, rank: int) -> int:
     try:
         name = store.get("segment").decode()
     except RuntimeError as error:
@@ -63,25 +66,9 @@ def _accept(store: dist.Store, rank: int, flags: int) -> tuple[Path, int]:
     if name.startswith("none: "):
         raise CollectiveError(name.removeprefix("none: "))
     try:
-        return Path(name), os.open(name, flags)
+        return os.open(name, os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
-        raise CollectiveError(f"rank {rank} cannot open the segment of rank 0 ({error}); was it too late?") from error
-
-
-def _create(nbytes: int, flags: int) -> tuple[Path, int]:
-    """A new file with its memory reserved: a full /dev/shm must be an error here, not a bus error later."""
-    failures = []
-    for folder in (SHM_DIR, Path(tempfile.gettempdir())):
-        path = folder / f"tp-decoders-{secrets.token_hex(16)}"
-        try:
-            fd = os.open(path, flags, 0o600)
-            try:
-                os.posix_fallocate(fd, 0, nbytes)
-                return path, fd
-            except OSError:
-                os.close(fd)
-                path.unlink()
-                raise
-        except OSError as error:
-            failures.append(str(error))
-    raise CollectiveError(f"no room for {nbytes >> 20} MiB of shared memory ({'; '.join(failures)}); enlarge {SHM_DIR}")
+        raise CollectiveError(
+            f"rank {rank} cannot open the shared segment of rank 0 ({error}); "
+            "run all ranks of a host as one user, or choose transport 'gloo'"
+        ) from error

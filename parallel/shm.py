@@ -62,12 +62,12 @@ class ShmComm(Traffic):
         cores = share(store, "cores", rank, size, ",".join(map(str, sorted(os.sched_getaffinity(0)))))
         crowded = size > len({core for note in cores for core in note.split(",")})
         cap = max(1 << 18, SEGMENT_BYTES // (2 * size)) & ~4095
-        mapping, path = map_segment(store, rank, comm_library().comm_bytes(size, cap))
+        mapping, descriptor = map_segment(store, rank, comm_library().comm_bytes(size, cap))
         try:
             comm = ShmComm(rank, size, mapping, cap, timeout_s, crowded)
             share(store, "mapped", rank, size, "yes")
         finally:
-            path.unlink(missing_ok=True)  # by whichever rank gets here first; the mappings live on
+            os.close(descriptor)  # the mappings live on
         comm._lib.comm_watch(comm._handle)
         return comm
 

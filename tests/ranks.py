@@ -24,6 +24,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from parallel.native.library import available
+
 WORKER = Path(__file__).with_name("ranks_worker.py")
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -103,6 +105,8 @@ class Ranks:
                 worker.stop()
                 self._workers[rank] = self._start(rank)
                 self._generation += 1
+        if size > len(self._workers):
+            available()  # builds the native library here: a call's limit is for the call
         for rank in range(len(self._workers), size):
             self._workers.append(self._start(rank))
 

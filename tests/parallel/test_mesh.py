@@ -18,6 +18,7 @@ import parallel.mesh as mesh
 from parallel.errors import CollectiveError, ConfigError, NativeUnavailable
 from parallel.group import Group
 from parallel.mesh import Wiring, init_groups, pin_to_core
+from parallel.segment import map_segment
 from parallel.shm import ShmComm
 from parallel.torch_comm import TorchComm
 from parallel.tree import ReductionTree
@@ -148,15 +149,15 @@ def test_asking_for_shared_memory_where_it_is_impossible_is_refused(ranks: Run) 
 
 
 def two_hosts(group: Group, address: str) -> str:
-    real = mesh._memory_identity
+    real = mesh.memory_identity
     try:
-        mesh._memory_identity = lambda: f"host of rank {group.rank}"
+        mesh.memory_identity = lambda: f"host of rank {group.rank}"
         groups = init_groups(group.rank, 2, 2, 1, address, wiring=WIRING)
         groups.tp.talk.barrier()
         groups.close()
         return type(groups.tp.comm).__name__
     finally:
-        mesh._memory_identity = real
+        mesh.memory_identity = real
 
 
 def test_ranks_of_different_hosts_use_gloo(ranks: Run) -> None:
@@ -195,6 +196,17 @@ def test_a_rank_is_pinned_where_there_is_a_core_for_each(ranks: Run) -> None:
     last = cores - 1
     assert ranks(2, pinned, last, cores)[1] == (last, [last], 1)
     assert ranks(2, pinned, 0, cores + 1)[1] == (None, list(range(cores)), 1)
+
+
+def test_too_little_memory_is_told_to_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(fd: int, offset: int, nbytes: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    store = dist.HashStore()
+    for rank in (0, 1):
+        with pytest.raises(CollectiveError, match="rank 0 cannot reserve 16 MiB of shared memory .*No space left"):
+            map_segment(store, rank, 16 << 20)
 
 
 def test_a_group_of_one_over_shared_memory_works() -> None:
