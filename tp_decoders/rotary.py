@@ -13,6 +13,7 @@ so that its own cached and uncached results disagree.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -41,12 +42,23 @@ class RotaryConfig:
         return int(self.max_positions * self.factor) if self.kind == "dynamic" else self.max_positions
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Rotation:
     """What one forward needs: cos and sin of every token's angles, [T, R/2] float32 each."""
 
     cos: Tensor
     sin: Tensor
+
+    @cached_property
+    def _spread(self) -> dict[int, Rotation]:
+        return {}
+
+    def by_head(self, n_heads: int) -> Rotation:
+        """The same with a row per token and head, [T * N, R/2]; made once per forward."""
+        if n_heads not in self._spread:
+            cos, sin = (table.repeat_interleave(n_heads, 0) for table in (self.cos, self.sin))
+            self._spread[n_heads] = Rotation(cos, sin)
+        return self._spread[n_heads]
 
 
 class Rotary:
@@ -84,6 +96,16 @@ def _dynamic_bases(config: RotaryConfig) -> list[float]:
     power = config.size / (config.size - 2)
     lengths = (max(position + 1, trained) for position in range(config.reach))
     return [config.base * ((factor * length / trained) - (factor - 1)) ** power for length in lengths]
+
+
+def rotated(qkv_TN3H: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
+    """q and k rotated, and v: [T, N, H] each. Without gradients q and k turn in place, in one call."""
+    if torch.is_grad_enabled() and qkv_TN3H.requires_grad:
+        q_TNH, k_TNH, v_TNH = qkv_TN3H.unbind(2)
+        return rotate(q_TNH, rotation), rotate(k_TNH, rotation), v_TNH
+    rotate_(qkv_TN3H.flatten(0, 1)[:, :2], rotation.by_head(qkv_TN3H.shape[1]))
+    q_TNH, k_TNH, v_TNH = qkv_TN3H.unbind(2)
+    return q_TNH, k_TNH, v_TNH
 
 
 def rotate(x_TNH: Tensor, rotation: Rotation) -> Tensor:

@@ -10,7 +10,7 @@ from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXRotaryEmbeddin
 from parallel.attention import Causal
 from tests.tp_decoders.parity import NEOX, hf
 from tp_decoders import load
-from tp_decoders.rotary import Rotary, RotaryConfig, Rotation, rotate
+from tp_decoders.rotary import Rotary, RotaryConfig, Rotation, rotate, rotated
 
 
 def reference(size: int, head_dim: int, **options: object) -> GPTNeoXRotaryEmbedding:
@@ -48,19 +48,20 @@ def test_dynamic_scaling_depends_on_the_tokens_own_position(position: int) -> No
     assert ours.config.reach == 128
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_rotation_in_place_and_with_gradient_have_the_same_bits(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    fused = torch.randn(5, 3, 2, 12).to(dtype)
-    q = fused.unbind(2)[1].clone().requires_grad_()
-    positions = torch.arange(5) * 7
-    rotation = Rotary(RotaryConfig(size=8, base=100.0, max_positions=64)).at(positions)
-    turned = rotate(q, rotation)
-    with torch.no_grad():
-        view = fused.unbind(2)[1]
-        assert rotate(view, rotation).data_ptr() == view.data_ptr()
-    assert torch.equal(turned, view)
-    assert torch.equal(turned[..., 8:], q[..., 8:])
+    qkv = torch.randn(5, 4, 3, 12).to(dtype)
+    before = qkv.clone()
+    rotation = Rotary(RotaryConfig(size=8, base=100.0, max_positions=64)).at(torch.arange(5) * 7)
+    trained = rotated(before.clone().requires_grad_(), rotation)
+    served = rotated(qkv, rotation)
+    for ours, theirs, start in zip(served, trained, before.unbind(2), strict=True):
+        assert torch.equal(ours, theirs)
+        assert torch.equal(ours[..., 8:], start[..., 8:])
+    assert served[0].data_ptr() == qkv.data_ptr()
+    assert not torch.equal(served[0], before[:, :, 0])
+    assert torch.equal(served[2], before[:, :, 2])
 
 
 def test_rotation_and_its_gradient_equal_transformers() -> None:

@@ -22,7 +22,7 @@ from tp_decoders.config import DecoderConfig, Dropout, head_size, probability
 from tp_decoders.decoder import Decoder, Family, Place
 from tp_decoders.fields import Fields
 from tp_decoders.names import Name, NameMap, block_names
-from tp_decoders.rotary import Rotary, RotaryConfig, Rotation, rotary_from_hf, rotate
+from tp_decoders.rotary import Rotary, RotaryConfig, Rotation, rotary_from_hf, rotated
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,8 +88,8 @@ class Block(nn.Module):
         self.down = RowLinear(ffn, d, group=group, **place)
 
     def forward(self, x_TD: Tensor, rotation: Rotation, attend: Attend) -> Tensor:
-        q_TNH, k_TNH, v_TNH = self.qkv(self.ln1(x_TD)).unflatten(1, self.heads).unbind(2)
-        o_TNH = attend(self.attention, rotate(q_TNH, rotation), rotate(k_TNH, rotation), v_TNH)
+        q_TNH, k_TNH, v_TNH = rotated(self.qkv(self.ln1(x_TD)).unflatten(1, self.heads), rotation)
+        o_TNH = attend(self.attention, q_TNH, k_TNH, v_TNH)
         attended = self.out.partial(o_TNH.flatten(1))
         if self.parallel_residual:
             return x_TD + reduce_sum(attended, self.down.partial(self.up(self.ln2(x_TD), self.activation)))

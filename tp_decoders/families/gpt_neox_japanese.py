@@ -21,7 +21,7 @@ from tp_decoders.config import DecoderConfig, Dropout, head_size, probability
 from tp_decoders.decoder import Decoder, Family, Place
 from tp_decoders.fields import Fields
 from tp_decoders.names import Name, NameMap
-from tp_decoders.rotary import Rotary, RotaryConfig, Rotation, rotary_from_hf, rotate
+from tp_decoders.rotary import Rotary, RotaryConfig, Rotation, rotary_from_hf, rotated
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +77,8 @@ class Block(nn.Module):
         self.down = RowLinear(ffn, d, group=group, bias=False, **place)
 
     def forward(self, x_TD: Tensor, rotation: Rotation, attend: Attend) -> Tensor:
-        q_TNH, k_TNH, v_TNH = self.qkv(self.ln1(x_TD)).unflatten(1, self.heads).unbind(2)
-        o_TNH = attend(self.attention, rotate(q_TNH, rotation), rotate(k_TNH, rotation), v_TNH)
+        q_TNH, k_TNH, v_TNH = rotated(self.qkv(self.ln1(x_TD)).unflatten(1, self.heads), rotation)
+        o_TNH = attend(self.attention, q_TNH, k_TNH, v_TNH)
         h_TD = x_TD + self.out(o_TNH.flatten(1))
         return h_TD + self.down(self.up(self.ln2(h_TD), self.activation))
 
