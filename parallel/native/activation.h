@@ -91,10 +91,4 @@ inline auto dispatch(int64_t id, const F& f) {
   }
 }
 
-struct Apply {
-  f32x16 x;
-  template <Id id> f32x16 operator()() const { return value<id>(x); }
-};
-inline f32x16 apply(int64_t id, f32x16 x) { return dispatch(id, Apply{x}); }
-
 }  // namespace activation

@@ -109,20 +109,28 @@ template <class E>
 inline f32x16 load(const E* p, int live) { return live == simd::kLanes ? simd::load(p) : simd::load(p, live); }
 
 template <class E>
-void finish(const Call& call, int64_t root, int64_t row, int64_t rows, int64_t column, int n, const float* slot) {
-  E* out = reinterpret_cast<E*>(call.out) + root * call.root_stride + row * call.row_stride + column;
-  for (int64_t r = 0; r < rows; ++r, out += call.row_stride, slot += kPanel)
-    for (int j = 0; j < n; j += simd::kLanes) {
-      const int live = std::min(simd::kLanes, n - j);
-      f32x16 v = simd::load(slot + j);
-      if (call.bias)
-        v = v + (call.bias_half ? load(reinterpret_cast<const bf16*>(call.bias) + column + j, live)
-                                : load(reinterpret_cast<const float*>(call.bias) + column + j, live));
-      if (call.activation) v = activation::apply(call.activation, simd::as_stored(v, out));
-      if (live == simd::kLanes) simd::store(out + j, v);
-      else simd::store(out + j, v, live);
-    }
-}
+struct Finish {                               // bias, rounding, activation, store of a finished tile
+  const Call& call;
+  int64_t root, row, rows, column;
+  int n;
+  const float* slot;
+
+  template <activation::Id id>
+  void operator()() const {
+    E* out = reinterpret_cast<E*>(call.out) + root * call.root_stride + row * call.row_stride + column;
+    for (int64_t r = 0; r < rows; ++r, out += call.row_stride)
+      for (int j = 0; j < n; j += simd::kLanes) {
+        const int live = std::min(simd::kLanes, n - j);
+        f32x16 v = simd::load(slot + r * kPanel + j);
+        if (call.bias)
+          v = v + (call.bias_half ? load(reinterpret_cast<const bf16*>(call.bias) + column + j, live)
+                                  : load(reinterpret_cast<const float*>(call.bias) + column + j, live));
+        if (id != activation::kNone) v = activation::value<id>(simd::as_stored(v, out));
+        if (live == simd::kLanes) simd::store(out + j, v);
+        else simd::store(out + j, v, live);
+      }
+  }
+};
 
 struct Work {
   const Call& call;
@@ -162,14 +170,17 @@ struct Work {
       run_tile({a.base + row * a.row_bytes + (a.copied ? run.a_copied : run.a_direct) + s->done * 4, a.row_bytes, b, s->units,
                 top, s->first, s->pops, level, lines == 16 ? b + kAlone : ahead});
       ahead += s->units / 4 * lines * 64;
-      if (s->root)
-        (call.out_half ? finish<bf16> : finish<float>)(call, s->root - 1, row, rows, panel * kPanel, columns(panel),
-                                                       top - s->pops * level);
+      if (s->root && call.out_half) finish<bf16>(s->root - 1, row, rows, panel, top - s->pops * level);
+      if (s->root && !call.out_half) finish<float>(s->root - 1, row, rows, panel, top - s->pops * level);
     }
     return ahead;
   }
 
-  int columns(int64_t panel) const { return static_cast<int>(std::min<int64_t>(kPanel, plan.n - panel * kPanel)); }
+  template <class E>
+  void finish(int64_t root, int64_t row, int64_t rows, int64_t panel, const float* slot) const {
+    int n = static_cast<int>(std::min<int64_t>(kPanel, plan.n - panel * kPanel));
+    activation::dispatch(call.activation, Finish<E>{call, root, row, rows, panel * kPanel, n, slot});
+  }
 
   template <class Op>
   bool items(int64_t begin, int64_t end) const {
