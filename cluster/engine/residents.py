@@ -32,7 +32,7 @@ class Residents:
         False, and nothing happens, where that would leave fewer than `spare` blocks.
         """
         needed = self.pool.blocks_for(seq.target)
-        if len(self._slots) <= len(seq.forks) or (not self.prefix_caching and self.pool.num_free < needed + spare):
+        if len(self._slots) <= len(seq.forks) or self.pool.num_free <= spare:
             return False
         found, chain = self._found(seq)
         if self.pool.num_free - self.pool.num_kept(found) < needed - len(found) + spare:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from cluster.engine.adjustments import Adjustments, adjusts
-from cluster.engine.cuts import LEAF, cut, leaf_sums
+from cluster.engine.cuts import LEAF, cut, leaf_sums, picked
 from cluster.engine.draws import uniform
 from cluster.engine.sequence import Sequence
 from parallel.logsumexp import invariant_exp, row_best, row_max
@@ -49,11 +49,11 @@ class Sampler:
         greedy = [i for i, seq in enumerate(sequences) if seq.sampling.greedy]
         others = [i for i, seq in enumerate(sequences) if not seq.sampling.greedy]
         if greedy:
-            values, ids = row_best(_pick(rows_RV, greedy))
+            values, ids = row_best(picked(rows_RV, greedy))
             self._note(tokens, errors, greedy, ids.tolist(), values.tolist())
         if others:
             chosen = [sequences[i] for i in others]
-            best, drawn = draw_rows(_pick(rows_RV, others), chosen)
+            best, drawn = draw_rows(picked(rows_RV, others), chosen)
             self._note(tokens, errors, others, drawn, best)
         return Drawn(tokens, errors)
 
@@ -91,10 +91,6 @@ def bad_rows(largest: list[float]) -> dict[int, str]:
         i: f"the model's logits hold {value}: its weights or activations overflowed or are damaged"
         for i, value in wrong.items()
     }
-
-
-def _pick(rows_RV: Tensor, places: list[int]) -> Tensor:
-    return rows_RV if len(places) == rows_RV.shape[0] else rows_RV[places]
 
 
 def draw_rows(rows_RV: Tensor, sequences: Many[Sequence]) -> tuple[list[float], list[int]]:
