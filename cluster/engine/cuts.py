@@ -63,7 +63,7 @@ def _keep(rows_RV: Tensor, places: list[int], floor: Tensor) -> None:
 
 
 def top_values(rows_RV: Tensor, count: int) -> Tensor:
-    """[R, count] the largest values of each row, descending: all stand in the `count` pieces with the largest maxima."""
+    """[R, count] the largest values of each row, descending: all in the `count` pieces with the largest maxima."""
     pieces = rows_RV.shape[1] // PIECE
     if count > pieces // 4:
         return rows_RV.topk(count, 1).values
