@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -65,10 +65,16 @@ class Packed:
             )
         self.starts = starts_of(self.lengths)
         self.num_tokens = self.starts[-1]
+        self._starts_on: dict[torch.device, Tensor] = {}
 
     @cached_property
     def starts_S1(self) -> Tensor:
         return int32(self.starts)
+
+    def starts_on(self, device: torch.device) -> Tensor:
+        if device not in self._starts_on:
+            self._starts_on[device] = self.starts_S1.to(device)
+        return self._starts_on[device]
 
     @cached_property
     def scratch_step(self) -> tuple[PagedStep, int]:
@@ -91,6 +97,15 @@ def _table_tensor(block_tables: Sequence[Sequence[int]], needed: Sequence[int]) 
     if min(flat) < 0:
         raise ConfigError(f"a block table holds {min(flat)}; blocks are numbered from 0")
     return torch.frombuffer(flat, dtype=torch.int32).view(-1, width), max(flat)
+
+
+class DeviceStep(NamedTuple):
+    """A step's numbers as int32 tensors on its device."""
+
+    query_starts: Tensor
+    context_starts: Tensor
+    context_lens: Tensor
+    tables: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,6 +164,15 @@ class AttentionMeta:
             (table[:, None] * self.block_size + offsets).flatten()[:context].to(self.device)
             for table, context in zip(tables, self.context_lens, strict=True)
         ]
+
+    @cached_property
+    def all_context_slots(self) -> Tensor:
+        return torch.cat(self.context_slots)
+
+    @cached_property
+    def on_device(self) -> DeviceStep:
+        starts = int32(self.query_starts, self.device), int32(starts_of(self.context_lens), self.device)
+        return DeviceStep(*starts, int32(self.context_lens, self.device), self.tables_SB.to(self.device))
 
     @cached_property
     def new_slots_T(self) -> Tensor:
