@@ -12,6 +12,7 @@ from collections.abc import Sequence as Many
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from cluster.engine.request import SamplingParams
 from parallel.logsumexp import exp_sum_leaves, invariant_exp
@@ -30,8 +31,12 @@ def leaf_borders(vocab_size: int) -> tuple[int, ...]:
 
 def leaf_sums(rows_RV: Tensor) -> Tensor:
     """[R, leaves] float64 sums of exp over leaves of rows whose largest value is 0."""
-    zero = torch.zeros(rows_RV.shape[0], dtype=torch.float32, device=rows_RV.device)
-    return exp_sum_leaves(rows_RV, zero, leaf_borders(rows_RV.shape[1])).double()
+    rows, vocab_size = rows_RV.shape
+    if rows_RV.is_cuda:  # one kernel for all leaves
+        padded = functional.pad(rows_RV.double().exp(), (0, -vocab_size % LEAF))
+        return padded.view(rows, -1, LEAF).sum(2)
+    zero = torch.zeros(rows, dtype=torch.float32)
+    return exp_sum_leaves(rows_RV, zero, leaf_borders(vocab_size)).double()
 
 
 def cut(rows_RV: Tensor, params: Many[SamplingParams]) -> None:
