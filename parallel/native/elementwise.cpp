@@ -146,28 +146,34 @@ struct Norm {                                 // y = (h - mean) rstd weight + bi
   }
 };
 
+struct Turn {                                 // mirrored by _ROTARY in elementwise.py
+  int64_t half_type, inverse, tokens, heads, width, half;
+  int64_t token_stride, head_stride, out_token_stride, out_head_stride, table_stride;
+  const void* x;
+  void* out;
+  const float *cosines, *sines;
+};
 template <class E>
 struct Rotary {                               // the first 2 * half elements of every head turn, the rest passes
-  int64_t tokens, heads, width, half, token_stride, head_stride, out_token_stride, out_head_stride, table_stride;
-  const E* x;
-  E* out;
-  const float *cosines, *sines;
-  float sign;
+  const Turn& t;
 
-  void head(const E* in, E* to, const float* c, const float* s) const {
-    by_vector(half, [&](int64_t i, int live) {
-      f32x16 a = load(in + i, live), b = load(in + half + i, live), cosine = load(c + i, live), sine = load(s + i, live) * sign;
+  void head(const E* in, E* to, const float* c, const float* s, float sign) const {
+    by_vector(t.half, [&](int64_t i, int live) {
+      f32x16 a = load(in + i, live), b = load(in + t.half + i, live);
+      f32x16 cosine = load(c + i, live), sine = load(s + i, live) * sign;
       store(to + i, a * cosine - b * sine, live);
-      store(to + half + i, b * cosine + a * sine, live);
+      store(to + t.half + i, b * cosine + a * sine, live);
     });
-    if (in != to) std::copy(in + 2 * half, in + width, to + 2 * half);
+    if (in != to) std::copy(in + 2 * t.half, in + t.width, to + 2 * t.half);
   }
   void run() const {
-    over_rows(tokens, heads * width, [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t)
-        for (int64_t n = 0; n < heads; ++n)
-          head(x + t * token_stride + n * head_stride, out + t * out_token_stride + n * out_head_stride,
-               cosines + t * table_stride, sines + t * table_stride);
+    const E* x = static_cast<const E*>(t.x);
+    E* out = static_cast<E*>(t.out);
+    over_rows(t.tokens, t.heads * t.width, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        for (int64_t n = 0; n < t.heads; ++n)
+          head(x + i * t.token_stride + n * t.head_stride, out + i * t.out_token_stride + n * t.out_head_stride,
+               t.cosines + i * t.table_stride, t.sines + i * t.table_stride, t.inverse ? -1.0f : 1.0f);
     });
   }
 };
@@ -228,13 +234,7 @@ void ew_layer_norm(int half, int64_t rows, int64_t width, const void* x, int64_t
   });
 }
 
-// shape: tokens, heads, width, half, then the strides of x (token, head), of out (token, head) and of the tables.
-void ew_rotary(int half_type, const int64_t* shape, const void* x, void* out, const float* cosines, const float* sines,
-               float sign) {
-  typed(half_type, [&](auto e) {
-    using E = decltype(e);
-    Rotary<E>{shape[0], shape[1], shape[2], shape[3], shape[4], shape[5], shape[6], shape[7], shape[8],
-              static_cast<const E*>(x), static_cast<E*>(out), cosines, sines, sign}.run();
-  });
+void ew_rotary(const Turn* turn) {
+  typed(static_cast<int>(turn->half_type), [&](auto e) { Rotary<decltype(e)>{*turn}.run(); });
 }
 }

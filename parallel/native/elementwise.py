@@ -6,6 +6,7 @@ dtypes and activations that are not here (`NAMES`).
 """
 
 import ctypes
+import struct
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import NamedTuple
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from parallel.errors import ConfigError
-from parallel.native.library import library
+from parallel.native.library import entry
 
 _IDS = {
     "gelu": 1,
@@ -30,6 +31,8 @@ _IDS = {
 }  # activation::Id
 NAMES: frozenset[str] = frozenset(_IDS)
 
+_SMALL = 1 << 16  # elements below which a call keeps the interpreter lock
+_ROTARY = struct.Struct("15q")  # Turn of elementwise.cpp
 _P, _I, _L, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
 _SIGNATURES: dict[str, tuple] = {
     "ew_activate": (_L, _I, _L, _P, _P),
@@ -39,7 +42,7 @@ _SIGNATURES: dict[str, tuple] = {
     "ew_row_max": (_I, _L, _L, _P, _L, _P),
     "ew_exp_sum": (_I, _L, _P, _L, _P, _L, _P, _P),
     "ew_layer_norm": (_I, _L, _L, _P, _L, _P, _L, _P, _P, _P, _I, _P, _I, _F, _P, _P),
-    "ew_rotary": (_I, _P, _P, _P, _P, _P, _F),
+    "ew_rotary": (ctypes.c_char_p,),
 }
 
 
@@ -65,7 +68,7 @@ def activate(x: Tensor, name: str, out: Tensor | None = None) -> Tensor:
     """The activation of every element; `out` may be x itself."""
     x = _checked(x).contiguous()
     out = _like(x) if out is None else _checked_out(out, x)
-    _function("ew_activate")(activation_id(name), x.dtype is torch.bfloat16, x.numel(), x.data_ptr(), out.data_ptr())
+    _call("ew_activate", x, activation_id(name), x.dtype is torch.bfloat16, x.numel(), x.data_ptr(), out.data_ptr())
     return out
 
 
@@ -75,8 +78,15 @@ def activate_grad(x: Tensor, dy: Tensor, name: str) -> Tensor:
     if dy.shape != x.shape or dy.dtype != x.dtype:
         raise ConfigError(f"dy is {_words(dy)}; it must match x, {_words(x)}")
     dx = _like(x)
-    _function("ew_activate_grad")(
-        activation_id(name), x.dtype is torch.bfloat16, x.numel(), x.data_ptr(), dy.data_ptr(), dx.data_ptr()
+    _call(
+        "ew_activate_grad",
+        x,
+        activation_id(name),
+        x.dtype is torch.bfloat16,
+        x.numel(),
+        x.data_ptr(),
+        dy.data_ptr(),
+        dx.data_ptr(),
     )
     return dx
 
@@ -95,9 +105,7 @@ def row_max(x: Tensor) -> Tensor:
     """The largest element of each row of x [R, C], float32 [R]; -inf where C is 0, NaN where the row holds one."""
     x = _rows(x)
     out = torch.empty(x.shape[0], dtype=torch.float32)
-    _function("ew_row_max")(
-        x.dtype is torch.bfloat16, x.shape[0], x.shape[1], x.data_ptr(), x.stride(0), out.data_ptr()
-    )
+    _call("ew_row_max", x, x.dtype is torch.bfloat16, x.shape[0], x.shape[1], x.data_ptr(), x.stride(0), out.data_ptr())
     return out
 
 
@@ -110,7 +118,9 @@ def exp_sum(x: Tensor, top: Tensor, borders: Sequence[int]) -> Tensor:
     if top.shape != (x.shape[0],) or top.dtype != torch.float32 or not top.is_contiguous():
         raise ConfigError(f"the row maxima are {_words(top)}; they must be a contiguous [{x.shape[0]}] float32 tensor")
     out = torch.empty(x.shape[0], len(cuts) - 1, dtype=torch.float32)
-    _function("ew_exp_sum")(
+    _call(
+        "ew_exp_sum",
+        x,
         x.dtype is torch.bfloat16,
         x.shape[0],
         x.data_ptr(),
@@ -144,7 +154,9 @@ def layer_norm(
             raise ConfigError(f"the residual is {_words(residual)}; it must match x, {_words(x)}")
         total = torch.empty(n_rows, width, dtype=x.dtype)
     mean, rstd = (torch.empty(n_rows), torch.empty(n_rows)) if stats else (None, None)
-    _function("ew_layer_norm")(
+    _call(
+        "ew_layer_norm",
+        x,
         x.dtype is torch.bfloat16,
         n_rows,
         width,
@@ -173,14 +185,16 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None, inver
     if _checked(x).dim() != 3:
         raise ConfigError(f"x is {_words(x)}; rotary takes [tokens, heads, head_dim]")
     tokens, heads, width = x.shape
-    for name, table in (("cos", cos), ("sin", sin)):
-        if table.shape != cos.shape or table.shape[0] != tokens or table.dtype != torch.float32 or table.stride(1) != 1:
+    half = cos.shape[-1]
+    for table in (cos, sin):
+        if table.shape != (tokens, half) or table.dtype is not torch.float32 or table.stride() != (cos.stride(0), 1):
             raise ConfigError(
-                f"{name} is {_words(table)}; it must be a float32 [{tokens}, R/2] tensor with contiguous rows"
+                f"a table of angles is {_words(table)}; cos and sin are float32 [{tokens}, R/2], rows contiguous, "
+                f"strides alike (cos: {list(cos.stride())})"
             )
-    if 2 * cos.shape[1] > width or cos.stride(0) != sin.stride(0):
+    if 2 * half > width:
         raise ConfigError(
-            f"cos {_words(cos)} and sin {_words(sin)} do not fit heads of {width}; R <= {width}, same strides"
+            f"{2 * half} elements to turn do not fit heads of {width}; give cos and sin at most {width // 2}"
         )
     if x.stride(2) != 1:
         x = x.contiguous()
@@ -188,26 +202,20 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None, inver
         out = torch.empty(tokens, heads, width, dtype=x.dtype)
     elif out.shape != x.shape or out.dtype != x.dtype or out.stride(2) != 1:
         raise ConfigError(f"out is {_words(out)}; it must match x, {_words(x)}, with contiguous heads")
-    shape = (ctypes.c_int64 * 9)(
-        tokens, heads, width, cos.shape[1], x.stride(0), x.stride(1), out.stride(0), out.stride(1), cos.stride(0)
-    )
-    _function("ew_rotary")(
-        x.dtype is torch.bfloat16,
-        shape,
-        x.data_ptr(),
-        out.data_ptr(),
-        cos.data_ptr(),
-        sin.data_ptr(),
-        -1.0 if inverse else 1.0,
-    )
+    strides = *x.stride()[:2], *out.stride()[:2], cos.stride(0)
+    addresses = x.data_ptr(), out.data_ptr(), cos.data_ptr(), sin.data_ptr()
+    given = _ROTARY.pack(x.dtype is torch.bfloat16, inverse, tokens, heads, width, half, *strides, *addresses)
+    _call("ew_rotary", x, given)
     return out
 
 
 @cache
-def _function(name: str) -> Callable[..., None]:
-    function = library()[name]
-    function.argtypes, function.restype = _SIGNATURES[name], None
-    return function
+def _function(name: str, small: bool) -> Callable[..., None]:
+    return entry(name, _SIGNATURES[name], keep_lock=small)
+
+
+def _call(name: str, x: Tensor, *arguments: object) -> None:
+    _function(name, x.numel() < _SMALL)(*arguments)
 
 
 def _map(name: str, x: Tensor) -> Tensor:
@@ -215,12 +223,12 @@ def _map(name: str, x: Tensor) -> Tensor:
         raise ConfigError(f"{name.removeprefix('ew_')} takes float32, got {_words(x)}")
     x = x.contiguous()
     out = _like(x)
-    _function(name)(x.numel(), x.data_ptr(), out.data_ptr())
+    _call(name, x, x.numel(), x.data_ptr(), out.data_ptr())
     return out
 
 
 def _checked(x: Tensor) -> Tensor:
-    if x.dtype not in (torch.float32, torch.bfloat16) or x.device.type != "cpu":
+    if x.dtype not in (torch.float32, torch.bfloat16) or not x.is_cpu:
         raise ConfigError(f"the native kernels take float32 or bfloat16 on the CPU, got {_words(x)}")
     return x
 

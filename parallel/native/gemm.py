@@ -8,7 +8,7 @@ No autograd, no collectives: parallel/linear.py builds those on top.
 import ctypes
 import itertools
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import NamedTuple, overload
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from parallel.errors import ConfigError
 from parallel.native.elementwise import activation_id
-from parallel.native.library import library
+from parallel.native.library import entry, library
 
 PANEL = 64  # columns of W in a panel
 MAX_SOURCES = 16
@@ -46,7 +46,7 @@ class PackedMatrix:
     @classmethod
     def pack(cls, src: Tensor, borders: Sequence[int] | None = None) -> "PackedMatrix":
         """Pack src [N, K], any strides. `borders`: the leaves' borders, needed only where a bfloat16 leaf is odd."""
-        if src.dim() != 2 or src.dtype not in _DTYPES or src.device.type != "cpu":
+        if src.dim() != 2 or src.dtype not in _DTYPES or not src.is_cpu:
             raise ConfigError(f"cannot pack {_words(src)}; give a [N, K] float32 or bfloat16 tensor on the CPU")
         n, k = src.shape
         cuts = tuple(sorted({0, k, *(borders or ())}))
@@ -58,7 +58,7 @@ class PackedMatrix:
 
     def repack(self, src: Tensor) -> None:
         """Take over src's present values, in place."""
-        if src.shape != (self.n, self.k) or src.dtype != self.dtype or src.device.type != "cpu":
+        if src.shape != (self.n, self.k) or src.dtype != self.dtype or not src.is_cpu:
             raise ConfigError(
                 f"cannot repack {_words(src)} into a packed [{self.n}, {self.k}] {self.dtype}; "
                 "pack a new matrix for another shape or dtype"
@@ -145,15 +145,8 @@ def _call_struct(n_sources: int) -> struct.Struct:
 
 
 @cache
-def _functions() -> tuple:
-    """gemm_run twice: keeping the interpreter lock (short calls) and releasing it (long ones)."""
-    keeping, releasing = (
-        ctypes.PyDLL(None, handle=library()._handle).gemm_run,
-        ctypes.CDLL(None, handle=library()._handle).gemm_run,
-    )
-    for function in (keeping, releasing):
-        function.argtypes, function.restype = (ctypes.c_char_p, ctypes.c_char_p), ctypes.c_int
-    return keeping, releasing
+def _function(small: bool) -> Callable[..., int]:
+    return entry("gemm_run", (ctypes.c_char_p, ctypes.c_char_p), ctypes.c_int, keep_lock=small)
 
 
 def _run(
@@ -171,14 +164,16 @@ def _run(
         raise ConfigError(f"out_dtype is {out_dtype}; the native product writes float32 or bfloat16")
     address = half = 0
     if bias is not None:
-        if bias.shape != (n,) or bias.dtype not in _DTYPES or not bias.is_contiguous():
+        if bias.shape != (n,) or bias.dtype not in _DTYPES or not bias.is_contiguous() or not bias.is_cpu:
             raise ConfigError(f"the bias is {_words(bias)}; it must be a contiguous [{n}] float32 or bfloat16 tensor")
         address, half = bias.data_ptr(), bias.dtype is torch.bfloat16
     fields = [m, out, out_dtype is torch.bfloat16, n, root_stride, address, half, activation_id(activation)]
     keep = []
     for x, weight, _ in sources:
-        if x.shape != (m, weight.k) or x.dtype is not weight.dtype:
-            raise ConfigError(f"x is {_words(x)}; with this weight it must be [{m}, {weight.k}] {weight.dtype}")
+        if x.shape != (m, weight.k) or x.dtype is not weight.dtype or not x.is_cpu:
+            raise ConfigError(
+                f"x is {_words(x)}; with this weight it must be [{m}, {weight.k}] {weight.dtype} on the CPU"
+            )
         rows, k = x.stride()
         if k != 1 and rows != 1 and weight.k > 1:
             x = x.contiguous()
@@ -186,7 +181,7 @@ def _run(
             rows, k = x.stride()
         fields += x.data_ptr(), rows, 1 if weight.k < 2 else k
     small = m * n * sources[0].weight.k < _SMALL
-    if _functions()[0 if small else 1](_call_struct(len(sources)).pack(*fields), plan) != 0:
+    if _function(small)(_call_struct(len(sources)).pack(*fields), plan) != 0:
         raise MemoryError("the native matrix product could not allocate its scratch memory")
 
 

@@ -17,10 +17,11 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from parallel.errors import ConfigError, NativeUnavailable
 
@@ -95,6 +96,15 @@ def library() -> ctypes.CDLL:
                 _loaded.failure = str(error)
                 raise
         return _loaded.cdll
+
+
+def entry(name: str, argtypes: tuple, restype: type | None = None, keep_lock: bool = False) -> Callable[..., Any]:
+    """A function of the library. keep_lock: the interpreter lock is held during the call, right for calls of a few
+    microseconds, which otherwise queue behind another Python thread to get it back."""
+    loader = ctypes.PyDLL if keep_lock else ctypes.CDLL
+    function = loader(None, handle=library()._handle)[name]
+    function.argtypes, function.restype = argtypes, restype
+    return function
 
 
 def available() -> bool:

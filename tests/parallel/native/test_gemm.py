@@ -239,6 +239,8 @@ def test_wrong_operands_are_refused_in_words() -> None:
         product([Source(normal(3, 11), packed, (0, 10))])
     with pytest.raises(ConfigError, match="bfloat16"):
         product([Source(x.bfloat16(), packed, (0, 10))])
+    with pytest.raises(ConfigError, match="on the CPU"):
+        product([Source(torch.empty(3, 10, device="meta"), packed, (0, 10))])
     with pytest.raises(ConfigError, match="must ascend"):
         product([Source(x, packed, (0, 11))])
     with pytest.raises(ConfigError, match="must ascend"):
