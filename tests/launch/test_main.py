@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -22,18 +21,21 @@ def test_every_command_helps_with_an_example(command: str, capsys: pytest.Captur
     assert f"example: tp-decoders {command}" in " ".join(capsys.readouterr().out.split())
 
 
-def test_help_lists_every_command_quickly() -> None:
-    began = time.monotonic()
+def test_help_lists_every_command() -> None:
     done = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "launch", "--help"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
+        [sys.executable, "-m", "launch", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert all(f"    {command} " in done.stdout for command in COMMANDS)
-    assert "torch" not in done.stderr, "--help imports torch"
-    assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_does_not_wait_for_torch_or_ray(command: str) -> None:
+    code = (
+        "import sys\nfrom launch.main import main\n"
+        f"try: main([{command!r}, '--help'])\n"
+        "except SystemExit: sys.exit('torch' in sys.modules or 'ray' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=False).returncode == 0
 
 
 @pytest.mark.parametrize("arguments", [[], ["sever"], ["serve"], ["convert", "onlyone"], ["bench"]])

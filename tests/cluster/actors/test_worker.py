@@ -17,7 +17,7 @@ PLACE = Place(rank=0, world=1, node="here")
 
 def test_a_worker_starts_reports_runs_and_stops(tmp_path: Path) -> None:
     worker = Worker(0)
-    thread = threading.Thread(target=worker.run, args=(PLACE, MakeFake(folder=str(tmp_path))))
+    thread = threading.Thread(target=worker.run, args=(PLACE, MakeFake(folder=str(tmp_path))), daemon=True)
     thread.start()
     ready = worker.ready()
     assert ready.facts["rank"] == 0
@@ -40,7 +40,7 @@ def test_a_failed_start_is_raised_by_run_and_frees_those_who_wait(tmp_path: Path
 
 def test_stop_before_the_start_has_ended_prevents_the_run() -> None:
     worker = Worker(0)
-    thread = threading.Thread(target=worker.run, args=(PLACE, MakeFake(start_seconds=0.3)))
+    thread = threading.Thread(target=worker.run, args=(PLACE, MakeFake(start_seconds=0.3)), daemon=True)
     thread.start()
     worker.stop()
     thread.join(5)
@@ -49,7 +49,7 @@ def test_stop_before_the_start_has_ended_prevents_the_run() -> None:
 
 def test_the_phase_under_way_is_named() -> None:
     worker = Worker(0)
-    thread = threading.Thread(target=worker.run, args=(PLACE, MakeFake(start_seconds=0.3)))
+    thread = threading.Thread(target=worker.run, args=(PLACE, MakeFake(start_seconds=0.3)), daemon=True)
     thread.start()
     while worker.phase().startswith("nothing"):
         pass
