@@ -7,9 +7,13 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import grpc
+import pytest
+from google.rpc.error_details_pb2 import ErrorInfo
+
 from cluster.frontend.frontend import Frontend
 from cluster.frontend.text import TextCodec
-from cluster.rpc.client import AsyncClient
+from cluster.rpc.client import AsyncClient, ServiceError
 from cluster.rpc.limits import ServerLimits
 from cluster.rpc.server import Server, build_server
 from cluster.rpc.servicers import ServiceInfo
@@ -58,3 +62,16 @@ async def service(
                 yield Service(engine, frontend, server, client)
         finally:
             await server.stop(1.0)
+
+
+async def refused(awaitable: Any, code: grpc.StatusCode, words: str) -> ServiceError:
+    """The error of a call that must fail with this status and these words."""
+    with pytest.raises(ServiceError) as caught:
+        await awaitable
+    assert caught.value.code is code, caught.value
+    assert words in str(caught.value)
+    return caught.value
+
+
+def info(error: ServiceError) -> ErrorInfo:
+    return next(detail for detail in error.details if isinstance(detail, ErrorInfo))
