@@ -159,6 +159,7 @@ class RowLinear(nn.Module):
         self.weight = sharded((d_out, shards.size), Split(1, shards), group.rank, dtype, device)
         self.bias = sharded((d_out,), Replicated(), group.rank, dtype, device) if bias else None
         self.borders = shards.local_borders(group.rank)
+        self.joint_bias: tuple[tuple[tuple[int, int], ...], Tensor] | None = None  # see _joint_bias
         self._operand: Operand | None = None
         self._backward: Operand | None = None
 
@@ -206,12 +207,21 @@ def reduce_sum(*partials: Partial, tokens: VirtualShards | None = None) -> Tenso
 
 
 def _row_sum(xs: list[Tensor], layers: tuple[RowLinear, ...]) -> Tensor:
-    biases = [layer.bias for layer in layers if layer.bias is not None]
-    bias = biases[0] if biases else None
-    for other in biases[1:]:
-        bias = bias.float() + other.float()  # type: ignore[union-attr]
     terms = [layer.term(x) for x, layer in zip(xs, layers, strict=True)]
+    bias = layers[0].bias if len(layers) == 1 else _joint_bias(layers)
     return reduced_product(terms, layers[0].shards, layers[0].group, bias)
+
+
+def _joint_bias(layers: tuple[RowLinear, ...]) -> Tensor | None:
+    """The float32 sum of the layers' biases, kept until one of them changes."""
+    biases = [layer.bias for layer in layers if layer.bias is not None]
+    if len(biases) < 2:
+        return biases[0] if biases else None
+    stamp = tuple((bias._version, bias.data_ptr()) for bias in biases)
+    known = layers[0].joint_bias
+    if known is None or known[0] != stamp:
+        known = layers[0].joint_bias = (stamp, torch.stack([bias.detach().float() for bias in biases]).sum(0))
+    return known[1]
 
 
 class _RowSum(torch.autograd.Function):

@@ -122,6 +122,7 @@ def connect(
         comm = _torch_comm(store, rank, size, wiring)
     else:
         comm = ShmComm.meet(store, rank, size, wiring.timeout_s)
+        comm.store = store  # rank 0's must answer for as long as any rank may still be starting
     return Group(rank, size, comm, numerics)
 
 

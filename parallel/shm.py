@@ -45,6 +45,7 @@ class ShmComm(Traffic):
     def __init__(self, rank: int, size: int, mapping: mmap.mmap, cap: int, timeout_s: float, crowded: bool) -> None:
         super().__init__(rank, size)
         self.timeout_s = timeout_s
+        self.store: dist.Store | None = None
         self._lib = comm_library()
         self._mapping = mapping
         self._view = (ctypes.c_char * len(mapping)).from_buffer(mapping)
