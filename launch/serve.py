@@ -7,6 +7,7 @@ dotted override; the flags are short names of the commonest.
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,13 @@ FLAGS = {
     "ray_address": "ray.address",
 }
 """Which setting a flag stands for."""
+ENVIRONMENT = {
+    "RAY_worker_niceness": "0",  # Ray's default of 15 starves the ranks on a machine that does anything else
+    "RAY_USAGE_STATS_ENABLED": "0",  # nothing is reported to anyone unless asked for
+    "RAY_DEDUP_LOGS": "0",  # what two ranks say alike is still said by two ranks
+    "TORCH_CPP_LOG_LEVEL": "ERROR",  # a lost peer is reported by name; torch's C++ stack adds nothing
+}
+"""Of a Ray cluster started here, unless set already; a standing one has its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +110,8 @@ def configuration(args: argparse.Namespace) -> ServeConfig:
 def run(args: argparse.Namespace) -> int:
     level = logs.configure(args.verbose)
     config = configuration(args)
+    for name, value in ENVIRONMENT.items():  # before Ray is imported, which reads some of them then
+        os.environ.setdefault(name, value)
     from launch.serving import serve  # brings in Ray, gRPC and torch
 
     return serve(config, Path(config.model).resolve(), level)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import secrets
 import signal
 import socket
@@ -39,20 +38,12 @@ log = logging.getLogger(__name__)
 CAUSE_S = 3.0
 """How long the root cause of a fault is awaited once its effect was seen."""
 CLOSE_GRACE_S = 2.0
-ENVIRONMENT = {
-    "RAY_worker_niceness": "0",  # Ray's default of 15 starves the ranks on a machine that does anything else
-    "RAY_USAGE_STATS_ENABLED": "0",  # nothing is reported to anyone unless asked for
-    "TORCH_CPP_LOG_LEVEL": "ERROR",  # a lost peer is reported by name; torch's C++ stack adds nothing
-}
-"""Of a Ray cluster started here; a standing one has its own."""
 
 
 def serve(config: ServeConfig, model: Path, log_level: int) -> int:
     """Serves until a signal, a Drain call or a fault; the exit status."""
     read_config(model)  # what is wrong with the checkpoint's description is said before anything starts
     check_port(config.server.host, config.server.port)
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the loop takes over
     try:
         with ray_session(config.ray.address, config.ray.num_cpus):
