@@ -16,10 +16,12 @@ from typing import TypedDict
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from parallel.errors import ConfigError
 from parallel.group import Group
 from parallel.shard import Replicated, sharded
+from parallel.tokens import gather_tokens, scatter_tokens, token_shards
 from parallel.vocab import VocabHead
 from tp_decoders.config import DecoderConfig
 from tp_decoders.names import NameMap
@@ -36,12 +38,23 @@ class Decoder(nn.Module):
     """Base of the families' models. Made in eval mode; gradients flow in eval mode too."""
 
     head: VocabHead
+    blocks: nn.ModuleList
+    recompute: bool = False  # whole blocks are computed again in the backward instead of keeping their activations
     source: Path | None = None  # the folder it was loaded from: `save` takes the tokenizer's files from there
 
     def __init__(self, config: DecoderConfig, group: Group) -> None:
         super().__init__()
         self.config = config
         self.group = group
+
+    def through_blocks(self, x_TD: Tensor, *given: object) -> Tensor:
+        """All blocks in turn; `given` is what each of them is handed besides x. Divides the tokens between them where asked for."""
+        tokens = token_shards(x_TD.shape[0], self.group)
+        x_TD = scatter_tokens(x_TD, self.group, tokens)
+        again = self.recompute and torch.is_grad_enabled()
+        for block in self.blocks:
+            x_TD = checkpoint(block, x_TD, *given, tokens, use_reentrant=False) if again else block(x_TD, *given, tokens)
+        return gather_tokens(x_TD, self.group, tokens)
 
     def train(self, mode: bool = True) -> Decoder:
         if mode and self.config.dropout.any:

@@ -17,7 +17,7 @@ from parallel.group import Group
 from parallel.heads import HeadLayout
 from parallel.linear import ColumnLinear, RowLinear
 from parallel.norm import LayerNorm
-from parallel.shard import Part
+from parallel.shard import Part, VirtualShards
 from parallel.vocab import VocabEmbedding, VocabHead
 from tp_decoders.config import DecoderConfig, Dropout, head_size, probability
 from tp_decoders.decoder import Decoder, Family, Place, PositionTable
@@ -92,17 +92,17 @@ class Block(nn.Module):
         self.attention = AttentionSpec(layer, config.options.scale(layer, config.head_dim), None)
         self.heads = (3, layout.n_local, config.head_dim)
         self.activation = config.activation
-        self.ln1 = LayerNorm(d, config.norm_eps, **place)
+        self.ln1 = LayerNorm(d, config.norm_eps, group=group, **place)
         self.qkv = ColumnLinear(d, (Part(d, heads),) * 3, group=group, **place)
         self.out = RowLinear(heads, d, group=group, **place)
-        self.ln2 = LayerNorm(d, config.norm_eps, **place)
+        self.ln2 = LayerNorm(d, config.norm_eps, group=group, **place)
         self.up = ColumnLinear(d, ffn, group=group, **place)
         self.down = RowLinear(ffn, d, group=group, **place)
 
-    def forward(self, x_TD: Tensor, attend: Attend) -> Tensor:
-        q_TNH, k_TNH, v_TNH = self.qkv(self.ln1(x_TD)).unflatten(1, self.heads).unbind(1)
-        h_TD = x_TD + self.out(attend(self.attention, q_TNH, k_TNH, v_TNH).flatten(1))
-        return h_TD + self.down(self.up(self.ln2(h_TD), self.activation))
+    def forward(self, x_TD: Tensor, attend: Attend, tokens: VirtualShards | None = None) -> Tensor:
+        q_TNH, k_TNH, v_TNH = self.qkv(self.ln1(x_TD, tokens), tokens=tokens).unflatten(1, self.heads).unbind(1)
+        h_TD = x_TD + self.out(attend(self.attention, q_TNH, k_TNH, v_TNH).flatten(1), tokens)
+        return h_TD + self.down(self.up(self.ln2(h_TD, tokens), self.activation, tokens=tokens), tokens)
 
 
 class Model(Decoder):
@@ -121,8 +121,7 @@ class Model(Decoder):
 
     def forward(self, tokens_T: Tensor, positions_T: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
         x_TD = self.embed(tokens_T) + self.positions(positions_T)
-        for block in self.blocks:
-            x_TD = block(x_TD, attend)
+        x_TD = self.through_blocks(x_TD, attend)
         return self.head(self.norm(x_TD if rows is None else x_TD[rows]))
 
 

@@ -17,7 +17,7 @@ from parallel.group import Group
 from parallel.heads import HeadLayout, share_heads
 from parallel.linear import ColumnLinear, RowLinear
 from parallel.norm import LayerNorm
-from parallel.shard import Part
+from parallel.shard import Part, VirtualShards
 from parallel.vocab import VocabEmbedding, VocabHead
 from tp_decoders.config import DecoderConfig, Dropout, head_size, probability
 from tp_decoders.decoder import Decoder, Family, Place, PositionTable
@@ -101,9 +101,9 @@ class Attention(nn.Module):
         self.qkv = ColumnLinear(d, parts, group=group, **place)
         self.out = RowLinear(heads, d, group=group, **place)
 
-    def forward(self, x_TD: Tensor, attend: Attend) -> Tensor:
-        q_TNH, k_TKH, v_TKH = self.split(self.qkv(x_TD))
-        return self.out(attend(self.spec, q_TNH, k_TKH, v_TKH).flatten(1))
+    def forward(self, x_TD: Tensor, attend: Attend, tokens: VirtualShards | None = None) -> Tensor:
+        q_TNH, k_TKH, v_TKH = self.split(self.qkv(x_TD, tokens=tokens))
+        return self.out(attend(self.spec, q_TNH, k_TKH, v_TKH).flatten(1), tokens)
 
     def split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         n_local, head_dim = self.layout.n_local, self.layout.head_dim
@@ -122,15 +122,15 @@ class Block(nn.Module):
         super().__init__()
         ffn = group.shards(config.d_ff)
         self.activation = config.activation
-        self.ln1 = LayerNorm(config.d_model, config.norm_eps, **place)
+        self.ln1 = LayerNorm(config.d_model, config.norm_eps, group=group, **place)
         self.attention = Attention(config, layer, layout, group, place)
-        self.ln2 = LayerNorm(config.d_model, config.norm_eps, **place)
+        self.ln2 = LayerNorm(config.d_model, config.norm_eps, group=group, **place)
         self.up = ColumnLinear(config.d_model, ffn, group=group, **place)
         self.down = RowLinear(ffn, config.d_model, group=group, **place)
 
-    def forward(self, x_TD: Tensor, attend: Attend) -> Tensor:
-        h_TD = x_TD + self.attention(self.ln1(x_TD), attend)
-        return h_TD + self.down(self.up(self.ln2(h_TD), self.activation))
+    def forward(self, x_TD: Tensor, attend: Attend, tokens: VirtualShards | None = None) -> Tensor:
+        h_TD = x_TD + self.attention(self.ln1(x_TD, tokens), attend, tokens)
+        return h_TD + self.down(self.up(self.ln2(h_TD, tokens), self.activation, tokens=tokens), tokens)
 
 
 class Model(Decoder):
@@ -149,8 +149,7 @@ class Model(Decoder):
 
     def forward(self, tokens_T: Tensor, positions_T: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
         x_TD = self.embed(tokens_T) + self.positions(positions_T)
-        for block in self.blocks:
-            x_TD = block(x_TD, attend)
+        x_TD = self.through_blocks(x_TD, attend)
         return self.head(self.norm(x_TD if rows is None else x_TD[rows]))
 
 

@@ -17,6 +17,7 @@ from parallel.group import Group
 from parallel.heads import HeadLayout
 from parallel.linear import ColumnLinear, RowLinear, reduce_sum
 from parallel.norm import LayerNorm
+from parallel.shard import VirtualShards
 from parallel.vocab import VocabEmbedding, VocabHead
 from tp_decoders.config import DecoderConfig, Dropout, head_size, probability
 from tp_decoders.decoder import Decoder, Family, Place
@@ -80,21 +81,23 @@ class Block(nn.Module):
         self.heads = (layout.n_local, 3, config.head_dim)
         self.activation = config.activation
         self.parallel_residual = config.options.parallel_residual
-        self.ln1 = LayerNorm(d, config.norm_eps, **place)
+        self.ln1 = LayerNorm(d, config.norm_eps, group=group, **place)
         self.qkv = ColumnLinear(d, layout.head_shards.scaled(3), group=group, bias=bias, **place)
         self.out = RowLinear(layout.head_shards, d, group=group, bias=bias, **place)
-        self.ln2 = LayerNorm(d, config.norm_eps, **place)
+        self.ln2 = LayerNorm(d, config.norm_eps, group=group, **place)
         self.up = ColumnLinear(d, ffn, group=group, **place)
         self.down = RowLinear(ffn, d, group=group, **place)
 
-    def forward(self, x_TD: Tensor, rotation: Rotation, attend: Attend) -> Tensor:
-        q_TNH, k_TNH, v_TNH = rotated(self.qkv(self.ln1(x_TD)).unflatten(1, self.heads), rotation)
+    def forward(self, x_TD: Tensor, rotation: Rotation, attend: Attend, tokens: VirtualShards | None = None) -> Tensor:
+        q_TNH, k_TNH, v_TNH = rotated(self.qkv(self.ln1(x_TD, tokens), tokens=tokens).unflatten(1, self.heads), rotation)
         o_TNH = attend(self.attention, q_TNH, k_TNH, v_TNH)
         attended = self.out.partial(o_TNH.flatten(1))
         if self.parallel_residual:
-            return x_TD + reduce_sum(attended, self.down.partial(self.up(self.ln2(x_TD), self.activation)))
-        h_TD = x_TD + reduce_sum(attended)
-        return h_TD + self.down(self.up(self.ln2(h_TD), self.activation))
+            return x_TD + reduce_sum(
+                attended, self.down.partial(self.up(self.ln2(x_TD, tokens), self.activation, tokens=tokens)), tokens=tokens
+            )
+        h_TD = x_TD + reduce_sum(attended, tokens=tokens)
+        return h_TD + self.down(self.up(self.ln2(h_TD, tokens), self.activation, tokens=tokens), tokens)
 
 
 class Model(Decoder):
@@ -114,8 +117,7 @@ class Model(Decoder):
     def forward(self, tokens_T: Tensor, positions_T: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
         rotation = self.rotary.at(positions_T)
         x_TD = self.embed(tokens_T)
-        for block in self.blocks:
-            x_TD = block(x_TD, rotation, attend)
+        x_TD = self.through_blocks(x_TD, rotation, attend)
         return self.head(self.norm(x_TD if rows is None else x_TD[rows]))
 
 

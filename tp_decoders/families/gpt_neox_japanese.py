@@ -16,6 +16,7 @@ from parallel.group import Group
 from parallel.heads import HeadLayout
 from parallel.linear import ColumnLinear, RowLinear
 from parallel.norm import LayerNorm
+from parallel.shard import VirtualShards
 from parallel.vocab import VocabEmbedding, VocabHead
 from tp_decoders.config import DecoderConfig, Dropout, head_size, probability
 from tp_decoders.decoder import Decoder, Family, Place
@@ -69,18 +70,18 @@ class Block(nn.Module):
         self.attention = AttentionSpec(layer, config.head_dim**-0.5, None)
         self.heads = (layout.n_local, 3, config.head_dim)
         self.activation = config.activation
-        self.ln1 = LayerNorm(d, config.norm_eps, **place)
+        self.ln1 = LayerNorm(d, config.norm_eps, group=group, **place)
         self.qkv = ColumnLinear(d, layout.head_shards.scaled(3), group=group, bias=False, **place)
         self.out = RowLinear(layout.head_shards, d, group=group, bias=is_last, **place)
-        self.ln2 = LayerNorm(d, config.norm_eps, **place)
+        self.ln2 = LayerNorm(d, config.norm_eps, group=group, **place)
         self.up = ColumnLinear(d, ffn, group=group, bias=False, **place)
         self.down = RowLinear(ffn, d, group=group, bias=False, **place)
 
-    def forward(self, x_TD: Tensor, rotation: Rotation, attend: Attend) -> Tensor:
-        q_TNH, k_TNH, v_TNH = rotated(self.qkv(self.ln1(x_TD)).unflatten(1, self.heads), rotation)
+    def forward(self, x_TD: Tensor, rotation: Rotation, attend: Attend, tokens: VirtualShards | None = None) -> Tensor:
+        q_TNH, k_TNH, v_TNH = rotated(self.qkv(self.ln1(x_TD, tokens), tokens=tokens).unflatten(1, self.heads), rotation)
         o_TNH = attend(self.attention, q_TNH, k_TNH, v_TNH)
-        h_TD = x_TD + self.out(o_TNH.flatten(1))
-        return h_TD + self.down(self.up(self.ln2(h_TD), self.activation))
+        h_TD = x_TD + self.out(o_TNH.flatten(1), tokens)
+        return h_TD + self.down(self.up(self.ln2(h_TD, tokens), self.activation, tokens=tokens), tokens)
 
 
 class Model(Decoder):
@@ -100,8 +101,7 @@ class Model(Decoder):
     def forward(self, tokens_T: Tensor, positions_T: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
         rotation = self.rotary.at(positions_T)
         x_TD = self.embed(tokens_T)
-        for block in self.blocks:
-            x_TD = block(x_TD, rotation, attend)
+        x_TD = self.through_blocks(x_TD, rotation, attend)
         return self.head(self.norm(x_TD if rows is None else x_TD[rows]))
 
 

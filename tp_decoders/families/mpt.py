@@ -20,7 +20,7 @@ from parallel.group import Group
 from parallel.heads import HeadLayout, alibi_slopes, share_heads
 from parallel.linear import ColumnLinear, RowLinear
 from parallel.norm import LayerNorm
-from parallel.shard import Part
+from parallel.shard import Part, VirtualShards
 from parallel.vocab import VocabEmbedding, VocabHead
 from tp_decoders.config import DecoderConfig, Dropout, head_size, probability
 from tp_decoders.decoder import Decoder, Family, Place, PositionTable
@@ -169,15 +169,15 @@ class Attention(nn.Module):
         self.norm = QueryKeyNorm(config, layout, group, place) if options.qk_norm else None
         self.out = RowLinear(layout.head_shards, d, group=group, bias=options.bias, **place)
 
-    def forward(self, x_TD: Tensor, attend: Attend) -> Tensor:
-        qkv = self.qkv(x_TD)
+    def forward(self, x_TD: Tensor, attend: Attend, tokens: VirtualShards | None = None) -> Tensor:
+        qkv = self.qkv(x_TD, tokens=tokens)
         if self.clip is not None:
             qkv = qkv.clamp(-self.clip, self.clip)
         q, k, v = qkv.split(self.widths, 1)
         if self.norm is not None:
             q, k = self.norm(q, k)
         o_TNH = attend(self.spec, self.heads(q), self.kv_heads(k), self.kv_heads(v))
-        return self.out(o_TNH.flatten(1))
+        return self.out(o_TNH.flatten(1), tokens)
 
     def heads(self, q: Tensor) -> Tensor:
         return q.unflatten(1, (self.layout.n_local, self.layout.head_dim))
@@ -201,15 +201,15 @@ class Block(nn.Module):
         d, bias = config.d_model, config.options.bias
         ffn = group.shards(config.d_ff)
         self.activation = config.activation
-        self.ln1 = LayerNorm(d, config.norm_eps, bias=bias, **place)
+        self.ln1 = LayerNorm(d, config.norm_eps, group=group, bias=bias, **place)
         self.attention = Attention(config, layer, layout, group, place)
-        self.ln2 = LayerNorm(d, config.norm_eps, bias=bias, **place)
+        self.ln2 = LayerNorm(d, config.norm_eps, group=group, bias=bias, **place)
         self.up = ColumnLinear(d, ffn, group=group, bias=bias, **place)
         self.down = RowLinear(ffn, d, group=group, bias=bias, **place)
 
-    def forward(self, x_TD: Tensor, attend: Attend) -> Tensor:
-        h_TD = x_TD + self.attention(self.ln1(x_TD), attend)
-        return h_TD + self.down(self.up(self.ln2(h_TD), self.activation))
+    def forward(self, x_TD: Tensor, attend: Attend, tokens: VirtualShards | None = None) -> Tensor:
+        h_TD = x_TD + self.attention(self.ln1(x_TD, tokens), attend, tokens)
+        return h_TD + self.down(self.up(self.ln2(h_TD, tokens), self.activation, tokens=tokens), tokens)
 
 
 class Model(Decoder):
@@ -231,8 +231,7 @@ class Model(Decoder):
         x_TD = self.embed(tokens_T)
         if self.positions is not None:
             x_TD = x_TD + self.positions(positions_T)
-        for block in self.blocks:
-            x_TD = block(x_TD, attend)
+        x_TD = self.through_blocks(x_TD, attend)
         return self.head(self.norm(x_TD if rows is None else x_TD[rows]))
 
 
