@@ -15,6 +15,10 @@ using simd::bf16;
 using simd::u16x16;
 using simd::u32x16;
 
+constexpr int64_t kLarge = 4 << 20;           // bytes that do not stay in the caches
+constexpr int64_t kAcross = 16;               // units of K that are packed across all panels before the next ones
+constexpr int64_t kAhead = 128;               // units that the reads of a panel look ahead along its 64 rows
+
 struct Block { u32x16 v[16]; };               // 16 vectors of 16 units
 
 #ifdef __AVX512F__
@@ -93,6 +97,10 @@ struct Reader {                               // 16 x 16 units of a View, zero o
     }
     return block;
   }
+  // What a panel's next blocks will read: too many streams for the hardware to follow.
+  void prefetch_rows(int64_t row, int64_t k) const {
+    for (int r = 0; r < kPanel; ++r) __builtin_prefetch(at(row + r, k + kAhead * kPer), 0, 2);
+  }
   Block by_rows(int64_t row, int64_t begin, int64_t end) const {
     return view.k_stride == 1 ? natural(row, begin, end) : transposed(natural(row, begin, end));
   }
@@ -101,35 +109,54 @@ struct Reader {                               // 16 x 16 units of a View, zero o
   }
 };
 
+// Past the caches: a packed weight is read much later, and a line that is written whole need not be read first.
+inline void stream(char* p, u32x16 v) {
+#ifdef __AVX512F__
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)v);
+#else
+  std::memcpy(p, &v, sizeof v);
+#endif
+}
+inline void fence(bool streamed) {
+#ifdef __AVX512F__
+  if (streamed) _mm_sfence();
+#else
+  (void)streamed;
+#endif
+}
 inline void store(char* p, u32x16 v, int64_t units) {
   simd::store(reinterpret_cast<float*>(p), simd::bits_to_float(v), static_cast<int>(std::min<int64_t>(units, 16)));
 }
 
+// Units of one leaf from element k on, at most `most` of them, of one panel.
 template <class E>
-void pack_panel(const Reader<E>& reader, int64_t row, const Leaf* leaves, int64_t n_leaves, char* panel) {
+void pack_piece(const Reader<E>& reader, int64_t row, const Leaf& leaf, int64_t k, int64_t most, bool large, char* panel) {
   constexpr int kPer = Reader<E>::kPer;
-  for (const Leaf* leaf = leaves; leaf != leaves + n_leaves; ++leaf)
-    for (int64_t k = leaf->begin; k < leaf->end; k += 16 * kPer) {
-      int units = static_cast<int>(std::min<int64_t>(16, (leaf->end - k + kPer - 1) / kPer));
-      char* dst = panel + (leaf->unit + (k - leaf->begin) / kPer) * kPanelBytes;
-      for (int group = 0; group < kPanel / 16; ++group) {
-        Block block = reader.by_units(row + 16 * group, k, leaf->end);
-        for (int u = 0; u < units; ++u) store(dst + u * kPanelBytes + group * 64, block.v[u], 16);
+  const int64_t stop = std::min(leaf.end, k + most * kPer);
+  for (; k < stop; k += 16 * kPer) {
+    int units = static_cast<int>(std::min<int64_t>(16, (leaf.end - k + kPer - 1) / kPer));
+    char* dst = panel + (leaf.unit + (k - leaf.begin) / kPer) * kPanelBytes;
+    if (reader.view.k_stride == 1) reader.prefetch_rows(row, k);
+    for (int group = 0; group < kPanel / 16; ++group) {
+      Block block = reader.by_units(row + 16 * group, k, leaf.end);
+      for (int u = 0; u < units; ++u) {
+        char* p = dst + u * kPanelBytes + group * 64;
+        if (large) stream(p, block.v[u]);
+        else store(p, block.v[u], 16);
       }
     }
+  }
 }
 
 template <class E>
-void copy_16_rows(const Reader<E>& reader, int64_t row, const Leaf* leaves, int64_t n_leaves, int64_t units, char* dst) {
+void copy_block(const Reader<E>& reader, int64_t row, const Leaf& leaf, int64_t k, int64_t units, char* dst) {
   constexpr int kPer = Reader<E>::kPer;
-  int rows = static_cast<int>(std::min<int64_t>(16, reader.n_rows - row));
-  for (const Leaf* leaf = leaves; leaf != leaves + n_leaves; ++leaf)
-    for (int64_t k = leaf->begin; k < leaf->end; k += 16 * kPer) {
-      Block block = reader.by_rows(row, k, leaf->end);
-      for (int i = 0; i < rows; ++i)
-        store(dst + ((row + i) * units + leaf->unit + (k - leaf->begin) / kPer) * 4, block.v[i],
-              (leaf->end - k + kPer - 1) / kPer);
-    }
+  const int rows = static_cast<int>(std::min<int64_t>(16, reader.n_rows - row));
+  const int64_t unit = (k - leaf.begin) / kPer;
+  if (rows <= 0) return;
+  Block block = reader.by_rows(row, k, leaf.end);
+  for (int i = 0; i < rows; ++i)
+    store(dst + ((row + i) * units + leaf.unit + unit) * 4, block.v[i], (leaf.end - leaf.begin + kPer - 1) / kPer - unit);
 }
 
 template <class F>
@@ -140,16 +167,33 @@ void with_reader(bool half, View src, int64_t rows, const F& f) {
 }  // namespace
 
 void pack_panels(bool half, View src, int64_t rows, const Leaf* leaves, int64_t n_leaves, int64_t units, char* dst) {
+  const int64_t panels = (rows + kPanel - 1) / kPanel;
+  const bool large = panels * units * kPanelBytes > kLarge;
+  // In the order of the source's memory: panel by panel, or a few rows of it across all panels.
+  const int64_t most = src.k_stride == 1 ? units : kAcross;
   with_reader(half, src, rows, [&](const auto& reader) {
-    pool::parallel_for((rows + kPanel - 1) / kPanel, [&](int64_t p) {
-      pack_panel(reader, p * kPanel, leaves, n_leaves, dst + p * units * kPanelBytes);
+    const int64_t step = most * (half ? 2 : 1);
+    pool::parallel_ranges(panels, [&](int64_t begin, int64_t end) {
+      const int64_t together = src.k_stride == 1 ? 1 : end - begin;
+      for (; begin < end; begin += together)
+        for (const Leaf* leaf = leaves; leaf != leaves + n_leaves; ++leaf)
+          for (int64_t k = leaf->begin; k < leaf->end; k += step)
+            for (int64_t p = begin; p < begin + together; ++p)
+              pack_piece(reader, p * kPanel, *leaf, k, most, large, dst + p * units * kPanelBytes);
+      fence(large);
     });
   });
 }
 
 void copy_rows(bool half, View src, int64_t rows, const Leaf* leaves, int64_t n_leaves, int64_t units, char* dst) {
+  constexpr int64_t kTogether = 64;           // rows: whole cache lines where the source runs down them
   with_reader(half, src, rows, [&](const auto& reader) {
-    pool::parallel_for((rows + 15) / 16, [&](int64_t b) { copy_16_rows(reader, b * 16, leaves, n_leaves, units, dst); });
+    pool::parallel_for((rows + kTogether - 1) / kTogether, [&](int64_t b) {
+      for (const Leaf* leaf = leaves; leaf != leaves + n_leaves; ++leaf)
+        for (int64_t k = leaf->begin; k < leaf->end; k += half ? 32 : 16)
+          for (int64_t row = b * kTogether; row < (b + 1) * kTogether; row += 16)
+            copy_block(reader, row, *leaf, k, units, dst);
+    });
   });
 }
 
