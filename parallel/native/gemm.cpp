@@ -30,6 +30,7 @@ constexpr int64_t kNearTiles = 3;             // so few use each weight so seldo
 constexpr int64_t kNearUnits = 64;            //   16 KiB of a panel, the next one on its way to the first-level cache
 constexpr int64_t kFarUnits = 512;            // else 128 KiB, the next one on its way to the second-level cache
 constexpr int64_t kAlone = 8192;              // a lone tile prefetches so far ahead of itself
+constexpr int64_t kStaying = 512 << 10;       // bytes of x that stay in the second-level cache from panel to panel
 constexpr int64_t kKeptScratch = int64_t(64) << 20;
 
 // One run of K inside one leaf of one source. Mirrored by _RUN in gemm.py.
@@ -137,12 +138,12 @@ struct Work {
   const Plan& plan;
   const Operand* x;
   const Step *steps, *steps_end;
-  int64_t tiles, blocks;
-  bool near;
+  int64_t tiles, panels, blocks;
+  bool near, blocks_first;                    // order of the items: all blocks of a panel, or all panels of a block
 
   int64_t row(int64_t tile) const { return call.rows * tile / tiles; }
 
-  // How much of the next group tile i of n prefetches, in cache lines per four units.
+  // How much of the next group tile i of n prefetches, in cache lines per four units (a panel's unit is four lines).
   static int lines(int64_t i, int64_t n) { return n == 1 ? 16 : n <= 3 ? (i < 2 ? 8 : 0) : (i < 4 ? 4 : 0); }
 
   template <class Op>
@@ -189,7 +190,7 @@ struct Work {
     float* stack = reinterpret_cast<float*>(scratch.get(plan.levels * most_rows * kPanelBytes));
     if (!stack) return false;
     for (int64_t item = begin; item < end; ++item) {
-      int64_t panel = item / blocks, b = item % blocks;
+      const int64_t panel = blocks_first ? item / blocks : item % panels, b = blocks_first ? item % blocks : item / panels;
       block<Op>(panel, tiles * b / blocks, tiles * (b + 1) / blocks, stack);
     }
     return true;
@@ -267,7 +268,10 @@ int gemm_run(const gemm::Call* call, const char* bytes) {
   for (const Run* run = runs; run != runs + plan.n_runs; ++run) n_steps += run->units / most;
   Step* steps = reinterpret_cast<Step*>(cuts.get(n_steps * sizeof(Step)));
   if (!steps) return -1;
-  Work work{*call, plan, x, steps, make_steps(plan, runs, most, steps), tiles, blocks, near};
+  int64_t block_bytes = 0;
+  for (int64_t s = 0; s < plan.n_sources; ++s) block_bytes += x[s].row_bytes * std::min(call->rows, kBlockTiles * kRows);
+  Work work{*call, plan, x, steps, make_steps(plan, runs, most, steps), tiles, panels, blocks, near,
+            block_bytes > kStaying};
   std::atomic<bool> short_of_memory{false};
   pool::parallel_ranges(panels * blocks, [&](int64_t begin, int64_t end) {
     if (!(plan.half ? work.items<Bf16>(begin, end) : work.items<F32>(begin, end))) short_of_memory = true;

@@ -120,7 +120,7 @@ template <class Op>
 TileFn pick(int64_t rows, int lines, bool near) {
   if (lines == 0) return of_rows<Op, 0, false>(rows);
   if (!near) return of_rows<Op, 4, false>(rows);
-  return lines == 4 ? of_rows<Op, 4, true>(rows) : lines == 8 ? of_rows<Op, 8, true>(rows) : of_rows<Op, 16, true>(rows);
+  return lines == 8 ? of_rows<Op, 8, true>(rows) : of_rows<Op, 16, true>(rows);
 }
 #else
 template <class Op>
