@@ -148,13 +148,16 @@ struct Work {
 
   template <class Op>
   void block(int64_t panel, int64_t first_tile, int64_t last_tile, float* stack) const {
-    const int64_t top = row(first_tile), level = (row(last_tile) - top) * kPanel, count = last_tile - first_tile;
+    const bool once = steps->group_end == steps_end;                     // a tile is finished before the next one begins
+    const int64_t top = row(first_tile), count = last_tile - first_tile;
+    const int64_t level = (once ? kRows : row(last_tile) - top) * kPanel;
     for (const Step* group = steps; group != steps_end; group = group->group_end) {
       const Step& last = group->group_end[-1];
       const char* ahead = last.run->panels + panel * last.run->panel_stride + (last.done + last.units) * kPanelBytes;
       for (int64_t i = 0; i < count; ++i) {
         int64_t begin = row(first_tile + i), rows = row(first_tile + i + 1) - begin;
-        ahead = tile_steps<Op>(group, panel, begin, rows, stack + (begin - top) * kPanel, level, ahead, lines(i, count));
+        float* slot = stack + (once ? 0 : begin - top) * kPanel;
+        ahead = tile_steps<Op>(group, panel, begin, rows, slot, level, ahead, lines(i, count));
       }
     }
   }
