@@ -76,7 +76,7 @@ class Request:
     sampling: SamplingParams = SamplingParams()
     stopping: StoppingCriteria = StoppingCriteria()
     response: ResponseOptions = ResponseOptions()
-    priority: int = 0
+    priority: int = 0  # lower goes first; a level is worth engine.priority_patience seconds of waiting
     deadline: float | None = None  # seconds from submission
     resumed_ids: tuple[
         tuple[int, ...], ...

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from collections.abc import Sequence as Many
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from cluster.engine.request import Request, ResponseOptions, SamplingParams, Sto
 from cluster.engine.sequence import Sequence
 from parallel.attention import Causal
 from parallel.group import Group
-from tests.cluster.engine.tiny_models import CONFIGS, VOCAB, save_tiny, tiny_model
+from tests.cluster.engine.tiny_models import CONFIGS, VOCAB, WIDE, save_tiny, tiny_model
 from tp_decoders import load
 from tp_decoders.decoder import Decoder
 
@@ -119,6 +120,13 @@ PROBES = (
         stopping=StoppingCriteria(max_new_tokens=9, ignore_eos=True),
         response=ResponseOptions(logprobs=0, prompt_logprobs=1),
     ),
+    Request(
+        request_id="read from the cache",  # where it is there
+        token_ids=prompts_of([33], seed=2)[0],
+        sampling=GREEDY,
+        stopping=StoppingCriteria(max_new_tokens=9, ignore_eos=True),
+        response=ResponseOptions(logprobs=2),
+    ),
     Request(request_id="scored", token_ids=prompts_of([50], seed=5)[0], score_only=True),
 )
 """The requests whose every log-probability is compared."""
@@ -126,6 +134,7 @@ PROBES = (
 SCENES: dict[str, tuple[int, dict[str, int]]] = {
     "alone": (0, {}),
     "alone, chunks of 5": (0, {"max_sequences": 3, "max_step_tokens": 5, "max_scored_tokens": 3}),
+    "prompts cached": (0, {}),
     "batch of 16": (13, {"max_step_tokens": 48}),
     "batch of 100, preempted": (
         97,
@@ -170,13 +179,15 @@ def preempted_by(engine: Engine) -> set[str]:
     return names
 
 
-def serve_scene(
-    model: Decoder, commands: Commands | None, others: int, sizes: dict[str, int]
-) -> tuple[Answer, set[str]]:
+def serve_scene(model: Decoder, commands: Commands | None, scene: str) -> tuple[Answer, set[str]]:
     """Rank 0: the probes' answers in that scene, and which requests were preempted."""
+    others, sizes = SCENES[scene]
     config = EngineConfig(**{"kv_blocks": 100, "max_sequences": 24, "max_step_tokens": 128, **sizes})  # type: ignore[arg-type]
     engine = build_engine(build_runner(model, config, 0), config, commands=commands)
     preempted, crowd = preempted_by(engine), company(others)
+    if "cached" in scene:
+        generate(engine, [replace(PROBES[0], request_id="before", stopping=StoppingCriteria(max_new_tokens=1))])
+        assert len(engine.scheduler.residents.pool.find(PROBES[0].token_ids, 2)[0]) == 2
     requests = [*crowd, *PROBES]  # the latest arrivals are preempted first
     results = dict(zip([request.request_id for request in requests], generate(engine, requests), strict=True))
     engine.close()
@@ -192,10 +203,10 @@ def serve_all_scenes(group: Group, folder: str, dtype: str) -> dict[str, tuple[A
     """Every scene on this group; the answers on rank 0."""
     model = load(folder, group=group, dtype=getattr(torch, dtype))
     answers = {}
-    for name, (others, sizes) in SCENES.items():
+    for name, (_, sizes) in SCENES.items():
         commands = None if group.size == 1 else Commands(group.talk)
         if group.rank == 0:
-            answers[name] = serve_scene(model, commands, others, sizes)
+            answers[name] = serve_scene(model, commands, name)
         elif commands is not None:
             follow_scene(model, commands, sizes)
     return answers if group.rank == 0 else None
@@ -216,8 +227,17 @@ def trained_logprobs(model: Decoder, tokens: list[int]) -> list[float]:
 def test_every_log_probability_has_the_same_bits_wherever_it_is_computed(
     checkpoints: dict[str, Path], ranks: Callable[..., list[Any]], family: str, dtype: str
 ) -> None:
-    folder = str(checkpoints[family])
-    answers = {tp: ranks(tp, serve_all_scenes, folder, dtype, limit=120.0)[0] for tp in (1, 2, 3, 4, 8)}
+    compare(str(checkpoints[family]), dtype, ranks, (1, 2, 3, 4, 8))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_long_uneven_sums_have_the_same_bits_too(tmp_path: Path, ranks: Callable[..., list[Any]], dtype: str) -> None:
+    compare(str(save_tiny("gpt_neox", tmp_path, **WIDE)), dtype, ranks, (1, 2, 3))
+
+
+def compare(folder: str, dtype: str, ranks: Callable[..., list[Any]], sizes: Many[int]) -> None:
+    """All scenes at all sizes against one of them, and that one against the forward of training."""
+    answers = {tp: ranks(tp, serve_all_scenes, folder, dtype, limit=120.0)[0] for tp in sizes}
     expected = answers[1]["alone"][0]
     for tp, scenes in answers.items():
         for scene, (answer, preempted) in scenes.items():
@@ -228,5 +248,7 @@ def test_every_log_probability_has_the_same_bits_wherever_it_is_computed(
     model = load(folder, dtype=getattr(torch, dtype))
     for probe in PROBES:
         for tokens, logprobs, _, _ in expected[probe.request_id]:
-            served = [entry.logprob for entry in (*expected[probe.request_id][0][2], *logprobs)]
-            assert served == trained_logprobs(model, [*probe.token_ids, *tokens])
+            prompt = expected[probe.request_id][0][2] or ()  # sent once, with the first sample
+            served = [entry.logprob for entry in (*prompt, *logprobs)]
+            trained = trained_logprobs(model, [*probe.token_ids, *tokens])
+            assert served and served == trained[len(trained) - len(served) :]

@@ -254,6 +254,18 @@ def test_look_up_inverts_the_distribution_function() -> None:
         assert look_up(scaled, torch.tensor([point], dtype=torch.float64)).item() == token
 
 
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
+def test_a_draw_is_where_the_uniform_number_falls_in_the_softmax(temperature: float) -> None:
+    logits = rows(200, 700)
+    sequences = [sequence(temperature=temperature, seed=seed) for seed in range(200)]
+    tokens = Sampler(700).draw(logits, sequences).tokens
+    sums = (logits.double() / temperature).softmax(1).cumsum(1)
+    for row, seq, token in zip(sums, sequences, tokens, strict=True):
+        draw = uniform(seq.stream, seq.position)
+        below = float(row[token - 1]) if token else 0.0
+        assert below - 1e-6 <= draw <= float(row[token]) + 1e-6
+
+
 def test_top_k_one_and_a_tiny_temperature_are_greedy() -> None:
     logits = rows(2)
     for fields in ({"top_k": 1}, {"temperature": 1e-38}, {"top_p": 1e-9}, {"min_p": 1.0}):

@@ -22,12 +22,18 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "mpt": ("Mpt", {"d_model": 48, "n_heads": 6, "n_layers": 2, "max_seq_len": CONTEXT, "tie_word_embeddings": False}),
     "gpt_bigcode": ("GPTBigCode", _GPT2),
 }
+WIDE: dict[str, Any] = {
+    "hidden_size": 1040, "num_attention_heads": 13, "intermediate_size": 4160, "num_hidden_layers": 1,
+    "vocab_size": 5003,
+}  # fmt: skip
+"""A GPT-NeoX whose sums are long and uneven at every size."""
 
 
-def tiny_model(family: str) -> transformers.PreTrainedModel:
+def tiny_model(family: str, **more: Any) -> transformers.PreTrainedModel:
     """A transformers model of the family; the same weights on every call."""
     name, options = CONFIGS[family]
-    config = getattr(transformers, f"{name}Config")(vocab_size=VOCAB, bos_token_id=0, eos_token_id=0, **options)
+    fields = {"vocab_size": VOCAB, "bos_token_id": 0, "eos_token_id": 0, **options, **more}
+    config = getattr(transformers, f"{name}Config")(**fields)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     torch.manual_seed(sum(map(ord, family)))
     for key, parameter in model.named_parameters():
@@ -44,6 +50,6 @@ def _random(name: str, shape: tuple[int, ...], is_norm: bool) -> torch.Tensor:
     return torch.randn(shape) * (0.3 if embeds else 3.0 * shape[-1] ** -0.5)
 
 
-def save_tiny(family: str, folder: Path) -> Path:
-    tiny_model(family).save_pretrained(folder)
+def save_tiny(family: str, folder: Path, **more: Any) -> Path:
+    tiny_model(family, **more).save_pretrained(folder)
     return folder
