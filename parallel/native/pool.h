@@ -128,10 +128,7 @@ struct State {
   Pool* pool = nullptr;                     // guarded by busy
   bool fork_handler = false;
 };
-inline State& state() {
-  static State* shared = new State;         // never destroyed: workers may outlive static destructors
-  return *shared;
-}
+__attribute__((visibility("hidden"))) State& state();                    // pool.cpp: one for the library
 inline void after_fork() {                  // in the child: the workers are gone, their object is abandoned
   state().pool = nullptr;
   state().busy = false;
