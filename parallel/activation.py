@@ -1,7 +1,8 @@
 """Element-wise activations by their Hugging Face names, the same bits wherever an element stands in its tensor.
 
-The native kernels cover what the families use; any other name of transformers' table goes through torch, where the last elements
-of a row may differ by an ulp from the same values elsewhere (torch's scalar tails), so that rows are padded to whole vectors first.
+The native kernels cover what the families use; any other name of transformers' table goes through torch, where the
+last elements of a row may differ by an ulp from the same values elsewhere (torch's scalar tails), so that rows are
+padded to whole vectors first.
 """
 
 from __future__ import annotations

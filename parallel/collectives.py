@@ -5,7 +5,8 @@
     gather_from    forward: concatenate shards     backward: the rank's own slice
     scatter_to     forward: the rank's own slice   backward: concatenate shards
 
-These sums have one non-zero addend per element, or are of numerics "fast"; sums whose order matters go through parallel.products.
+These sums have one non-zero addend per element, or are of numerics "fast"; sums whose order matters go through
+parallel.products.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The one family of exceptions of the project.
 
-Every error says what was given, the rule, and what to do. Each class also derives from the closest standard exception and takes a
-single message string, so that it survives pickling between processes. How an error is reported to a client is decided elsewhere.
+Every error says what was given, the rule, and what to do. Each class also derives from the closest standard
+exception and takes a single message string, so that it survives pickling between processes. How an error is
+reported to a client is decided elsewhere.
 """
 
 

@@ -1,11 +1,13 @@
 """The norm of a sharded gradient: every element counted once, in one order at every tensor-parallel size.
 
-Each parameter's squares are summed leaf by leaf (a virtual shard of a split axis is a leaf; a replicated block is one), the leaves in the
-fixed tree, the parameters in their order. Collectives: one tree_sum for each distinct number of leaves, none in a group of one.
+Each parameter's squares are summed leaf by leaf (a virtual shard of a split axis is a leaf; a replicated block is
+one), the leaves in the fixed tree, the parameters in their order. Collectives: one tree_sum for each distinct
+number of leaves, none in a group of one.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -43,7 +45,9 @@ def local_blocks(parameter: Tensor, rank: int) -> list[Block]:
 
 
 def squared_norm(parameters: Sequence[Tensor], grads: Sequence[Tensor], group: Group) -> float:
-    """The sum of squares of the whole model's gradient, the same float on every rank. grads are float32, shaped as the local shards."""
+    """The sum of squares of the whole model's gradient, the same float on every rank. grads are float32, shaped as
+    the local shards.
+    """
     sums: list[Tensor | None] = []
     sharded: dict[int, list[tuple[int, Tensor, VirtualShards]]] = {}
     for parameter, grad in zip(parameters, grads, strict=True):
@@ -63,7 +67,7 @@ def squared_norm(parameters: Sequence[Tensor], grads: Sequence[Tensor], group: G
 
 
 def _leaf_squares(piece: Tensor, dim: int, borders: Sequence[int]) -> Tensor:
-    sums = [_square_sum(piece.narrow(dim, lo, hi - lo)) for lo, hi in zip(borders, borders[1:], strict=False)]
+    sums = [_square_sum(piece.narrow(dim, lo, hi - lo)) for lo, hi in itertools.pairwise(borders)]
     return torch.stack(sums) if sums else piece.new_zeros(0)
 
 

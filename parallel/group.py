@@ -1,7 +1,7 @@
 """A process group as a value: who this rank is among how many, and how they talk.
 
-`Group(rank=1, size=4)` without a communicator builds any rank's shard in a unit test or on meta tensors; `Group.single()` makes every
-collective a no-op. Nothing below ever asks a global for its rank.
+`Group(rank=1, size=4)` without a communicator builds any rank's shard in a unit test or on meta tensors;
+`Group.single()` makes every collective a no-op. Nothing below ever asks a global for its rank.
 """
 
 from __future__ import annotations
@@ -17,18 +17,24 @@ if TYPE_CHECKING:
 
 Numerics = Literal["invariant", "fast"]
 NUM_LEAVES = 8
-"""Virtual shards of a sharded axis unless there are fewer heads or more ranks: the largest tp size that shares one set of bits."""
+"""Virtual shards of a sharded axis unless there are fewer heads or more ranks: the largest tp size that shares one
+set of bits.
+"""
 
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """One rank's view of a group of ranks. `numerics` fixes how sums over sharded axes are ordered (see parallel.tree)."""
+    """One rank's view of a group of ranks. `numerics` fixes how sums over sharded axes are ordered (see
+    parallel.tree).
+    """
 
     rank: int = 0
     size: int = 1
     comm: Comm | None = None
     numerics: Numerics = "invariant"
-    sequence_parallel: bool = False  # divide activations between sharded layers by tokens while training (parallel.tokens)
+    sequence_parallel: bool = (
+        False  # divide activations between sharded layers by tokens while training (parallel.tokens)
+    )
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.size:
@@ -45,13 +51,15 @@ class Group:
         """The communicator; an error where the group was built for shapes only."""
         if self.comm is None:
             raise CollectiveError(
-                f"rank {self.rank} of {self.size} has no communicator: this group can build shards but not run a forward; "
-                "make it with parallel.mesh.init_groups"
+                f"rank {self.rank} of {self.size} has no communicator: this group can build shards but not run a "
+                "forward; make it with parallel.mesh.init_groups"
             )
         return self.comm
 
     def num_leaves(self, num_units: int) -> int:
-        """Into how many virtual shards an axis of `num_units` indivisible units (heads, columns, vocabulary rows) is cut."""
+        """Into how many virtual shards an axis of `num_units` indivisible units (heads, columns, vocabulary rows) is
+        cut.
+        """
         wanted = self.size if self.numerics == "fast" else max(NUM_LEAVES, self.size)
         return max(1, min(wanted, num_units))
 

@@ -1,12 +1,13 @@
 """Which attention heads a rank owns, ALiBi slopes by global head, and the shared K/V head of multi-query attention.
 
-Whole heads are dealt in virtual shards, so 25 heads over 2 ranks are 13 + 12 and a rank may own none. With one K/V head every rank
-holds a copy of it; `share_heads` gives it to the local query heads, and its backward adds their gradients over all ranks, head by
-head in the fixed tree, exactly once (one collective each for K and V).
+Whole heads are dealt in virtual shards, so 25 heads over 2 ranks are 13 + 12 and a rank may own none. With one K/V
+head every rank holds a copy of it; `share_heads` gives it to the local query heads, and its backward adds their
+gradients over all ranks, head by head in the fixed tree, exactly once (one collective each for K and V).
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,8 +35,8 @@ class HeadLayout:
     def of(group: Group, n_heads: int, n_kv_heads: int, head_dim: int) -> HeadLayout:
         if n_heads < 1 or n_kv_heads not in (1, n_heads):
             raise ConfigError(
-                f"{n_heads} attention heads with {n_kv_heads} key/value heads: only one shared key/value head or one per head is "
-                "supported"
+                f"{n_heads} attention heads with {n_kv_heads} key/value heads: only one shared key/value head or one "
+                "per head is supported"
             )
         return HeadLayout(n_heads, n_kv_heads, head_dim, group.shards(n_heads), group.rank)
 
@@ -67,7 +68,9 @@ class HeadLayout:
 
 
 def alibi_slopes(n_heads: int, alibi_bias_max: float, head_ids: Sequence[int]) -> Tensor:
-    """[len(head_ids)] float32 slopes of the given GLOBAL heads (Press et al. 2022; MPT's order for counts that are no power of two)."""
+    """[len(head_ids)] float32 slopes of the given GLOBAL heads (Press et al. 2022; MPT's order for counts that are no
+    power of two).
+    """
     power = 2 ** math.ceil(math.log2(n_heads))
     exponents = torch.arange(1, power + 1, dtype=torch.float32) * (alibi_bias_max / power)
     slopes = 1.0 / torch.pow(2, exponents)
@@ -77,7 +80,9 @@ def alibi_slopes(n_heads: int, alibi_bias_max: float, head_ids: Sequence[int]) -
 
 
 def share_heads(kv_T1H: Tensor, layout: HeadLayout, group: Group) -> Tensor:
-    """The one K or V head as seen by the local query heads: [T, 1, H] without gradients, else an expanded view [T, n_local, H]."""
+    """The one K or V head as seen by the local query heads: [T, 1, H] without gradients, else an expanded view [T,
+    n_local, H].
+    """
     if not torch.is_grad_enabled() or not kv_T1H.requires_grad:
         return kv_T1H
     return _ShareHeads.apply(kv_T1H, layout, group)
@@ -104,7 +109,7 @@ class _ShareHeads(torch.autograd.Function):
 def _leaf_sums(grad_TNH: Tensor, borders: Sequence[int]) -> Tensor:
     """[leaves, T, H]: each leaf's heads added one after another, in ascending order."""
     leaves = grad_TNH.new_zeros((len(borders) - 1, grad_TNH.shape[0], grad_TNH.shape[2]))
-    for leaf, (start, stop) in enumerate(zip(borders[:-1], borders[1:], strict=True)):
+    for leaf, (start, stop) in enumerate(itertools.pairwise(borders)):
         for head in range(start, stop):
             leaves[leaf] += grad_TNH[:, head]
     return leaves

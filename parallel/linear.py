@@ -1,8 +1,9 @@
 """Column- and row-parallel linear layers over virtual shards.
 
-    ColumnLinear   Y_r = X W_r^T + b_r        rows of W divided.     forward: none.  backward: one reduction for dX
-    RowLinear      Y = sum_r X_r W_r^T + b    columns of W divided.  forward: one reduction (shared by all partials added in it).
-                                                                     backward: none
+    ColumnLinear   Y_r = X W_r^T + b_r       rows of W divided     forward: none            backward: one reduction
+    RowLinear      Y = sum_r X_r W_r^T + b   columns of W divided  forward: one reduction   backward: none
+
+Several row-parallel layers whose results are added share one reduction (`reduce_sum`).
 T tokens, K inputs, N outputs. A row-parallel bias is one replicated parameter, added once, after the reduction.
 """
 
@@ -22,7 +23,9 @@ from parallel.tokens import all_tokens, own_tokens, scatter_tokens
 
 
 class ColumnLinear(nn.Module):
-    """x W^T + b over this rank's outputs. `parts` are blocks of outputs (q, k, v), each split over the ranks or replicated."""
+    """x W^T + b over this rank's outputs. `parts` are blocks of outputs (q, k, v), each split over the ranks or
+    replicated.
+    """
 
     def __init__(
         self,
@@ -108,7 +111,9 @@ def _backward_parts(parts: tuple[Part, ...], weight: Tensor, rank: int) -> list[
         start = stop
     leaves = {part.shards.num_leaves for part in parts if part.shards}
     if len(leaves) > 1:
-        raise ConfigError(f"the blocks of one column-parallel layer are cut into {sorted(leaves)} leaves; cut them alike")
+        raise ConfigError(
+            f"the blocks of one column-parallel layer are cut into {sorted(leaves)} leaves; cut them alike"
+        )
     return made
 
 
@@ -167,8 +172,8 @@ class RowLinear(nn.Module):
         """This layer's addend, not yet reduced."""
         return Partial(x_TK, self)
 
-    def forward(self, x_TK: Tensor) -> Tensor:
-        return reduce_sum(self.partial(x_TK))
+    def forward(self, x_TK: Tensor, tokens: VirtualShards | None = None) -> Tensor:
+        return reduce_sum(self.partial(x_TK), tokens=tokens)
 
     def term(self, x_TK: Tensor) -> Term:
         if self._operand is None:
@@ -242,5 +247,3 @@ class _RowSum(torch.autograd.Function):
             grads.append(outer_product(grad, x) if wants_weight else None)
             grads.append(column_sum(grad) if wants_bias else None)
         return tuple(grads)
-
-

@@ -1,10 +1,12 @@
 """The pieces of a log-sum-exp over vocabulary leaves, each the same bits wherever a row or a leaf stands.
 
-Native kernels where they exist; torch otherwise (then a row's bits may depend on its place in the batch). No collectives here.
+Native kernels where they exist; torch otherwise (then a row's bits may depend on its place in the batch). No
+collectives here.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -35,7 +37,9 @@ def exp_sum_leaves(logits_TV: Tensor, maximum_T: Tensor, borders: Sequence[int])
     """[T, leaves]: sum of exp(logit - maximum) over the columns of each leaf."""
     if uses_native(logits_TV) and logits_TV.shape[1]:
         return elementwise.exp_sum(logits_TV, maximum_T, tuple(borders))
-    leaves = [torch.exp(logits_TV[:, lo:hi] - maximum_T[:, None]).sum(1) for lo, hi in zip(borders, borders[1:], strict=False)]
+    leaves = [
+        torch.exp(logits_TV[:, lo:hi] - maximum_T[:, None]).sum(1) for lo, hi in itertools.pairwise(borders)
+    ]
     return torch.stack(leaves, 1) if leaves else logits_TV.new_zeros((logits_TV.shape[0], 0))
 
 

@@ -1,7 +1,7 @@
 """Cross-entropy over a vocabulary divided among ranks.
 
-Forward: three collectives (a maximum, the tree of exponential sums, the target's logit). Backward: none: each rank's part of the
-gradient is softmax minus one-hot over its own columns. No rank ever holds a full row of logits.
+Forward: three collectives (a maximum, the tree of exponential sums, the target's logit). Backward: none: each
+rank's part of the gradient is softmax minus one-hot over its own columns. No rank ever holds a full row of logits.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ def vocab_cross_entropy(
 ) -> Tensor:
     """The weighted mean of -log p(target) over the targets that are not ignored; a scalar, equal on every rank.
 
-    logits_local [T, V/p] float32, targets_T [T] global ids, weights_T [T] (1 each unless given). NaN where no weight is left, as torch.
+    logits_local [T, V/p] float32, targets_T [T] global ids, weights_T [T] (1 each unless given). NaN where no
+    weight is left, as torch.
     """
     weights = torch.ones_like(targets_T, dtype=torch.float32) if weights_T is None else weights_T.float()
     weights = torch.where(targets_T == ignore_index, torch.zeros_like(weights), weights)

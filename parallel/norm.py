@@ -1,10 +1,13 @@
 """Layer normalisation of replicated, or by tokens divided, activations; weight and bias are replicated.
 
-Forward: no collective. Backward: the gains' gradients are sums over tokens, taken leaf by leaf over token shards and in the fixed tree,
-so that they are the same bits whether the tokens are divided over the ranks (then one collective) or not (then none).
+Forward: no collective. Backward: the gains' gradients are sums over tokens, taken leaf by leaf over token shards
+and in the fixed tree, so that they are the same bits whether the tokens are divided over the ranks (then one
+collective) or not (then none).
 """
 
 from __future__ import annotations
+
+import itertools
 
 import torch
 from torch import Tensor, nn
@@ -81,7 +84,7 @@ class _LayerNorm(torch.autograd.Function):
 def _token_sums(a_TD: Tensor, b_TD: Tensor, group: Group, tokens: VirtualShards | None) -> tuple[Tensor, Tensor]:
     """Both tensors summed over all tokens of the row, in the tree over token shards. Both are [T, D] float32."""
     borders = group.shards(a_TD.shape[0]).borders if tokens is None else tokens.local_borders(group.rank)
-    pairs = [torch.stack([t[lo:hi].sum(0) for t in (a_TD, b_TD)]) for lo, hi in zip(borders, borders[1:], strict=False)]
+    pairs = [torch.stack([t[lo:hi].sum(0) for t in (a_TD, b_TD)]) for lo, hi in itertools.pairwise(borders)]
     if tokens is None:
         total = leaves_sum(pairs)
     else:

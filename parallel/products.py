@@ -1,8 +1,9 @@
 """Matrix products of sharded layers, in the order that keeps their bits: one seam over the kernels that compute them.
 
-`product` returns x W^T summed over all its leaves; `reduced_product` adds the ranks' subtrees through one collective (tree_sum, or a
-plain sum with numerics "fast"). On CPU the native kernel does both; elsewhere, or where there is no compiler, torch does, leaf by
-leaf. `Operand` is the packed form of a parameter: derived, never saved, rebuilt when the parameter changes.
+`product` returns x W^T summed over all its leaves; `reduced_product` adds the ranks' subtrees through one
+collective (tree_sum, or a plain sum with numerics "fast"). On CPU the native kernel does both; elsewhere, or where
+there is no compiler, torch does, leaf by leaf. `Operand` is the packed form of a parameter: derived, never saved,
+rebuilt when the parameter changes.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ def uses_native(tensor: Tensor) -> bool:
 
 
 class Operand:
-    """The right-hand side of products with a parameter: rows [start, stop) of it, transposed or not, packed for the kernel.
+    """The right-hand side of products with a parameter: rows [start, stop) of it, transposed or not, packed for the
+    kernel.
 
     `borders` cut the reduced axis into this rank's leaves.
     """
@@ -88,7 +90,9 @@ class Term:
 def product(
     terms: Sequence[Term], bias: Tensor | None = None, activation: str | None = None, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """The sum over all leaves of all terms, [T, N]: leaf i runs through every term's i-th range, leaves add up in the fixed tree."""
+    """The sum over all leaves of all terms, [T, N]: leaf i runs through every term's i-th range, leaves add up in the
+    fixed tree.
+    """
     if uses_native(terms[0].x):
         return gemm.product(_sources(terms), bias, activation, dtype)
     total = _torch_node(terms, 0, len(terms[0].operand.borders) - 1)
@@ -109,7 +113,11 @@ def nodes(terms: Sequence[Term], ranges: Sequence[Range]) -> Tensor:
 
 
 def reduced_product(
-    terms: Sequence[Term], shards: VirtualShards, group: Group, bias: Tensor | None = None, dtype: torch.dtype | None = None
+    terms: Sequence[Term],
+    shards: VirtualShards,
+    group: Group,
+    bias: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """The product summed over every rank's leaves, then + bias: one collective, none in a group of one."""
     dtype = dtype or terms[0].x.dtype

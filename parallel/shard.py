@@ -1,8 +1,9 @@
 """Sharding rules as values: how a full tensor is divided among ranks, and put together again.
 
-`Replicated()`, `Split(dim, shards)` and `Fused(dim, parts)` each answer which pieces of the full tensor a rank owns; loading, saving,
-resharding and the tests use the same value. Shards may be uneven, and empty where ranks outnumber units. No rule copies anything
-itself: `pieces` are index ranges, so a rank can read just those from a file.
+`Replicated()`, `Split(dim, shards)` and `Fused(dim, parts)` each answer which pieces of the full tensor a rank
+owns; loading, saving, resharding and the tests use the same value. Shards may be uneven, and empty where ranks
+outnumber units. No rule copies anything itself: `pieces` are index ranges, so a rank can read just those from a
+file.
 """
 
 from __future__ import annotations
@@ -32,8 +33,12 @@ class VirtualShards:
 
     @staticmethod
     def even(num_units: int, num_leaves: int, num_ranks: int) -> VirtualShards:
-        """Leaves of as equal a number of units as possible, the longer ones first; wide axes are cut at multiples of 64."""
-        grain = WIDE if num_units >= WIDE * num_leaves else 2 if num_units >= 2 * num_leaves and num_units % 2 == 0 else 1
+        """Leaves of as equal a number of units as possible, the longer ones first; wide axes are cut at multiples of
+        64.
+        """
+        grain = (
+            WIDE if num_units >= WIDE * num_leaves else 2 if num_units >= 2 * num_leaves and num_units % 2 == 0 else 1
+        )
         grains = -(-num_units // grain)
         borders = [min(stop * grain, num_units) for _, stop in even_runs(grains, num_leaves)]
         return VirtualShards((0, *borders), num_ranks)
@@ -170,7 +175,9 @@ class Fused(_Taking):
     def pieces(self, full_shape: Sequence[int], rank: int) -> list[Index]:
         total = sum(part.size for part in self.parts)
         if full_shape[self.dim] != total:
-            raise ConfigError(f"axis {self.dim} of shape {tuple(full_shape)} should have {total} elements in {len(self.parts)} blocks")
+            raise ConfigError(
+                f"axis {self.dim} of shape {tuple(full_shape)} should have {total} elements in {len(self.parts)} blocks"
+            )
         pieces, offset = [], 0
         for part in self.parts:
             start, stop = part.range(rank)
@@ -192,7 +199,11 @@ class Fused(_Taking):
 
 
 def sharded(
-    full_shape: Sequence[int], rule: Replicated | Split | Fused, rank: int, dtype: torch.dtype | None, device: torch.device | str | None
+    full_shape: Sequence[int],
+    rule: Replicated | Split | Fused,
+    rank: int,
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
 ) -> nn.Parameter:
     """An uninitialised parameter of the rank's shape that remembers its rule and its full shape."""
     parameter = nn.Parameter(torch.empty(rule.local_shape(full_shape, rank), dtype=dtype, device=device))

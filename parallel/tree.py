@@ -1,8 +1,9 @@
 """The fixed binary tree in which every sum over a sharded axis is taken.
 
-A sharded axis is cut into V leaves. node(lo, hi) = node(lo, mid) + node(mid, hi) with mid = lo + ceil((hi - lo) / 2): the shape of a
-subtree depends on its width alone. A rank owns a run of leaves, sums the complete subtrees inside its run, and the collective adds
-their roots in the same order; so the result does not depend on how many ranks share the leaves.
+A sharded axis is cut into V leaves. node(lo, hi) = node(lo, mid) + node(mid, hi) with mid = lo + ceil((hi - lo) /
+2): the shape of a subtree depends on its width alone. A rank owns a run of leaves, sums the complete subtrees
+inside its run, and the collective adds their roots in the same order; so the result does not depend on how many
+ranks share the leaves.
 
     leaves   0   1   2   3   4   5   6   7        3 ranks: runs 0-2, 3-5, 6-7
               \\ /     \\ /     \\ /     \\ /
@@ -11,6 +12,7 @@ their roots in the same order; so the result does not depend on how many ranks s
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,10 +33,12 @@ def middle(lo: int, hi: int) -> int:
 
 
 def even_runs(num_leaves: int, num_ranks: int) -> tuple[Range, ...]:
-    """Contiguous runs of leaves for each rank, the first ones one leaf longer; empty runs where ranks outnumber leaves."""
+    """Contiguous runs of leaves for each rank, the first ones one leaf longer; empty runs where ranks outnumber
+    leaves.
+    """
     short, extra = divmod(num_leaves, num_ranks)
     starts = [rank * short + min(rank, extra) for rank in range(num_ranks + 1)]
-    return tuple(zip(starts[:-1], starts[1:], strict=True))
+    return tuple(itertools.pairwise(starts))
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,8 @@ class ReductionTree:
         starts = [start for start, _ in self.owners]
         if self.num_leaves < 1 or [*starts, self.num_leaves] != [0, *ends]:
             raise ConfigError(
-                f"leaf runs {self.owners} do not cover {self.num_leaves} leaves; give one run per rank, in order, without gaps"
+                f"leaf runs {self.owners} do not cover {self.num_leaves} leaves; give one run per rank, in order, "
+                "without gaps"
             )
 
     @staticmethod
@@ -78,7 +83,9 @@ class ReductionTree:
         return tuple(len(nodes) for nodes in self._all_nodes)
 
     def program(self) -> tuple[int, ...]:
-        """Postfix program over the roots of all ranks (numbered rank by rank): push a root, or ADD the two topmost values."""
+        """Postfix program over the roots of all ranks (numbered rank by rank): push a root, or ADD the two topmost
+        values.
+        """
         return self._program
 
     @cached_property
@@ -87,7 +94,9 @@ class ReductionTree:
         return tuple(_postfix(0, self.num_leaves, index))
 
     def finish(self, roots: Sequence[Tensor]) -> Tensor:
-        """Adds the roots of all ranks in the tree's order: the reference that every collective must equal bit for bit."""
+        """Adds the roots of all ranks in the tree's order: the reference that every collective must equal bit for
+        bit.
+        """
         stack: list[Tensor] = []
         for step in self.program():
             if step == ADD:

@@ -5,8 +5,9 @@
     .gather          one gather of logits        .argmax    one gather of [T, 2]
     .log_probs       a maximum, the tree of exponential sums, one exact sum
 
-The vocabulary is never padded: shards are uneven where it does not divide. Logits are float32. The sum of exponentials is taken leaf
-by leaf over the virtual shards, so a log-probability has the same bits at every tensor-parallel size, gathered or not.
+The vocabulary is never padded: shards are uneven where it does not divide. Logits are float32. The sum of
+exponentials is taken leaf by leaf over the virtual shards, so a log-probability has the same bits at every tensor-
+parallel size, gathered or not.
 """
 
 from __future__ import annotations
@@ -122,7 +123,9 @@ class VocabHead(nn.Module):
     def log_probs(self, logits_local: Tensor, targets_T: Tensor, temperature: float = 1.0) -> Tensor:
         """[T] float32 log-probability of each row's target, on every rank."""
         scaled = logits_local if temperature == 1.0 else logits_local / temperature
-        return target_logits(scaled, targets_T, self.shards, self.group) - log_normaliser(scaled, self.shards, self.group)
+        return target_logits(scaled, targets_T, self.shards, self.group) - log_normaliser(
+            scaled, self.shards, self.group
+        )
 
     def full_log_normaliser(self, logits_TV: Tensor) -> Tensor:
         """[T]: log sum exp over gathered logits, with the bits of the distributed one."""
@@ -154,7 +157,9 @@ def target_logits(logits_local: Tensor, targets_T: Tensor, shards: VirtualShards
     start, stop = shards.range(group.rank)
     if stop > start:
         picked = logits_local.gather(1, (targets_T - start).clamp(0, stop - start - 1)[:, None])[:, 0]
-        picked = torch.where((targets_T >= start) & (targets_T < stop), picked, torch.zeros((), dtype=picked.dtype, device=picked.device))
+        picked = torch.where(
+            (targets_T >= start) & (targets_T < stop), picked, torch.zeros((), dtype=picked.dtype, device=picked.device)
+        )
     else:
         picked = logits_local.new_zeros(logits_local.shape[0])
     return (group.talk.sum(picked) if group.size > 1 else picked) + 0.0

@@ -154,3 +154,10 @@ class Ranks:
             self._workers[rank].process.kill()
             self._workers[rank].process.wait()
             outcomes[rank] = Outcome(error=RankTooSlow(message), raised_at=time.monotonic())
+
+
+def free_address() -> str:
+    """tcp://127.0.0.1:PORT with a port that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"tcp://127.0.0.1:{probe.getsockname()[1]}"

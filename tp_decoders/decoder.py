@@ -48,12 +48,16 @@ class Decoder(nn.Module):
         self.group = group
 
     def through_blocks(self, x_TD: Tensor, *given: object) -> Tensor:
-        """All blocks in turn; `given` is what each of them is handed besides x. Divides the tokens between them where asked for."""
+        """All blocks in turn; `given` is what each of them is handed besides x. Divides the tokens between them where
+        asked for.
+        """
         tokens = token_shards(x_TD.shape[0], self.group)
         x_TD = scatter_tokens(x_TD, self.group, tokens)
         again = self.recompute and torch.is_grad_enabled()
         for block in self.blocks:
-            x_TD = checkpoint(block, x_TD, *given, tokens, use_reentrant=False) if again else block(x_TD, *given, tokens)
+            x_TD = (
+                checkpoint(block, x_TD, *given, tokens, use_reentrant=False) if again else block(x_TD, *given, tokens)
+            )
         return gather_tokens(x_TD, self.group, tokens)
 
     def train(self, mode: bool = True) -> Decoder:

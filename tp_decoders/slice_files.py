@@ -1,7 +1,8 @@
 """Safetensors files that several ranks fill at once, each with its own slices.
 
-The head fixes where every tensor lies, so rank 0 lays the files out at full length (which is where a full disk shows) and every rank then
-writes the pieces that its sharding rules name, in place. Nobody gathers anything. Renaming and checksums are the caller's.
+The head fixes where every tensor lies, so rank 0 lays the files out at full length (which is where a full disk
+shows) and every rank then writes the pieces that its sharding rules name, in place. Nobody gathers anything.
+Renaming and checksums are the caller's.
 """
 
 from __future__ import annotations
@@ -93,7 +94,8 @@ class SliceFiles:
 
 
 def owned_pieces(parameter: Tensor, local: Tensor, rank: int) -> list[tuple[Index, Tensor]]:
-    """What a rank writes of a tensor sharded like `parameter`: index ranges of the full tensor, and this rank's part of them.
+    """What a rank writes of a tensor sharded like `parameter`: index ranges of the full tensor, and this rank's part
+    of them.
 
     What every rank holds whole is written by rank 0.
     """

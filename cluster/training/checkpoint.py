@@ -1,13 +1,13 @@
 """Training checkpoints: a Hugging Face checkpoint, plus a folder with the optimiser and the state of the run.
 
-    ROOT/step-00000100/  config.json  model*.safetensors  tokenizer files       what transformers opens
-                         training/optimizer*.safetensors                        moments (and masters), sharded like their parameters
-                         training/state.json                                    step, data position, layout, checksums of every file
+    ROOT/step-00000100/  config.json  model*.safetensors  tokenizer files   what transformers opens
+                         training/optimizer*.safetensors    moments (and masters), divided like their parameters
+                         training/state.json                step, data position, layout, checksums of every file
     ROOT/latest          the name of the newest complete checkpoint
 
-Every rank writes its own byte ranges; nothing is gathered over tensor-parallel ranks. A save copies what it needs and returns; a thread
-writes. The folder gets its name when every rank has synced its part, so a kill at any moment leaves the last good one. Moments are stored
-as full tensors: any layout resumes from them.
+Every rank writes its own byte ranges; nothing is gathered over tensor-parallel ranks. A save copies what it needs
+and returns; a thread writes. The folder gets its name when every rank has synced its part, so a kill at any moment
+leaves the last good one. Moments are stored as full tensors: any layout resumes from them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cluster.training.optimizer import Flat, ShardedAdamW
+from cluster.training.optimizer import ShardedAdamW
 from parallel.errors import CheckpointError
 from parallel.mesh import Groups
 from parallel.shard import full_shape_of
@@ -37,7 +37,7 @@ from tp_decoders.names import Name
 from tp_decoders.registry import family_of
 from tp_decoders.save_files import COMPANIONS, TensorPlan
 from tp_decoders.slice_files import SliceFiles, owned_pieces
-from tp_decoders.tensor_files import DTYPES, SafetensorsFile
+from tp_decoders.tensor_files import SafetensorsFile
 
 MAX_FILE_BYTES = 5_000_000_000
 STEP_NAME = re.compile(r"step-(\d{8})")
@@ -66,7 +66,9 @@ class _Line:
 
 
 class Checkpointer:
-    """One rank's side of saving and resuming under one root folder. All ranks call the same methods in the same order."""
+    """One rank's side of saving and resuming under one root folder. All ranks call the same methods in the same
+    order.
+    """
 
     def __init__(self, root: Path, groups: Groups, keep: int = 2, timeout_s: float = 600.0) -> None:
         self.root, self.groups, self.keep, self.timeout_s = root, groups, keep, timeout_s
@@ -75,7 +77,9 @@ class Checkpointer:
     def save(
         self, model: Decoder, optimizer: ShardedAdamW, extra: Mapping[str, Any], name: str | None = None
     ) -> Future[Path]:
-        """Copies out and returns; the future is done when the checkpoint is complete. An earlier save is waited for first."""
+        """Copies out and returns; the future is done when the checkpoint is complete. An earlier save is waited for
+        first.
+        """
         self.wait()
         target = self.root / (name or f"step-{optimizer.steps:08d}")
         job = _Job(self, target, model, optimizer, extra)
@@ -96,7 +100,11 @@ class Checkpointer:
 
 def latest_checkpoint(root: Path) -> Path | None:
     """The newest complete checkpoint of a run, None where there is none."""
-    steps = sorted(p for p in root.glob("step-*") if STEP_NAME.fullmatch(p.name) and (p / STATE).is_file()) if root.is_dir() else []
+    steps = (
+        sorted(p for p in root.glob("step-*") if STEP_NAME.fullmatch(p.name) and (p / STATE).is_file())
+        if root.is_dir()
+        else []
+    )
     pointer = root / "latest"
     if pointer.is_file():
         named = root / Path(pointer.read_text(encoding="utf-8").strip()).name
@@ -112,7 +120,9 @@ def read_state(folder: Path) -> SavedState:
         state = json.loads(path.read_text(encoding="utf-8"))
         return SavedState(folder, int(state["step"]), state["extra"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is not the state of a complete training checkpoint ({error!r}); resume from another") from error
+        raise CheckpointError(
+            f"{path} is not the state of a complete training checkpoint ({error!r}); resume from another"
+        ) from error
 
 
 def verify(folder: Path) -> None:
@@ -121,12 +131,16 @@ def verify(folder: Path) -> None:
     sums: dict[str, str] = json.loads((folder / STATE).read_text(encoding="utf-8"))["sha256"]
     bad = [name for name, wanted in sums.items() if not (folder / name).is_file() or _digest(folder / name) != wanted]
     if bad:
-        raise CheckpointError(f"{folder}: {', '.join(sorted(bad))} differ from their checksums; resume from another checkpoint")
+        raise CheckpointError(
+            f"{folder}: {', '.join(sorted(bad))} differ from their checksums; resume from another checkpoint"
+        )
 
 
 @torch.no_grad()
 def restore_optimizer(folder: Path, model: Decoder, optimizer: ShardedAdamW, groups: Groups) -> None:
-    """Reads step, masters and moments into the optimiser, whatever layout they were written by. The weights are `load`'s."""
+    """Reads step, masters and moments into the optimiser, whatever layout they were written by. The weights are
+    `load`'s.
+    """
     from contextlib import ExitStack
 
     lines = {line.ours: line for line in _lines(model)}
@@ -174,9 +188,14 @@ class _Job:
         self.draft = target.with_name(f".{target.name}.part")
         lines = _lines(model)
         moments = _moments(optimizer, lines)
-        self.weights = SliceFiles(self.draft, "model", [_plan(line, line.parameter.dtype, "") for line in lines], MAX_FILE_BYTES)
+        self.weights = SliceFiles(
+            self.draft, "model", [_plan(line, line.parameter.dtype, "") for line in lines], MAX_FILE_BYTES
+        )
         self.state = SliceFiles(
-            self.draft / "training", "optimizer", [_plan(line, torch.float32, f".{kind}") for line, kind, _ in moments], MAX_FILE_BYTES
+            self.draft / "training",
+            "optimizer",
+            [_plan(line, torch.float32, f".{kind}") for line, kind, _ in moments],
+            MAX_FILE_BYTES,
         )
         writes = self.dp.rank == 0
         self.copies = [(self.weights, line, "", line.parameter.detach().clone()) for line in lines if writes]
@@ -190,7 +209,9 @@ class _Job:
         for files, line, suffix, local in self.copies:
             for index, piece in owned_pieces(line.parameter, local, self.tp.rank):
                 transposed = line.name.transposed
-                files.write(line.theirs + suffix, index[::-1] if transposed else index, piece.t() if transposed else piece)
+                files.write(
+                    line.theirs + suffix, index[::-1] if transposed else index, piece.t() if transposed else piece
+                )
         self.copies.clear()
         if self.dp.rank == 0:
             self.weights.sync()
@@ -215,7 +236,9 @@ class _Job:
         while not all(path.exists() for path in paths):
             if time.monotonic() > limit:
                 absent = ", ".join(path.name for path in paths if not path.exists())
-                raise CheckpointError(f"{self.target} was not {what} within {self.owner.timeout_s:g} s; waiting for {absent}")
+                raise CheckpointError(
+                    f"{self.target} was not {what} within {self.owner.timeout_s:g} s; waiting for {absent}"
+                )
             time.sleep(POLL_S)
 
     def _commit(self) -> None:
@@ -245,7 +268,9 @@ class _Job:
                 shutil.copyfile(self.source / name, self.draft / name)
 
     def _prune(self) -> None:
-        complete = sorted(p for p in self.owner.root.glob("step-*") if STEP_NAME.fullmatch(p.name) and (p / STATE).is_file())
+        complete = sorted(
+            p for p in self.owner.root.glob("step-*") if STEP_NAME.fullmatch(p.name) and (p / STATE).is_file()
+        )
         for old in complete[: -self.owner.keep] if self.owner.keep else []:
             shutil.rmtree(old, ignore_errors=True)
 
@@ -256,7 +281,9 @@ def _plan(line: _Line, dtype: torch.dtype, suffix: str) -> TensorPlan:
 
 
 def _moments(optimizer: ShardedAdamW, lines: list[_Line]) -> list[tuple[_Line, str, Tensor]]:
-    """Copies of this tp rank's moments (gathered over dp), and of the masters of parameters that are not float32 themselves."""
+    """Copies of this tp rank's moments (gathered over dp), and of the masters of parameters that are not float32
+    themselves.
+    """
     by_name = {line.ours: line for line in lines}
     found = [(by_name[ours], kind, local) for ours, kind, local in optimizer.local_state()]
     return sorted(found, key=lambda entry: (entry[0].theirs, entry[1]))

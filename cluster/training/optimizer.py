@@ -1,11 +1,12 @@
-"""AdamW over one rank's shards: float32 masters in flat buffers, state divided over data-parallel ranks (ZeRO-1), clipped as one model.
+"""AdamW over one rank's shards: float32 masters in flat buffers, state divided over data-parallel ranks (ZeRO-1),
+clipped as one model.
 
-    gradients (each parameter's own, in its type) --hook--> flat float32 sums --dp sum--> clip --> AdamW on this dp rank's slice
-    --> masters gathered over dp --> parameters
+    gradients (each parameter's own, in its type) --hook--> flat float32 sums --dp sum--> clip --> AdamW on this dp
+    rank's slice --> masters gathered over dp --> parameters
 
-Parameters with two axes or more decay, the others do not (Loshchilov and Hutter, arXiv 1711.05101; Brown et al. 2020, appendix B). A
-float32 parameter IS its master: its storage is moved into the flat buffer. Buffers are padded so that every element goes through the same
-vector code, wherever a layout puts it.
+Parameters with two axes or more decay, the others do not (Loshchilov and Hutter, arXiv 1711.05101; Brown et al.
+2020, appendix B). A float32 parameter IS its master: its storage is moved into the flat buffer. Buffers are padded
+so that every element goes through the same vector code, wherever a layout puts it.
 """
 
 from __future__ import annotations
@@ -37,7 +38,11 @@ class OptimizerConfig:
     max_grad_norm: float | None = 1.0
 
     def __post_init__(self) -> None:
-        for name, low, high in (("learning_rate", 0.0, math.inf), ("weight_decay", 0.0, math.inf), ("epsilon", 0.0, math.inf)):
+        for name, low, high in (
+            ("learning_rate", 0.0, math.inf),
+            ("weight_decay", 0.0, math.inf),
+            ("epsilon", 0.0, math.inf),
+        ):
             _check(name, getattr(self, name), low, high)
         _check("beta1", self.beta1, 0.0, 1.0)
         _check("beta2", self.beta2, 0.0, 1.0)
@@ -87,7 +92,9 @@ class Flat:
                 if parameter.dtype is not torch.float32:
                     parameter.copy_(self.view(self.master, name))
                 else:
-                    parameter.view(-1)[:0].zero_()  # it was written to through its flat buffer: whoever keeps a copy must see that
+                    parameter.view(-1)[
+                        :0
+                    ].zero_()  # it was written to through its flat buffer: whoever keeps a copy must see that
 
 
 class ShardedAdamW:
@@ -112,12 +119,18 @@ class ShardedAdamW:
         self._hooks = [hook for flat in self.flats for hook in _accumulating(flat)]
 
     def local_state(self) -> Iterator[tuple[str, str, Tensor]]:
-        """(parameter, "exp_avg" | "exp_avg_sq" | "master", this tensor-parallel rank's whole shard of it, copied). Gathers over dp."""
+        """(parameter, "exp_avg" | "exp_avg_sq" | "master", this tensor-parallel rank's whole shard of it, copied).
+        Gathers over dp.
+        """
         for flat, own in zip(self.flats, self._slices, strict=True):
             state = self._adam.state[own]
             for moment in ("exp_avg", "exp_avg_sq"):
                 part = state[moment] if moment in state else torch.zeros_like(own)
-                whole = part.detach().clone() if self.dp.size == 1 else self.dp.talk.all_gather(part, [len(part)] * self.dp.size, 0)
+                whole = (
+                    part.detach().clone()
+                    if self.dp.size == 1
+                    else self.dp.talk.all_gather(part, [len(part)] * self.dp.size, 0)
+                )
                 for name in flat.parameters:
                     yield name, moment, flat.view(whole, name)
             for name, parameter in flat.parameters.items():
@@ -129,8 +142,10 @@ class ShardedAdamW:
         self.steps = steps
         for own in self._slices:
             self._adam.state[own] = {
-                "step": torch.tensor(float(steps)), "exp_avg": torch.zeros_like(own), "exp_avg_sq": torch.zeros_like(own)
-            }  # fmt: skip
+                "step": torch.tensor(float(steps)),
+                "exp_avg": torch.zeros_like(own),
+                "exp_avg_sq": torch.zeros_like(own),
+            }
 
     def restore(self, flat: Flat, name: str, moment: str, local: Tensor) -> None:
         """Takes over one moment, or the master, of a parameter: this tensor-parallel rank's whole shard of it."""
@@ -141,7 +156,9 @@ class ShardedAdamW:
         start, stop = flat.places[name]
         low, high = max(start, flat.slice.start), min(stop, flat.slice.stop)
         if low < high:
-            self._adam.state[own][moment][low - flat.slice.start : high - flat.slice.start] = local.reshape(-1)[low - start : high - start]
+            self._adam.state[own][moment][low - flat.slice.start : high - flat.slice.start] = local.reshape(-1)[
+                low - start : high - start
+            ]
 
     def zero_grad(self) -> None:
         for flat in self.flats:
@@ -160,7 +177,9 @@ class ShardedAdamW:
                 flat.grad.copy_(self.dp.talk.sum(flat.grad))
 
     def step(self, config: OptimizerConfig | None = None) -> float:
-        """One update with the gradients added since the last; returns their norm before clipping. Not-finite: no update, an error."""
+        """One update with the gradients added since the last; returns their norm before clipping. Not-finite: no
+        update, an error.
+        """
         config = config or self.config
         self.reduce()
         norm = self.grad_norm()

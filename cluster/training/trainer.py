@@ -1,10 +1,12 @@
-"""One rank's trainer: forward and backward over packed sequences, then an optimiser step, on the very model that serves.
+"""One rank's trainer: forward and backward over packed sequences, then an optimiser step, on the very model that
+serves.
 
-    TrainBatch -> micro-batches of whole sequences -> model(tokens, positions, Causal) -> log-probabilities of the targets -> loss
-    -> backward (gradients add up in the optimiser) -> step
+    TrainBatch -> micro-batches of whole sequences -> model(tokens, positions, Causal) -> log-probabilities of the
+    targets -> loss -> backward (gradients add up in the optimiser) -> step
 
-The loss is normalised over the GLOBAL batch, so gradients of micro-batches and of data-parallel ranks only have to be added. Knows no
-file, no client and no schedule: the learning rate comes with each step. `weight_version` counts the steps applied.
+The loss is normalised over the GLOBAL batch, so gradients of micro-batches and of data-parallel ranks only have to
+be added. Knows no file, no client and no schedule: the learning rate comes with each step. `weight_version` counts
+the steps applied.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from cluster.training.losses import LossInputs, LossOptions, compute_loss
+from cluster.training.losses import LossInputs, LossOptions, LossTerms, compute_loss
 from cluster.training.optimizer import OptimizerConfig, ShardedAdamW
 from parallel.attention import Causal
 from parallel.errors import ConfigError
@@ -39,7 +41,9 @@ class TrainBatch:
     reference_logprobs: Tensor | None = None
 
     def parts(self, max_tokens: int | None, sequences_together: int = 1) -> Iterator[TrainBatch]:
-        """Micro-batches of at most max_tokens tokens (or one unit, if that is longer); units of sequences stay together."""
+        """Micro-batches of at most max_tokens tokens (or one unit, if that is longer); units of sequences stay
+        together.
+        """
         start, first = 0, 0
         while first < len(self.lengths):
             last, stop = first, start
@@ -63,12 +67,10 @@ class TrainerConfig:
 
     optimizer: OptimizerConfig = OptimizerConfig()
     micro_batch_tokens: int | None = None
-    recompute: str = "none"  # none | selective (the MLP) | full (whole blocks)
+    recompute: bool = False  # keep no activations inside blocks: compute them again in the backward
     attention_backend: str | None = None
 
     def __post_init__(self) -> None:
-        if self.recompute not in ("none", "selective", "full"):
-            raise ConfigError(f"recompute {self.recompute!r} is unknown; choose none, selective or full")
         if self.micro_batch_tokens is not None and self.micro_batch_tokens < 1:
             raise ConfigError(f"micro_batch_tokens is {self.micro_batch_tokens}; give at least 1, or leave it out")
 
@@ -115,7 +117,9 @@ class Trainer:
         """Adds the batch's gradients to those waiting for the next step."""
         return self._passes(batch, loss, options, backward=True)
 
-    def evaluate(self, batch: TrainBatch, loss: str = "cross_entropy", options: LossOptions = LossOptions()) -> PassResult:
+    def evaluate(
+        self, batch: TrainBatch, loss: str = "cross_entropy", options: LossOptions = LossOptions()
+    ) -> PassResult:
         """The same without gradients."""
         with torch.no_grad():
             return self._passes(batch, loss, options, backward=False)
@@ -135,7 +139,8 @@ class Trainer:
 
     def _passes(self, batch: TrainBatch, loss: str, options: LossOptions, backward: bool) -> PassResult:
         started = time.perf_counter()
-        total, logprobs, metrics = 0.0, [], {}
+        total, logprobs = 0.0, []
+        metrics: dict[str, float] = {}
         together = 2 if loss == "dpo" else 1
         for part in batch.parts(self.config.micro_batch_tokens, together):
             terms, part_logprobs = self._loss(part, loss, options)
@@ -150,7 +155,7 @@ class Trainer:
             seconds=time.perf_counter() - started,
         )  # fmt: skip
 
-    def _loss(self, part: TrainBatch, loss: str, options: LossOptions):  # type: ignore[no-untyped-def]
+    def _loss(self, part: TrainBatch, loss: str, options: LossOptions) -> tuple[LossTerms, Tensor]:
         logprobs = self._logprobs(part)
         weights = torch.where(part.targets == IGNORE_INDEX, torch.zeros_like(part.weights), part.weights)
         inputs = LossInputs(

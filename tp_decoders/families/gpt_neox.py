@@ -89,12 +89,16 @@ class Block(nn.Module):
         self.down = RowLinear(ffn, d, group=group, **place)
 
     def forward(self, x_TD: Tensor, rotation: Rotation, attend: Attend, tokens: VirtualShards | None = None) -> Tensor:
-        q_TNH, k_TNH, v_TNH = rotated(self.qkv(self.ln1(x_TD, tokens), tokens=tokens).unflatten(1, self.heads), rotation)
+        q_TNH, k_TNH, v_TNH = rotated(
+            self.qkv(self.ln1(x_TD, tokens), tokens=tokens).unflatten(1, self.heads), rotation
+        )
         o_TNH = attend(self.attention, q_TNH, k_TNH, v_TNH)
         attended = self.out.partial(o_TNH.flatten(1))
         if self.parallel_residual:
             return x_TD + reduce_sum(
-                attended, self.down.partial(self.up(self.ln2(x_TD, tokens), self.activation, tokens=tokens)), tokens=tokens
+                attended,
+                self.down.partial(self.up(self.ln2(x_TD, tokens), self.activation, tokens=tokens)),
+                tokens=tokens,
             )
         h_TD = x_TD + reduce_sum(attended, tokens=tokens)
         return h_TD + self.down(self.up(self.ln2(h_TD, tokens), self.activation, tokens=tokens), tokens)

@@ -78,7 +78,9 @@ class Block(nn.Module):
         self.down = RowLinear(ffn, d, group=group, bias=False, **place)
 
     def forward(self, x_TD: Tensor, rotation: Rotation, attend: Attend, tokens: VirtualShards | None = None) -> Tensor:
-        q_TNH, k_TNH, v_TNH = rotated(self.qkv(self.ln1(x_TD, tokens), tokens=tokens).unflatten(1, self.heads), rotation)
+        q_TNH, k_TNH, v_TNH = rotated(
+            self.qkv(self.ln1(x_TD, tokens), tokens=tokens).unflatten(1, self.heads), rotation
+        )
         o_TNH = attend(self.attention, q_TNH, k_TNH, v_TNH)
         h_TD = x_TD + self.out(o_TNH.flatten(1), tokens)
         return h_TD + self.down(self.up(self.ln2(h_TD, tokens), self.activation, tokens=tokens), tokens)
