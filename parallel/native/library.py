@@ -144,15 +144,21 @@ def _load(config: NativeConfig) -> ctypes.CDLL:
 
 
 def _built(path: Path) -> ctypes.CDLL:
+    """The cached file, needing no write access; built first where it is missing or damaged."""
+    if (cdll := _opened(path)) is not None:
+        return cdll
     path.parent.mkdir(parents=True, exist_ok=True)
     with _exclusive(path.with_suffix(".lock")):
-        if not path.exists():
+        if (cdll := _opened(path)) is None:  # nobody built it in the meantime
             _build(path)
-        try:
-            return ctypes.CDLL(str(path))
-        except OSError:  # a damaged file: build it once more
-            _build(path)
-            return ctypes.CDLL(str(path))
+    return cdll or ctypes.CDLL(str(path))
+
+
+def _opened(path: Path) -> ctypes.CDLL | None:
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError:  # missing, cut short or otherwise not a library
+        return None
 
 
 def _build(path: Path) -> None:
@@ -214,6 +220,8 @@ def _exclusive(path: Path) -> Iterator[None]:
 
 def _default_cache_dir() -> Path:
     beside = SOURCES / "_build"
+    if library_path(beside).exists():
+        return beside
     try:
         beside.mkdir(exist_ok=True)
         if os.access(beside, os.W_OK | os.X_OK):

@@ -114,6 +114,17 @@ def test_without_a_compiler_the_error_says_so(tiny: Path, monkeypatch: pytest.Mo
         native.library()
 
 
+def test_a_library_that_is_there_needs_no_write_access(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    beside = tiny / "sources" / "_build"
+    fresh(beside)
+    native.library()
+    native._loaded = native._Loaded()
+    monkeypatch.setattr(Path, "mkdir", lambda *_, **__: pytest.fail("a folder was made"))
+    monkeypatch.setattr(native, "_exclusive", lambda path: pytest.fail("a lock was taken"))
+    assert native.library().tiny_answer() == 42
+    assert native._default_cache_dir() == beside
+
+
 def test_a_damaged_cached_file_is_built_again(tiny: Path) -> None:
     path = native.library_path(tiny / "cache")
     path.parent.mkdir()
