@@ -61,9 +61,9 @@ class ColumnLinear(nn.Module):
         if torch.is_grad_enabled() and (x_TK.requires_grad or self.weight.requires_grad):
             y_TN = _Column.apply(x_TK, self.weight, self.bias, self, dtype, tokens)
             return activate(y_TN, activation) if activation else y_TN
-        fused = activation if activation and is_native(x_TK, activation) else None
-        y_TN = self.product(x_TK, fused, dtype)
-        return activate(y_TN, activation) if activation and not fused else y_TN
+        if activation is None or is_native(x_TK, activation):
+            return self.product(x_TK, activation, dtype)
+        return activate(self.product(x_TK, None, dtype), activation)
 
     def product(self, x_TK: Tensor, activation: str | None = None, dtype: torch.dtype | None = None) -> Tensor:
         if self._operand is None:

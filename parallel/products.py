@@ -32,7 +32,7 @@ def native_products() -> bool:
 
 
 def uses_native(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and tensor.dtype in NATIVE_DTYPES and native_products()
+    return tensor.is_cpu and tensor.dtype in NATIVE_DTYPES and native_products()
 
 
 class Operand:
@@ -68,7 +68,7 @@ class Operand:
         """The packed form, made again if the parameter was written to or replaced since."""
         stamp = (self._parameter._version, self._parameter.data_ptr())
         if self._packed is None:
-            self._packed = gemm.PackedMatrix.pack(self.matrix(), self.borders)
+            self._packed = gemm.PackedMatrix.pack(self.matrix(), self.borders, lasting=True)
         elif stamp != self._stamp:
             self._packed.repack(self.matrix())
         self._stamp = stamp

@@ -18,11 +18,11 @@ from torch import Tensor
 from parallel.errors import ConfigError
 from parallel.native.elementwise import activation_id
 from parallel.native.library import entry, library
+from parallel.native.memory import LINE, weights
 
 PANEL = 64  # columns of W in a panel
 MAX_SOURCES = 16
 _UNIT = 4  # bytes of K that go together: a float32 or a pair of bfloat16
-_HUGE = 2 << 20
 _DTYPES = (torch.float32, torch.bfloat16)
 _SMALL = 1 << 24  # multiply-adds below which a call keeps the interpreter lock
 _serials = itertools.count()
@@ -31,7 +31,9 @@ _serials = itertools.count()
 class PackedMatrix:
     """A weight W [N, K] laid out for streaming, [N/64][K][64]; a copy that follows its source only by repack()."""
 
-    def __init__(self, n: int, k: int, dtype: torch.dtype, borders: tuple[int, ...]) -> None:
+    def __init__(
+        self, n: int, k: int, dtype: torch.dtype, borders: tuple[int, ...], lasting: bool = False
+    ) -> None:
         self.n, self.k, self.dtype, self.borders = n, k, dtype, borders
         per_unit = _UNIT // dtype.itemsize
         starts = [0]
@@ -39,20 +41,22 @@ class PackedMatrix:
             starts.append(starts[-1] + -(-(end - begin) // per_unit))
         self.starts, self.units = tuple(starts[:-1]), starts[-1]
         self.panel_bytes = self.units * PANEL * _UNIT
-        self.storage, self.address = _aligned(-(-n // PANEL) * self.panel_bytes)
+        self.storage, self.address = _aligned(-(-n // PANEL) * self.panel_bytes, lasting)
         self.serial = next(_serials)
         self.plans: dict[tuple, bytes] = {}
 
     @classmethod
-    def pack(cls, src: Tensor, borders: Sequence[int] | None = None) -> "PackedMatrix":
-        """Pack src [N, K], any strides. `borders`: the leaves' borders, needed only where a bfloat16 leaf is odd."""
+    def pack(cls, src: Tensor, borders: Sequence[int] | None = None, lasting: bool = False) -> "PackedMatrix":
+        """Pack src [N, K], any strides. `borders`: the leaves' borders, needed only where a bfloat16 leaf is odd.
+        `lasting`: for a weight that is read again and again (see native.memory).
+        """
         if src.dim() != 2 or src.dtype not in _DTYPES or not src.is_cpu:
             raise ConfigError(f"cannot pack {_words(src)}; give a [N, K] float32 or bfloat16 tensor on the CPU")
         n, k = src.shape
         cuts = tuple(sorted({0, k, *(borders or ())}))
         if cuts[0] < 0 or cuts[-1] > k:
             raise ConfigError(f"borders {tuple(borders or ())} leave the range 0..{k} of K; give borders inside it")
-        packed = cls(n, k, src.dtype, cuts)
+        packed = cls(n, k, src.dtype, cuts, lasting)
         packed.repack(src)
         return packed
 
@@ -302,14 +306,14 @@ def _k_stride(src: Tensor) -> int:
     return 1 if src.shape[1] == 1 else src.stride(1)
 
 
-def _aligned(nbytes: int) -> tuple[Tensor, int]:
-    """Bytes on a cache line, and on a 2 MiB page with huge pages asked for where that is worth it."""
-    align = _HUGE if nbytes >= _HUGE else 64
-    raw = torch.empty(nbytes + align, dtype=torch.uint8)
-    offset = -raw.data_ptr() % align
-    storage = raw[offset : offset + nbytes]
-    if align == _HUGE:
-        library().gemm_advise_huge(ctypes.c_void_p(storage.data_ptr()), ctypes.c_int64(nbytes))
+def _aligned(nbytes: int, lasting: bool) -> tuple[Tensor, int]:
+    """Bytes on a cache line: in the arena if they are to stay, from the heap otherwise."""
+    if lasting:
+        storage = weights.take(nbytes)
+    else:
+        raw = torch.empty(nbytes + LINE, dtype=torch.uint8)
+        offset = -raw.data_ptr() % LINE
+        storage = raw[offset : offset + nbytes]
     return storage, storage.data_ptr()
 
 
