@@ -45,7 +45,7 @@ class LayerNorm(nn.Module):
 
 
 def normalise(x_TD: Tensor, layer: LayerNorm) -> Tensor:
-    """torch's kernel: it works row by row, so a row's bits do not depend on its neighbours, and its call is the cheapest."""
+    """By torch: row by row, so a row's bits do not depend on its neighbours; and its call is the cheapest."""
     return torch.layer_norm(x_TD, layer.shape, layer.weight, layer.bias, layer.eps)
 
 
