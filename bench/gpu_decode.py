@@ -2,9 +2,9 @@
 
     python bench/gpu_decode.py --config DIR [--dtype bfloat16] [--new-tokens 128]
 
-Random weights of the model that DIR/config.json describes (shapes decide the speed, not values). Prints one JSON line: tokens/s, the
-bytes of weights read per token, the bandwidth measured by a copy on the same device, and the share reached. Needs a CUDA
-device; without one it says so and exits with status 1.
+Random weights of the model that DIR/config.json describes: shapes decide the speed, not values. Prints one JSON line:
+tokens/s, the bytes of weights read per token, the bandwidth of a copy on the same device, and the share reached. Needs
+a CUDA device; without one it says so and exits with status 1.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from parallel import onednn
 from parallel.activation import activate
 from parallel.group import Group
 from parallel.native import gemm, library
@@ -51,6 +52,8 @@ class Operand:
         self._transposed = transposed
         self._packed: gemm.PackedMatrix | None = None
         self._stamp: tuple[int, int] | None = None
+        self._leaves: dict[int, onednn.PackedLeaf] = {}
+        self._leaves_stamp: tuple[int, int] | None = None
 
     def matrix(self) -> Tensor:
         """[N, K]: outputs by reduction."""
@@ -74,9 +77,22 @@ class Operand:
         self._stamp = stamp
         return self._packed
 
+    def leaf_product(self, x_TK: Tensor, leaf: int) -> Tensor:
+        """Without the native kernels: x (all local columns) against one leaf, by oneDNN or else by torch."""
+        start, stop = self.borders[leaf], self.borders[leaf + 1]
+        if stop == start or not (x_TK.is_cpu and x_TK.dtype in NATIVE_DTYPES and onednn.available()):
+            return functional.linear(x_TK[:, start:stop], self.matrix()[:, start:stop])
+        stamp = (self._parameter._version, self._parameter.data_ptr())
+        if stamp != self._leaves_stamp:
+            self._leaves, self._leaves_stamp = {}, stamp
+        if leaf not in self._leaves:
+            self._leaves[leaf] = onednn.PackedLeaf(self.matrix()[:, start:stop])
+        return self._leaves[leaf].product(x_TK[:, start:stop])
+
     def release(self) -> None:
-        """Forgets the packed copy (it is rebuilt when needed)."""
-        self._packed = self._stamp = None
+        """Forgets the packed copies (they are rebuilt when needed)."""
+        self._packed = self._stamp = self._leaves_stamp = None
+        self._leaves = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,9 +182,10 @@ def _torch_node(terms: Sequence[Term], lo: int, hi: int) -> Tensor:
         return _torch_node(terms, lo, mid).float() + _torch_node(terms, mid, hi).float()
     leaf = None
     for term in terms:
-        matrix = term.operand.matrix()
-        start, stop = (term.operand.borders[lo], term.operand.borders[hi]) if hi > lo else (0, 0)
-        addend = functional.linear(term.x[:, start:stop], matrix[:, start:stop])
+        if hi > lo:
+            addend = term.operand.leaf_product(term.x, lo)
+        else:
+            addend = functional.linear(term.x[:, :0], term.operand.matrix()[:, :0])
         leaf = addend if leaf is None else leaf + addend
     assert leaf is not None, "a product needs at least one term"
     return leaf
