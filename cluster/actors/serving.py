@@ -20,6 +20,7 @@ from cluster.engine.engine import Engine
 from cluster.engine.executors import follow
 from cluster.engine.runner import ModelRunner
 from cluster.frontend.engine_server import EngineServer
+from cluster.training.remote import TRAIN, TrainLead, TrainSide
 from parallel.attention import Causal
 from parallel.mesh import Groups, Wiring, init_groups
 from parallel.native import library
@@ -41,6 +42,7 @@ class ServeRank:
         self._commands: Commands | None = None
         self._engine: Engine | None = None
         self._server: EngineServer | None = None
+        self._training: TrainSide | None = None
 
     def start(self) -> RankFacts:
         parallel, phases = self._spec.parallel, self._phases
@@ -58,14 +60,15 @@ class ServeRank:
             free = free_memory(self._place, parallel.device)
             self._runner = build_runner(model, self._spec.engine, free)
         self._commands = Commands(self._groups.tp.comm, parallel.collective_timeout_s)
+        self._training = TrainSide(self._runner, self._groups)
         if self._place.rank == 0:
             self._serve_engine(self._runner, self._commands)
         return self._facts(self._runner, cores)
 
     def run(self) -> None:
-        assert self._runner is not None and self._commands is not None, "start comes first"
+        assert self._runner is not None and self._commands is not None and self._training is not None, "start first"
         if self._server is None or self._engine is None:
-            follow(self._runner, self._commands)
+            follow(self._runner, self._commands, {TRAIN: self._training.follow})
             return
         self._server.serve()
         self._engine.close()  # after a failure there is nobody to tell: not in a `finally`
@@ -96,7 +99,9 @@ class ServeRank:
             tokenizer = load_tokenizer(self._spec.model)
             ends = tokenizer.eos_token_ids if tokenizer else ()
         self._engine = build_engine(runner, self._spec.engine, ends, commands if self._place.world > 1 else None)
-        self._server = EngineServer(self._engine, self._spec.authkey, host=self._place.node)
+        assert self._training is not None, "made before"
+        lead = TrainLead(self._training, commands, self._engine.weights_changed)
+        self._server = EngineServer(self._engine, self._spec.authkey, host=self._place.node, training=lead)
 
     def _facts(self, runner: ModelRunner, cores: tuple[int, ...]) -> RankFacts:
         model, layout = runner.model, runner.cache.layout

@@ -59,6 +59,7 @@ class FrontendConfig:
     max_open_requests: int = 4096  # samples in the journal, over all prompts
     max_prompts_per_call: int = 1024
     max_n: int = 64
+    max_train_tokens: int = 131072  # of one training call
     max_logprobs: int = 64
     max_stop_sequences: int = 64
     max_stop_length: int = 1024  # characters

@@ -16,21 +16,26 @@ from multiprocessing import AuthenticationError
 
 from cluster.engine.request import EngineLoad
 from cluster.frontend.link import LinkEvent, Rejected
-from cluster.frontend.loop import EngineLoop, EngineSurface, describe_fault
+from cluster.frontend.loop import EngineLoop, EngineSurface, TrainFunction, describe_fault
 from cluster.frontend.wire import (
     Abort,
     AskLoad,
     Bye,
+    CancelTrain,
     Events,
     Fault,
     Hello,
     LoadAnswer,
     Message,
     Submit,
+    Train,
+    Trained,
     Wire,
     accept,
     set_limit,
 )
+from cluster.training.calls import TrainAnswer
+from parallel.errors import TpError
 
 log = logging.getLogger(__name__)
 
@@ -41,13 +46,21 @@ FRONTEND_SILENCE_SECONDS = 30.0  # one that has ended is seen at once; this is f
 class EngineServer:
     """Make it, tell the front-end `address` and the key, then `serve` in the engine's own thread."""
 
-    def __init__(self, engine: EngineSurface, authkey: bytes, *, host: str = "127.0.0.1") -> None:
+    def __init__(
+        self,
+        engine: EngineSurface,
+        authkey: bytes,
+        *,
+        host: str = "127.0.0.1",
+        training: TrainFunction | None = None,
+    ) -> None:
         self._limits = engine.limits
         self._authkey = authkey
-        self._loop = EngineLoop(engine, self._send_events)
+        self._loop = EngineLoop(engine, self._send_events, training=training)
         self._listener = socket.create_server((host, 0), backlog=8)
         self._wire: Wire | None = None
         self._open: dict[str, set[int]] = {}  # samples of the present front-end that have not ended
+        self._trainings: dict[int, Future[TrainAnswer]] = {}
         self._lock = threading.Lock()
         self._stopping = threading.Event()
 
@@ -118,6 +131,12 @@ class EngineServer:
             self._loop.abort(message.request_ids, message.samples)
         elif isinstance(message, AskLoad):
             self._loop.ask_load().add_done_callback(lambda done: self._answer_load(message.tag, done))
+        elif isinstance(message, Train):
+            self._trainings[message.tag] = future = self._loop.train(message.call)
+            asker = self._wire  # a tag means nothing to the next front-end
+            future.add_done_callback(lambda done: self._answer_training(asker, message.tag, done))
+        elif isinstance(message, CancelTrain) and (begun := self._trainings.get(message.tag)) is not None:
+            begun.cancel()  # of no effect once it runs
 
     def _drop(self, wire: Wire) -> None:
         """The front-end is gone: nobody reads its requests any more."""
@@ -125,6 +144,8 @@ class EngineServer:
             self._wire = None
             left, self._open = list(self._open), {}
         self._loop.abort(left)
+        for begun in list(self._trainings.values()):
+            begun.cancel()  # those that had their turn are finished
         wire.close()
 
     # ------------------------------------------------------------ in the engine's thread
@@ -148,6 +169,16 @@ class EngineServer:
     def _answer_load(self, tag: int, done: Future[EngineLoad]) -> None:
         if done.exception() is None:
             self._send(LoadAnswer(tag, done.result()))
+
+    def _answer_training(self, asker: Wire | None, tag: int, done: Future[TrainAnswer]) -> None:
+        self._trainings.pop(tag, None)
+        if done.cancelled() or asker is None:
+            return
+        error = done.exception()
+        if error is None:
+            asker.send(Trained(tag, done.result()))
+        elif isinstance(error, TpError):
+            asker.send(Trained(tag, error))
 
     def _send(self, message: Message) -> None:
         wire = self._wire

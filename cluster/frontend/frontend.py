@@ -27,6 +27,8 @@ from cluster.frontend.journal import Entry, Journal, SampleState
 from cluster.frontend.link import EngineLink, LinkEvent
 from cluster.frontend.streams import Chunk, Stream
 from cluster.frontend.text import SampleText, TextCodec
+from cluster.frontend.training import TrainingDesk, check
+from cluster.training.calls import TrainAnswer, TrainCall
 from parallel.errors import RequestError
 
 log = logging.getLogger(__name__)
@@ -63,6 +65,7 @@ class Frontend:
         self._observers: list[Callable[[State], None]] = []
         self._recovery: asyncio.TimerHandle | None = None
         self._delivery = Delivery(self._journal, self._loop, lambda ids, samples: self._link.abort(ids, samples))
+        self._training = TrainingDesk()
         self.drained = asyncio.Event()
         """Set when a drain has ended: whoever runs the server may stop it then."""
 
@@ -89,6 +92,13 @@ class Frontend:
         if len(failed) == len(made):
             raise failed[0]
         return self._admit(call, made)
+
+    async def train(self, call: TrainCall) -> TrainAnswer:
+        """One training call, between two steps of the engine."""
+        self._check_open()
+        self._check_engine()
+        check(call, self.limits, self.config)
+        return await self._training.train(self._link, call)
 
     def abort(self, call_ids: Sequence[str]) -> int:
         """End calls by their ids; returns how many prompts were still open. Their samples finish as ABORTED."""
@@ -159,6 +169,7 @@ class Frontend:
             return
         log.error("engine fault: %s", cause)
         self.fault_cause = cause
+        self._training.fail(EngineFault(cause))
         if self.state is State.FAILED:
             return
         self._generation += 1
@@ -174,6 +185,7 @@ class Frontend:
     async def close(self, timeout: float = 10.0) -> None:
         """End everything that is open and let go of the engine."""
         self._become(State.CLOSED)
+        self._training.fail(Draining("the server was closed before the call had its turn"))
         self._cancel_recovery()
         self._delivery.end(list(self._journal), FinishReason.ABORTED)
         self._generation += 1

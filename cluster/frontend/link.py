@@ -8,10 +8,12 @@ back as events.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol
 
 from cluster.engine.request import EngineLoad, ModelLimits, Request, TokenEvent
+from cluster.training.calls import TrainAnswer, TrainCall
 from parallel.errors import TpError
 
 
@@ -47,6 +49,10 @@ class EngineLink(Protocol):
 
     def abort(self, request_ids: Sequence[str], samples: Sequence[SampleId] = ()) -> None:
         """End whole requests, and single samples of requests whose other samples go on; unknown ones are ignored."""
+        ...
+
+    def train(self, call: TrainCall) -> Future[TrainAnswer]:
+        """Runs between two engine steps, in the order of the calls; cancelled before its turn, never."""
         ...
 
     def load(self, timeout: float = 5.0) -> EngineLoad: ...

@@ -6,10 +6,12 @@ import logging
 import socket
 import threading
 from collections.abc import Sequence
+from concurrent.futures import Future
 
 from cluster.engine.request import EngineLoad, ModelLimits, Request
 from cluster.frontend.link import EventSink, FaultSink, SampleId
-from cluster.frontend.loop import EngineLoop, EngineSurface, describe_fault
+from cluster.frontend.loop import EngineLoop, EngineSurface, TrainFunction, describe_fault
+from cluster.training.calls import TrainAnswer, TrainCall
 from parallel.errors import WorkerError
 
 log = logging.getLogger(__name__)
@@ -18,8 +20,8 @@ log = logging.getLogger(__name__)
 class LocalLink:
     """EngineLink over an engine object that from now on belongs to this link's thread."""
 
-    def __init__(self, engine: EngineSurface) -> None:
-        self._engine = engine
+    def __init__(self, engine: EngineSurface, training: TrainFunction | None = None) -> None:
+        self._engine, self._training = engine, training
         self._loop: EngineLoop | None = None
         self._thread: threading.Thread | None = None
 
@@ -28,7 +30,7 @@ class LocalLink:
         return self._engine.limits
 
     def start(self, events: EventSink, fault: FaultSink) -> None:
-        self._loop = EngineLoop(self._engine, events)
+        self._loop = EngineLoop(self._engine, events, training=self._training)
         self._thread = threading.Thread(target=self._run, args=(self._loop, fault), name="engine", daemon=True)
         self._thread.start()
 
@@ -37,6 +39,9 @@ class LocalLink:
 
     def abort(self, request_ids: Sequence[str], samples: Sequence[SampleId] = ()) -> None:
         self._started().abort(request_ids, samples)
+
+    def train(self, call: TrainCall) -> Future[TrainAnswer]:
+        return self._started().train(call)
 
     def load(self, timeout: float = 5.0) -> EngineLoad:
         """Raises WorkerError where the engine does not answer in time."""

@@ -16,7 +16,8 @@ from typing import Protocol
 
 from cluster.engine.request import EngineLoad, ModelLimits, Request, TokenEvent
 from cluster.frontend.link import EventSink, LinkEvent, Rejected, SampleId
-from parallel.errors import RequestError
+from cluster.training.calls import TrainAnswer, TrainCall, TrainingUnavailable
+from parallel.errors import CollectiveError, RequestError, TpError, WorkerError
 
 
 class EngineSurface(Protocol):
@@ -43,11 +44,25 @@ class EngineSurface(Protocol):
         ...
 
 
-class EngineLoop:
-    """`run` in one thread, the rest from any. Each `idle_seconds` without work the engine is kept alive."""
+TrainFunction = Callable[[TrainCall], TrainAnswer]
+"""What executes training calls beside an engine, in the engine's thread."""
 
-    def __init__(self, engine: EngineSurface, sink: EventSink, idle_seconds: float = 0.5) -> None:
+
+class EngineLoop:
+    """`run` in one thread, the rest from any. Each `idle_seconds` without work the engine is kept alive. Between two
+    engine steps at most one training call runs, so that neither waits long for the other.
+    """
+
+    def __init__(
+        self,
+        engine: EngineSurface,
+        sink: EventSink,
+        idle_seconds: float = 0.5,
+        training: TrainFunction | None = None,
+    ) -> None:
         self._engine = engine
+        self._training = training
+        self._train_inbox: deque[tuple[TrainCall, Future[TrainAnswer]]] = deque()
         self._sink = sink
         self._idle_seconds = idle_seconds
         self._inbox: deque[Callable[[], None]] = deque()
@@ -67,6 +82,14 @@ class EngineLoop:
         self._post(partial(self._answer_load, answer))
         return answer
 
+    def train(self, call: TrainCall) -> Future[TrainAnswer]:
+        """The answer, once the call had its turn between two engine steps."""
+        answer: Future[TrainAnswer] = Future()
+        with self._wake:
+            self._train_inbox.append((call, answer))
+            self._wake.notify()
+        return answer
+
     def stop(self) -> None:
         """End `run` after the step it is in."""
         with self._wake:
@@ -79,12 +102,14 @@ class EngineLoop:
             self._drain_inbox()
             if self._stopping:
                 return
+            if self._train_inbox:
+                self._train(*self._train_inbox.popleft())
             if not self._engine.idle:
                 self._news += self._engine.step()
             if self._news:
                 news, self._news = self._news, []
                 self._sink(news)
-            elif self._engine.idle:
+            elif self._engine.idle and not self._train_inbox:
                 self._rest()
 
     def _post(self, command: Callable[[], None]) -> None:
@@ -98,7 +123,7 @@ class EngineLoop:
 
     def _rest(self) -> None:
         with self._wake:
-            woken = self._wake.wait_for(lambda: self._inbox or self._stopping, self._idle_seconds)
+            woken = self._wake.wait_for(lambda: self._inbox or self._train_inbox or self._stopping, self._idle_seconds)
         if not woken:
             self._engine.keep_alive()
 
@@ -118,6 +143,20 @@ class EngineLoop:
     def _answer_load(self, answer: Future[EngineLoad]) -> None:
         if answer.set_running_or_notify_cancel():
             answer.set_result(self._engine.load())
+
+    def _train(self, call: TrainCall, answer: Future[TrainAnswer]) -> None:
+        """A refusal is the call's own; anything else ends the loop, as in a step."""
+        if not answer.set_running_or_notify_cancel():
+            return
+        try:
+            if self._training is None:
+                raise TrainingUnavailable("this server only generates; its engine was made without a trainer")
+            answer.set_result(self._training(call))
+        except (CollectiveError, WorkerError) as error:
+            answer.set_exception(error)
+            raise
+        except TpError as error:
+            answer.set_exception(error)
 
 
 def describe_fault(error: BaseException, rank: int, node: str) -> str:

@@ -18,17 +18,21 @@ from cluster.frontend.wire import (
     Abort,
     AskLoad,
     Bye,
+    CancelTrain,
     Events,
     Fault,
     Hello,
     LoadAnswer,
     Message,
     Submit,
+    Train,
+    Trained,
     Wire,
     connect,
     set_limit,
 )
-from parallel.errors import WorkerError
+from cluster.training.calls import TrainAnswer, TrainCall
+from parallel.errors import TpError, WorkerError
 
 
 class SocketLink:
@@ -44,6 +48,7 @@ class SocketLink:
         self._closing = False
         self._tags = itertools.count()
         self._loads: dict[int, Future[EngineLoad]] = {}
+        self._trainings: dict[int, Future[TrainAnswer]] = {}
         self._reader: threading.Thread | None = None
 
     @property
@@ -59,6 +64,19 @@ class SocketLink:
 
     def abort(self, request_ids: Sequence[str], samples: Sequence[SampleId] = ()) -> None:
         self._wire.send(Abort(tuple(request_ids), tuple(samples)))
+
+    def train(self, call: TrainCall) -> Future[TrainAnswer]:
+        """Of a connection that is lost before the answer, the fault is the answer."""
+        tag, answer = next(self._tags), Future[TrainAnswer]()
+        self._trainings[tag] = answer
+        answer.add_done_callback(lambda done: self._forget_training(tag, done))
+        self._wire.send(Train(tag, call))
+        return answer
+
+    def _forget_training(self, tag: int, done: Future[TrainAnswer]) -> None:
+        self._trainings.pop(tag, None)
+        if done.cancelled():
+            self._wire.send(CancelTrain(tag))
 
     def load(self, timeout: float = 5.0) -> EngineLoad:
         """Raises WorkerError where the engine does not answer in time."""
@@ -119,3 +137,14 @@ class SocketLink:
             answer = self._loads.get(message.tag)
             if answer is not None and not answer.done():
                 answer.set_result(message.load)
+        elif isinstance(message, Trained):
+            self._finish_training(message)
+
+    def _finish_training(self, message: Trained) -> None:
+        trained = self._trainings.get(message.tag)
+        if trained is None or not trained.set_running_or_notify_cancel():
+            return
+        if isinstance(message.answer, TpError):
+            trained.set_exception(message.answer)
+        else:
+            trained.set_result(message.answer)

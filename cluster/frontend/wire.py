@@ -19,7 +19,8 @@ from multiprocessing.connection import Connection, answer_challenge, deliver_cha
 
 from cluster.engine.request import EngineLoad, ModelLimits, Request
 from cluster.frontend.link import LinkEvent, SampleId
-from parallel.errors import WorkerError
+from cluster.training.calls import TrainAnswer, TrainCall
+from parallel.errors import TpError, WorkerError
 
 BEAT_SECONDS = 1.0
 SILENCE_SECONDS = 8.0
@@ -57,6 +58,23 @@ class LoadAnswer:
 
 
 @dataclass(frozen=True)
+class Train:
+    tag: int
+    call: TrainCall
+
+
+@dataclass(frozen=True)
+class CancelTrain:
+    tag: int
+
+
+@dataclass(frozen=True)
+class Trained:
+    tag: int
+    answer: TrainAnswer | TpError
+
+
+@dataclass(frozen=True)
 class Events:
     events: Sequence[LinkEvent]
 
@@ -76,7 +94,7 @@ class Bye:
     """I close on purpose."""
 
 
-Message = Hello | Submit | Abort | AskLoad | LoadAnswer | Events | Fault | Beat | Bye
+Message = Hello | Submit | Abort | AskLoad | LoadAnswer | Train | CancelTrain | Trained | Events | Fault | Beat | Bye
 
 
 class Wire:

@@ -17,8 +17,10 @@ from google.rpc.status_pb2 import Status
 
 from cluster.rpc.proto import control_pb2 as control
 from cluster.rpc.proto import inference_pb2 as inference
+from cluster.rpc.proto import training_pb2 as training
 from cluster.rpc.proto.control_pb2_grpc import ControlStub
 from cluster.rpc.proto.inference_pb2_grpc import InferenceStub
+from cluster.rpc.proto.training_pb2_grpc import TrainingStub
 from parallel.errors import TpError
 
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
@@ -87,6 +89,11 @@ def score_request(sequences: Sequence[Prompt], **fields: Any) -> inference.Score
     return inference.ScoreRequest(sequences=map(prompt_message, sequences), **fields)
 
 
+def train_sequences(sequences: Sequence[Sequence[int] | Fields]) -> list[training.TrainSequence]:
+    """From token ids alone, or from fields named as in the protocol."""
+    return [training.TrainSequence(**(s if isinstance(s, Mapping) else {"token_ids": s})) for s in sequences]
+
+
 class AsyncClient:
     """Calls of one server, from one event loop. `timeout` is the call's deadline in seconds."""
 
@@ -94,6 +101,7 @@ class AsyncClient:
         self.channel = grpc.aio.insecure_channel(address, options=OPTIONS)
         self.inference = InferenceStub(self.channel)
         self.control = ControlStub(self.channel)
+        self.training = TrainingStub(self.channel)
 
     async def __aenter__(self) -> Self:
         return self
@@ -152,6 +160,30 @@ class AsyncClient:
         request = inference.DetokenizeRequest(sequences=[inference.TokenIds(ids=ids) for ids in sequences])
         return await self.call(self.inference.Detokenize, request, timeout)
 
+    async def train_step(
+        self, sequences: Sequence[Sequence[int] | Fields], *, timeout: float | None = None, **fields: Any
+    ) -> training.TrainStepResponse:
+        request = training.TrainStepRequest(sequences=train_sequences(sequences), **fields)
+        return await self.call(self.training.TrainStep, request, timeout)
+
+    async def forward_backward(
+        self, sequences: Sequence[Sequence[int] | Fields], *, timeout: float | None = None, **fields: Any
+    ) -> training.ForwardBackwardResponse:
+        request = training.ForwardBackwardRequest(sequences=train_sequences(sequences), **fields)
+        return await self.call(self.training.ForwardBackward, request, timeout)
+
+    async def optim_step(self, *, timeout: float | None = None, **fields: Any) -> training.OptimStepResponse:
+        return await self.call(self.training.OptimStep, training.OptimStepRequest(**fields), timeout)
+
+    async def evaluate(
+        self, sequences: Sequence[Sequence[int] | Fields], *, timeout: float | None = None, **fields: Any
+    ) -> training.EvaluateResponse:
+        request = training.EvaluateRequest(sequences=train_sequences(sequences), **fields)
+        return await self.call(self.training.Evaluate, request, timeout)
+
+    async def train_state(self, timeout: float | None = None) -> training.TrainState:
+        return await self.call(self.training.GetTrainState, training.GetTrainStateRequest(), timeout)
+
     async def server_info(self, timeout: float | None = None) -> control.ServerInfo:
         return await self.call(self.control.GetServerInfo, control.GetServerInfoRequest(), timeout)
 
@@ -209,6 +241,15 @@ class Client:
 
     def detokenize(self, sequences: Sequence[Sequence[int]]) -> inference.DetokenizeResponse:
         return self._runner.run(self._calls.detokenize(sequences))
+
+    def train_step(self, sequences: Sequence[Sequence[int] | Fields], **fields: Any) -> training.TrainStepResponse:
+        return self._runner.run(self._calls.train_step(sequences, **fields))
+
+    def evaluate(self, sequences: Sequence[Sequence[int] | Fields], **fields: Any) -> training.EvaluateResponse:
+        return self._runner.run(self._calls.evaluate(sequences, **fields))
+
+    def train_state(self) -> training.TrainState:
+        return self._runner.run(self._calls.train_state())
 
     def server_info(self) -> control.ServerInfo:
         return self._runner.run(self._calls.server_info())

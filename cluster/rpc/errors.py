@@ -27,6 +27,7 @@ from cluster.frontend.errors import (
     SlowReader,
     Violation,
 )
+from cluster.training.calls import NotApplied, StepConflict, TrainingUnavailable
 from parallel.errors import CapacityError, CollectiveError, ConfigError, RequestError, TpError, WorkerError
 
 DOMAIN = "tp-decoders"
@@ -58,6 +59,9 @@ TABLE = (
     Row(EngineFault, StatusCode.UNAVAILABLE, "ENGINE_FAULT", retryable=True),
     Row(WorkerError, StatusCode.UNAVAILABLE, "WORKER_FAULT", retryable=True),
     Row(CollectiveError, StatusCode.UNAVAILABLE, "COLLECTIVE_FAULT", retryable=True),
+    Row(StepConflict, StatusCode.FAILED_PRECONDITION, "STEP_CONFLICT"),
+    Row(NotApplied, StatusCode.ABORTED, "NOT_APPLIED"),
+    Row(TrainingUnavailable, StatusCode.UNIMPLEMENTED, "NO_TRAINING"),
     Row(SlowReader, StatusCode.ABORTED, "SLOW_READER"),
     Row(RequestFailed, StatusCode.INTERNAL, "REQUEST_FAILED"),
     Row(ConfigError, StatusCode.FAILED_PRECONDITION, "CONFIGURATION"),

@@ -15,7 +15,7 @@ from google.rpc import status_pb2
 from parallel.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
-PROTOS = ("cluster/rpc/proto/inference.proto", "cluster/rpc/proto/control.proto")
+PROTOS = tuple(f"cluster/rpc/proto/{name}.proto" for name in ("inference", "control", "training"))
 
 
 def generate(directory: Path = ROOT) -> None:

@@ -14,13 +14,15 @@ import grpc
 from google.protobuf.message import Message
 
 from cluster.rpc.errors import row_of, status_of
-from cluster.rpc.proto import control_pb2, inference_pb2
+from cluster.rpc.proto import control_pb2, inference_pb2, training_pb2
 from cluster.rpc.strict import parse
 
 log = logging.getLogger(__name__)
 
 SERVICES = tuple(
-    service for module in (inference_pb2, control_pb2) for service in module.DESCRIPTOR.services_by_name.values()
+    service
+    for module in (inference_pb2, control_pb2, training_pb2)
+    for service in module.DESCRIPTOR.services_by_name.values()
 )
 REQUEST_KINDS: dict[str, type[Message]] = {
     f"/{service.full_name}/{method.name}": method.input_type._concrete_class

@@ -1,7 +1,7 @@
 """The gRPC server over a front-end: services, health, reflection, limits, graceful stop.
 
-Health follows the front-end: `Inference` (and the whole server, "") serves while new requests are admitted; `Control`
-until the end.
+Health follows the front-end: `Inference` and `Training` (and the whole server, "") serve while new requests are
+admitted; `Control` until the end.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from grpc_reflection.v1alpha import reflection
 from cluster.frontend.frontend import Frontend, State
 from cluster.rpc.interceptor import SERVICES, Boundary
 from cluster.rpc.limits import ServerLimits
-from cluster.rpc.proto import control_pb2_grpc, inference_pb2_grpc
+from cluster.rpc.proto import control_pb2_grpc, inference_pb2_grpc, training_pb2_grpc
 from cluster.rpc.servicers import Control, Inference, ServiceInfo
+from cluster.rpc.training import Training
 from parallel.errors import ConfigError
 
-INFERENCE, CONTROL = (service.full_name for service in SERVICES)
+INFERENCE, CONTROL, TRAINING = (service.full_name for service in SERVICES)
 
 
 class Server:
@@ -59,7 +60,7 @@ class Server:
         kinds = health_pb2.HealthCheckResponse
         admits = kinds.SERVING if state is State.SERVING else kinds.NOT_SERVING
         answers = kinds.NOT_SERVING if state is State.CLOSED else kinds.SERVING
-        for name, status in (("", admits), (INFERENCE, admits), (CONTROL, answers)):
+        for name, status in (("", admits), (INFERENCE, admits), (TRAINING, admits), (CONTROL, answers)):
             await self._health.set(name, status)
 
 
@@ -78,6 +79,8 @@ def build_server(
     )
     inference_pb2_grpc.add_InferenceServicer_to_server(Inference(frontend, limits), server)
     control_pb2_grpc.add_ControlServicer_to_server(Control(frontend, limits, info or ServiceInfo()), server)
+    training_pb2_grpc.add_TrainingServicer_to_server(Training(frontend), server)
     if limits.reflection:
-        reflection.enable_server_reflection((INFERENCE, CONTROL, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        names = (INFERENCE, CONTROL, TRAINING, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, server)
     return Server(server, frontend, address)

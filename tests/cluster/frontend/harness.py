@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
@@ -16,6 +17,7 @@ from cluster.frontend.local_link import LocalLink
 from cluster.frontend.loop import EngineSurface
 from cluster.frontend.streams import Result, collect
 from cluster.frontend.text import TextCodec
+from cluster.training.calls import TrainAnswer, TrainCall
 from tests.cluster.frontend.fakes import CODEC, LIMITS
 
 T = TypeVar("T")
@@ -81,6 +83,9 @@ class PlayedLink:
     def abort(self, request_ids: Sequence[str], samples: Sequence[SampleId] = ()) -> None:
         self.aborted += request_ids
         self.aborted_samples += samples
+
+    def train(self, call: TrainCall) -> Future[TrainAnswer]:
+        return Future()
 
     def load(self, timeout: float = 5.0) -> EngineLoad:
         return EngineLoad()

@@ -1,0 +1,172 @@
+"""Training calls at the front-end: what is refused before any rank sees it, and who waits for an answer.
+
+The same rules as for prompts: every field that breaks a rule is named. Which step a call belongs to is decided on rank
+0, in the order in which calls reach it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
+from functools import partial
+
+from cluster.engine.request import ModelLimits
+from cluster.frontend.calls import FrontendConfig
+from cluster.frontend.errors import InvalidRequest, Violation
+from cluster.frontend.link import EngineLink
+from cluster.training.calls import (
+    CROSS_ENTROPY,
+    DPO,
+    IMPORTANCE_SAMPLING,
+    PPO,
+    Kind,
+    TrainAnswer,
+    TrainCall,
+    TrainSequence,
+)
+from parallel.errors import TpError
+
+log = logging.getLogger(__name__)
+
+NEEDS: Mapping[str, tuple[str, ...]] = {
+    CROSS_ENTROPY: (),
+    IMPORTANCE_SAMPLING: ("old_logprobs", "advantages"),
+    PPO: ("old_logprobs", "advantages"),
+    DPO: ("reference_logprobs",),
+}
+PER_TOKEN = ("loss_weights", "old_logprobs", "advantages", "reference_logprobs")
+RANGES: Mapping[str, tuple[float, float]] = {
+    "optimizer.learning_rate": (0.0, math.inf),
+    "optimizer.epsilon": (0.0, math.inf),
+    "optimizer.weight_decay": (0.0, math.inf),
+    "optimizer.max_grad_norm": (0.0, math.inf),
+    "optimizer.beta1": (0.0, 1.0),
+    "optimizer.beta2": (0.0, 1.0),
+    "loss_options.clip_low": (0.0, 1.0),
+    "loss_options.clip_high": (0.0, math.inf),
+    "loss_options.beta": (5e-324, math.inf),
+    "loss_options.label_smoothing": (0.0, 0.5),
+    "normaliser": (5e-324, math.inf),
+}
+"""From the first number on, and below the second."""
+
+
+class TrainingDesk:
+    """Calls under way to the engine; all of them end when it does."""
+
+    def __init__(self) -> None:
+        self._waiting: set[asyncio.Future[TrainAnswer]] = set()
+
+    async def train(self, link: EngineLink, call: TrainCall) -> TrainAnswer:
+        """Cancelled before its turn, the call is never run."""
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[TrainAnswer] = loop.create_future()
+        self._waiting.add(answer)
+        source = link.train(call)
+        source.add_done_callback(partial(_hand_over, loop, answer))
+        try:
+            return await answer
+        finally:
+            source.cancel()  # of no effect once it runs
+            self._waiting.discard(answer)
+
+    def fail(self, error: TpError) -> None:
+        """The engine is gone: whether the calls were applied is not known."""
+        for answer in [answer for answer in self._waiting if not answer.done()]:
+            answer.set_exception(error)
+
+
+def _hand_over(
+    loop: asyncio.AbstractEventLoop, answer: asyncio.Future[TrainAnswer], source: Future[TrainAnswer]
+) -> None:
+    """Runs in the engine's or the link's thread. What comes after the loop has closed has no reader."""
+    if not source.cancelled():
+        try:
+            loop.call_soon_threadsafe(_settle, answer, source)
+        except RuntimeError:
+            log.debug("dropped the answer to a training call: the event loop is closed")
+
+
+def _settle(answer: asyncio.Future[TrainAnswer], source: Future[TrainAnswer]) -> None:
+    error = source.exception()
+    if answer.done():
+        return
+    if error is None:
+        answer.set_result(source.result())
+    else:
+        answer.set_exception(error)
+
+
+def check(call: TrainCall, limits: ModelLimits, config: FrontendConfig) -> None:
+    """Raises InvalidRequest with every field that breaks a rule."""
+    violations = [Violation(field, rule) for field, rule in _violations(call, limits, config)]
+    if violations:
+        raise InvalidRequest.of(violations)
+
+
+def _violations(call: TrainCall, limits: ModelLimits, config: FrontendConfig) -> Iterator[tuple[str, str]]:
+    yield from _retries(call, config)
+    yield from _numbers(call)
+    if not call.kind.takes_sequences:
+        return
+    if call.loss not in NEEDS:
+        yield "loss", f"{call.loss!r} is unknown; choose one of {sorted(NEEDS)}"
+    if not call.sequences:
+        yield "sequences", "none given; give at least one"
+    if call.loss == DPO and len(call.sequences) % 2:
+        yield "sequences", f"{len(call.sequences)} given; dpo takes pairs, chosen then rejected"
+    tokens = sum(len(sequence.token_ids) for sequence in call.sequences)
+    if tokens > config.max_train_tokens:
+        yield "sequences", f"{tokens} tokens; a call takes at most {config.max_train_tokens}"
+        return
+    for index, sequence in enumerate(call.sequences):
+        for field, rule in _sequence(sequence, call.loss, limits):
+            yield f"sequences[{index}].{field}", rule
+    if call.sequences and not any(not s.loss_weights or any(s.loss_weights) for s in call.sequences):
+        yield "sequences", "every loss weight is 0; nothing would be learned"
+
+
+def _retries(call: TrainCall, config: FrontendConfig) -> Iterator[tuple[str, str]]:
+    if len(call.idempotency_key) > config.max_request_id:
+        yield "idempotency_key", f"{len(call.idempotency_key)} characters; at most {config.max_request_id}"
+    if call.idempotency_key or call.kind in (Kind.EVALUATE, Kind.STATE):
+        return
+    if call.kind is Kind.FORWARD_BACKWARD:
+        yield "idempotency_key", "missing; without it a repeated call would add its gradients twice"
+    elif call.expected_step is None:
+        yield "expected_step", "missing; give it or an idempotency_key, so that no step is applied twice"
+
+
+def _numbers(call: TrainCall) -> Iterator[tuple[str, str]]:
+    given = {f"optimizer.{name}": value for name, value in call.optimizer.items()}
+    given |= {f"loss_options.{name}": value for name, value in call.loss_options.items()}
+    if call.normaliser is not None:
+        given["normaliser"] = call.normaliser
+    for field, value in given.items():
+        low, high = RANGES[field]
+        if not low <= value < high:
+            yield field, f"{value} is outside [{low:g}, {high:g}); give a finite number inside"
+
+
+def _sequence(sequence: TrainSequence, loss: str, limits: ModelLimits) -> Iterator[tuple[str, str]]:
+    length = len(sequence.token_ids)
+    if not 2 <= length <= limits.max_context:
+        yield "token_ids", f"{length} tokens; give 2 to {limits.max_context}"
+        return
+    bad = next((i for i, token in enumerate(sequence.token_ids) if not 0 <= token < limits.vocab_size), None)
+    if bad is not None:
+        yield f"token_ids[{bad}]", f"{sequence.token_ids[bad]} is not a token; ids are 0 to {limits.vocab_size - 1}"
+    for name in PER_TOKEN:
+        values: tuple[float, ...] = getattr(sequence, name)
+        if not values and name in NEEDS.get(loss, ()):
+            yield name, f"missing; the loss {loss!r} needs it"
+        elif values and len(values) != length - 1:
+            yield name, f"{len(values)} numbers for {length} tokens; give {length - 1}, one per token after the first"
+        low = 0.0 if name == "loss_weights" else -math.inf
+        wrong = next((i for i, value in enumerate(values) if not (math.isfinite(value) and value >= low)), None)
+        if wrong is not None:
+            rule = "finite and at least 0" if name == "loss_weights" else "finite"
+            yield f"{name}[{wrong}]", f"{values[wrong]}; numbers must be {rule}"

@@ -1,0 +1,93 @@
+"""The Training service: messages to calls, one call of the front-end, answers to messages. No rule lives here."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from google.protobuf.message import Message
+
+from cluster.frontend.frontend import Frontend
+from cluster.rpc.proto import training_pb2 as pb
+from cluster.rpc.proto.training_pb2_grpc import TrainingServicer
+from cluster.training.calls import CROSS_ENTROPY, Kind, TrainAnswer, TrainCall, TrainSequence
+
+if TYPE_CHECKING:
+    import grpc
+
+
+class Training(TrainingServicer):
+    """Steps on the weights that serve."""
+
+    def __init__(self, frontend: Frontend) -> None:
+        self._frontend = frontend
+
+    async def TrainStep(self, request: pb.TrainStepRequest, context: grpc.aio.ServicerContext) -> pb.TrainStepResponse:
+        answer = await self._frontend.train(train_call(Kind.TRAIN_STEP, request))
+        return pb.TrainStepResponse(**_place(answer), **_pass(answer), **_step(answer), replayed=answer.replayed)
+
+    async def ForwardBackward(
+        self, request: pb.ForwardBackwardRequest, context: grpc.aio.ServicerContext
+    ) -> pb.ForwardBackwardResponse:
+        answer = await self._frontend.train(train_call(Kind.FORWARD_BACKWARD, request))
+        return pb.ForwardBackwardResponse(**_place(answer), **_pass(answer), replayed=answer.replayed)
+
+    async def OptimStep(self, request: pb.OptimStepRequest, context: grpc.aio.ServicerContext) -> pb.OptimStepResponse:
+        answer = await self._frontend.train(train_call(Kind.OPTIM_STEP, request))
+        return pb.OptimStepResponse(**_place(answer), **_step(answer), replayed=answer.replayed)
+
+    async def Evaluate(self, request: pb.EvaluateRequest, context: grpc.aio.ServicerContext) -> pb.EvaluateResponse:
+        answer = await self._frontend.train(train_call(Kind.EVALUATE, request))
+        return pb.EvaluateResponse(**_place(answer), **_pass(answer))
+
+    async def GetTrainState(self, request: pb.GetTrainStateRequest, context: grpc.aio.ServicerContext) -> pb.TrainState:
+        answer = await self._frontend.train(train_call(Kind.STATE, request))
+        counts = {"step": answer.step, "weight_version": answer.weight_version}
+        return pb.TrainState(**counts, waiting_calls=answer.waiting_calls)
+
+
+def train_call(kind: Kind, message: Any) -> TrainCall:
+    """What a request asks for; a field that its kind does not have counts as not given."""
+    fields = message.DESCRIPTOR.fields_by_name
+    options = message.loss_options if "loss_options" in fields else None
+    return TrainCall(
+        kind=kind,
+        sequences=tuple(map(_sequence, message.sequences)) if "sequences" in fields else (),
+        loss=(message.loss if "loss" in fields else "") or CROSS_ENTROPY,
+        loss_options=_set_fields(options),
+        optimizer=_set_fields(message.optimizer if "optimizer" in fields else None),
+        normaliser=_optional(message, "normaliser"),
+        expected_step=_optional(message, "expected_step"),
+        idempotency_key=message.idempotency_key if "idempotency_key" in fields else "",
+    )
+
+
+def _sequence(message: pb.TrainSequence) -> TrainSequence:
+    return TrainSequence(
+        token_ids=tuple(message.token_ids),
+        loss_weights=tuple(message.loss_weights),
+        old_logprobs=tuple(message.old_logprobs),
+        advantages=tuple(message.advantages),
+        reference_logprobs=tuple(message.reference_logprobs),
+    )
+
+
+def _set_fields(message: Message | None) -> dict[str, float]:
+    return {} if message is None else {field.name: value for field, value in message.ListFields()}
+
+
+def _optional(message: Any, field: str) -> Any:
+    return getattr(message, field) if field in message.DESCRIPTOR.fields_by_name and message.HasField(field) else None
+
+
+def _place(answer: TrainAnswer) -> dict[str, Any]:
+    timings = pb.TrainTimings(forward_backward=answer.forward_seconds, optimizer=answer.optimizer_seconds)
+    return {"step": answer.step, "weight_version": answer.weight_version, "timings": timings}
+
+
+def _pass(answer: TrainAnswer) -> dict[str, Any]:
+    logprobs = [pb.SequenceLogprobs(values=values) for values in answer.logprobs]
+    return {"loss": answer.loss, "tokens": answer.tokens, "logprobs": logprobs, "metrics": answer.metrics}
+
+
+def _step(answer: TrainAnswer) -> dict[str, Any]:
+    return {"grad_norm": answer.grad_norm, "learning_rate": answer.learning_rate}

@@ -1,0 +1,200 @@
+"""Training over gRPC beside generation, with a real model in this process: the served weights are the trained ones."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from cluster.engine.assembly import build_engine, build_runner
+from cluster.engine.commands import Commands
+from cluster.engine.config import EngineConfig
+from cluster.frontend.frontend import Frontend
+from cluster.frontend.local_link import LocalLink
+from cluster.rpc.client import AsyncClient
+from cluster.rpc.proto import inference_pb2 as pb
+from cluster.rpc.server import build_server
+from cluster.training.remote import TrainLead, TrainSide
+from parallel.group import Group
+from parallel.mesh import Groups
+from tests.cluster.engine.tiny_models import save_tiny
+from tests.cluster.frontend.harness import run
+from tests.cluster.rpc.harness import info, refused
+from tp_decoders import load
+
+DOCUMENTS = [[5, 9, 2, 7, 11, 3, 8], [1, 4, 4, 6, 90], [13, 2]]
+STEP: dict[str, Any] = {"optimizer": {"learning_rate": 1e-3}}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny("gpt_neox", tmp_path_factory.mktemp("neox"))
+
+
+@asynccontextmanager
+async def training_service(folder: Path, trains: bool = True) -> AsyncIterator[AsyncClient]:
+    config = EngineConfig(kv_blocks=96, max_sequences=16)
+    runner = build_runner(load(folder), config, 1 << 28)
+    engine = build_engine(runner, config)
+    groups = Groups(Group.single(), Group.single())
+    lead = TrainLead(TrainSide(runner, groups), Commands(None), engine.weights_changed)
+    frontend = Frontend(LocalLink(engine, lead if trains else None))
+    frontend.start()
+    server = build_server(frontend, "127.0.0.1:0")
+    await server.start()
+    try:
+        async with AsyncClient(f"127.0.0.1:{server.port}") as client:
+            yield client
+    finally:
+        await server.stop(1.0)
+        await frontend.close()
+
+
+async def scores(client: AsyncClient) -> list[list[float]]:
+    return [list(result.logprobs) for result in (await client.score(DOCUMENTS)).results]
+
+
+def logprobs(answer: Any) -> list[list[float]]:
+    return [list(sequence.values) for sequence in answer.logprobs]
+
+
+async def versions_of(client: AsyncClient, seed: int, first: asyncio.Event) -> tuple[list[int], int, int]:
+    """The weight versions a stream saw, how many tokens it got, and its end."""
+    seen, tokens, reason = [], 0, 0
+    stopping = {"max_new_tokens": 90, "ignore_eos": True}
+    async for chunk in client.stream([[seed, 3, 5]], sampling={"seed": seed}, stopping=stopping):
+        first.set()
+        seen.append(chunk.weight_version)
+        tokens += len(chunk.token_ids)
+        reason = chunk.finish_reason or reason
+    return seen, tokens, reason
+
+
+def test_eight_streams_run_on_while_twenty_steps_are_taken(tiny: Path) -> None:
+    async def main() -> None:
+        async with training_service(tiny) as client:
+            started = [asyncio.Event() for _ in range(8)]
+            streams = [asyncio.create_task(versions_of(client, seed, started[seed])) for seed in range(8)]
+            await asyncio.gather(*(event.wait() for event in started))
+            steps = [await client.train_step(DOCUMENTS, expected_step=i, **STEP) for i in range(20)]
+            assert [step.step for step in steps] == [step.weight_version for step in steps] == list(range(1, 21))
+            assert steps[-1].loss < 0.8 * steps[0].loss and all(step.grad_norm > 0 for step in steps)
+            for seen, tokens, reason in await asyncio.gather(*streams):
+                assert tokens == 90 and reason == pb.FINISH_REASON_LENGTH
+                assert seen == sorted(seen) and len(set(seen)) > 5, "new weights from the next token on"
+            assert (await client.load()).kv_blocks_free == 96
+
+    run(main(), 60)
+
+
+def test_served_log_probabilities_are_the_training_forwards_bit_for_bit_after_every_step(tiny: Path) -> None:
+    async def main() -> None:
+        async with training_service(tiny) as client:
+            before = await scores(client)
+            for step in range(4):
+                scored = await scores(client)
+                assert scored == logprobs(await client.evaluate(DOCUMENTS))
+                taken = await client.train_step(DOCUMENTS, expected_step=step, **STEP)
+                assert scored == logprobs(taken) != await scores(client)
+            asked: dict[str, Any] = {"stopping": {"max_new_tokens": 12}, "response": {"logprobs": 0}}
+            (result,) = (await client.generate([DOCUMENTS[0]], **asked)).results
+            sample, whole = result.samples[0], [*DOCUMENTS[0], *result.samples[0].token_ids]
+            trained = logprobs(await client.evaluate([whole]))[0]
+            assert sample.weight_version == 4 and trained[len(DOCUMENTS[0]) - 1 :] == list(sample.logprobs)
+            assert (await scores(client)) != before
+
+    run(main(), 60)
+
+
+def test_a_step_in_two_halves_and_in_two_parts_is_the_same_step(tiny: Path) -> None:
+    async def main() -> None:
+        async with training_service(tiny) as one, training_service(tiny) as two:
+            whole = await one.train_step(DOCUMENTS, expected_step=0, **STEP)
+            total = float(sum(len(document) - 1 for document in DOCUMENTS))
+            for index in range(2):
+                part = DOCUMENTS[:2] if index == 0 else DOCUMENTS[2:]
+                await two.forward_backward(part, idempotency_key=f"part {index}", normaliser=total)
+            assert (await two.train_state()).waiting_calls == 2
+            halves = await two.optim_step(expected_step=0, **STEP)
+            assert halves.grad_norm == pytest.approx(whole.grad_norm, rel=1e-5)
+            ours, theirs = (await scores(one))[0], (await scores(two))[0]
+            assert theirs == pytest.approx(ours, rel=1e-3)
+            assert (await two.train_state()).waiting_calls == 0
+
+    run(main(), 60)
+
+
+def test_a_repeated_step_is_answered_and_a_stale_one_refused_never_applied_twice(tiny: Path) -> None:
+    async def main() -> None:
+        async with training_service(tiny) as client:
+            first = await client.train_step(DOCUMENTS, expected_step=0, idempotency_key="a", **STEP)
+            after = await scores(client)
+            again = await client.train_step(DOCUMENTS, expected_step=0, idempotency_key="a", **STEP)
+            assert again.replayed and not first.replayed
+            assert (again.loss, again.step, logprobs(again)) == (first.loss, 1, logprobs(first))
+            words = "expected_step is 0, but 1 steps have been applied"
+            stale = client.train_step(DOCUMENTS, expected_step=0, **STEP)
+            error = await refused(stale, grpc.StatusCode.FAILED_PRECONDITION, words)
+            assert info(error).reason == "STEP_CONFLICT"
+            other = client.train_step(DOCUMENTS[:1], expected_step=0, idempotency_key="a", **STEP)
+            await refused(other, grpc.StatusCode.FAILED_PRECONDITION, "was used for another call")
+            early = client.optim_step(expected_step=1)
+            await refused(early, grpc.StatusCode.FAILED_PRECONDITION, "no gradients are waiting")
+            state = await client.train_state()
+            assert (state.step, state.weight_version) == (1, 1) and await scores(client) == after
+
+    run(main(), 60)
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"sequences": []}, "sequences: none given"),
+    ({"sequences": [[]]}, "sequences[0].token_ids: 0 tokens"),
+    ({"sequences": [[1, 2], [3]]}, "sequences[1].token_ids: 1 tokens"),
+    ({"sequences": [[1, 97]]}, "sequences[0].token_ids[1]: 97 is not a token"),
+    ({"sequences": [[1] * 129]}, "sequences[0].token_ids: 129 tokens; give 2 to 128"),
+    ({"sequences": [{"token_ids": [1, 2, 3], "loss_weights": [1.0] * 3}]}, "sequences[0].loss_weights: 3 numbers"),
+    ({"sequences": [{"token_ids": [1, 2], "loss_weights": [float("nan")]}]}, "sequences[0].loss_weights[0]: nan"),
+    ({"sequences": [{"token_ids": [1, 2], "loss_weights": [-1.0]}]}, "sequences[0].loss_weights[0]: -1.0"),
+    ({"sequences": [{"token_ids": [1, 2], "loss_weights": [0.0]}]}, "every loss weight is 0"),
+    ({"loss": "mse"}, "loss: 'mse' is unknown"),
+    ({"loss": "ppo"}, "sequences[0].old_logprobs: missing"),
+    ({"loss": "dpo", "sequences": [[1, 2]]}, "dpo takes pairs"),
+    ({"optimizer": {"learning_rate": float("inf")}}, "optimizer.learning_rate: inf"),
+    ({"optimizer": {"beta1": 1.0}}, "optimizer.beta1: 1.0"),
+    ({"loss_options": {"beta": 0.0}}, "loss_options.beta: 0.0"),
+    ({"normaliser": 0.0}, "normaliser: 0.0"),
+]
+
+
+def test_malformed_steps_name_the_field_and_change_nothing(tiny: Path) -> None:
+    async def main() -> None:
+        async with training_service(tiny) as client:
+            before = await scores(client)
+            for fields, words in BAD:
+                given: dict[str, Any] = {"sequences": DOCUMENTS, "expected_step": 0, **fields}
+                await refused(client.train_step(**given), grpc.StatusCode.INVALID_ARGUMENT, words)
+            unsafe = client.train_step(DOCUMENTS)
+            await refused(unsafe, grpc.StatusCode.INVALID_ARGUMENT, "expected_step: missing")
+            keyless = client.forward_backward(DOCUMENTS, expected_step=0)
+            await refused(keyless, grpc.StatusCode.INVALID_ARGUMENT, "idempotency_key: missing")
+            exploding = [{"token_ids": [1, 2], "advantages": [1e38], "old_logprobs": [-80.0]}]
+            call = client.train_step(exploding, loss="importance_sampling", expected_step=0)
+            await refused(call, grpc.StatusCode.ABORTED, "was not applied")
+            assert (await client.train_state()).step == 0 and await scores(client) == before
+            assert (await client.train_step(DOCUMENTS, expected_step=0, **STEP)).grad_norm < 1e6, "nothing was left"
+
+    run(main(), 60)
+
+
+def test_a_server_without_a_trainer_says_so(tiny: Path) -> None:
+    async def main() -> None:
+        async with training_service(tiny, trains=False) as client:
+            call = client.train_step(DOCUMENTS, expected_step=0)
+            await refused(call, grpc.StatusCode.UNIMPLEMENTED, "only generates")
+
+    run(main(), 60)

@@ -1,0 +1,88 @@
+"""Training and generation in one command stream on several ranks: the same bits as on one, and refusals end no rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.engine.assembly import build_engine, build_runner
+from cluster.engine.commands import Commands
+from cluster.engine.config import EngineConfig
+from cluster.engine.engine import Engine
+from cluster.engine.executors import follow
+from cluster.engine.request import Request, ResponseOptions, SamplingParams, StoppingCriteria
+from cluster.training.calls import Kind, NotApplied, StepConflict, TrainCall, TrainSequence
+from cluster.training.remote import TRAIN, TrainLead, TrainSide
+from parallel.group import Group
+from parallel.mesh import Groups
+from tests.cluster.engine.tiny_models import CONFIGS, save_tiny
+from tp_decoders import load
+
+DOCUMENTS = (TrainSequence(token_ids=(5, 9, 2, 7, 11, 3, 8)), TrainSequence(token_ids=(1, 4, 4, 6, 90)))
+BAD = TrainSequence(token_ids=(1, 2), old_logprobs=(-80.0,), advantages=(1e38,))
+CONFIG = EngineConfig(kv_blocks=64, max_sequences=8)
+STEPS = 6
+
+
+def step_call(step: int, **fields: Any) -> TrainCall:
+    given = {
+        "kind": Kind.TRAIN_STEP,
+        "sequences": DOCUMENTS,
+        "expected_step": step,
+        "optimizer": {"learning_rate": 1e-3},
+    }
+    return TrainCall(**{**given, **fields})
+
+
+def serve_and_train(group: Group, folder: str) -> Any:
+    """Rank 0: everything that was answered; the others follow."""
+    runner = build_runner(load(folder, group=group), CONFIG, 1 << 28)
+    commands = Commands(group.comm, 30.0)
+    side = TrainSide(runner, Groups(group, Group.single()))
+    if group.rank > 0:
+        follow(runner, commands, {TRAIN: side.follow})
+        return None
+    engine = build_engine(runner, CONFIG, (), commands if group.size > 1 else None)
+    lead = TrainLead(side, commands, engine.weights_changed)
+    answers = drive(engine, lead)
+    engine.close()
+    return answers
+
+
+def drive(engine: Engine, lead: TrainLead) -> Any:
+    """Four samples run while steps are taken, some of which are refused."""
+    for seed in range(4):
+        engine.submit(
+            Request(
+                request_id=str(seed), token_ids=(seed + 1, 3, 5), sampling=SamplingParams(seed=seed),
+                stopping=StoppingCriteria(max_new_tokens=40, ignore_eos=True), response=ResponseOptions(logprobs=0),
+            )
+        )  # fmt: skip
+    losses, tokens, versions = [], [], []
+    for step in range(STEPS):
+        answer = lead(step_call(step))
+        losses.append((answer.loss, answer.grad_norm, answer.logprobs))
+        with pytest.raises(NotApplied):
+            lead(step_call(step + 1, sequences=(BAD,), loss="importance_sampling"))
+        with pytest.raises(StepConflict):
+            lead(step_call(step))
+        for event in (event for _ in range(4) for event in engine.step()):
+            tokens.append((event.request_id, event.token_ids, [entry.logprob for entry in event.logprobs]))
+            versions.append(event.weight_version)
+    while not engine.idle:
+        engine.step()
+    return losses, tokens, versions, lead(step_call(STEPS, kind=Kind.EVALUATE)).logprobs
+
+
+@pytest.mark.parametrize("family", sorted(CONFIGS))
+def test_steps_between_tokens_give_the_same_bits_on_two_ranks_as_on_one(
+    ranks: Any, tmp_path: Path, family: str
+) -> None:
+    folder = str(save_tiny(family, tmp_path / family))
+    one = serve_and_train(Group.single(), folder)
+    assert ranks(2, serve_and_train, folder)[0] == one
+    losses, tokens, versions, _ = one
+    assert losses[-1][0] < losses[0][0] and tokens, "it learns, and streams run on"
+    assert versions == sorted(versions) and set(versions) == set(range(1, STEPS + 1))
