@@ -20,9 +20,10 @@ from torch.utils.checkpoint import checkpoint
 
 from parallel.errors import ConfigError
 from parallel.group import Group
+from parallel.norm import LayerNorm
 from parallel.shard import Replicated, sharded
 from parallel.tokens import gather_tokens, scatter_tokens, token_shards
-from parallel.vocab import VocabHead
+from parallel.vocab import VocabEmbedding, VocabHead
 from tp_decoders.config import DecoderConfig
 from tp_decoders.names import NameMap
 
@@ -34,18 +35,50 @@ class Place(TypedDict):
     device: torch.device | str | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What a family has around its blocks besides what all have."""
+
+    learned_positions: bool = False
+    norm_bias: bool = True
+    logit_scale: float = 1.0
+
+
 class Decoder(nn.Module):
     """Base of the families' models. Made in eval mode; gradients flow in eval mode too."""
 
-    head: VocabHead
-    blocks: nn.ModuleList
     recompute: bool = False  # whole blocks are computed again in the backward instead of keeping their activations
     source: Path | None = None  # the folder it was loaded from: `save` takes the tokenizer's files from there
 
-    def __init__(self, config: DecoderConfig, group: Group) -> None:
+    def __init__(
+        self,
+        config: DecoderConfig,
+        group: Group,
+        place: Place,
+        block: Callable[[int], nn.Module],
+        parts: Parts | None = None,
+    ) -> None:
+        """`block` makes the block of a layer; `parts` says what else the family has."""
         super().__init__()
-        self.config = config
-        self.group = group
+        parts = parts or Parts()
+        self.config, self.group = config, group
+        vocab, d_model = config.vocab_size, config.d_model
+        self.embed = VocabEmbedding(vocab, d_model, group=group, **place)
+        self.positions = PositionTable(config.max_positions, d_model, group, place) if parts.learned_positions else None
+        self.blocks = nn.ModuleList(block(layer) for layer in range(config.n_layers))
+        self.norm = LayerNorm(d_model, config.norm_eps, bias=parts.norm_bias, **place)
+        tied = self.embed.weight if config.tie else None
+        self.head = VocabHead(vocab, d_model, group=group, weight=tied, scale=parts.logit_scale, **place)
+        self.eval()
+
+    def embedded(self, tokens_T: Tensor, positions_T: Tensor) -> Tensor:
+        """[T, D]: the tokens' embeddings, and their positions' where those are learned."""
+        x_TD = self.embed(tokens_T)
+        return x_TD if self.positions is None else x_TD + self.positions(positions_T)
+
+    def logits(self, x_TD: Tensor, rows: Tensor | None) -> Tensor:
+        """This rank's part of the logits of all tokens, or of the given rows."""
+        return self.head(self.norm(x_TD if rows is None else x_TD[rows]))  # type: ignore[no-any-return]
 
     def through_blocks(self, x_TD: Tensor, *given: object) -> Tensor:
         """All blocks in turn; `given` is what each of them is handed besides x. Divides the tokens between them where

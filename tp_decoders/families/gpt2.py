@@ -18,9 +18,8 @@ from parallel.heads import HeadLayout
 from parallel.linear import ColumnLinear, RowLinear
 from parallel.norm import LayerNorm
 from parallel.shard import Part, VirtualShards
-from parallel.vocab import VocabEmbedding, VocabHead
 from tp_decoders.config import DecoderConfig, Dropout, head_size, probability
-from tp_decoders.decoder import Decoder, Family, Place, PositionTable
+from tp_decoders.decoder import Decoder, Family, Parts, Place
 from tp_decoders.fields import Fields
 from tp_decoders.names import Name, NameMap, block_names
 
@@ -109,20 +108,13 @@ class Model(Decoder):
     """GPT-2 with its language-modelling head."""
 
     def __init__(self, config: DecoderConfig, group: Group, place: Place) -> None:
-        super().__init__(config, group)
         layout = HeadLayout.of(group, config.n_heads, config.n_kv_heads, config.head_dim)
-        self.embed = VocabEmbedding(config.vocab_size, config.d_model, group=group, **place)
-        self.positions = PositionTable(config.max_positions, config.d_model, group, place)
-        self.blocks = nn.ModuleList(Block(config, layer, layout, group, place) for layer in range(config.n_layers))
-        self.norm = LayerNorm(config.d_model, config.norm_eps, **place)
-        tied = self.embed.weight if config.tie else None
-        self.head = VocabHead(config.vocab_size, config.d_model, group=group, weight=tied, **place)
-        self.eval()
+        parts = Parts(learned_positions=True)
+        super().__init__(config, group, place, lambda layer: Block(config, layer, layout, group, place), parts)
 
     def forward(self, tokens_T: Tensor, positions_T: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
-        x_TD = self.embed(tokens_T) + self.positions(positions_T)
-        x_TD = self.through_blocks(x_TD, attend)
-        return self.head(self.norm(x_TD if rows is None else x_TD[rows]))
+        x_TD = self.embedded(tokens_T, positions_T)
+        return self.logits(self.through_blocks(x_TD, attend), rows)
 
 
 NAMES = (

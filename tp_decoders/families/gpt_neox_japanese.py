@@ -17,7 +17,6 @@ from parallel.heads import HeadLayout
 from parallel.linear import ColumnLinear, RowLinear
 from parallel.norm import LayerNorm
 from parallel.shard import VirtualShards
-from parallel.vocab import VocabEmbedding, VocabHead
 from tp_decoders.config import DecoderConfig, Dropout, head_size, probability
 from tp_decoders.decoder import Decoder, Family, Place
 from tp_decoders.fields import Fields
@@ -90,21 +89,13 @@ class Model(Decoder):
     """GPT-NeoX-Japanese with its language-modelling head."""
 
     def __init__(self, config: DecoderConfig, group: Group, place: Place) -> None:
-        super().__init__(config, group)
         layout = HeadLayout.of(group, config.n_heads, config.n_kv_heads, config.head_dim)
+        super().__init__(config, group, place, lambda layer: Block(config, layer, layout, group, place))
         self.rotary = Rotary(config.options.rotary)
-        self.embed = VocabEmbedding(config.vocab_size, config.d_model, group=group, **place)
-        self.blocks = nn.ModuleList(Block(config, layer, layout, group, place) for layer in range(config.n_layers))
-        self.norm = LayerNorm(config.d_model, config.norm_eps, **place)
-        tied = self.embed.weight if config.tie else None
-        self.head = VocabHead(config.vocab_size, config.d_model, group=group, weight=tied, **place)
-        self.eval()
 
     def forward(self, tokens_T: Tensor, positions_T: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
-        rotation = self.rotary.at(positions_T)
-        x_TD = self.embed(tokens_T)
-        x_TD = self.through_blocks(x_TD, rotation, attend)
-        return self.head(self.norm(x_TD if rows is None else x_TD[rows]))
+        x_TD = self.embedded(tokens_T, positions_T)
+        return self.logits(self.through_blocks(x_TD, self.rotary.at(positions_T), attend), rows)
 
 
 NAMES = (

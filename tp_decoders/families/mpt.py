@@ -21,9 +21,8 @@ from parallel.heads import HeadLayout, alibi_slopes, share_heads
 from parallel.linear import ColumnLinear, RowLinear
 from parallel.norm import LayerNorm
 from parallel.shard import Part, VirtualShards
-from parallel.vocab import VocabEmbedding, VocabHead
 from tp_decoders.config import DecoderConfig, Dropout, head_size, probability
-from tp_decoders.decoder import Decoder, Family, Place, PositionTable
+from tp_decoders.decoder import Decoder, Family, Parts, Place
 from tp_decoders.fields import Fields
 from tp_decoders.names import Name, NameMap, block_names
 
@@ -216,23 +215,17 @@ class Model(Decoder):
     """MPT with its language-modelling head."""
 
     def __init__(self, config: DecoderConfig, group: Group, place: Place) -> None:
-        super().__init__(config, group)
-        d, options = config.d_model, config.options
         layout = HeadLayout.of(group, config.n_heads, config.n_kv_heads, config.head_dim)
-        self.embed = VocabEmbedding(config.vocab_size, d, group=group, **place)
-        self.positions = PositionTable(config.max_positions, d, group, place) if options.learned_positions else None
-        self.blocks = nn.ModuleList(Block(config, layer, layout, group, place) for layer in range(config.n_layers))
-        self.norm = LayerNorm(d, config.norm_eps, bias=options.bias, **place)
-        tied = self.embed.weight if config.tie else None
-        self.head = VocabHead(config.vocab_size, d, group=group, weight=tied, scale=options.logit_scale, **place)
-        self.eval()
+        parts = Parts(
+            learned_positions=config.options.learned_positions,
+            norm_bias=config.options.bias,
+            logit_scale=config.options.logit_scale,
+        )
+        super().__init__(config, group, place, lambda layer: Block(config, layer, layout, group, place), parts)
 
     def forward(self, tokens_T: Tensor, positions_T: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
-        x_TD = self.embed(tokens_T)
-        if self.positions is not None:
-            x_TD = x_TD + self.positions(positions_T)
-        x_TD = self.through_blocks(x_TD, attend)
-        return self.head(self.norm(x_TD if rows is None else x_TD[rows]))
+        x_TD = self.embedded(tokens_T, positions_T)
+        return self.logits(self.through_blocks(x_TD, attend), rows)
 
 
 NAMES = (
