@@ -47,6 +47,11 @@ COMMANDS = {
         "measure a running server: latency and throughput of concurrent streams",
         "tp-decoders bench serve --address localhost:50051 --streams 16 --new-tokens 64",
     ),
+    "train": Command(
+        "launch.train",
+        "train a checkpoint on a text, or go on with a run",
+        "tp-decoders train --config laptop corpus.path=text.txt out=run",
+    ),
     "demo": Command("launch.demo", "serve a small trained checkpoint on two CPU ranks and show it", "tp-decoders demo"),
 }
 BAD_INPUT = (ConfigError, CheckpointError, RequestError)

@@ -8,9 +8,11 @@ import pytest
 
 from launch.presets import CONFIGS, Layer, build, read
 from launch.serve import ServeConfig
+from launch.training import TrainConfig
 from tp_decoders.registry import FAMILIES, config_from_hf
 
 PRESETS = sorted([*CONFIGS.glob("engine/*.yaml"), *CONFIGS.glob("cluster/*.yaml")])
+TRAINING = sorted(CONFIGS.glob("training/*.yaml"))
 MODELS = sorted(CONFIGS.glob("models/*.yaml"))
 
 
@@ -18,6 +20,13 @@ MODELS = sorted(CONFIGS.glob("models/*.yaml"))
 def test_a_preset_makes_a_configuration(path: Path) -> None:
     config = build(ServeConfig, [Layer("test", {"model": "m"}), read(path)])
     assert config != ServeConfig(model="m"), "it changes nothing"
+
+
+@pytest.mark.parametrize("path", TRAINING, ids=lambda path: path.stem)
+def test_a_training_preset_makes_a_run_of_a_corpus_and_a_folder(path: Path) -> None:
+    given = Layer("test", {"out": "run", "corpus": {"path": "text.txt"}})
+    config = build(TrainConfig, [read(path), given])
+    assert config.steps > 0 and (config.model or config.scratch.preset)
 
 
 @pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
@@ -30,4 +39,4 @@ def test_there_is_a_model_preset_of_every_family() -> None:
 
 
 def test_everything_in_configs_is_covered() -> None:
-    assert set(CONFIGS.rglob("*.yaml")) == {*PRESETS, *MODELS}
+    assert set(CONFIGS.rglob("*.yaml")) == {*PRESETS, *MODELS, *TRAINING}

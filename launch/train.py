@@ -1,0 +1,32 @@
+"""`tp-decoders train`: a run on a text, from a preset; the same command goes on where it was stopped or killed.
+
+Reads the command line and hands over to launch.training, which brings in torch and Ray.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from launch import logs
+from launch.presets import find, overrides, read
+from launch.serve import ENVIRONMENT
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", metavar="PRESET", required=True, help="a name from configs/training, or a path")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="name.name=value", help="any setting, as in corpus.path=text.txt out=run"
+    )
+    logs.add_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    level = logs.configure(args.verbose)
+    layers = [read(find(args.config, "training")), overrides(args.overrides)]
+    for name, value in ENVIRONMENT.items():  # before Ray is imported, which reads some of them then
+        os.environ.setdefault(name, value)
+    from launch.training import configuration, prepare, train
+
+    config = configuration(layers)
+    return train(config, prepare(config), level)
