@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from cluster.actors.training import METRICS, read_metrics
+from cluster.actors.training import METRICS, lock, read_metrics
 from cluster.training.checkpoint import latest_checkpoint
 from launch.main import main
 from launch.training import progress_line
+from parallel.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKENIZER = ROOT / "tests" / "data" / "tokenizers" / "gpt2"
@@ -146,3 +147,11 @@ def test_progress_says_loss_speed_and_time_left() -> None:
 def test_half_a_last_line_of_metrics_is_not_read(tmp_path: Path) -> None:
     (tmp_path / METRICS).write_text('{"step": 1}\n{"step":')
     assert read_metrics(tmp_path / METRICS) == [{"step": 1}]
+
+
+def test_a_folder_in_which_a_job_trains_is_free_again_when_that_job_is_gone(tmp_path: Path) -> None:
+    held = lock(tmp_path / "lock", timeout_s=0.0)
+    with pytest.raises(ConfigError, match="another job is training in"):
+        lock(tmp_path / "lock", timeout_s=0.1)
+    held.close()
+    lock(tmp_path / "lock", timeout_s=0.0).close()
