@@ -245,6 +245,14 @@ class Client:
     def train_step(self, sequences: Sequence[Sequence[int] | Fields], **fields: Any) -> training.TrainStepResponse:
         return self._runner.run(self._calls.train_step(sequences, **fields))
 
+    def forward_backward(
+        self, sequences: Sequence[Sequence[int] | Fields], **fields: Any
+    ) -> training.ForwardBackwardResponse:
+        return self._runner.run(self._calls.forward_backward(sequences, **fields))
+
+    def optim_step(self, **fields: Any) -> training.OptimStepResponse:
+        return self._runner.run(self._calls.optim_step(**fields))
+
     def evaluate(self, sequences: Sequence[Sequence[int] | Fields], **fields: Any) -> training.EvaluateResponse:
         return self._runner.run(self._calls.evaluate(sequences, **fields))
 

@@ -111,6 +111,40 @@ def test_served_log_probabilities_are_the_training_forwards_bit_for_bit_after_ev
     run(main(), 60)
 
 
+def test_nothing_cached_under_old_weights_is_used_again(tiny: Path) -> None:
+    """Also by a stream that runs: from the next token on it is as if the new weights had read all of it."""
+
+    async def main() -> None:
+        async with training_service(tiny) as client:
+            prompt = [(7 * i) % 89 + 1 for i in range(50)]
+            first, tokens = asyncio.Event(), list(prompt)
+            values: list[float] = []
+            versions: list[int] = []
+
+            async def read() -> None:
+                fields: dict[str, Any] = {"stopping": {"max_new_tokens": 70, "ignore_eos": True}}
+                async for chunk in client.stream([prompt], response={"logprobs": 0}, **fields):
+                    tokens.extend(chunk.token_ids)
+                    values.extend(chunk.logprobs)
+                    versions.extend([chunk.weight_version] * len(chunk.token_ids))
+                    first.set()
+
+            reader = asyncio.create_task(read())
+            await first.wait()
+            await client.train_step(DOCUMENTS, expected_step=0, optimizer={"learning_rate": 0.01})
+            await reader
+            late = versions.index(1) + 1  # a chunk may hold tokens of both
+            assert 0 < late < 70
+            trained = logprobs(await client.evaluate([tokens]))[0]
+            assert values[late:] == trained[len(prompt) - 1 + late :]
+            asked: dict[str, Any] = {"stopping": {"max_new_tokens": 5}, "response": {"logprobs": 0}}
+            sample = (await client.generate([prompt], **asked)).results[0].samples[0]
+            again = logprobs(await client.evaluate([[*prompt, *sample.token_ids]]))[0]
+            assert list(sample.logprobs) == again[len(prompt) - 1 :]
+
+    run(main(), 60)
+
+
 def test_a_step_in_two_halves_and_in_two_parts_is_the_same_step(tiny: Path) -> None:
     async def main() -> None:
         async with training_service(tiny) as one, training_service(tiny) as two:

@@ -13,8 +13,10 @@ from cluster.engine.config import EngineConfig
 from cluster.engine.engine import Engine
 from cluster.engine.executors import follow
 from cluster.engine.request import Request, ResponseOptions, SamplingParams, StoppingCriteria
+from cluster.engine.runner import ModelRunner
 from cluster.training.calls import Kind, NotApplied, StepConflict, TrainCall, TrainSequence
 from cluster.training.remote import TRAIN, TrainLead, TrainSide
+from parallel.errors import RequestError
 from parallel.group import Group
 from parallel.mesh import Groups
 from tests.cluster.engine.tiny_models import CONFIGS, save_tiny
@@ -24,6 +26,13 @@ DOCUMENTS = (TrainSequence(token_ids=(5, 9, 2, 7, 11, 3, 8)), TrainSequence(toke
 BAD = TrainSequence(token_ids=(1, 2), old_logprobs=(-80.0,), advantages=(1e38,))
 CONFIG = EngineConfig(kv_blocks=64, max_sequences=8)
 STEPS = 6
+
+
+SINGLE = Groups(Group.single(), Group.single())
+
+
+def runner_of(folder: str) -> ModelRunner:
+    return build_runner(load(folder), CONFIG, 1 << 28)
 
 
 def step_call(step: int, **fields: Any) -> TrainCall:
@@ -86,3 +95,14 @@ def test_steps_between_tokens_give_the_same_bits_on_two_ranks_as_on_one(
     losses, tokens, versions, _ = one
     assert losses[-1][0] < losses[0][0] and tokens, "it learns, and streams run on"
     assert versions == sorted(versions) and set(versions) == set(range(1, STEPS + 1))
+
+
+def test_a_refused_call_leaves_no_gradient_behind(tmp_path: Path) -> None:
+    folder = str(save_tiny("gpt2", tmp_path / "gpt2"))
+    clean, other = (TrainLead(TrainSide(runner_of(folder), SINGLE), Commands(None), lambda: None) for _ in range(2))
+    other(step_call(0, kind=Kind.FORWARD_BACKWARD, idempotency_key="a"))
+    with pytest.raises(RequestError, match="needs advantages"):
+        other(step_call(0, kind=Kind.FORWARD_BACKWARD, loss="ppo"))
+    with pytest.raises(StepConflict, match="no gradients are waiting"):
+        other(step_call(0, kind=Kind.OPTIM_STEP, sequences=()))
+    assert other(step_call(0)).grad_norm == clean(step_call(0)).grad_norm
