@@ -191,7 +191,7 @@ class TrainRank:
     def run(self) -> None:
         """Steps; then, with the last checkpoint complete, waits to be told that nothing more is wanted."""
         saved = self._trainer.step if latest_checkpoint(self._out) else None
-        with _metrics(self._out, self._trainer.step, self._place.rank) as metrics:
+        with _Metrics(self._out, self._trainer.step, self._place.rank) as metrics:
             while self._trainer.step < self._spec.steps and not self._stopped():
                 entry = self._step()
                 if metrics is not None:
