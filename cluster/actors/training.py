@@ -313,7 +313,7 @@ def lock(path: Path, timeout_s: float = LOCK_S) -> IO[str]:
             time.sleep(0.1)
 
 
-class _metrics:
+class _Metrics:
     """Rank 0's file of metrics, cut back to the step that is resumed from; None on the others."""
 
     def __init__(self, out: Path, step: int, rank: int) -> None:
