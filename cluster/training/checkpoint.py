@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import threading
 import time
@@ -185,7 +186,7 @@ class _Job:
         self.step, self.config, self.source = optimizer.steps, model.config, model.source
         self.dtype = next(model.parameters()).dtype
         self.tp, self.dp = owner.groups.tp, owner.groups.dp
-        self.draft = target.with_name(f".{target.name}.part")
+        self.draft = target.with_name(f".{target.name}.{_agreed_token(owner.groups)}.part")
         lines = _lines(model)
         moments = _moments(optimizer, lines)
         self.weights = SliceFiles(
@@ -225,7 +226,8 @@ class _Job:
     def _lay_out(self) -> None:
         if self.target.exists():
             raise CheckpointError(f"{self.target} exists already; a checkpoint is never written over")
-        shutil.rmtree(self.draft, ignore_errors=True)
+        for left in self.target.parent.glob(f".{self.target.name}.*.part"):  # by a save that was killed
+            shutil.rmtree(left, ignore_errors=True)
         (self.draft / "training").mkdir(parents=True)
         self.weights.lay_out()
         self.state.lay_out()
@@ -273,6 +275,15 @@ class _Job:
         )
         for old in complete[: -self.owner.keep] if self.owner.keep else []:
             shutil.rmtree(old, ignore_errors=True)
+
+
+def _agreed_token(groups: Groups) -> str:
+    """A name for this save alone, the same on all ranks: what a killed one left behind is never taken for it."""
+    token = secrets.token_hex(4).encode()
+    for group in (groups.dp, groups.tp):
+        if group.size > 1:
+            token = group.talk.broadcast_bytes(token if group.rank == 0 else None)
+    return token.decode()
 
 
 def _plan(line: _Line, dtype: torch.dtype, suffix: str) -> TensorPlan:
