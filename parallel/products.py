@@ -89,11 +89,6 @@ class Operand:
             self._leaves[leaf] = onednn.PackedLeaf(self.matrix()[:, start:stop])
         return self._leaves[leaf].product(x_TK[:, start:stop])
 
-    def release(self) -> None:
-        """Forgets the packed copies (they are rebuilt when needed)."""
-        self._packed = self._stamp = self._leaves_stamp = None
-        self._leaves = {}
-
 
 @dataclass(frozen=True, slots=True)
 class Term:

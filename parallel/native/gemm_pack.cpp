@@ -1,7 +1,6 @@
 // Copies of matrices into the layouts gemm.cpp streams (gemm_pack.h), 16 x 16 units at a time.
 #include "gemm_pack.h"
 
-#include <sys/mman.h>
 
 #include <algorithm>
 
@@ -205,12 +204,5 @@ void gemm_pack(int half, const void* src, int64_t row_stride, int64_t k_stride, 
                int64_t n_leaves, int64_t units, void* dst) {
   gemm::pack_panels(half, {static_cast<const char*>(src), row_stride, k_stride}, rows, leaves, n_leaves, units,
                     static_cast<char*>(dst));
-}
-
-// Ask for 2 MiB pages: fewer TLB misses while weights stream. Refusal is harmless.
-void gemm_advise_huge(void* p, int64_t bytes) {
-#ifdef MADV_HUGEPAGE
-  madvise(p, bytes, MADV_HUGEPAGE);
-#endif
 }
 }
