@@ -3,7 +3,8 @@
     ColumnLinear   Y_r = X W_r^T + b_r       rows of W divided     forward: none            backward: one reduction
     RowLinear      Y = sum_r X_r W_r^T + b   columns of W divided  forward: one reduction   backward: none
 
-Several row-parallel layers whose results are added share one reduction (`reduce_sum`).
+Several row-parallel layers whose results are added share one reduction (`reduce_sum`). Either kind may have a low-rank
+`adapter` beside its weight (parallel.lora), which joins its products.
 T tokens, K inputs, N outputs. A row-parallel bias is one replicated parameter, added once, after the reduction.
 """
 
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from parallel.activation import activate, is_native
 from parallel.errors import ConfigError
 from parallel.group import Group
+from parallel.lora import ColumnAdapter, RowAdapter, active
+from parallel.outputs import DividedOutputs
 from parallel.products import Operand, Term, column_sum, outer_product, product, reduced_product
 from parallel.shard import Fused, Part, Replicated, Split, VirtualShards, sharded
 from parallel.tokens import all_tokens, own_tokens, scatter_tokens
@@ -45,7 +48,8 @@ class ColumnLinear(nn.Module):
         self.weight = sharded((self.d_out, d_in), rule, group.rank, dtype, device)
         self.bias = sharded((self.d_out,), rule, group.rank, dtype, device) if bias else None
         self._operand: Operand | None = None
-        self._backward: list[_BackwardPart] | None = None
+        self._backward: DividedOutputs | None = None
+        self.adapter: ColumnAdapter | None = None
 
     def forward(
         self,
@@ -58,63 +62,36 @@ class ColumnLinear(nn.Module):
 
         With `tokens`, x holds this rank's tokens only and the result all of them (sequence parallelism).
         """
-        if torch.is_grad_enabled() and (x_TK.requires_grad or self.weight.requires_grad):
-            y_TN = _Column.apply(x_TK, self.weight, self.bias, self, dtype, tokens)
+        branch = active(self.adapter)
+        trained = self.weight.requires_grad or (branch is not None and branch.trains)
+        if torch.is_grad_enabled() and (x_TK.requires_grad or trained):
+            factors = (branch.a, branch.b) if branch else (None, None)
+            y_TN = _Column.apply(x_TK, self.weight, self.bias, *factors, self, dtype, tokens)
             return activate(y_TN, activation) if activation else y_TN
+        low_TR = branch.low(x_TK) if branch else None
         if activation is None or is_native(x_TK, activation):
-            return self.product(x_TK, activation, dtype)
-        return activate(self.product(x_TK, None, dtype), activation)
+            return self.product(x_TK, activation, dtype, low_TR)
+        return activate(self.product(x_TK, None, dtype, low_TR), activation)
 
-    def product(self, x_TK: Tensor, activation: str | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    def product(
+        self,
+        x_TK: Tensor,
+        activation: str | None = None,
+        dtype: torch.dtype | None = None,
+        low_TR: Tensor | None = None,
+    ) -> Tensor:
         if self._operand is None:
             self._operand = Operand(self.weight, (0, self.d_in))
-        return product([Term(x_TK, self._operand)], self.bias, activation, dtype)
+        terms = [Term(x_TK, self._operand)]
+        if low_TR is not None and self.adapter is not None:
+            terms.append(self.adapter.term(low_TR))
+        return product(terms, self.bias, activation, dtype)
 
     def input_grad(self, grad_TN: Tensor) -> Tensor:
-        """dX = sum over all ranks' outputs of dY W: the split blocks in one tree, the replicated ones added once."""
+        """dX = sum over all ranks' outputs of dY W. One reduction."""
         if self._backward is None:
-            self._backward = _backward_parts(self.parts, self.weight, self.group.rank)
-        split = [part for part in self._backward if part.shards]
-        total: Tensor | None = None
-        if split:
-            shards = split[0].shards
-            assert shards is not None, "split parts have shards"
-            total = reduced_product([part.term(grad_TN) for part in split], shards, self.group)
-        for part in self._backward:
-            if part.shards is None:
-                own = product([part.term(grad_TN)])
-                total = own if total is None else total + own
-        assert total is not None, "a linear layer has at least one block"
-        return total
-
-
-@dataclass(frozen=True)
-class _BackwardPart:
-    """A block of outputs as seen from the backward: its local columns of dY against its rows of W."""
-
-    start: int
-    stop: int
-    operand: Operand
-    shards: VirtualShards | None
-
-    def term(self, grad_TN: Tensor) -> Term:
-        return Term(grad_TN[:, self.start : self.stop], self.operand)
-
-
-def _backward_parts(parts: tuple[Part, ...], weight: Tensor, rank: int) -> list[_BackwardPart]:
-    made, start = [], 0
-    for part in parts:
-        stop = start + part.local_size(rank)
-        borders = part.shards.local_borders(rank) if part.shards else (0, part.size)
-        operand = Operand(weight, borders, rows=(start, stop), transposed=True)
-        made.append(_BackwardPart(start, stop, operand, part.shards))
-        start = stop
-    leaves = {part.shards.num_leaves for part in parts if part.shards}
-    if len(leaves) > 1:
-        raise ConfigError(
-            f"the blocks of one column-parallel layer are cut into {sorted(leaves)} leaves; cut them alike"
-        )
-    return made
+            self._backward = DividedOutputs(self.parts, self.weight, self.group)
+        return self._backward.input_grad(grad_TN)
 
 
 class _Column(torch.autograd.Function):
@@ -124,26 +101,41 @@ class _Column(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        a: Tensor | None,
+        b: Tensor | None,
         layer: ColumnLinear,
         dtype: torch.dtype | None,
         tokens: VirtualShards | None,
     ) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.layer, ctx.tokens = layer, tokens
-        return layer.product(x if tokens is None else all_tokens(x, layer.group, tokens), dtype=dtype)
+        full = x if tokens is None else all_tokens(x, layer.group, tokens)
+        branch = layer.adapter if a is not None else None
+        low = branch.low(full) if branch else None
+        keeps_x = ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
+        ctx.save_for_backward(x if keeps_x else None, low)
+        ctx.layer, ctx.branch, ctx.tokens, ctx.dtype = layer, branch, tokens, x.dtype
+        return layer.product(full, None, dtype, low)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def,override]
-        (x,) = ctx.saved_tensors
-        layer, tokens = ctx.layer, ctx.tokens
-        grad = grad.to(x.dtype).contiguous()
-        wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        x, low = ctx.saved_tensors
+        layer, branch, tokens = ctx.layer, ctx.branch, ctx.tokens
+        grad = grad.to(ctx.dtype).contiguous()
+        wants_x, wants_weight, wants_bias, wants_a, wants_b = ctx.needs_input_grad[:5]
+        low_grad = branch.low_grad(grad) if branch and (wants_x or wants_a) else None
         grad_x = layer.input_grad(grad) if wants_x else None
+        if grad_x is not None and low_grad is not None:
+            grad_x = grad_x + branch.input_grad(low_grad)
         if tokens is not None:
-            x = all_tokens(x, layer.group, tokens)  # gathered again rather than kept
+            x = None if x is None else all_tokens(x, layer.group, tokens)  # gathered again rather than kept
             grad_x = None if grad_x is None else own_tokens(grad_x, layer.group, tokens)
-        grad_weight = outer_product(grad, x) if wants_weight else None
-        return grad_x, grad_weight, column_sum(grad) if wants_bias else None, None, None, None
+        return (
+            grad_x,
+            outer_product(grad, x) if wants_weight else None,
+            column_sum(grad) if wants_bias else None,
+            outer_product(low_grad, x) if low_grad is not None and wants_a else None,
+            outer_product(grad, low) if wants_b else None,
+            *(None, None, None),
+        )
 
 
 class RowLinear(nn.Module):
@@ -165,6 +157,7 @@ class RowLinear(nn.Module):
         self.bias = sharded((d_out,), Replicated(), group.rank, dtype, device) if bias else None
         self.borders = shards.local_borders(group.rank)
         self.joint_bias: tuple[tuple[tuple[int, int], ...], Tensor] | None = None  # see _joint_bias
+        self.adapter: RowAdapter | None = None
         self._operand: Operand | None = None
         self._backward: Operand | None = None
 
@@ -180,10 +173,10 @@ class RowLinear(nn.Module):
             self._operand = Operand(self.weight, self.borders)
         return Term(x_TK, self._operand)
 
-    def input_grad(self, grad_TN: Tensor) -> Tensor:
+    def input_grad(self, grad_TN: Tensor, *more: Term) -> Tensor:
         if self._backward is None:
             self._backward = Operand(self.weight, (0, self.d_out), transposed=True)
-        return product([Term(grad_TN, self._backward)])
+        return product([Term(grad_TN, self._backward), *more])
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,14 +198,24 @@ def reduce_sum(*partials: Partial, tokens: VirtualShards | None = None) -> Tenso
             f"layers cut into {[layer.shards.num_leaves for layer in layers]} leaves cannot share one reduction; "
             "give them shards with the same num_leaves"
         )
-    if torch.is_grad_enabled() and any(p.x.requires_grad or p.layer.weight.requires_grad for p in partials):
-        flat = [tensor for p in partials for tensor in (p.x, p.layer.weight, p.layer.bias)]
+    branches = [active(layer.adapter) for layer in layers]
+    trained = any(layer.weight.requires_grad for layer in layers) or any(b is not None and b.trains for b in branches)
+    if torch.is_grad_enabled() and (trained or any(p.x.requires_grad for p in partials)):
+        flat: list[Tensor | None] = []
+        for p, branch in zip(partials, branches, strict=True):
+            flat += [p.x, p.layer.weight, p.layer.bias, *((branch.a, branch.b) if branch else (None, None))]
         return scatter_tokens(_RowSum.apply(layers, *flat), layers[0].group, tokens)
-    return _row_sum([partial.x for partial in partials], layers)
+    xs = [partial.x for partial in partials]
+    return _row_sum(
+        xs, layers, [(branch, branch.lows(x)) if branch else None for x, branch in zip(xs, branches, strict=True)]
+    )
 
 
-def _row_sum(xs: list[Tensor], layers: tuple[RowLinear, ...]) -> Tensor:
+def _row_sum(
+    xs: list[Tensor], layers: tuple[RowLinear, ...], branches: list[tuple[RowAdapter, Tensor] | None]
+) -> Tensor:
     terms = [layer.term(x) for x, layer in zip(xs, layers, strict=True)]
+    terms += [branch[0].term(branch[1], xs[0].dtype) for branch in branches if branch]
     bias = layers[0].bias if len(layers) == 1 else _joint_bias(layers)
     return reduced_product(terms, layers[0].shards, layers[0].group, bias)
 
@@ -230,20 +233,32 @@ def _joint_bias(layers: tuple[RowLinear, ...]) -> Tensor | None:
 
 
 class _RowSum(torch.autograd.Function):
+    """Each layer has five inputs: x, weight, bias, and its adapter's a and b."""
+
     @staticmethod
     def forward(ctx, layers: tuple[RowLinear, ...], *flat: Tensor | None) -> Tensor:  # type: ignore[no-untyped-def,override]
-        xs = [x for x in flat[0::3] if x is not None]
-        ctx.save_for_backward(*xs)
-        ctx.layers = layers
-        return _row_sum(xs, layers)
+        xs = [x for x in flat[0::5] if x is not None]
+        branches = [layer.adapter if a is not None else None for layer, a in zip(layers, flat[3::5], strict=True)]
+        lows = [branch.lows(x) if branch else None for x, branch in zip(xs, branches, strict=True)]
+        wants = ctx.needs_input_grad
+        kept = [x if wants[2 + 5 * i] or wants[4 + 5 * i] else None for i, x in enumerate(xs)]
+        ctx.save_for_backward(*kept, *lows)
+        ctx.layers, ctx.branches = layers, branches
+        added = [(b, low) if b and low is not None else None for b, low in zip(branches, lows, strict=True)]
+        return _row_sum(xs, layers, added)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def,override]
         grad = grad.contiguous()
         grads: list[Tensor | None] = [None]
-        for i, (x, layer) in enumerate(zip(ctx.saved_tensors, ctx.layers, strict=True)):
-            wants_x, wants_weight, wants_bias = ctx.needs_input_grad[1 + 3 * i : 4 + 3 * i]
-            grads.append(layer.input_grad(grad) if wants_x else None)
+        xs, lows = ctx.saved_tensors[: len(ctx.layers)], ctx.saved_tensors[len(ctx.layers) :]
+        for i, (layer, branch, x, low) in enumerate(zip(ctx.layers, ctx.branches, xs, lows, strict=True)):
+            wants_x, wants_weight, wants_bias, wants_a, wants_b = ctx.needs_input_grad[1 + 5 * i : 6 + 5 * i]
+            low_grad = branch.low_grad(grad) if branch and (wants_x or wants_a) else None
+            more = [] if low_grad is None else [branch.back_term(low_grad)]
+            grads.append(layer.input_grad(grad, *more) if wants_x else None)
             grads.append(outer_product(grad, x) if wants_weight else None)
             grads.append(column_sum(grad) if wants_bias else None)
+            grads.append(outer_product(low_grad, x) if low_grad is not None and wants_a else None)
+            grads.append(outer_product(grad, branch.low(low, grad.dtype)) if wants_b else None)
         return tuple(grads)
