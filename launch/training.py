@@ -1,7 +1,7 @@
-"""What `train` does once its settings are read: claims the run's folder, starts the ranks on Ray and shows how far they
-are from the metrics they write.
+"""What `train` does once its settings are read: claims the run's folder, starts the ranks on Ray, shows how far they
+are, and draws the loss at the end.
 
-A signal stops the run with a checkpoint. Draws no plot and takes no step itself.
+A signal stops the run with a checkpoint. Takes no step itself.
 """
 
 from __future__ import annotations
@@ -10,30 +10,30 @@ import json
 import os
 import shutil
 import signal
-import sys
 import threading
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 from cluster.actors.group import WorkerGroup
 from cluster.actors.place import PlacementConfig
 from cluster.actors.session import ray_session
-from cluster.actors.spec import ParallelConfig
-from cluster.actors.training import METRICS, CorpusConfig, TrainSpec, claim_folder, folder_origin, read_metrics
+from cluster.actors.train_spec import CorpusConfig, Recompute, SampleConfig, TrainParallel, TrainSpec
 from cluster.training.checkpoint import latest_checkpoint, read_state
+from cluster.training.metrics import check_tensorboard, read_records
 from cluster.training.optimizer import OptimizerConfig
+from cluster.training.plots import can_plot, plot_loss
+from cluster.training.run_folder import METRICS, PLOT, START, claim_folder, folder_origin
+from cluster.training.samples import Prompts
 from cluster.training.schedule import Schedule
-from launch.init import copy_tokenizer, write_random
+from launch.init import TOKENIZER_FILES, copy_tokenizer, write_random
 from launch.presets import Layer, build, find, read
+from launch.progress import header, watch
 from launch.serve import RayConfig
 from parallel.errors import ConfigError, WorkerError
-from tp_decoders.registry import read_config
-
-POLL_S = 0.2
-LINE_S = 5.0
-"""Between lines of progress where the output is not a terminal."""
+from tp_decoders.registry import config_from_hf, read_config
+from tp_decoders.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,9 @@ class ScratchConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Everything about one run; a preset holds any part of it. `model` is a checkpoint folder, in place of scratch."""
+    """Everything about one run; a preset holds any part of it. `model` is a checkpoint folder, in place of scratch.
+    What has the name of a field of TrainSpec is that field.
+    """
 
     out: str
     corpus: CorpusConfig
@@ -57,10 +59,31 @@ class TrainConfig:
     keep: int = 2
     model: str | None = None
     scratch: ScratchConfig = field(default_factory=ScratchConfig)
+    micro_batch_tokens: int | None = None
+    recompute: Recompute = "none"
+    attention_backend: str | None = None
+    dropout: bool = True
+    eval_every: int | None = None
+    eval_batches: int = 8
+    samples: SampleConfig = field(default_factory=SampleConfig)
+    tensorboard: bool = False
+    plot: bool = True  # the loss as a picture, at the end
+    peak_flops: float | None = None
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    parallel: TrainParallel = field(default_factory=TrainParallel)
     placement: PlacementConfig = field(default_factory=lambda: PlacementConfig(stop_timeout_s=120.0))
     ray: RayConfig = field(default_factory=RayConfig)
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """Where the first weights are, which ones they are, how they get there, and what is known of them before."""
+
+    model: Path
+    identity: str
+    shape: Mapping[str, Any]
+    tokenizer: Path
+    write: Callable[[], None]
 
 
 def configuration(layers: Sequence[Layer]) -> TrainConfig:
@@ -74,42 +97,66 @@ def prepare(config: TrainConfig) -> TrainSpec:
     """The run's specification, with its folder claimed and its first weights in place."""
     if not Path(config.corpus.path).exists():
         raise ConfigError(f"corpus.path {config.corpus.path} does not exist; give a text or JSONL file, or a folder")
+    if config.tensorboard:
+        check_tensorboard()
     out = Path(config.out).resolve()
-    model, origin, write = _origin(config, out)
-    spec = TrainSpec(
-        model=str(model), origin=origin, out=str(out), steps=config.steps, save_every=config.save_every,
-        keep=config.keep, schedule=config.schedule, optimizer=config.optimizer, parallel=config.parallel,
-        corpus=replace(config.corpus, path=str(Path(config.corpus.path).resolve())),
-        start_timeout_s=config.placement.start_timeout_s,
-    )  # fmt: skip
-    claim_folder(spec)
-    write()
-    read_config(model)
+    origin = _from_folder(config.model) if config.model is not None else _from_scratch(config.scratch, out)
+    same = {f.name: getattr(config, f.name) for f in fields(TrainSpec) if hasattr(config, f.name)}
+    given = {
+        "model": str(origin.model),
+        "origin": origin.identity,
+        "out": str(out),
+        "corpus": replace(config.corpus, path=str(Path(config.corpus.path).resolve())),
+        "start_timeout_s": config.placement.start_timeout_s,
+    }
+    spec = TrainSpec(**same | given)
+    _check_text(spec, origin)
+    claim_folder(out, spec.run())
+    origin.write()
     return spec
 
 
-def _origin(config: TrainConfig, out: Path) -> tuple[Path, str, Callable[[], None]]:
-    """Where the first weights are, which ones they are, and how they get there."""
-    scratch = config.scratch
-    if config.model is not None:
-        model = Path(config.model).resolve()
-        read_config(model)
-        return model, folder_origin(model), lambda: None
+def _from_folder(folder: str) -> _Origin:
+    model = Path(folder).resolve()
+    return _Origin(model, folder_origin(model), read_config(model).hf, model, lambda: None)
+
+
+def _from_scratch(scratch: ScratchConfig, out: Path) -> _Origin:
     if scratch.preset is None or scratch.tokenizer is None:
         raise ConfigError("nothing to train: give model, a checkpoint folder, or scratch.preset and scratch.tokenizer")
     shape = dict(read(find(scratch.preset, "models")).values)
-    tokenizer, start = Path(scratch.tokenizer), out / "start"
+    tokenizer, start = Path(scratch.tokenizer), out / START
 
     def write() -> None:
         if start.is_dir():
             return
-        draft = out / ".start.part"
+        draft = out / f".{START}.part"
         shutil.rmtree(draft, ignore_errors=True)
         write_random(shape, draft, seed=scratch.seed)
         copy_tokenizer(tokenizer, draft)
         os.replace(draft, start)
 
-    return start, json.dumps({"shape": shape, "seed": scratch.seed}, sort_keys=True), write
+    identity = json.dumps({"shape": shape, "seed": scratch.seed}, sort_keys=True)
+    return _Origin(start, identity, shape, tokenizer, write)
+
+
+def _check_text(spec: TrainSpec, origin: _Origin) -> None:
+    """That the text fits the model: its rows into the context, its prompts too, its tokens into the vocabulary."""
+    model = config_from_hf(dict(origin.shape))
+    tokenizer = load_tokenizer(origin.tokenizer)
+    if tokenizer is None:
+        raise ConfigError(f"{origin.tokenizer} has no tokenizer; it needs some of {list(TOKENIZER_FILES)}")
+    if tokenizer.vocab_size > model.vocab_size:
+        raise ConfigError(
+            f"the tokenizer in {origin.tokenizer} has {tokenizer.vocab_size} tokens, more than the model's vocabulary "
+            f"of {model.vocab_size}; give the tokenizer that belongs to the model"
+        )
+    if spec.corpus.tokens_per_sample > model.max_positions:
+        raise ConfigError(
+            f"corpus.tokens_per_sample is {spec.corpus.tokens_per_sample}, more than the model's context of "
+            f"{model.max_positions}; lower it"
+        )
+    Prompts(spec.samples.prompts, tokenizer, model.max_positions, spec.samples.max_tokens)
 
 
 def train(config: TrainConfig, spec: TrainSpec, log_level: int) -> int:
@@ -121,39 +168,18 @@ def train(config: TrainConfig, spec: TrainSpec, log_level: int) -> int:
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, lambda *_: stop.set())
             placement = replace(config.placement, log_level=log_level)
-            group = WorkerGroup(spec, spec.parallel.tp, spec.parallel.device, placement)
+            group = WorkerGroup(spec, spec.parallel.world, spec.parallel.device, placement)
             try:
-                facts = group.start()[0].facts
-                print(
-                    f"training {facts.family} ({facts.dtype}) on {facts.tokens} tokens, tp={spec.parallel.tp}, "
-                    f"from step {facts.step} to {spec.steps}: {spec.out}", flush=True,
-                )  # fmt: skip
-                _watch(spec, group.wait_fault, stop)
+                print(header(spec, group.start()[0].facts), flush=True)
+                watch(spec, group.wait_fault, stop)
             finally:
                 group.close()
     except SystemExit as ended:  # Ray's own handler of SIGTERM, while Ray starts
         raise KeyboardInterrupt from ended
-    return _last_words(spec)
-
-
-def _watch(spec: TrainSpec, wait_fault: Callable[[float], str | None], stop: threading.Event) -> None:
-    """Shows progress until the last checkpoint is complete or a signal came; a fault is raised."""
-    shown = _Progress(spec.steps)
-    while not stop.is_set():
-        fault = wait_fault(POLL_S)
-        if fault is not None:
-            raise WorkerError(f"the run stopped: {fault}; the same command goes on from the last checkpoint")
-        lines = read_metrics(Path(spec.out) / METRICS)
-        done = _saved_step(spec) >= spec.steps
-        if lines:
-            shown(lines, last=done)
-        if done:
-            return
-
-
-def _saved_step(spec: TrainSpec) -> int:
-    newest = latest_checkpoint(Path(spec.out))
-    return int(newest.name.removeprefix("step-")) if newest else 0
+    status = _last_words(spec)
+    if config.plot:
+        print(draw(Path(spec.out)), flush=True)
+    return status
 
 
 def _last_words(spec: TrainSpec) -> int:
@@ -166,27 +192,8 @@ def _last_words(spec: TrainSpec) -> int:
     return 0
 
 
-class _Progress:
-    """One line: rewritten on a terminal, now and then a new one elsewhere."""
-
-    def __init__(self, steps: int) -> None:
-        self._steps, self._terminal = steps, sys.stdout.isatty()
-        self._shown, self._when = 0, 0.0
-
-    def __call__(self, lines: list[dict[str, float]], last: bool) -> None:
-        step = int(lines[-1]["step"])
-        due = self._terminal or last or time.monotonic() - self._when > LINE_S
-        if due and (step > self._shown or (last and self._terminal)):
-            ends = "\n" if last or not self._terminal else ""
-            print(("\r" if self._terminal else "") + progress_line(lines, self._steps), end=ends, flush=True)
-            self._shown, self._when = step, time.monotonic()
-
-
-def progress_line(lines: list[dict[str, float]], steps: int) -> str:
-    """How far a run is; speed and time left from its last ten steps."""
-    recent = lines[-10:]
-    seconds = sum(line["seconds"] for line in recent)
-    step = int(lines[-1]["step"])
-    minutes, left = divmod(round((steps - step) * seconds / len(recent)), 60)
-    speed = sum(line["tokens"] for line in recent) / seconds
-    return f"step {step}/{steps}  loss {lines[-1]['loss']:.4f}  {speed:.0f} tokens/s  ETA {minutes}:{left:02d}"
+def draw(out: Path) -> str:
+    """Draws the run's loss; what to say of it."""
+    if not can_plot():
+        return "no loss plot: matplotlib is not installed; pip install 'tp-decoders[train]', or set plot=false"
+    return f"loss plot: {plot_loss(read_records(out / METRICS), out / PLOT, out.name)}"

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from cluster.actors.training import METRICS, lock, read_metrics
 from cluster.training.checkpoint import latest_checkpoint
+from cluster.training.metrics import read_records
+from cluster.training.run_folder import METRICS, lock
 from launch.main import main
-from launch.training import progress_line
+from launch.progress import progress_line
 from parallel.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,7 +49,7 @@ def begin(text: Path, out: Path) -> subprocess.Popen[str]:
 
 def await_step(out: Path, step: int, process: subprocess.Popen[str]) -> None:
     limit = time.monotonic() + 60
-    while not any(line["step"] >= step for line in read_metrics(out / METRICS)):
+    while not any(line["step"] >= step for line in read_records(out / METRICS)):
         assert process.poll() is None and time.monotonic() < limit, f"step {step} was not reached"
         time.sleep(0.02)
 
@@ -106,7 +107,7 @@ def test_killed_then_stopped_by_a_signal_it_ends_with_the_undisturbed_bits(text:
     job = begin(text, out)
     assert job.wait(90) == 0
     assert checksums(out) == checksums(tmp_path / "whole")
-    steps = [line["step"] for line in read_metrics(out / METRICS)]
+    steps = [line["step"] for line in read_records(out / METRICS)]
     assert steps == list(range(1, STEPS + 1)), "a step is missing or there twice"
 
 
@@ -115,7 +116,13 @@ def test_killed_then_stopped_by_a_signal_it_ends_with_the_undisturbed_bits(text:
     [
         (["corpus.batch_sise=2"], "unknown ['batch_sise']"),
         (["steps=0"], "steps is 0; give at least 1"),
-        (["parallel.device=cuda"], "this command trains on 'cpu' only"),
+        (["eval_every=5"], "nothing is held out and nothing is asked"),
+        (["eval_every=5", "samples.prompts=[To be]", "samples.max_tokens=300"], "more than the model's context of 256"),
+        (["samples.prompts=[To be]"], "no effect without eval_every"),
+        (["recompute=some"], "choose one of ['none', 'selective', 'full']"),
+        (["parallel.dp=9"], "every replica needs a sample"),
+        (["parallel.dtype=float16"], "choose 'bfloat16' or 'float32'"),
+        (["corpus.tokens_per_sample=300"], "more than the model's context of 256"),
         (["corpus.path=/nowhere.txt"], "corpus.path /nowhere.txt does not exist"),
         (["optimizer.learning_rate=0.5"], "set schedule.learning_rate"),
         (["scratch.tokenizer=null"], "nothing to train"),
@@ -140,13 +147,15 @@ def test_another_runs_folder_is_refused_before_anything_starts(
 
 
 def test_progress_says_loss_speed_and_time_left() -> None:
-    lines = [{"step": float(n), "loss": 5.0 - n, "seconds": 0.5, "tokens": 100.0} for n in (1, 2)]
-    assert progress_line(lines, 200) == "step 2/200  loss 3.0000  200 tokens/s  ETA 1:39"
+    lines = [{"step": n, "loss": 5.0 - n, "seconds": 0.5, "tokens": 100, "mfu": 0.25} for n in (1, 2)]
+    assert progress_line(lines, 200) == "step 2/200  loss 3.0000  200 tokens/s  MFU 25.0 %  ETA 1:39"
+    lines.append(lines[-1] | {"step": 100, "eval_loss": 2.5})
+    assert "[##########..........]  loss 3.0000  eval 2.5000" in progress_line(lines, 200, bar=True)
 
 
 def test_half_a_last_line_of_metrics_is_not_read(tmp_path: Path) -> None:
     (tmp_path / METRICS).write_text('{"step": 1}\n{"step":')
-    assert read_metrics(tmp_path / METRICS) == [{"step": 1}]
+    assert read_records(tmp_path / METRICS) == [{"step": 1}]
 
 
 def test_a_folder_in_which_a_job_trains_is_free_again_when_that_job_is_gone(tmp_path: Path) -> None:

@@ -13,9 +13,10 @@ import torch
 import transformers
 
 from cluster.actors.group import WorkerGroup
-from cluster.actors.spec import ParallelConfig
-from cluster.actors.training import METRICS, CorpusConfig, TrainSpec, claim_folder, folder_origin, read_metrics
+from cluster.actors.train_spec import CorpusConfig, TrainParallel, TrainSpec
 from cluster.training.checkpoint import latest_checkpoint
+from cluster.training.metrics import read_records
+from cluster.training.run_folder import METRICS, claim_folder, folder_origin
 from cluster.training.schedule import Schedule
 from launch.init import copy_tokenizer, write_random
 from parallel.errors import ConfigError, TpError
@@ -42,13 +43,13 @@ def spec(start: Path, out: Path, steps: int = 6) -> TrainSpec:
     return TrainSpec(
         model=str(start), origin=folder_origin(start), out=str(out), steps=steps, save_every=2,
         corpus=CorpusConfig(path=str(start / "text.txt"), tokens_per_sample=16, batch_size=4),
-        schedule=Schedule(learning_rate=1e-2, warmup_steps=1, total_steps=6), parallel=ParallelConfig(tp=2),
+        schedule=Schedule(learning_rate=1e-2, warmup_steps=1, total_steps=6), parallel=TrainParallel(tp=2),
     )  # fmt: skip
 
 
 def go(spec: TrainSpec) -> dict[str, str]:
     """Runs to the last step; the checksums of all files of its checkpoint."""
-    claim_folder(spec)
+    claim_folder(Path(spec.out), spec.run())
     group = WorkerGroup(spec, size=2)
     limit = time.monotonic() + 60
     try:
@@ -72,7 +73,7 @@ def test_a_run_leaves_metrics_and_a_checkpoint_that_transformers_opens(
     undisturbed: tuple[Path, dict[str, str]],
 ) -> None:
     out, _ = undisturbed
-    lines = read_metrics(out / METRICS)
+    lines = read_records(out / METRICS)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert lines[0]["learning_rate"] == 0.0 and lines[-1]["loss"] < lines[0]["loss"] - 0.5
     newest = latest_checkpoint(out)
@@ -90,7 +91,7 @@ def test_stopped_after_three_steps_it_goes_on_to_the_bits_and_metrics_of_the_und
     go(spec(start, tmp_path, steps=3))
     assert go(spec(start, tmp_path)) == sums
     timeless = [
-        [(line["step"], line["loss"], line["grad_norm"], line["learning_rate"]) for line in read_metrics(f / METRICS)]
+        [(line["step"], line["loss"], line["grad_norm"], line["learning_rate"]) for line in read_records(f / METRICS)]
         for f in (out, tmp_path)
     ]
     assert timeless[0] == timeless[1]
@@ -100,13 +101,13 @@ def test_another_runs_folder_is_refused_by_what_differs(
     start: Path, tmp_path: Path, undisturbed: tuple[Path, dict[str, str]]
 ) -> None:
     mine = spec(start, undisturbed[0])
-    claim_folder(mine)
+    claim_folder(Path(mine.out), mine.run())
     other = replace(mine, corpus=replace(mine.corpus, seed=1), origin="other weights")
     with pytest.raises(ConfigError, match=r"belongs to another run \(its corpus, origin differ\)"):
-        claim_folder(other)
+        claim_folder(Path(other.out), other.run())
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(ConfigError, match="it is not a run of this command"):
-        claim_folder(spec(start, tmp_path))
+        claim_folder(tmp_path, spec(start, tmp_path).run())
 
 
 def test_the_ranks_themselves_refuse_a_checkpoint_of_another_run(

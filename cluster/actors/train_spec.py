@@ -1,0 +1,177 @@
+"""What a training run is made of: first weights, text, schedule, layout, and what is shown of it on the way.
+
+Values that pickle and check themselves; the command line and presets fill them in, the ranks read them. Knows no Ray.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from cluster.actors.place import Place
+from cluster.actors.spec import Device, Dtype, Numerics, ParallelConfig, Transport
+from cluster.engine.request import SamplingParams
+from cluster.training.data.split import SplitRule
+from cluster.training.optimizer import OptimizerConfig
+from cluster.training.schedule import Schedule
+from parallel.errors import ConfigError
+
+if TYPE_CHECKING:
+    from cluster.actors.worker import Phases, Program
+
+Recompute = Literal["none", "selective", "full"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusConfig:
+    """Which text, how it is cut into batches, and which part of it is held out."""
+
+    path: str
+    separator: str | None = None  # between documents of a text file; None: a file is one document
+    tokens_per_sample: int = 128
+    batch_size: int = 8  # samples of one step, over all replicas
+    seed: int = 0
+    split: SplitRule = field(default_factory=SplitRule)
+
+    def __post_init__(self) -> None:
+        for name in ("tokens_per_sample", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"corpus.{name} is {getattr(self, name)}; give at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """What the model is asked to continue whenever it is evaluated. temperature 0 is greedy."""
+
+    prompts: tuple[str, ...] = ()
+    max_tokens: int = 48
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise ConfigError(f"samples.max_tokens is {self.max_tokens}; give at least 1")
+        if self.temperature < 0:
+            raise ConfigError(f"samples.temperature is {self.temperature}; give 0 for greedy, or more")
+
+    def params(self) -> SamplingParams:
+        return SamplingParams(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, seed=self.seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainParallel:
+    """How a model is spread, `tp` ranks to a replica and `dp` replicas, and in what type it computes (None: the
+    checkpoint's own).
+    """
+
+    tp: int = 1
+    dp: int = 1
+    sequence_parallel: bool = False  # divide activations between the sharded layers by tokens
+    device: Device = "cpu"
+    dtype: Dtype | None = None
+    numerics: Numerics = "invariant"
+    transport: Transport = "auto"
+    threads: int | None = None  # per rank; None: the node's cores, shared out among its ranks
+    collective_timeout_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        shared = {f.name for f in fields(ParallelConfig)} - {"dp"}
+        ParallelConfig(**{name: getattr(self, name) for name in shared})  # the same rules
+        if self.dp < 1:
+            raise ConfigError(f"parallel.dp is {self.dp}; it must be at least 1")
+        if self.dtype == "float16":
+            raise ConfigError("parallel.dtype is 'float16', whose gradients underflow; choose 'bfloat16' or 'float32'")
+
+    @property
+    def world(self) -> int:
+        return self.tp * self.dp
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSpec:
+    """One run. `origin` says which weights it starts from, wherever `model` lies."""
+
+    model: str
+    origin: str
+    out: str
+    corpus: CorpusConfig
+    schedule: Schedule
+    steps: int
+    save_every: int = 100
+    keep: int = 2
+    micro_batch_tokens: int | None = None  # of one forward and backward, per replica; None: all of its share at once
+    recompute: Recompute = "none"
+    attention_backend: str | None = None
+    dropout: bool = True  # as config.json says; false: none
+    eval_every: int | None = None  # steps between evaluations and samples, which also follow the last step
+    eval_batches: int = 8
+    samples: SampleConfig = field(default_factory=SampleConfig)
+    tensorboard: bool = False
+    peak_flops: float | None = None  # of one rank, that utilisation is relative to; None: measured at the start
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    parallel: TrainParallel = field(default_factory=TrainParallel)
+    start_timeout_s: float = 600.0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "save_every", "keep", "eval_batches", "eval_every", "micro_batch_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value}; give at least 1")
+        if self.recompute not in get_args(Recompute):
+            raise ConfigError(f"recompute is {self.recompute!r}; choose one of {list(get_args(Recompute))}")
+        if self.peak_flops is not None and not self.peak_flops > 0:
+            raise ConfigError(f"peak_flops is {self.peak_flops}; give floating-point operations per second above 0")
+        if self.optimizer.learning_rate != OptimizerConfig.learning_rate:
+            raise ConfigError("optimizer.learning_rate has no effect beside a schedule; set schedule.learning_rate")
+        if self.corpus.batch_size < self.parallel.dp:
+            raise ConfigError(
+                f"corpus.batch_size is {self.corpus.batch_size}, less than parallel.dp {self.parallel.dp}: every "
+                "replica needs a sample; raise the first or lower the second"
+            )
+        self._check_evaluation()
+
+    def _check_evaluation(self) -> None:
+        if self.eval_every is None:
+            if self.samples.prompts:
+                raise ConfigError("samples.prompts has no effect without eval_every; set it, or leave the prompts out")
+        elif self.corpus.split.eval_fraction == 0.0 and not self.samples.prompts:
+            raise ConfigError(
+                "eval_every is set, but nothing is held out and nothing is asked; set corpus.split.eval_fraction, as "
+                "in 0.05, or samples.prompts"
+            )
+
+    def __call__(self, place: Place, phases: Phases) -> Program:
+        """Makes a rank's program; the imports it needs are made on the rank."""
+        with phases("imports"):
+            from cluster.actors.training import TrainRank
+        return TrainRank(self, place, phases)
+
+    def run(self) -> dict[str, Any]:
+        """Everything that decides the run's numbers but how long it goes on and how it is spread over ranks."""
+        corpus = {name: value for name, value in asdict(self.corpus).items() if name != "path"}
+        decided = {
+            "origin": self.origin,
+            "corpus": corpus,
+            "schedule": asdict(self.schedule),
+            "optimizer": asdict(self.optimizer),
+            "dtype": self.parallel.dtype,
+            "numerics": self.parallel.numerics,
+            "dropout": self.dropout,
+        }
+        return dict(json.loads(json.dumps(decided)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainFacts:
+    """What a training rank says of itself when it is ready."""
+
+    family: str
+    dtype: str
+    parameters: int  # of the whole model
+    step: int  # from which it goes on
+    tokens: int  # of the corpus
+    peak_flops: float  # of this rank
+    peak_source: str  # where that figure is from

@@ -1,0 +1,76 @@
+"""What a job computes with packed batches: an optimiser step, and the loss on held-out text.
+
+Every rank calls these with its own replica's share of the same batch and gets the same numbers, those of the global
+batch: the loss is summed over replicas, and so is the arithmetic.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+
+from cluster.training.data.batch import Batch
+from cluster.training.data.loader import Loader
+from cluster.training.data.packed import PackedDataset
+from cluster.training.flops import ModelFlops
+from cluster.training.trainer import TrainBatch, Trainer
+from parallel.group import Group
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """What a step's arithmetic is and what it is measured against: floating-point operations, and those that all ranks
+    together could do in a second.
+    """
+
+    flops: ModelFlops
+    peak: float
+
+
+def train_batch(batch: Batch, device: torch.device, normaliser: float) -> TrainBatch:
+    """A batch of the data as the trainer takes it."""
+    return TrainBatch(
+        token_ids=batch.token_ids.to(device), targets=batch.targets.to(device),
+        weights=batch.loss_weights.to(device), lengths=batch.lengths, normaliser=normaliser,
+    )  # fmt: skip
+
+
+def take_step(trainer: Trainer, batch: Batch, rate: float, speed: Speed) -> dict[str, float]:
+    """One optimiser step, as its record."""
+    began = time.perf_counter()
+    device = next(trainer.model.parameters()).device
+    own = train_batch(batch, device, float(batch.global_weight))
+    passed = trainer.forward_backward(own)
+    done = trainer.optim_step(rate)
+    loss, flops = summed([passed.loss, float(speed.flops(own.lengths))], trainer.groups.dp, device)
+    seconds = time.perf_counter() - began
+    return {
+        "step": done.step, "loss": loss, "grad_norm": done.grad_norm, "learning_rate": rate,
+        "tokens": batch.global_tokens, "seconds": seconds, "tokens_per_s": batch.global_tokens / seconds,
+        "mfu": flops / seconds / speed.peak,
+    }  # fmt: skip
+
+
+def held_out_loss(trainer: Trainer, dataset: PackedDataset, batch_size: int, batches: int) -> float:
+    """Nats per token over the first batches of the held-out part, the same ones every time."""
+    groups, device = trainer.groups, next(trainer.model.parameters()).device
+    loader = Loader(dataset, batch_size=batch_size, dp_rank=groups.dp.rank, dp_size=groups.dp.size, epochs=1)
+    total, weight = 0.0, 0
+    for batch in islice(loader, batches):
+        if batch.num_tokens:  # a replica's share of the last batch may be empty
+            total += trainer.evaluate(train_batch(batch, device, normaliser=1.0)).loss
+        weight += batch.global_weight
+    (total,) = summed([total], groups.dp, device)
+    return total / max(1, weight)
+
+
+def summed(values: Sequence[float], group: Group, device: torch.device) -> list[float]:
+    """Each of some numbers, added over a group's ranks. One collective, in groups of more than one."""
+    if group.size == 1:
+        return list(values)
+    mine = torch.tensor(values, dtype=torch.float64, device=device)
+    return [float(value) for value in group.talk.sum(mine)]

@@ -1,0 +1,129 @@
+"""How a run is shown: one line that says how far it is, rewritten on a terminal, and what the model says on the way.
+
+Reads the files that the run writes and asks it nothing.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from cluster.actors.train_spec import TrainFacts, TrainSpec
+from cluster.training.checkpoint import latest_checkpoint
+from cluster.training.metrics import read_records
+from cluster.training.run_folder import METRICS, SAMPLES
+from parallel.errors import WorkerError
+
+POLL_S = 0.2
+LINE_S = 5.0
+"""Between lines of progress where the output is not a terminal."""
+BAR_CELLS = 20
+RECENT = 10
+
+
+def header(spec: TrainSpec, facts: TrainFacts) -> str:
+    """What is about to happen."""
+    parallel = spec.parallel
+    layout = f"tp={parallel.tp}" + (f" dp={parallel.dp}" if parallel.dp > 1 else "")
+    return (
+        f"training {facts.family} ({facts.dtype}), {facts.parameters / 1e6:.1f} M parameters, on {facts.tokens} "
+        f"tokens, {layout}, from step {facts.step} to {spec.steps}: {spec.out}\n"
+        f"MFU is relative to {facts.peak_flops / 1e9:.0f} GFLOP/s per rank: {facts.peak_source}"
+    )
+
+
+def watch(spec: TrainSpec, wait_fault: Callable[[float], str | None], stop: threading.Event) -> None:
+    """Shows progress until the last checkpoint is complete or a signal came; a fault is raised."""
+    out = Path(spec.out)
+    shown = Display(spec.steps, len(read_records(out / SAMPLES)))
+    while not stop.is_set():
+        fault = wait_fault(POLL_S)
+        if fault is not None:
+            shown.end_line()
+            raise WorkerError(f"the run stopped: {fault}; the same command goes on from the last checkpoint")
+        done = _saved_step(out) >= spec.steps
+        shown.samples(read_records(out / SAMPLES) if spec.samples.prompts else [])
+        shown.progress(read_records(out / METRICS), last=done)
+        if done:
+            return
+    shown.end_line()
+
+
+def _saved_step(out: Path) -> int:
+    newest = latest_checkpoint(out)
+    return int(newest.name.removeprefix("step-")) if newest else 0
+
+
+class Display:
+    """The run on the screen."""
+
+    def __init__(self, steps: int, samples_before: int, terminal: bool | None = None) -> None:
+        self._steps = steps
+        self._terminal = sys.stdout.isatty() if terminal is None else terminal
+        self._shown, self._when, self._open = 0, 0.0, False
+        self._samples = samples_before
+
+    def progress(self, lines: Sequence[dict[str, Any]], last: bool) -> None:
+        """The line of the newest step, where it is time for one."""
+        if not lines:
+            return
+        step = int(lines[-1]["step"])
+        due = self._terminal or last or time.monotonic() - self._when > LINE_S
+        if due and step > self._shown:
+            start, end = ("\r\x1b[K", "") if self._terminal else ("", "\n")
+            print(start + progress_line(lines, self._steps, bar=self._terminal), end=end, flush=True)
+            self._shown, self._when, self._open = step, time.monotonic(), self._terminal
+        if last:
+            self.end_line()
+
+    def samples(self, records: Sequence[dict[str, Any]]) -> None:
+        """Those that were not there before, each once."""
+        for record in records[self._samples :]:
+            self.end_line()
+            print(sample_line(record), flush=True)
+        self._samples = max(self._samples, len(records))
+
+    def end_line(self) -> None:
+        """Whatever is printed next starts on a line of its own."""
+        if self._open:
+            print(flush=True)
+        self._open = False
+
+
+def progress_line(lines: Sequence[dict[str, Any]], steps: int, bar: bool = False) -> str:
+    """How far a run is; speed, utilisation and time left from its last ten steps."""
+    recent = lines[-RECENT:]
+    seconds = sum(line["seconds"] for line in recent)
+    step = int(lines[-1]["step"])
+    held_out = next((line["eval_loss"] for line in reversed(lines) if "eval_loss" in line), None)
+    parts = [
+        f"step {step}/{steps}",
+        *([_bar(step / steps)] if bar else []),
+        f"loss {lines[-1]['loss']:.4f}",
+        *([] if held_out is None else [f"eval {held_out:.4f}"]),
+        f"{sum(line['tokens'] for line in recent) / seconds:.0f} tokens/s",
+        f"MFU {100 * sum(line['mfu'] * line['seconds'] for line in recent) / seconds:.1f} %",
+        f"ETA {_clock((steps - step) * seconds / len(recent))}",
+    ]
+    return "  ".join(parts)
+
+
+def sample_line(record: dict[str, Any]) -> str:
+    """A prompt and, after a bar, what the model made of it; on one line."""
+    text = " ".join(f"{record['prompt']}|{record['text']}".split())
+    return f"  sample, step {record['step']}: {text}"
+
+
+def _bar(done: float) -> str:
+    full = int(BAR_CELLS * min(1.0, done))
+    return "[" + "#" * full + "." * (BAR_CELLS - full) + "]"
+
+
+def _clock(seconds: float) -> str:
+    minutes, left = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{left:02d}" if hours else f"{minutes}:{left:02d}"
