@@ -20,10 +20,11 @@ from parallel.norm import LayerNorm
 from parallel.shard import Replicated, full_shape_of, rule_of
 from tp_decoders.config import DecoderConfig
 from tp_decoders.decoder import Decoder, Place
+from tp_decoders.lora import whole_parameters
 from tp_decoders.names import NameMap
 from tp_decoders.registry import TASKS, family_of, read_config
 from tp_decoders.save_files import FolderWriter, TensorPlan
-from tp_decoders.tensor_files import Checkpoint, open_checkpoint
+from tp_decoders.tensor_files import Checkpoint, TensorFile, open_checkpoint
 
 MAX_SHARD_SIZE = 5_000_000_000
 HEAD_WEIGHT = "head.linear.weight"
@@ -53,14 +54,14 @@ def load(
     config = read_config(folder)
     with open_checkpoint(folder) as checkpoint:
         model = build(config, group, dtype or checkpoint.dtype, device)
-        sources = _match(model, checkpoint, family_of(config.model_type).names)
+        sources = match_tensors(model, checkpoint, family_of(config.model_type).names)
         for ours, parameter in model.named_parameters():
-            _fill(parameter, checkpoint, *sources[ours], group.rank)
+            fill(parameter, checkpoint, *sources[ours], group.rank)
     model.source = folder
     return model
 
 
-def _match(model: Decoder, checkpoint: Checkpoint, names: NameMap) -> dict[str, tuple[str, bool]]:
+def match_tensors(model: Decoder, checkpoint: Checkpoint, names: NameMap) -> dict[str, tuple[str, bool]]:
     """Where each parameter lies in the checkpoint: (its name there, whether it is stored transposed)."""
     wanted = dict(model.named_parameters())
     sources: dict[str, tuple[str, bool]] = {}
@@ -104,7 +105,10 @@ def _refuse(folder: Path, problems: dict[str, list[str]]) -> None:
 
 
 @torch.no_grad()
-def _fill(parameter: nn.Parameter, checkpoint: Checkpoint, theirs: str, transposed: bool, rank: int) -> None:
+def fill(
+    parameter: nn.Parameter, checkpoint: Checkpoint | TensorFile, theirs: str, transposed: bool, rank: int
+) -> None:
+    """Reads the rank's slices of a stored tensor into its parameter."""
     rule, start = rule_of(parameter), 0
     for index in rule.pieces(full_shape_of(parameter), rank):
         width = index[rule.dim].stop - index[rule.dim].start
@@ -117,18 +121,18 @@ def _fill(parameter: nn.Parameter, checkpoint: Checkpoint, theirs: str, transpos
 def save(model: Decoder, path: str | Path, max_shard_size: int = MAX_SHARD_SIZE) -> None:
     """Writes a folder that transformers loads, complete or not at all; it must be new or empty. All ranks call this."""
     group, names = model.group, family_of(model.config.model_type).names
-    lines = [(*names.theirs(ours), parameter) for ours, parameter in model.named_parameters()]
+    lines = [(*names.theirs(ours), parameter) for ours, parameter in whole_parameters(model)]
     plans = [
         TensorPlan(theirs, full_shape_of(p)[::-1] if name.transposed else full_shape_of(p), p.dtype)
         for name, theirs, p in lines
     ]
     writer = FolderWriter(Path(path), plans, max_shard_size) if group.rank == 0 else None
-    _agree(group, writer.start() if writer else None)
+    agree(group, writer.start() if writer else None)
     for name, theirs, parameter in lines:
         full = full_tensor(parameter, group)
         if writer is not None and full is not None:
             writer.write(theirs, full.t() if name.transposed else full)
-    _agree(group, writer.finish(model.config.hf, model.source) if writer else None)
+    agree(group, writer.finish(model.config.hf, model.source) if writer else None)
 
 
 @torch.no_grad()
@@ -144,7 +148,7 @@ def full_tensor(parameter: Tensor, group: Group) -> Tensor | None:
     return None if gathered is None else rule.join(gathered.split(sizes, rule.dim))
 
 
-def _agree(group: Group, error: str | None) -> None:
+def agree(group: Group, error: str | None) -> None:
     """Raises on every rank what rank 0 could not do."""
     if group.size > 1:
         error = group.talk.broadcast_bytes((error or "").encode() if group.rank == 0 else None).decode()

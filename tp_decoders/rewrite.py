@@ -1,0 +1,97 @@
+"""A checkpoint written anew from any source, one tensor at a time: what `convert` does, whatever it reads.
+
+A source gives full tensors under the names and in the shapes of transformers; which those are, and in which order,
+follows from the configuration. Nothing of the model is held beyond the tensor under way, and the folder appears when it
+is complete or not at all. Layouts play no part: a checkpoint holds full tensors, and any number of ranks reads its
+slices from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from parallel.errors import CheckpointError
+from parallel.shard import full_shape_of
+from tp_decoders.config import DecoderConfig
+from tp_decoders.registry import family_of, read_config
+from tp_decoders.save_files import FolderWriter, TensorPlan
+from tp_decoders.tensor_files import Checkpoint, open_checkpoint
+from tp_decoders.weights import MAX_SHARD_SIZE, build, match_tensors
+
+
+class TensorSource(Protocol):
+    """Full tensors by transformers' names."""
+
+    @property
+    def folder(self) -> Path: ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type to write unless another is asked for."""
+        ...
+
+    def read(self, name: str) -> Tensor: ...
+
+
+def tensor_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """The tensors of a checkpoint of this configuration, in the order they are written."""
+    names = family_of(config.model_type).names
+    shapes = {}
+    for ours, parameter in build(config, device="meta").named_parameters():
+        name, theirs = names.theirs(ours)
+        shapes[theirs] = full_shape_of(parameter)[::-1] if name.transposed else full_shape_of(parameter)
+    return shapes
+
+
+def rewrite(
+    source: TensorSource,
+    config: DecoderConfig,
+    target: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_size: int = MAX_SHARD_SIZE,
+) -> torch.dtype:
+    """Writes the folder; returns the type of its tensors. Tokenizer files beside the source come along."""
+    dtype = dtype or source.dtype
+    plans = [TensorPlan(name, shape, dtype) for name, shape in tensor_shapes(config).items()]
+    writer = FolderWriter(target, plans, max_shard_size)
+    _check(writer.start())
+    try:
+        for plan in plans:
+            writer.write(plan.name, source.read(plan.name).to(dtype))
+            _check(writer.error)
+    except BaseException as error:
+        writer.error = writer.error or repr(error)
+        writer.finish(config.hf, None)  # takes the draft away
+        raise
+    _check(writer.finish(config.hf, source.folder))
+    return dtype
+
+
+def _check(error: str | None) -> None:
+    if error:
+        raise CheckpointError(error)
+
+
+class HuggingFaceSource:
+    """A Hugging Face folder, in any of the forms that `load` reads."""
+
+    def __init__(self, folder: Path, stack: ExitStack) -> None:
+        """The files stay open until `stack` closes."""
+        self.folder = folder
+        self.config = read_config(folder)
+        self._checkpoint: Checkpoint = stack.enter_context(open_checkpoint(folder))
+        names = family_of(self.config.model_type).names
+        found = match_tensors(build(self.config, device="meta"), self._checkpoint, names)
+        self._stored: Mapping[str, str] = {names.theirs(ours)[1]: stored for ours, (stored, _) in found.items()}
+        self.dtype = self._checkpoint.dtype
+
+    def read(self, name: str) -> Tensor:
+        stored = self._stored[name]
+        return self._checkpoint.read(stored, tuple(slice(0, n) for n in self._checkpoint.shapes[stored]))
