@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,9 @@ from parallel.tokens import gather_tokens, scatter_tokens, token_shards
 from parallel.vocab import VocabEmbedding, VocabHead
 from tp_decoders.config import DecoderConfig
 from tp_decoders.names import NameMap
+
+if TYPE_CHECKING:
+    from tp_decoders.lora import LoraConfig
 
 
 class Place(TypedDict):
@@ -48,6 +51,7 @@ class Decoder(nn.Module):
     """Base of the families' models. Made in eval mode; gradients flow in eval mode too."""
 
     recompute: bool = False  # whole blocks are computed again in the backward instead of keeping their activations
+    lora: LoraConfig | None = None  # of the adapters beside the weights, if there are any (tp_decoders.lora)
     source: Path | None = None  # the folder it was loaded from: `save` takes the tokenizer's files from there
 
     def __init__(
