@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.actors.place import PlacementConfig
-from cluster.actors.spec import ParallelConfig
+from cluster.actors.spec import ParallelConfig, TrainingConfig
 from cluster.engine.config import EngineConfig
 from cluster.frontend.calls import FrontendConfig
 from cluster.rpc.limits import ServerLimits
@@ -31,6 +31,8 @@ FLAGS = {
     "port": "server.port",
     "kv_blocks": "engine.kv_blocks",
     "ray_address": "ray.address",
+    "train": "training.enabled",
+    "save_root": "training.save_root",
 }
 """Which setting a flag stands for."""
 ENVIRONMENT = {
@@ -70,6 +72,7 @@ class ServeConfig:
     model: str
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
     frontend: FrontendConfig = field(default_factory=FrontendConfig)
     limits: ServerLimits = field(default_factory=ServerLimits)
     server: ServerConfig = field(default_factory=ServerConfig)
@@ -89,6 +92,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ray-address", help="a standing Ray cluster, as in auto or HOST:6379 (default: start one here)"
     )
+    parser.add_argument(
+        "--train", action="store_const", const=True, help="let clients train the weights that serve (default: no)"
+    )
+    parser.add_argument("--save-root", metavar="FOLDER", help="where clients may save training states, by name")
     parser.add_argument("--preset", metavar="NAME", action="append", default=[], help="from configs/engine, or a path")
     parser.add_argument("--cluster", metavar="NAME", help="from configs/cluster, or a path")
     parser.add_argument(

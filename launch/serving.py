@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.actors.group import WorkerGroup
 from cluster.actors.session import ray_session
-from cluster.actors.spec import RankFacts, ServeSpec
+from cluster.actors.spec import RankFacts, ServeSpec, TrainingConfig
 from cluster.actors.worker import Ready
 from cluster.frontend.frontend import Frontend, State
 from cluster.frontend.socket_link import SocketLink
@@ -134,6 +134,7 @@ def ready_line(config: ServeConfig, model: Path, ready: Sequence[Ready], port: i
         f"ready: {config.server.host}:{port}  model {model.name} ({facts.family}, {facts.dtype})  "
         f"tp={config.parallel.tp} on {config.parallel.device} ({facts.transport}, attention {facts.attention})  "
         f"KV cache {tokens} tokens ({facts.kv_blocks} blocks of {facts.block_size}, {size:.1f} MB)"
+        + ("  training on" if config.training.enabled else "")
     )
 
 
@@ -151,8 +152,15 @@ def _spec(config: ServeConfig, model: Path) -> ServeSpec:
         authkey=secrets.token_bytes(32),
         parallel=config.parallel,
         engine=config.engine,
+        training=_training(config.training),
         start_timeout_s=config.placement.start_timeout_s,
     )
+
+
+def _training(config: TrainingConfig) -> TrainingConfig:
+    """With the root as a path that means the same on every rank, whose working folders differ."""
+    root = config.save_root
+    return config if root is None else replace(config, save_root=str(Path(root).expanduser().resolve()))
 
 
 def _service_info(config: ServeConfig, model: Path, facts: RankFacts) -> ServiceInfo:

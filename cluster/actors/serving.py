@@ -7,6 +7,7 @@ EngineServer; when that is stopped it ends the command stream, which ends the ot
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import torch
 
@@ -20,8 +21,13 @@ from cluster.engine.engine import Engine
 from cluster.engine.executors import follow
 from cluster.engine.runner import ModelRunner
 from cluster.frontend.engine_server import EngineServer
-from cluster.training.remote import TRAIN, TrainLead, TrainSide
+from cluster.training.lead import TrainLead
+from cluster.training.remote import SaveConfig, TrainSide
+from cluster.training.room import training_room
+from cluster.training.states import StateFolder
+from cluster.training.trainer import TrainerConfig
 from parallel.attention import Causal
+from parallel.errors import ConfigError
 from parallel.mesh import Groups, Wiring, init_groups
 from parallel.native import library
 from tp_decoders import load
@@ -43,6 +49,7 @@ class ServeRank:
         self._engine: Engine | None = None
         self._server: EngineServer | None = None
         self._training: TrainSide | None = None
+        self._training_room = 0
 
     def start(self) -> RankFacts:
         parallel, phases = self._spec.parallel, self._phases
@@ -57,21 +64,23 @@ class ServeRank:
         with phases("warming up"):
             warm_up(model)
         with phases("making the key/value cache"):
-            free = free_memory(self._place, parallel.device)
-            self._runner = build_runner(model, self._spec.engine, free)
+            self._runner = build_runner(model, self._spec.engine, self._room_for_cache(model))
         self._commands = Commands(self._groups.tp.comm, parallel.collective_timeout_s)
-        self._training = TrainSide(self._runner, self._groups)
+        if self._spec.training.enabled:
+            self._training = self._train_side(self._runner, self._groups)
         if self._place.rank == 0:
             self._serve_engine(self._runner, self._commands)
         return self._facts(self._runner, cores)
 
     def run(self) -> None:
-        assert self._runner is not None and self._commands is not None and self._training is not None, "start first"
+        assert self._runner is not None and self._commands is not None, "start first"
         if self._server is None or self._engine is None:
-            follow(self._runner, self._commands, {TRAIN: self._training.follow})
-            return
-        self._server.serve()
-        self._engine.close()  # after a failure there is nobody to tell: not in a `finally`
+            follow(self._runner, self._commands, self._training.handlers if self._training else {})
+        else:
+            self._server.serve()
+            self._engine.close()  # after a failure there is nobody to tell: not in a `finally`
+        if self._training is not None:
+            self._training.close()
 
     def stop(self) -> None:
         if self._server is not None:
@@ -93,14 +102,34 @@ class ServeRank:
             place.rank, place.world, parallel.tp, parallel.dp, place.address, wiring=wiring, numerics=parallel.numerics
         )
 
+    def _room_for_cache(self, model: Decoder) -> int:
+        """What is free, less what training will take: its first call must find it."""
+        free, training = free_memory(self._place, self._spec.parallel.device), self._spec.training
+        if not training.enabled:
+            return free
+        saves = training.save_root is not None
+        self._training_room = room = training_room(model, training.micro_batch_tokens, training.recompute, saves)
+        if room >= free and self._spec.engine.kv_blocks is None:
+            raise ConfigError(
+                f"training needs about {room / 2**30:.2f} GiB on rank {self._place.rank}, {free / 2**30:.2f} GiB are "
+                "free: use more ranks, a smaller training.micro_batch_tokens or training.recompute=true; or set "
+                "engine.kv_blocks, which then is all that is checked"
+            )
+        return max(free - room, 0)
+
+    def _train_side(self, runner: ModelRunner, groups: Groups) -> TrainSide:
+        training = self._spec.training
+        root = None if training.save_root is None else StateFolder(Path(training.save_root)).root
+        config = TrainerConfig(micro_batch_tokens=training.micro_batch_tokens, recompute=training.recompute)
+        return TrainSide(runner, groups, config, SaveConfig(root=root, timeout_s=training.save_timeout_s))
+
     def _serve_engine(self, runner: ModelRunner, commands: Commands) -> None:
         ends = eos_token_ids(self._spec.model)
         if not ends:  # then the tokenizer may name the token that ends a text
             tokenizer = load_tokenizer(self._spec.model)
             ends = tokenizer.eos_token_ids if tokenizer else ()
         self._engine = build_engine(runner, self._spec.engine, ends, commands if self._place.world > 1 else None)
-        assert self._training is not None, "made before"
-        lead = TrainLead(self._training, commands, self._engine.weights_changed)
+        lead = TrainLead(self._training, commands, self._engine.weights_changed) if self._training else None
         self._server = EngineServer(self._engine, self._spec.authkey, host=self._place.node, training=lead)
 
     def _facts(self, runner: ModelRunner, cores: tuple[int, ...]) -> RankFacts:
@@ -113,6 +142,7 @@ class ServeRank:
             kv_blocks=runner.cache.num_blocks,
             block_size=layout.block_size,
             kv_bytes=runner.cache.num_blocks * layout.bytes_per_block,
+            training_bytes=self._training_room,
             attention=runner.backend.name,
             transport=_transport(model),
             cores=cores,

@@ -55,6 +55,25 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Whether clients may change the weights that serve (off unless asked for: the port has no other lock), and where
+    they may save them. All nodes must see `save_root` under the same path.
+    """
+
+    enabled: bool = False
+    save_root: str | None = None
+    micro_batch_tokens: int = 2048  # computed at once; a longer sequence is computed whole
+    recompute: bool = False
+    save_timeout_s: float = 600.0
+
+    def __post_init__(self) -> None:
+        if self.micro_batch_tokens < 1:
+            raise ConfigError(f"training.micro_batch_tokens is {self.micro_batch_tokens}; give at least 1")
+        if not self.save_timeout_s > 0:
+            raise ConfigError(f"training.save_timeout_s is {self.save_timeout_s}; give seconds above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ServeSpec:
     """A model served by one group. `authkey` is what a front-end must prove it knows."""
 
@@ -62,6 +81,7 @@ class ServeSpec:
     authkey: bytes = field(repr=False)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
     start_timeout_s: float = 600.0
 
     def __call__(self, place: Place, phases: Phases) -> Program:
@@ -81,6 +101,7 @@ class RankFacts:
     kv_blocks: int
     block_size: int
     kv_bytes: int
+    training_bytes: int  # kept free for training, 0 where that is off
     attention: str
     transport: str
     cores: tuple[int, ...]

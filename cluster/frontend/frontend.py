@@ -144,11 +144,14 @@ class Frontend:
         if self.state not in (State.FAILED, State.CLOSED):
             self._become(State.DRAINING)
         try:
-            await asyncio.wait_for(self._delivery.quiet.wait(), grace)
+            async with asyncio.timeout(grace):
+                await self._delivery.quiet.wait()
+                await self._training.quiet.wait()
         except TimeoutError:
             log.warning("drain: %d prompts still open after %g s are ended", len(self._journal), grace)
         left = list(self._journal)
         self._delivery.end(left, FinishReason.ABORTED)
+        self._training.fail(Draining("the server stopped before the training call was answered; it may be applied"))
         self.drained.set()
         return len(left)
 

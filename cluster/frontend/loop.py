@@ -16,7 +16,7 @@ from typing import Protocol
 
 from cluster.engine.request import EngineLoad, ModelLimits, Request, TokenEvent
 from cluster.frontend.link import EventSink, LinkEvent, Rejected, SampleId
-from cluster.training.calls import TrainAnswer, TrainCall, TrainingUnavailable
+from cluster.training.calls import Later, TrainAnswer, TrainCall, TrainingUnavailable
 from parallel.errors import CollectiveError, RequestError, TpError, WorkerError
 
 
@@ -44,8 +44,8 @@ class EngineSurface(Protocol):
         ...
 
 
-TrainFunction = Callable[[TrainCall], TrainAnswer]
-"""What executes training calls beside an engine, in the engine's thread."""
+TrainFunction = Callable[[TrainCall], TrainAnswer | Later]
+"""What executes training calls beside an engine, in the engine's thread; what is done elsewhere is answered later."""
 
 
 class EngineLoop:
@@ -145,18 +145,31 @@ class EngineLoop:
             answer.set_result(self._engine.load())
 
     def _train(self, call: TrainCall, answer: Future[TrainAnswer]) -> None:
+        if answer.set_running_or_notify_cancel():
+            self._settle(answer, partial(self._execute, call))
+
+    def _execute(self, call: TrainCall) -> TrainAnswer | Later:
+        if self._training is None:
+            raise TrainingUnavailable(
+                "this server only generates; start it with --train (training.enabled=true) to let its clients train"
+            )
+        return self._training(call)
+
+    def _settle(self, answer: Future[TrainAnswer], work: Callable[[], TrainAnswer | Later]) -> None:
         """A refusal is the call's own; anything else ends the loop, as in a step."""
-        if not answer.set_running_or_notify_cancel():
-            return
         try:
-            if self._training is None:
-                raise TrainingUnavailable("this server only generates; its engine was made without a trainer")
-            answer.set_result(self._training(call))
+            outcome = work()
         except (CollectiveError, WorkerError) as error:
             answer.set_exception(error)
             raise
         except TpError as error:
             answer.set_exception(error)
+        else:
+            if isinstance(outcome, Later):
+                finish = outcome.finish
+                outcome.done.add_done_callback(lambda _: self._post(partial(self._settle, answer, finish)))
+            else:
+                answer.set_result(outcome)
 
 
 def describe_fault(error: BaseException, rank: int, node: str) -> str:

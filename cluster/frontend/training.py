@@ -20,12 +20,14 @@ from cluster.frontend.link import EngineLink
 from cluster.training.calls import (
     CROSS_ENTROPY,
     DPO,
+    IGNORED_LABEL,
     IMPORTANCE_SAMPLING,
     PPO,
     Kind,
     TrainAnswer,
     TrainCall,
     TrainSequence,
+    name_rule,
 )
 from parallel.errors import TpError
 
@@ -59,12 +61,16 @@ class TrainingDesk:
 
     def __init__(self) -> None:
         self._waiting: set[asyncio.Future[TrainAnswer]] = set()
+        self.quiet = asyncio.Event()
+        """Set while no call is under way."""
+        self.quiet.set()
 
     async def train(self, link: EngineLink, call: TrainCall) -> TrainAnswer:
         """Cancelled before its turn, the call is never run."""
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[TrainAnswer] = loop.create_future()
         self._waiting.add(answer)
+        self.quiet.clear()
         source = link.train(call)
         source.add_done_callback(partial(_hand_over, loop, answer))
         try:
@@ -72,9 +78,11 @@ class TrainingDesk:
         finally:
             source.cancel()  # of no effect once it runs
             self._waiting.discard(answer)
+            if not self._waiting:
+                self.quiet.set()
 
     def fail(self, error: TpError) -> None:
-        """The engine is gone: whether the calls were applied is not known."""
+        """The engine is gone, or nobody waits for it any longer: whether the calls were applied is not known."""
         for answer in [answer for answer in self._waiting if not answer.done()]:
             answer.set_exception(error)
 
@@ -110,6 +118,9 @@ def check(call: TrainCall, limits: ModelLimits, config: FrontendConfig) -> None:
 def _violations(call: TrainCall, limits: ModelLimits, config: FrontendConfig) -> Iterator[tuple[str, str]]:
     yield from _retries(call, config)
     yield from _numbers(call)
+    rule = name_rule(call.name) if call.kind.takes_name else None
+    if rule is not None:
+        yield "name", rule
     if not call.kind.takes_sequences:
         return
     if call.loss not in NEEDS:
@@ -125,15 +136,15 @@ def _violations(call: TrainCall, limits: ModelLimits, config: FrontendConfig) ->
     for index, sequence in enumerate(call.sequences):
         for field, rule in _sequence(sequence, call.loss, limits):
             yield f"sequences[{index}].{field}", rule
-    if call.sequences and not any(not s.loss_weights or any(s.loss_weights) for s in call.sequences):
-        yield "sequences", "every loss weight is 0; nothing would be learned"
+    if call.sequences and not any(any(sequence.weights) for sequence in call.sequences):
+        yield "sequences", "every loss weight is 0 or every label -100; nothing would be learned"
 
 
 def _retries(call: TrainCall, config: FrontendConfig) -> Iterator[tuple[str, str]]:
     if len(call.idempotency_key) > config.max_request_id:
         yield "idempotency_key", f"{len(call.idempotency_key)} characters; at most {config.max_request_id}"
-    if call.idempotency_key or call.kind in (Kind.EVALUATE, Kind.STATE):
-        return
+    if call.idempotency_key or call.kind in (Kind.EVALUATE, Kind.STATE) or call.kind.writes:
+        return  # a name that was written is refused when it is given again
     if call.kind is Kind.FORWARD_BACKWARD:
         yield "idempotency_key", "missing; without it a repeated call would add its gradients twice"
     elif call.expected_step is None:
@@ -159,6 +170,7 @@ def _sequence(sequence: TrainSequence, loss: str, limits: ModelLimits) -> Iterat
     bad = next((i for i, token in enumerate(sequence.token_ids) if not 0 <= token < limits.vocab_size), None)
     if bad is not None:
         yield f"token_ids[{bad}]", f"{sequence.token_ids[bad]} is not a token; ids are 0 to {limits.vocab_size - 1}"
+    yield from _labels(sequence, limits)
     for name in PER_TOKEN:
         values: tuple[float, ...] = getattr(sequence, name)
         if not values and name in NEEDS.get(loss, ()):
@@ -170,3 +182,12 @@ def _sequence(sequence: TrainSequence, loss: str, limits: ModelLimits) -> Iterat
         if wrong is not None:
             rule = "finite and at least 0" if name == "loss_weights" else "finite"
             yield f"{name}[{wrong}]", f"{values[wrong]}; numbers must be {rule}"
+
+
+def _labels(sequence: TrainSequence, limits: ModelLimits) -> Iterator[tuple[str, str]]:
+    labels, length = sequence.labels, len(sequence.token_ids)
+    if labels and len(labels) != length:
+        yield "labels", f"{len(labels)} labels for {length} tokens; give {length}, one per token as in transformers"
+    wrong = next((i for i, x in enumerate(labels) if x != IGNORED_LABEL and not 0 <= x < limits.vocab_size), None)
+    if wrong is not None:
+        yield f"labels[{wrong}]", f"{labels[wrong]} is neither a token (0 to {limits.vocab_size - 1}) nor -100"

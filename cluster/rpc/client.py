@@ -181,6 +181,15 @@ class AsyncClient:
         request = training.EvaluateRequest(sequences=train_sequences(sequences), **fields)
         return await self.call(self.training.Evaluate, request, timeout)
 
+    async def save_state(self, name: str, *, timeout: float | None = None, **fields: Any) -> training.SaveStateResponse:
+        return await self.call(self.training.SaveState, training.SaveStateRequest(name=name, **fields), timeout)
+
+    async def load_state(self, name: str, *, timeout: float | None = None, **fields: Any) -> training.LoadStateResponse:
+        return await self.call(self.training.LoadState, training.LoadStateRequest(name=name, **fields), timeout)
+
+    async def export(self, name: str, *, timeout: float | None = None, **fields: Any) -> training.ExportResponse:
+        return await self.call(self.training.Export, training.ExportRequest(name=name, **fields), timeout)
+
     async def train_state(self, timeout: float | None = None) -> training.TrainState:
         return await self.call(self.training.GetTrainState, training.GetTrainStateRequest(), timeout)
 
@@ -255,6 +264,15 @@ class Client:
 
     def evaluate(self, sequences: Sequence[Sequence[int] | Fields], **fields: Any) -> training.EvaluateResponse:
         return self._runner.run(self._calls.evaluate(sequences, **fields))
+
+    def save_state(self, name: str, **fields: Any) -> training.SaveStateResponse:
+        return self._runner.run(self._calls.save_state(name, **fields))
+
+    def load_state(self, name: str, **fields: Any) -> training.LoadStateResponse:
+        return self._runner.run(self._calls.load_state(name, **fields))
+
+    def export(self, name: str, **fields: Any) -> training.ExportResponse:
+        return self._runner.run(self._calls.export(name, **fields))
 
     def train_state(self) -> training.TrainState:
         return self._runner.run(self._calls.train_state())

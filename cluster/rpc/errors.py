@@ -27,8 +27,24 @@ from cluster.frontend.errors import (
     SlowReader,
     Violation,
 )
-from cluster.training.calls import NotApplied, StepConflict, TrainingUnavailable
-from parallel.errors import CapacityError, CollectiveError, ConfigError, RequestError, TpError, WorkerError
+from cluster.training.calls import (
+    NoSaveRoot,
+    NoSuchState,
+    NotApplied,
+    SaveUnderWay,
+    StateExists,
+    StepConflict,
+    TrainingUnavailable,
+)
+from parallel.errors import (
+    CapacityError,
+    CheckpointError,
+    CollectiveError,
+    ConfigError,
+    RequestError,
+    TpError,
+    WorkerError,
+)
 
 DOMAIN = "tp-decoders"
 MAX_MESSAGE_CHARACTERS = 1000
@@ -61,7 +77,12 @@ TABLE = (
     Row(CollectiveError, StatusCode.UNAVAILABLE, "COLLECTIVE_FAULT", retryable=True),
     Row(StepConflict, StatusCode.FAILED_PRECONDITION, "STEP_CONFLICT"),
     Row(NotApplied, StatusCode.ABORTED, "NOT_APPLIED"),
-    Row(TrainingUnavailable, StatusCode.UNIMPLEMENTED, "NO_TRAINING"),
+    Row(TrainingUnavailable, StatusCode.FAILED_PRECONDITION, "NO_TRAINING"),
+    Row(NoSaveRoot, StatusCode.FAILED_PRECONDITION, "NO_SAVE_ROOT"),
+    Row(NoSuchState, StatusCode.NOT_FOUND, "NO_SUCH_STATE"),
+    Row(StateExists, StatusCode.ALREADY_EXISTS, "STATE_EXISTS"),
+    Row(SaveUnderWay, StatusCode.RESOURCE_EXHAUSTED, "SAVE_UNDER_WAY", retryable=True),
+    Row(CheckpointError, StatusCode.FAILED_PRECONDITION, "CHECKPOINT_FAILED"),
     Row(SlowReader, StatusCode.ABORTED, "SLOW_READER"),
     Row(RequestFailed, StatusCode.INTERNAL, "REQUEST_FAILED"),
     Row(ConfigError, StatusCode.FAILED_PRECONDITION, "CONFIGURATION"),

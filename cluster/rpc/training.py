@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from google.protobuf.message import Message
 
+from cluster.frontend.errors import NotImplementedField
 from cluster.frontend.frontend import Frontend
 from cluster.rpc.proto import training_pb2 as pb
 from cluster.rpc.proto.training_pb2_grpc import TrainingServicer
@@ -42,13 +43,27 @@ class Training(TrainingServicer):
     async def GetTrainState(self, request: pb.GetTrainStateRequest, context: grpc.aio.ServicerContext) -> pb.TrainState:
         answer = await self._frontend.train(train_call(Kind.STATE, request))
         counts = {"step": answer.step, "weight_version": answer.weight_version}
-        return pb.TrainState(**counts, waiting_calls=answer.waiting_calls)
+        saved = [pb.SavedState(name=state.name, bytes=state.size, step=state.step) for state in answer.saved]
+        return pb.TrainState(**counts, waiting_calls=answer.waiting_calls, saved=saved, saving=answer.saving)
+
+    async def SaveState(self, request: pb.SaveStateRequest, context: grpc.aio.ServicerContext) -> pb.SaveStateResponse:
+        answer = await self._frontend.train(train_call(Kind.SAVE, request))
+        return pb.SaveStateResponse(**_state(answer), bytes=answer.size)
+
+    async def LoadState(self, request: pb.LoadStateRequest, context: grpc.aio.ServicerContext) -> pb.LoadStateResponse:
+        return pb.LoadStateResponse(**_state(await self._frontend.train(train_call(Kind.LOAD, request))))
+
+    async def Export(self, request: pb.ExportRequest, context: grpc.aio.ServicerContext) -> pb.ExportResponse:
+        answer = await self._frontend.train(train_call(Kind.EXPORT, request))
+        return pb.ExportResponse(**_state(answer), bytes=answer.size)
 
 
 def train_call(kind: Kind, message: Any) -> TrainCall:
     """What a request asks for; a field that its kind does not have counts as not given."""
     fields = message.DESCRIPTOR.fields_by_name
     options = message.loss_options if "loss_options" in fields else None
+    if _optional(message, "dropout_seed") is not None:
+        raise NotImplementedField.of("dropout_seed", "leave it out; steps are taken without dropout")
     return TrainCall(
         kind=kind,
         sequences=tuple(map(_sequence, message.sequences)) if "sequences" in fields else (),
@@ -58,6 +73,8 @@ def train_call(kind: Kind, message: Any) -> TrainCall:
         normaliser=_optional(message, "normaliser"),
         expected_step=_optional(message, "expected_step"),
         idempotency_key=message.idempotency_key if "idempotency_key" in fields else "",
+        name=message.name if "name" in fields else "",
+        dropout_seed=_optional(message, "dropout_seed"),
     )
 
 
@@ -68,6 +85,7 @@ def _sequence(message: pb.TrainSequence) -> TrainSequence:
         old_logprobs=tuple(message.old_logprobs),
         advantages=tuple(message.advantages),
         reference_logprobs=tuple(message.reference_logprobs),
+        labels=tuple(message.labels),
     )
 
 
@@ -91,3 +109,8 @@ def _pass(answer: TrainAnswer) -> dict[str, Any]:
 
 def _step(answer: TrainAnswer) -> dict[str, Any]:
     return {"grad_norm": answer.grad_norm, "learning_rate": answer.learning_rate}
+
+
+def _state(answer: TrainAnswer) -> dict[str, Any]:
+    names = ("step", "name", "weight_version", "replayed")
+    return {name: getattr(answer, name) for name in names}

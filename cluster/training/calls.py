@@ -5,13 +5,19 @@ Numbers per token are one for each token after the first (what the token before 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 from parallel.errors import TpError
 
 CROSS_ENTROPY, IMPORTANCE_SAMPLING, PPO, DPO = "cross_entropy", "importance_sampling", "ppo", "dpo"
+IGNORED_LABEL = -100
+STATE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+RESERVED_NAMES = frozenset({"latest"})
 
 
 class StepConflict(TpError, RuntimeError):
@@ -26,6 +32,30 @@ class TrainingUnavailable(TpError, RuntimeError):
     """The engine behind this server cannot train."""
 
 
+class NoSaveRoot(TpError, RuntimeError):
+    """This server was given no folder for training states."""
+
+
+class NoSuchState(TpError, LookupError):
+    """No complete training state of this name."""
+
+
+class StateExists(TpError, FileExistsError):
+    """Something of this name is there already; nothing is ever written over."""
+
+
+class SaveUnderWay(TpError, RuntimeError):
+    """Another state is being written; one at a time."""
+
+
+def name_rule(name: str) -> str | None:
+    """What is wrong with a state's name; None where it may be one, and can then lead nowhere but into the root."""
+    if not STATE_NAME.fullmatch(name):
+        shown = repr(name[:40]) + ("..." if len(name) > 40 else "")
+        return f"{shown} is no name; give 1 to 100 of A-Z a-z 0-9 . _ -, beginning with a letter or a digit"
+    return f"{name!r} is reserved; choose another name" if name in RESERVED_NAMES else None
+
+
 class Kind(Enum):
     """Which call."""
 
@@ -33,6 +63,9 @@ class Kind(Enum):
     FORWARD_BACKWARD = "ForwardBackward"
     OPTIM_STEP = "OptimStep"
     EVALUATE = "Evaluate"
+    SAVE = "SaveState"
+    LOAD = "LoadState"
+    EXPORT = "Export"
     STATE = "GetTrainState"
 
     @property
@@ -43,16 +76,42 @@ class Kind(Enum):
     def applies_step(self) -> bool:
         return self in (Kind.TRAIN_STEP, Kind.OPTIM_STEP)
 
+    @property
+    def takes_name(self) -> bool:
+        return self in (Kind.SAVE, Kind.LOAD, Kind.EXPORT)
+
+    @property
+    def writes(self) -> bool:
+        return self in (Kind.SAVE, Kind.EXPORT)
+
+    @property
+    def changes_weights(self) -> bool:
+        return self.applies_step or self is Kind.LOAD
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSequence:
-    """One document. An empty tuple of weights means 1 each; of anything else, that it was not given."""
+    """One document. An empty tuple of weights means 1 each; of anything else, that it was not given. Labels are one per
+    token, as transformers has them (shifted here, not by the caller): what each token should have been, or -100.
+    """
 
     token_ids: tuple[int, ...]
     loss_weights: tuple[float, ...] = ()
     old_logprobs: tuple[float, ...] = ()
     advantages: tuple[float, ...] = ()
     reference_logprobs: tuple[float, ...] = ()
+    labels: tuple[int, ...] = ()
+
+    @property
+    def targets(self) -> tuple[int, ...]:
+        """What each token but the last should predict; -100 where nothing is learned."""
+        return (self.labels or self.token_ids)[1:]
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Of each target; 0 where it is ignored."""
+        weights = self.loss_weights or (1.0,) * len(self.targets)
+        return tuple(0.0 if t == IGNORED_LABEL else w for w, t in zip(weights, self.targets, strict=False))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +126,17 @@ class TrainCall:
     normaliser: float | None = None
     expected_step: int | None = None
     idempotency_key: str = ""
+    name: str = ""  # of a state
+    dropout_seed: int | None = None  # None: no dropout
+
+
+@dataclass(frozen=True)
+class SavedName:
+    """What lies under one name of the root. `step` of a state that LoadState takes, None of a plain checkpoint."""
+
+    name: str
+    step: int | None
+    size: int  # bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,3 +155,15 @@ class TrainAnswer:
     optimizer_seconds: float = 0.0
     waiting_calls: int = 0
     replayed: bool = False
+    name: str = ""
+    size: int = 0  # bytes written
+    saved: tuple[SavedName, ...] = ()
+    saving: str = ""  # the name that is being written
+
+
+@dataclass(frozen=True)
+class Later:
+    """An answer that is not there yet. Once `done` is, `finish` makes it, in the engine's thread; it may raise."""
+
+    done: Future[Any]
+    finish: Callable[[], TrainAnswer]

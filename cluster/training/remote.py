@@ -1,46 +1,64 @@
-"""Training of the model that serves, between engine steps: what every rank does, and what rank 0 decides.
-
-    rank 0: TrainLead(call) -- seen before? the present step? --> command stream --> TrainSide on every rank
-            --> weight_version rises, cached prefixes of the old weights are dropped
+"""Training of the model that serves, between engine steps: what every rank does when rank 0 (lead.py) says so.
 
 The trainer (optimiser state, gradients) is made at the first call that needs it. All ranks get the same call and see
-the same numbers, so they apply or refuse it alike. Saving is not done here.
+the same numbers, so they apply or refuse it alike. A save only copies out here; threads write, while streams go on. A
+load reads on every rank, then takes effect on all or none.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import replace
+import logging
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from cluster.engine.commands import Commands
 from cluster.engine.runner import ModelRunner
-from cluster.training.calls import DPO, Kind, NotApplied, StepConflict, TrainAnswer, TrainCall, TrainSequence
+from cluster.training import restore
+from cluster.training.calls import DPO, Kind, NotApplied, TrainAnswer, TrainCall, TrainSequence
+from cluster.training.checkpoint import Checkpointer
 from cluster.training.losses import LossOptions
 from cluster.training.trainer import PassResult, TrainBatch, Trainer, TrainerConfig
-from parallel.errors import ConfigError, RequestError
+from parallel.errors import CheckpointError, CollectiveError, ConfigError, RequestError
 from parallel.loss import IGNORE_INDEX
 from parallel.mesh import Groups
 
-TRAIN = "train"
-"""The name of the command."""
-STORED_ANSWERS = 64
+log = logging.getLogger(__name__)
+TRAIN, DROP_SAVE = "train", "drop save"
+"""The names of the commands: a call, and that the save under way is over."""
+CAUSE_BYTES = 512
 REFUSALS = (RequestError, ConfigError, FloatingPointError)
 """What every rank finds alike, from numbers all of them have; anything else ends the group."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaveConfig:
+    """Where states are saved (None: nowhere), and how long a rank waits for the others' parts of one."""
+
+    root: Path | None = None
+    timeout_s: float = 600.0
 
 
 class TrainSide:
     """One rank's part: the trainer over the runner's own model."""
 
-    def __init__(self, runner: ModelRunner, groups: Groups, config: TrainerConfig | None = None) -> None:
-        self._runner, self._groups = runner, groups
+    def __init__(
+        self, runner: ModelRunner, groups: Groups, config: TrainerConfig | None = None, saves: SaveConfig = SaveConfig()
+    ) -> None:
+        self._runner, self._groups, self.saves = runner, groups, saves
         self._config = config or TrainerConfig(micro_batch_tokens=2048)
         self._trainer: Trainer | None = None
         self._waiting = 0
+        root = saves.root
+        self._saver = None if root is None else Checkpointer(root, groups, keep=0, timeout_s=saves.timeout_s)
+
+    @property
+    def handlers(self) -> Mapping[str, Callable[..., object]]:
+        """What a follower does with each command."""
+        return {TRAIN: self.follow, DROP_SAVE: self.drop_save}
 
     def state(self) -> TrainAnswer:
         """Where training stands; makes no trainer."""
@@ -50,13 +68,39 @@ class TrainSide:
     def follow(self, call: TrainCall) -> None:
         """A follower's handler of the command: what the call's owner is told by rank 0 does not end this rank."""
         try:
-            self.execute(call)
-        except (RequestError, NotApplied):
+            if call.kind.writes:
+                self.save(call)
+            else:
+                self.execute(call)
+        except (RequestError, NotApplied, CheckpointError):
             return
+
+    def save(self, call: TrainCall) -> Future[Path]:
+        """On every rank at once: copies out; done when every rank's part is on the disk, or one has failed."""
+        assert self._saver is not None, "rank 0 asks for saves only where there is a root"
+        self._saver.drop()  # rank 0 begins the next one when the last is over
+        optimizer = self._ready().optimizer if call.kind is Kind.SAVE else None
+        extra = {"weight_version": self._runner.weight_version}
+        return self._saver.save(self._runner.model, optimizer, extra, name=call.name)
+
+    def drop_save(self) -> None:
+        """The save under way has failed somewhere: this rank's part of it ends."""
+        if self._saver is not None:
+            self._saver.drop()
+
+    def close(self) -> None:
+        """Lets a save under way come to its end."""
+        try:
+            if self._saver is not None:
+                self._saver.wait()
+        except (CheckpointError, TimeoutError) as error:
+            log.warning("a state was not saved: %s", error)
 
     def execute(self, call: TrainCall) -> TrainAnswer:
         """On every rank at once. A refused call leaves no gradient behind, and no weight changed."""
         trainer = self._ready()
+        if call.kind is Kind.LOAD:
+            return self._load(trainer, call)
         try:
             answer = self._pass(trainer, call) if call.kind.takes_sequences else self.state()
             if call.kind.applies_step:
@@ -85,6 +129,38 @@ class TrainSide:
             metrics=dict(result.metrics), forward_seconds=result.seconds,
         )  # fmt: skip
 
+    def _load(self, trainer: Trainer, call: TrainCall) -> TrainAnswer:
+        """Every rank reads its part; where all could, it takes effect on all."""
+        assert self.saves.root is not None, "rank 0 asks for loads only where there is a root"
+        folder, loaded, cause = self.saves.root / call.name, None, ""
+        try:
+            loaded = restore.read(folder, self._runner.model, self._groups.tp.rank)
+            restore.check_moments(loaded, trainer.optimizer, folder)
+        except (CheckpointError, OSError, RuntimeError, MemoryError) as error:
+            if isinstance(error, CollectiveError):
+                raise
+            cause = str(error) or repr(error)
+        cause = self._first_cause(cause)
+        if cause:
+            raise CheckpointError(f"nothing was loaded: {cause}")
+        assert loaded is not None, "a rank that read nothing gives a cause"
+        restore.apply(loaded, self._runner.model, trainer.optimizer)
+        self._waiting = 0
+        self._runner.weight_version += 1
+        return replace(self.state(), name=call.name)
+
+    def _first_cause(self, cause: str) -> str:
+        """The first rank's that has one, the same on all; ranks whose disks are slower are waited for."""
+        tp = self._groups.tp
+        if tp.size == 1:
+            return cause
+        tp.talk.barrier(self.saves.timeout_s)
+        own = cause.encode()[:CAUSE_BYTES].ljust(CAUSE_BYTES, b"\0")
+        given = torch.frombuffer(bytearray(own), dtype=torch.uint8).to(self._runner.device)
+        gathered = tp.talk.all_gather(given, [CAUSE_BYTES] * tp.size, 0).cpu()
+        texts = (bytes(part.tolist()).rstrip(b"\0").decode(errors="replace") for part in gathered.split(CAUSE_BYTES))
+        return next((f"rank {rank}: {text}" for rank, text in enumerate(texts) if text), "")
+
     def _apply(self, trainer: Trainer, call: TrainCall, answer: TrainAnswer) -> TrainAnswer:
         done = trainer.optim_step(config=replace(trainer.config.optimizer, **call.optimizer))
         self._waiting = 0
@@ -95,64 +171,17 @@ class TrainSide:
         )  # fmt: skip
 
 
-class TrainLead:
-    """Rank 0: lets each call through once, in its step. Called between engine steps, in the engine's thread."""
-
-    def __init__(self, side: TrainSide, commands: Commands, weights_changed: Callable[[], None]) -> None:
-        self._side, self._commands, self._weights_changed = side, commands, weights_changed
-        self._answers: OrderedDict[str, tuple[bytes, TrainAnswer]] = OrderedDict()
-
-    def __call__(self, call: TrainCall) -> TrainAnswer:
-        if call.kind is Kind.STATE:
-            return self._side.state()
-        digest = hashlib.sha256(repr(call).encode()).digest()
-        stored = self._stored(call, digest)
-        if stored is not None:
-            return stored
-        self._check_step(call)
-        self._commands.issue(TRAIN, call)
-        answer = self._side.execute(call)
-        if call.kind.applies_step:
-            self._weights_changed()
-        if call.idempotency_key:
-            self._answers[call.idempotency_key] = digest, answer
-            while len(self._answers) > STORED_ANSWERS:
-                self._answers.popitem(last=False)
-        return answer
-
-    def _stored(self, call: TrainCall, digest: bytes) -> TrainAnswer | None:
-        known = self._answers.get(call.idempotency_key) if call.idempotency_key else None
-        if known is None:
-            return None
-        if known[0] != digest:
-            raise StepConflict(
-                f"idempotency_key {call.idempotency_key!r} was used for another call, which was applied; "
-                "give every call its own key, and repeat a call unchanged"
-            )
-        return replace(known[1], replayed=True)
-
-    def _check_step(self, call: TrainCall) -> None:
-        state = self._side.state()
-        if call.expected_step is not None and call.expected_step != state.step:
-            raise StepConflict(
-                f"expected_step is {call.expected_step}, but {state.step} steps have been applied; nothing was "
-                "changed: ask GetTrainState, and repeat a call whose answer was lost with its idempotency_key"
-            )
-        if call.kind is Kind.OPTIM_STEP and state.waiting_calls == 0:
-            raise StepConflict("no gradients are waiting; call ForwardBackward before OptimStep")
-
-
 def batch_of(call: TrainCall, device: torch.device | str) -> TrainBatch:
     """The call's sequences, packed: each position holds what concerns the token it predicts."""
     tokens: list[int] = []
     targets: list[int] = []
     for sequence in call.sequences:
         tokens += sequence.token_ids
-        targets += [*sequence.token_ids[1:], IGNORE_INDEX]
+        targets += [*sequence.targets, IGNORE_INDEX]
     weights = _flat(call.sequences, "loss_weights", device)
     assert weights is not None, "weights have a default"
     pairs = len(call.sequences) / 2
-    usual = pairs if call.loss == DPO else sum(w for s in call.sequences for w in _weights(s))
+    usual = pairs if call.loss == DPO else sum(w for s in call.sequences for w in s.weights)
     return TrainBatch(
         token_ids=torch.tensor(tokens, dtype=torch.long, device=device),
         targets=torch.tensor(targets, dtype=torch.long, device=device),
@@ -165,15 +194,11 @@ def batch_of(call: TrainCall, device: torch.device | str) -> TrainBatch:
     )
 
 
-def _weights(sequence: TrainSequence) -> tuple[float, ...]:
-    return sequence.loss_weights or (1.0,) * (len(sequence.token_ids) - 1)
-
-
 def _flat(sequences: tuple[TrainSequence, ...], name: str, device: torch.device | str) -> Tensor | None:
     """The numbers of all sequences, 0 at each one's last position; None where they were not given."""
     values: list[float] = []
     for sequence in sequences:
-        own = _weights(sequence) if name == "loss_weights" else getattr(sequence, name)
+        own = sequence.weights if name == "loss_weights" else getattr(sequence, name)
         if not own:
             return None
         values += [*own, 0.0]

@@ -7,18 +7,20 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class TrainSequence(_message.Message):
-    __slots__ = ("token_ids", "loss_weights", "old_logprobs", "advantages", "reference_logprobs")
+    __slots__ = ("token_ids", "loss_weights", "old_logprobs", "advantages", "reference_logprobs", "labels")
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     LOSS_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     OLD_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     ADVANTAGES_FIELD_NUMBER: _ClassVar[int]
     REFERENCE_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    LABELS_FIELD_NUMBER: _ClassVar[int]
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     loss_weights: _containers.RepeatedScalarFieldContainer[float]
     old_logprobs: _containers.RepeatedScalarFieldContainer[float]
     advantages: _containers.RepeatedScalarFieldContainer[float]
     reference_logprobs: _containers.RepeatedScalarFieldContainer[float]
-    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., loss_weights: _Optional[_Iterable[float]] = ..., old_logprobs: _Optional[_Iterable[float]] = ..., advantages: _Optional[_Iterable[float]] = ..., reference_logprobs: _Optional[_Iterable[float]] = ...) -> None: ...
+    labels: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., loss_weights: _Optional[_Iterable[float]] = ..., old_logprobs: _Optional[_Iterable[float]] = ..., advantages: _Optional[_Iterable[float]] = ..., reference_logprobs: _Optional[_Iterable[float]] = ..., labels: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class LossOptions(_message.Message):
     __slots__ = ("clip_low", "clip_high", "beta", "label_smoothing")
@@ -63,7 +65,7 @@ class TrainTimings(_message.Message):
     def __init__(self, forward_backward: _Optional[float] = ..., optimizer: _Optional[float] = ...) -> None: ...
 
 class TrainStepRequest(_message.Message):
-    __slots__ = ("sequences", "loss", "loss_options", "optimizer", "expected_step", "idempotency_key", "normaliser")
+    __slots__ = ("sequences", "loss", "loss_options", "optimizer", "expected_step", "idempotency_key", "normaliser", "dropout_seed")
     SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     LOSS_FIELD_NUMBER: _ClassVar[int]
     LOSS_OPTIONS_FIELD_NUMBER: _ClassVar[int]
@@ -71,6 +73,7 @@ class TrainStepRequest(_message.Message):
     EXPECTED_STEP_FIELD_NUMBER: _ClassVar[int]
     IDEMPOTENCY_KEY_FIELD_NUMBER: _ClassVar[int]
     NORMALISER_FIELD_NUMBER: _ClassVar[int]
+    DROPOUT_SEED_FIELD_NUMBER: _ClassVar[int]
     sequences: _containers.RepeatedCompositeFieldContainer[TrainSequence]
     loss: str
     loss_options: LossOptions
@@ -78,7 +81,8 @@ class TrainStepRequest(_message.Message):
     expected_step: int
     idempotency_key: str
     normaliser: float
-    def __init__(self, sequences: _Optional[_Iterable[_Union[TrainSequence, _Mapping]]] = ..., loss: _Optional[str] = ..., loss_options: _Optional[_Union[LossOptions, _Mapping]] = ..., optimizer: _Optional[_Union[OptimizerOptions, _Mapping]] = ..., expected_step: _Optional[int] = ..., idempotency_key: _Optional[str] = ..., normaliser: _Optional[float] = ...) -> None: ...
+    dropout_seed: int
+    def __init__(self, sequences: _Optional[_Iterable[_Union[TrainSequence, _Mapping]]] = ..., loss: _Optional[str] = ..., loss_options: _Optional[_Union[LossOptions, _Mapping]] = ..., optimizer: _Optional[_Union[OptimizerOptions, _Mapping]] = ..., expected_step: _Optional[int] = ..., idempotency_key: _Optional[str] = ..., normaliser: _Optional[float] = ..., dropout_seed: _Optional[int] = ...) -> None: ...
 
 class TrainStepResponse(_message.Message):
     __slots__ = ("step", "loss", "grad_norm", "tokens", "learning_rate", "weight_version", "logprobs", "timings", "metrics", "replayed")
@@ -112,20 +116,22 @@ class TrainStepResponse(_message.Message):
     def __init__(self, step: _Optional[int] = ..., loss: _Optional[float] = ..., grad_norm: _Optional[float] = ..., tokens: _Optional[int] = ..., learning_rate: _Optional[float] = ..., weight_version: _Optional[int] = ..., logprobs: _Optional[_Iterable[_Union[SequenceLogprobs, _Mapping]]] = ..., timings: _Optional[_Union[TrainTimings, _Mapping]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., replayed: _Optional[bool] = ...) -> None: ...
 
 class ForwardBackwardRequest(_message.Message):
-    __slots__ = ("sequences", "loss", "loss_options", "expected_step", "idempotency_key", "normaliser")
+    __slots__ = ("sequences", "loss", "loss_options", "expected_step", "idempotency_key", "normaliser", "dropout_seed")
     SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     LOSS_FIELD_NUMBER: _ClassVar[int]
     LOSS_OPTIONS_FIELD_NUMBER: _ClassVar[int]
     EXPECTED_STEP_FIELD_NUMBER: _ClassVar[int]
     IDEMPOTENCY_KEY_FIELD_NUMBER: _ClassVar[int]
     NORMALISER_FIELD_NUMBER: _ClassVar[int]
+    DROPOUT_SEED_FIELD_NUMBER: _ClassVar[int]
     sequences: _containers.RepeatedCompositeFieldContainer[TrainSequence]
     loss: str
     loss_options: LossOptions
     expected_step: int
     idempotency_key: str
     normaliser: float
-    def __init__(self, sequences: _Optional[_Iterable[_Union[TrainSequence, _Mapping]]] = ..., loss: _Optional[str] = ..., loss_options: _Optional[_Union[LossOptions, _Mapping]] = ..., expected_step: _Optional[int] = ..., idempotency_key: _Optional[str] = ..., normaliser: _Optional[float] = ...) -> None: ...
+    dropout_seed: int
+    def __init__(self, sequences: _Optional[_Iterable[_Union[TrainSequence, _Mapping]]] = ..., loss: _Optional[str] = ..., loss_options: _Optional[_Union[LossOptions, _Mapping]] = ..., expected_step: _Optional[int] = ..., idempotency_key: _Optional[str] = ..., normaliser: _Optional[float] = ..., dropout_seed: _Optional[int] = ...) -> None: ...
 
 class ForwardBackwardResponse(_message.Message):
     __slots__ = ("step", "loss", "tokens", "weight_version", "logprobs", "timings", "metrics", "replayed")
@@ -219,16 +225,100 @@ class EvaluateResponse(_message.Message):
     metrics: _containers.ScalarMap[str, float]
     def __init__(self, step: _Optional[int] = ..., loss: _Optional[float] = ..., tokens: _Optional[int] = ..., weight_version: _Optional[int] = ..., logprobs: _Optional[_Iterable[_Union[SequenceLogprobs, _Mapping]]] = ..., timings: _Optional[_Union[TrainTimings, _Mapping]] = ..., metrics: _Optional[_Mapping[str, float]] = ...) -> None: ...
 
+class SaveStateRequest(_message.Message):
+    __slots__ = ("name", "expected_step", "idempotency_key")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_STEP_FIELD_NUMBER: _ClassVar[int]
+    IDEMPOTENCY_KEY_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    expected_step: int
+    idempotency_key: str
+    def __init__(self, name: _Optional[str] = ..., expected_step: _Optional[int] = ..., idempotency_key: _Optional[str] = ...) -> None: ...
+
+class SaveStateResponse(_message.Message):
+    __slots__ = ("step", "name", "bytes", "weight_version", "replayed")
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_VERSION_FIELD_NUMBER: _ClassVar[int]
+    REPLAYED_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    name: str
+    bytes: int
+    weight_version: int
+    replayed: bool
+    def __init__(self, step: _Optional[int] = ..., name: _Optional[str] = ..., bytes: _Optional[int] = ..., weight_version: _Optional[int] = ..., replayed: _Optional[bool] = ...) -> None: ...
+
+class LoadStateRequest(_message.Message):
+    __slots__ = ("name", "expected_step", "idempotency_key")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_STEP_FIELD_NUMBER: _ClassVar[int]
+    IDEMPOTENCY_KEY_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    expected_step: int
+    idempotency_key: str
+    def __init__(self, name: _Optional[str] = ..., expected_step: _Optional[int] = ..., idempotency_key: _Optional[str] = ...) -> None: ...
+
+class LoadStateResponse(_message.Message):
+    __slots__ = ("step", "name", "weight_version", "replayed")
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_VERSION_FIELD_NUMBER: _ClassVar[int]
+    REPLAYED_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    name: str
+    weight_version: int
+    replayed: bool
+    def __init__(self, step: _Optional[int] = ..., name: _Optional[str] = ..., weight_version: _Optional[int] = ..., replayed: _Optional[bool] = ...) -> None: ...
+
+class ExportRequest(_message.Message):
+    __slots__ = ("name", "expected_step", "idempotency_key")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_STEP_FIELD_NUMBER: _ClassVar[int]
+    IDEMPOTENCY_KEY_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    expected_step: int
+    idempotency_key: str
+    def __init__(self, name: _Optional[str] = ..., expected_step: _Optional[int] = ..., idempotency_key: _Optional[str] = ...) -> None: ...
+
+class ExportResponse(_message.Message):
+    __slots__ = ("step", "name", "bytes", "weight_version", "replayed")
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_VERSION_FIELD_NUMBER: _ClassVar[int]
+    REPLAYED_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    name: str
+    bytes: int
+    weight_version: int
+    replayed: bool
+    def __init__(self, step: _Optional[int] = ..., name: _Optional[str] = ..., bytes: _Optional[int] = ..., weight_version: _Optional[int] = ..., replayed: _Optional[bool] = ...) -> None: ...
+
 class GetTrainStateRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class SavedState(_message.Message):
+    __slots__ = ("name", "bytes", "step")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    bytes: int
+    step: int
+    def __init__(self, name: _Optional[str] = ..., bytes: _Optional[int] = ..., step: _Optional[int] = ...) -> None: ...
+
 class TrainState(_message.Message):
-    __slots__ = ("step", "weight_version", "waiting_calls")
+    __slots__ = ("step", "weight_version", "waiting_calls", "saved", "saving")
     STEP_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_VERSION_FIELD_NUMBER: _ClassVar[int]
     WAITING_CALLS_FIELD_NUMBER: _ClassVar[int]
+    SAVED_FIELD_NUMBER: _ClassVar[int]
+    SAVING_FIELD_NUMBER: _ClassVar[int]
     step: int
     weight_version: int
     waiting_calls: int
-    def __init__(self, step: _Optional[int] = ..., weight_version: _Optional[int] = ..., waiting_calls: _Optional[int] = ...) -> None: ...
+    saved: _containers.RepeatedCompositeFieldContainer[SavedState]
+    saving: str
+    def __init__(self, step: _Optional[int] = ..., weight_version: _Optional[int] = ..., waiting_calls: _Optional[int] = ..., saved: _Optional[_Iterable[_Union[SavedState, _Mapping]]] = ..., saving: _Optional[str] = ...) -> None: ...

@@ -54,6 +54,21 @@ class TrainingStub:
                 request_serializer=cluster_dot_rpc_dot_proto_dot_training__pb2.EvaluateRequest.SerializeToString,
                 response_deserializer=cluster_dot_rpc_dot_proto_dot_training__pb2.EvaluateResponse.FromString,
                 _registered_method=True)
+        self.SaveState = channel.unary_unary(
+                '/tp_decoders.v1.Training/SaveState',
+                request_serializer=cluster_dot_rpc_dot_proto_dot_training__pb2.SaveStateRequest.SerializeToString,
+                response_deserializer=cluster_dot_rpc_dot_proto_dot_training__pb2.SaveStateResponse.FromString,
+                _registered_method=True)
+        self.LoadState = channel.unary_unary(
+                '/tp_decoders.v1.Training/LoadState',
+                request_serializer=cluster_dot_rpc_dot_proto_dot_training__pb2.LoadStateRequest.SerializeToString,
+                response_deserializer=cluster_dot_rpc_dot_proto_dot_training__pb2.LoadStateResponse.FromString,
+                _registered_method=True)
+        self.Export = channel.unary_unary(
+                '/tp_decoders.v1.Training/Export',
+                request_serializer=cluster_dot_rpc_dot_proto_dot_training__pb2.ExportRequest.SerializeToString,
+                response_deserializer=cluster_dot_rpc_dot_proto_dot_training__pb2.ExportResponse.FromString,
+                _registered_method=True)
         self.GetTrainState = channel.unary_unary(
                 '/tp_decoders.v1.Training/GetTrainState',
                 request_serializer=cluster_dot_rpc_dot_proto_dot_training__pb2.GetTrainStateRequest.SerializeToString,
@@ -92,6 +107,29 @@ class TrainingServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SaveState(self, request, context):
+        """Weights and optimiser state under a new name of the server's folder; answered when the last byte is on the disk.
+        Only the copying out interrupts generation.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def LoadState(self, request, context):
+        """Back to a saved state: its weights, moments and step. weight_version rises all the same; waiting gradients are
+        dropped, and steps that are undone by it may be taken again under the keys they had.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Export(self, request, context):
+        """The weights alone, as a Hugging Face checkpoint.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetTrainState(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -120,6 +158,21 @@ def add_TrainingServicer_to_server(servicer, server):
                     servicer.Evaluate,
                     request_deserializer=cluster_dot_rpc_dot_proto_dot_training__pb2.EvaluateRequest.FromString,
                     response_serializer=cluster_dot_rpc_dot_proto_dot_training__pb2.EvaluateResponse.SerializeToString,
+            ),
+            'SaveState': grpc.unary_unary_rpc_method_handler(
+                    servicer.SaveState,
+                    request_deserializer=cluster_dot_rpc_dot_proto_dot_training__pb2.SaveStateRequest.FromString,
+                    response_serializer=cluster_dot_rpc_dot_proto_dot_training__pb2.SaveStateResponse.SerializeToString,
+            ),
+            'LoadState': grpc.unary_unary_rpc_method_handler(
+                    servicer.LoadState,
+                    request_deserializer=cluster_dot_rpc_dot_proto_dot_training__pb2.LoadStateRequest.FromString,
+                    response_serializer=cluster_dot_rpc_dot_proto_dot_training__pb2.LoadStateResponse.SerializeToString,
+            ),
+            'Export': grpc.unary_unary_rpc_method_handler(
+                    servicer.Export,
+                    request_deserializer=cluster_dot_rpc_dot_proto_dot_training__pb2.ExportRequest.FromString,
+                    response_serializer=cluster_dot_rpc_dot_proto_dot_training__pb2.ExportResponse.SerializeToString,
             ),
             'GetTrainState': grpc.unary_unary_rpc_method_handler(
                     servicer.GetTrainState,
@@ -235,6 +288,87 @@ class Training:
             '/tp_decoders.v1.Training/Evaluate',
             cluster_dot_rpc_dot_proto_dot_training__pb2.EvaluateRequest.SerializeToString,
             cluster_dot_rpc_dot_proto_dot_training__pb2.EvaluateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SaveState(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tp_decoders.v1.Training/SaveState',
+            cluster_dot_rpc_dot_proto_dot_training__pb2.SaveStateRequest.SerializeToString,
+            cluster_dot_rpc_dot_proto_dot_training__pb2.SaveStateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LoadState(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tp_decoders.v1.Training/LoadState',
+            cluster_dot_rpc_dot_proto_dot_training__pb2.LoadStateRequest.SerializeToString,
+            cluster_dot_rpc_dot_proto_dot_training__pb2.LoadStateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Export(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tp_decoders.v1.Training/Export',
+            cluster_dot_rpc_dot_proto_dot_training__pb2.ExportRequest.SerializeToString,
+            cluster_dot_rpc_dot_proto_dot_training__pb2.ExportResponse.FromString,
             options,
             channel_credentials,
             insecure,

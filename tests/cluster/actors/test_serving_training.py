@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from cluster.actors.group import WorkerGroup
-from cluster.actors.spec import ParallelConfig, ServeSpec
+from cluster.actors.spec import ParallelConfig, ServeSpec, TrainingConfig
 from cluster.engine.config import EngineConfig
 from cluster.frontend.frontend import Frontend
 from cluster.frontend.socket_link import SocketLink

@@ -19,7 +19,8 @@ from cluster.frontend.local_link import LocalLink
 from cluster.rpc.client import AsyncClient
 from cluster.rpc.proto import inference_pb2 as pb
 from cluster.rpc.server import build_server
-from cluster.training.remote import TrainLead, TrainSide
+from cluster.training.lead import TrainLead
+from cluster.training.remote import TrainSide
 from parallel.group import Group
 from parallel.mesh import Groups
 from tests.cluster.engine.tiny_models import save_tiny
@@ -240,6 +241,6 @@ def test_a_server_without_a_trainer_says_so(tiny: Path) -> None:
     async def main() -> None:
         async with training_service(tiny, trains=False) as client:
             call = client.train_step(DOCUMENTS, expected_step=0)
-            await refused(call, grpc.StatusCode.UNIMPLEMENTED, "only generates")
+            await refused(call, grpc.StatusCode.FAILED_PRECONDITION, "start it with --train")
 
     run(main(), 60)

@@ -15,7 +15,8 @@ from cluster.engine.executors import follow
 from cluster.engine.request import Request, ResponseOptions, SamplingParams, StoppingCriteria
 from cluster.engine.runner import ModelRunner
 from cluster.training.calls import Kind, NotApplied, StepConflict, TrainCall, TrainSequence
-from cluster.training.remote import TRAIN, TrainLead, TrainSide
+from cluster.training.lead import TrainLead
+from cluster.training.remote import TrainSide
 from parallel.errors import RequestError
 from parallel.group import Group
 from parallel.mesh import Groups
@@ -51,7 +52,7 @@ def serve_and_train(group: Group, folder: str) -> Any:
     commands = Commands(group.comm, 30.0)
     side = TrainSide(runner, Groups(group, Group.single()))
     if group.rank > 0:
-        follow(runner, commands, {TRAIN: side.follow})
+        follow(runner, commands, side.handlers)
         return None
     engine = build_engine(runner, CONFIG, (), commands if group.size > 1 else None)
     lead = TrainLead(side, commands, engine.weights_changed)
