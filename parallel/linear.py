@@ -251,7 +251,8 @@ class _RowSum(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def,override]
         grad = grad.contiguous()
         grads: list[Tensor | None] = [None]
-        xs, lows = ctx.saved_tensors[: len(ctx.layers)], ctx.saved_tensors[len(ctx.layers) :]
+        saved = ctx.saved_tensors  # asked for once: under recomputation they can be unpacked only once
+        xs, lows = saved[: len(ctx.layers)], saved[len(ctx.layers) :]
         for i, (layer, branch, x, low) in enumerate(zip(ctx.layers, ctx.branches, xs, lows, strict=True)):
             wants_x, wants_weight, wants_bias, wants_a, wants_b = ctx.needs_input_grad[1 + 5 * i : 6 + 5 * i]
             low_grad = branch.low_grad(grad) if branch and (wants_x or wants_a) else None
