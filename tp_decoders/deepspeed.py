@@ -29,6 +29,7 @@ BLOCK = re.compile(r"gpt_neox\.layers\.(\d+)\.(.+)")
 SUMMED = ("attention.dense.bias", "mlp.dense_4h_to_h.bias")
 BUFFERS = {"attention.rotary_emb.inv_freq", "attention.bias", "attention.masked_bias"}
 EMBEDDING, FIRST_BLOCK = 0, 2
+SHOWN = 4  # names in an error
 
 
 def find_layers(folder: Path) -> Path:
@@ -145,14 +146,14 @@ class _Parts:
         missing = [name for name in missing if not (self._folder / name).is_file()]
         if missing:
             raise CheckpointError(
-                f"{self._folder} has no {', '.join(missing)}, which a model of {n_layers} blocks in {self._num_parts} "
+                f"{self._folder} has no {_some(missing)}, which a model of {n_layers} blocks in {self._num_parts} "
                 "model-parallel parts has; fetch what is missing"
             )
         last = FIRST_BLOCK + n_layers + 2  # where the projection is tied, a copy of the embedding may lie there
         extra = sorted(path.name for (layer, _), path in self._files.items() if layer > last)
         if extra:
             raise CheckpointError(
-                f"{self._folder} holds {', '.join(extra)}, which a model of {n_layers} blocks does not have; give the "
+                f"{self._folder} holds {_some(extra)}, which a model of {n_layers} blocks does not have; give the "
                 "configuration that belongs to the checkpoint"
             )
 
@@ -170,6 +171,11 @@ class _Parts:
     def _name(self, layer: int, part: int) -> str:
         path = self._files.get((layer, part))
         return path.name if path else f"layer_{layer:02d}-model_{part:02d}-model_states.pt"
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
 
 
 def _shape(part: PickledFile, key: str, path: Path) -> tuple[int, ...]:

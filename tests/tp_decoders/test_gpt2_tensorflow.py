@@ -16,7 +16,7 @@ from launch.main import main
 from parallel.attention import Causal
 from parallel.errors import CheckpointError
 from tp_decoders import load
-from tp_decoders.crc32c import ONES, POLYNOMIAL, crc32c
+from tp_decoders.crc32c import ONES, POLYNOMIAL, crc32c, masked_crc32c
 from tp_decoders.gpt2_tensorflow import Gpt2TensorFlowSource, hf_of_hparams, original_name
 from tp_decoders.registry import config_from_hf
 from tp_decoders.tensorflow_files import TensorFlowFiles
@@ -72,6 +72,15 @@ def edit(path: Path, at: int, value: int | None = None) -> None:
     path.write_bytes(content)
 
 
+def compress(path: Path) -> None:
+    """Says that the first block is compressed, with a checksum that agrees."""
+    size = 850
+    edit(path, size, 1)
+    checksum = masked_crc32c(np.frombuffer(path.read_bytes()[: size + 1], np.uint8))
+    for place, byte in enumerate(checksum.to_bytes(4, "little")):
+        edit(path, size + 1 + place, byte)
+
+
 def truncate(path: Path, by: int) -> None:
     path.write_bytes(path.read_bytes()[:-by])
 
@@ -85,8 +94,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a weight": (lambda f: edit(f / WEIGHTS, 10_000), f"{WEIGHTS}: the checksum of model/"),
     "the data's end": (lambda f: truncate(f / WEIGHTS, 1), f"{WEIGHTS} has 32511 bytes and should have at least 32512"),
     "no data": (lambda f: (f / WEIGHTS).unlink(), f"{WEIGHTS} is not there"),
-    "the index": (lambda f: edit(f / "model.ckpt.index", 40), "model.ckpt.index is not .*checksum of the block at byte 0"),
-    "the index's compression": (lambda f: edit(f / "model.ckpt.index", 0x34F, 1), "model.ckpt.index is not .*checksum"),
+    "the index": (lambda f: edit(f / "model.ckpt.index", 40), "is not .*checksum of the block at byte 0 is wrong"),
+    "a compressed index": (lambda f: compress(f / "model.ckpt.index"), "the block at byte 0 is compressed"),
     "the index's footer": (lambda f: edit(f / "model.ckpt.index", -1), "do not end with the table's magic number"),
     "the index's handles": (lambda f: edit(f / "model.ckpt.index", -45, 1), "is not the index .*checksum of the block"),
     "the index's end": (lambda f: truncate(f / "model.ckpt.index", 9), "do not end with the table's magic number"),
@@ -96,7 +105,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "hparams that are none": (lambda f: (f / "hparams.json").write_text("{}"), "gives no number for n_ctx, n_embd"),
     "more layers": (lambda f: set_hparam(f, n_layer=3), "missing: model/h2/attn/c_attn/b"),
     "fewer layers": (lambda f: set_hparam(f, n_layer=1), "unexpected: model/h1/attn/c_attn/b"),
-    "another width": (lambda f: set_hparam(f, n_embd=32), r"model/wte is \[64, 16\] of float32, .* asks for \[64, 32\]"),
+    "another width": (lambda f: set_hparam(f, n_embd=32), r"model/wte is \[64, 16\] of float32, .* for \[64, 32\]"),
 }  # fmt: skip
 
 
