@@ -45,12 +45,13 @@ class FailureNotice:
         """With its words at once; on a full disk an empty file, which needs no block, has to do."""
         draft = self.path.with_name(f"{self.path.name}-{secrets.token_hex(4)}")
         try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             draft.write_text(cause, encoding="utf-8")
             os.replace(draft, self.path)
         except OSError:
-            draft.unlink(missing_ok=True) if draft.exists() else None
             try:
                 self.path.touch()
+                draft.unlink(missing_ok=True)
             except OSError as error:
                 log.warning("the other ranks were not told by a file that a save failed: %s", error)
 

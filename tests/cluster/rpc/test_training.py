@@ -3,65 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 
-from cluster.engine.assembly import build_engine, build_runner
-from cluster.engine.commands import Commands
-from cluster.engine.config import EngineConfig
-from cluster.frontend.frontend import Frontend
-from cluster.frontend.local_link import LocalLink
 from cluster.rpc.client import AsyncClient
 from cluster.rpc.proto import inference_pb2 as pb
-from cluster.rpc.server import build_server
-from cluster.training.lead import TrainLead
-from cluster.training.remote import TrainSide
-from parallel.group import Group
-from parallel.mesh import Groups
 from tests.cluster.engine.tiny_models import save_tiny
 from tests.cluster.frontend.harness import run
 from tests.cluster.rpc.harness import info, refused
-from tp_decoders import load
-
-DOCUMENTS = [[5, 9, 2, 7, 11, 3, 8], [1, 4, 4, 6, 90], [13, 2]]
-STEP: dict[str, Any] = {"optimizer": {"learning_rate": 1e-3}}
+from tests.cluster.rpc.training_service import DOCUMENTS, STEP, logprobs, scores, scores_of, training_service
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny("gpt_neox", tmp_path_factory.mktemp("neox"))
-
-
-@asynccontextmanager
-async def training_service(folder: Path, trains: bool = True) -> AsyncIterator[AsyncClient]:
-    config = EngineConfig(kv_blocks=96, max_sequences=16)
-    runner = build_runner(load(folder), config, 1 << 28)
-    engine = build_engine(runner, config)
-    groups = Groups(Group.single(), Group.single())
-    lead = TrainLead(TrainSide(runner, groups), Commands(None), engine.weights_changed)
-    frontend = Frontend(LocalLink(engine, lead if trains else None))
-    frontend.start()
-    server = build_server(frontend, "127.0.0.1:0")
-    await server.start()
-    try:
-        async with AsyncClient(f"127.0.0.1:{server.port}") as client:
-            yield client
-    finally:
-        await server.stop(1.0)
-        await frontend.close()
-
-
-async def scores(client: AsyncClient) -> list[list[float]]:
-    return [list(result.logprobs) for result in (await client.score(DOCUMENTS)).results]
-
-
-def logprobs(answer: Any) -> list[list[float]]:
-    return [list(sequence.values) for sequence in answer.logprobs]
 
 
 async def versions_of(client: AsyncClient, seed: int, first: asyncio.Event) -> tuple[list[int], int, int]:
@@ -76,9 +34,16 @@ async def versions_of(client: AsyncClient, seed: int, first: asyncio.Event) -> t
     return seen, tokens, reason
 
 
-def test_eight_streams_run_on_while_twenty_steps_are_taken(tiny: Path) -> None:
-    async def main() -> None:
-        async with training_service(tiny) as client:
+EXPORTED = (1, 13, 50)
+
+
+def test_eight_streams_run_on_while_fifty_steps_are_taken_and_what_is_served_is_what_is_exported(
+    tiny: Path, tmp_path: Path
+) -> None:
+    served: dict[int, list[list[float]]] = {}
+
+    async def main() -> tuple[list[int], list[float]]:
+        async with training_service(tiny, root=tmp_path) as client:
             started, done = [asyncio.Event() for _ in range(8)], asyncio.Event()
 
             async def always_one(seed: int) -> list[list[int]]:
@@ -91,17 +56,31 @@ def test_eight_streams_run_on_while_twenty_steps_are_taken(tiny: Path) -> None:
 
             streams = [asyncio.create_task(always_one(seed)) for seed in range(8)]
             await asyncio.gather(*(event.wait() for event in started))
-            steps = [await client.train_step(DOCUMENTS, expected_step=i, **STEP) for i in range(20)]
+            steps = []
+            for step in range(50):
+                steps.append(await client.train_step(DOCUMENTS, expected_step=step, **STEP))
+                if step + 1 in EXPORTED:
+                    exported = await client.export(f"after-{step + 1}")
+                    assert exported.weight_version == exported.step == step + 1 and exported.bytes > 1000
+                    served[step + 1] = await scores(client)
             done.set()
-            assert [step.step for step in steps] == [step.weight_version for step in steps] == list(range(1, 21))
+            assert [step.step for step in steps] == [step.weight_version for step in steps] == list(range(1, 51))
             assert steps[-1].loss < 0.8 * steps[0].loss and all(step.grad_norm > 0 for step in steps)
             histories = [seen for stream in await asyncio.gather(*streams) for seen in stream]
             assert all(seen == sorted(seen) for seen in histories)
             assert any(len(set(seen)) > 1 for seen in histories), "new weights in the middle of a stream"
-            assert (await versions_of(client, 1, done))[0][-1] == 20
+            assert (await versions_of(client, 1, done))[0][-1] == 50
             assert (await client.load()).kv_blocks_free == 96
+            asked: dict[str, Any] = {"stopping": {"max_new_tokens": 12}, "response": {"logprobs": 0}}
+            sample = (await client.generate([DOCUMENTS[0]], **asked)).results[0].samples[0]
+            assert sample.weight_version == 50
+            return [*DOCUMENTS[0], *sample.token_ids], list(sample.logprobs)
 
-    run(main(), 60)
+    tokens, drawn = run(main(), 90)
+    for step in EXPORTED:
+        assert scores_of(tmp_path / f"after-{step}") == served[step], "bit for bit"
+    assert scores_of(tmp_path / "after-50", [tokens])[0][len(DOCUMENTS[0]) - 1 :] == drawn
+    assert served[1] != served[13] != served[50]
 
 
 def test_served_log_probabilities_are_the_training_forwards_bit_for_bit_after_every_step(tiny: Path) -> None:
