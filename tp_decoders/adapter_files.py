@@ -55,7 +55,7 @@ def load_adapter(model: Decoder, folder: str | Path, trainable: bool = False) ->
         file = _open(folder, stack)
         place(model, config, _ranks(model, file, config, folder))
         try:
-            for key, parameter in adapter_tensors(model):
+            for key, _, parameter in adapter_tensors(model):
                 stored = next(name for name in _spellings(model, key) if name in file.shapes)
                 fill(parameter, file, stored, False, model.group.rank)
                 parameter.requires_grad_(trainable)
@@ -146,12 +146,12 @@ def _is_unchanged(model: Decoder, file: TensorFile, key: str) -> bool:
     return torch.equal(copy, parameter)
 
 
-def adapter_tensors(model: Decoder) -> list[tuple[str, nn.Parameter]]:
-    """Every factor under PEFT's name for it."""
+def adapter_tensors(model: Decoder) -> list[tuple[str, str, nn.Parameter]]:
+    """Every factor, under PEFT's name for it and under ours."""
     return [
-        (f"{PREFIX}{their_module(model, name)}.lora_{factor}.weight", parameter)
+        (f"{PREFIX}{their_module(model, name)}.lora_{factor.upper()}.weight", f"{name}.adapter.{factor}", parameter)
         for name, _, adapter in adapted(model)
-        for factor, parameter in (("A", adapter.a), ("B", adapter.b))
+        for factor, parameter in adapter.named_parameters()
     ]
 
 
@@ -205,7 +205,7 @@ def _target_modules(model: Decoder) -> list[str]:
 def save_adapter(model: Decoder, folder: str | Path) -> None:
     """Writes the folder that PEFT reads, complete or not at all; it must be new or empty. All ranks call this."""
     folder, config, tensors = Path(folder), adapter_config(model), {}
-    for key, parameter in adapter_tensors(model):
+    for key, _, parameter in adapter_tensors(model):
         full = full_tensor(parameter, model.group)
         if full is not None:
             tensors[key] = full.cpu().contiguous()

@@ -29,6 +29,8 @@ from cluster.training.optimizer import ShardedAdamW
 from parallel.errors import CheckpointError
 from parallel.mesh import Groups
 from parallel.shard import full_shape_of
+from tp_decoders.adapter_files import CONFIG as ADAPTER_CONFIG
+from tp_decoders.adapter_files import adapter_config, adapter_tensors
 from tp_decoders.decoder import Decoder
 from tp_decoders.names import Name
 from tp_decoders.registry import family_of
@@ -71,15 +73,16 @@ class SaveJob:
 
     def __init__(self, order: SaveOrder, model: Decoder, optimizer: ShardedAdamW | None) -> None:
         self.order, self.target, self.notice = order, order.target, order.notice
-        self.step, self.config, self.source = optimizer.steps if optimizer else None, model.config, model.source
-        self.dtype = next(model.parameters()).dtype
+        self.step, self.source = optimizer.steps if optimizer else None, model.source
+        self.config_name, self.config = described(model)
         self.tp, self.dp = order.groups.tp, order.groups.dp
         self.leads = self.tp.rank == 0 and self.dp.rank == 0
         self.draft = order.notice.path.with_suffix(".part")
         lines = lines_of(model)
         moments = _moments(optimizer, lines) if optimizer else []
+        stem = "adapter_model" if model.lora else "model"
         self.weights = SliceFiles(
-            self.draft, "model", [_plan(line, line.parameter.dtype, "") for line in lines], MAX_FILE_BYTES
+            self.draft, stem, [_plan(line, line.parameter.dtype, "") for line in lines], MAX_FILE_BYTES
         )
         self.state = SliceFiles(
             self.draft / "training",
@@ -109,7 +112,7 @@ class SaveJob:
             (self.draft / f"done-{self.tp.rank}").touch()
         if self.leads:
             self._commit()
-        self._await("committed", [self.target / ("config.json" if self.step is None else STATE)])
+        self._await("committed", [self.target / (self.config_name if self.step is None else STATE)])
         return self.target
 
     def fail(self, error: BaseException) -> CheckpointError:
@@ -170,9 +173,7 @@ class SaveJob:
         _write_synced(self.draft / STATE, json.dumps(state, indent=1))
 
     def _write_config(self) -> None:
-        key = "torch_dtype" if "torch_dtype" in self.config.hf else "dtype"
-        config = {**self.config.hf, key: str(self.dtype).removeprefix("torch.")}
-        _write_synced(self.draft / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+        _write_synced(self.draft / self.config_name, json.dumps(self.config, indent=2, sort_keys=True) + "\n")
         for name in COMPANIONS:
             if self.source is not None and (self.source / name).is_file():
                 shutil.copyfile(self.source / name, self.draft / name)
@@ -216,7 +217,18 @@ def complete_steps(root: Path) -> list[Path]:
     return sorted(p for p in root.glob("step-*") if STEP_NAME.fullmatch(p.name) and (p / STATE).is_file())
 
 
+def described(model: Decoder) -> tuple[str, Mapping[str, Any]]:
+    """The name and contents of the file that describes a checkpoint: the adapter's where there is one."""
+    if model.lora is not None:
+        return ADAPTER_CONFIG, adapter_config(model)
+    hf, dtype = model.config.hf, next(model.parameters()).dtype
+    return "config.json", {**hf, ("torch_dtype" if "torch_dtype" in hf else "dtype"): str(dtype).removeprefix("torch.")}
+
+
 def lines_of(model: Decoder) -> list[Line]:
+    """What a checkpoint holds: the adapter alone where there is one (its base does not change), else all weights."""
+    if model.lora is not None:
+        return [Line(Name(theirs, ours), theirs, ours, p) for theirs, ours, p in adapter_tensors(model)]
     names = family_of(model.config.model_type).names
     return [Line(*names.theirs(ours), ours, parameter) for ours, parameter in model.named_parameters()]
 

@@ -18,6 +18,7 @@ import tp_decoders
 from parallel.attention import Causal
 from parallel.errors import CheckpointError, ConfigError
 from parallel.group import Group
+from parallel.shard import full_shape_of, rule_of
 from tp_decoders.adapter_files import load_adapter, read_adapter_config, save_adapter
 from tp_decoders.lora import LoraConfig, adapted, attach, detach, merge, targeted, their_module, unmerge
 from tp_decoders.weights import full_tensor
@@ -67,9 +68,9 @@ def _close(got: Tensor, wanted: Tensor) -> None:
 def _stir(model: Any) -> None:
     """Values worth reading, the same full tensors on every rank: B of a fresh adapter is zero."""
     for name, layer, adapter in adapted(model):
-        full = torch.randn(adapter.b.full_shape, generator=torch.Generator().manual_seed(sum(map(ord, name))))
+        full = torch.randn(full_shape_of(adapter.b), generator=torch.Generator().manual_seed(sum(map(ord, name))))
         with torch.no_grad():
-            adapter.b.copy_(adapter.b.shard_rule.take(full, layer.group.rank))
+            adapter.b.copy_(rule_of(adapter.b).take(full, layer.group.rank))
 
 
 def _write(group: Group, base: str, out: str, config: LoraConfig) -> Tensor:
