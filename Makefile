@@ -1,4 +1,5 @@
-# make demo   serve a real checkpoint on two CPU ranks and show it
+# make demo   serve a real checkpoint on two CPU ranks, train a small one and serve that; a few minutes
+# make families  train a small model of each family on real text and serve it; about a quarter of an hour
 # make test   lint, types, import contracts, tests
 # make lint   the first three only
 # make proto  regenerate the gRPC code from its .proto files
@@ -9,7 +10,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PYTEST_ARGS ?=
 
-.PHONY: demo test lint style contracts types tests format proto setup clean
+.PHONY: demo families test lint style contracts types tests format proto setup clean
 
 setup: $(STAMP)
 
@@ -20,6 +21,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)
 	$(BIN)/tp-decoders demo
+
+families: $(STAMP)
+	$(BIN)/python bench/families.py
 
 test: $(STAMP)
 	@status=0; $(MAKE) --no-print-directory -k lint || status=1; $(MAKE) --no-print-directory tests || status=1; exit $$status

@@ -1,8 +1,8 @@
-"""`tp-decoders demo`: what this project does, in under a minute on two CPU ranks.
+"""`tp-decoders demo`: what this project does, in a few minutes on two CPU ranks.
 
 A small trained checkpoint (minGPT's gpt-nano, which sorts six letters) is served over Ray and gRPC and asked to sort,
-one by one and all 729 inputs in one call; then a tiny GPT-2 with the real GPT-2 tokenizer but random weights streams
-text. Needs the repository's tests/data. Trains nothing.
+one by one and all 729 inputs in one call. Then a small GPT-2 is trained on Shakespeare from random weights, and the
+checkpoint it leaves is served and asked to go on. Needs the repository's tests/data.
 """
 
 from __future__ import annotations
@@ -16,18 +16,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cluster.rpc.client import AsyncClient
-from launch.background import Server
-from launch.init import copy_tokenizer, write_random
-from launch.presets import find, read
+from launch.tryout import ROOT, served, train_preset
 from parallel.errors import ConfigError, TpError
 
-ROOT = Path(__file__).resolve().parents[1]
 SORTER = ROOT / "tests" / "data" / "gpt-nano-sort"
-TOKENIZER = ROOT / "tests" / "data" / "tokenizers" / "gpt2"
+TEXT = ROOT / "tests" / "data" / "text" / "tinyshakespeare.txt"
+PRESET = "laptop"
+SETTINGS = ("steps=160", "schedule.total_steps=160")
 LETTERS = "ABC"
 GREEDY = {"temperature": 0.0}
 EXAMPLES = ("CBABAC", "BACCAB", "CCCBBA")
-OPENING = "To be, or not to be, that is the question:"
+OPENINGS = ("ROMEO:\n", "To be, or not to be")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,33 +34,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    for needed in (SORTER, TOKENIZER):
-        if not needed.is_dir():
+    for needed in (SORTER, TEXT):
+        if not needed.exists():
             raise ConfigError(f"{needed} is missing: the demonstration runs from a checkout of the repository")
     began = time.monotonic()
     print("1. A trained model that sorts six letters (3 layers, 3 heads, so two ranks own 2 and 1).\n")
     with served(SORTER) as server:
         asyncio.run(_sort(server.address))
-    print("\n2. A tiny GPT-2 with the real GPT-2 tokenizer. Its weights are RANDOM: watch the stream, not the prose.")
-    print("   The seed makes it the same every time.\n")
-    with tempfile.TemporaryDirectory() as folder:
-        with served(random_text_model(Path(folder) / "tiny-gpt2")) as server:
-            asyncio.run(_stream(server.address))
-    print(f"\nBoth servers stopped in order. {time.monotonic() - began:.0f} s in all.")
+    folder = Path(tempfile.mkdtemp(prefix="tp-decoders-demo-"))
+    print("\n2. A small GPT-2 learns Shakespeare from random weights, on two ranks: a minute or two.\n", flush=True)
+    trained = train_preset(PRESET, folder / "run", SETTINGS)
+    print(
+        f"\n  {trained.steps} steps, {trained.tokens} tokens: loss {trained.first:.2f} -> {trained.last:.2f}, on text "
+        f"it has not seen {trained.held_out:.2f} ({trained.share:.0%} of the first)"
+    )
+    print("\n3. The checkpoint it left, served as it is.\n")
+    with served(trained.checkpoint) as server:
+        asyncio.run(_continue(server.address))
+    print(f"\nThe run and its loss plot are kept: {trained.plot or trained.checkpoint.parent}")
+    print(f"Everything stopped in order. {time.monotonic() - began:.0f} s in all.")
     return 0
-
-
-def random_text_model(folder: Path) -> Path:
-    write_random(read(find("tiny-gpt2", "models")).values, folder)
-    copy_tokenizer(TOKENIZER, folder)
-    return folder
-
-
-def served(model: Path) -> Server:
-    """The command a user would type."""
-    shown = str(model.relative_to(ROOT)) if model.is_relative_to(ROOT) else model.name
-    print(f"$ tp-decoders serve --model {shown} --preset small --cluster cpu-2", flush=True)
-    return Server(["--model", str(model), "--preset", "small", "--cluster", "cpu-2"])
 
 
 async def _sort(address: str) -> None:
@@ -93,18 +85,15 @@ async def _sort_all(client: AsyncClient) -> None:
         raise TpError(f"{len(wrong)} inputs came back unsorted, the first: {wrong[0]}")
 
 
-async def _stream(address: str) -> None:
+async def _continue(address: str) -> None:
     async with AsyncClient(address) as client:
-        print(f"  {OPENING}", end="")
-        pieces = 0
-        began = time.monotonic()
-        sampling = {"temperature": 1.0, "seed": 7}
-        async for chunk in client.stream(
-            [OPENING], sampling=sampling, stopping={"max_new_tokens": 24, "ignore_eos": True}
-        ):
-            print(chunk.text, end="", flush=True)
-            pieces += bool(chunk.token_ids)
-        print(f"\n\n  24 tokens in {pieces} pieces, {time.monotonic() - began:.2f} s")
+        for opening in OPENINGS:
+            print(f"\n  {opening}", end="")
+            sampling = {"temperature": 0.8, "top_k": 40, "seed": 7}
+            stopping = {"max_new_tokens": 48, "ignore_eos": True}
+            async for chunk in client.stream([opening], sampling=sampling, stopping=stopping):
+                print(chunk.text.replace("\n", "\n  "), end="", flush=True)
+            print()
 
 
 def to_ids(letters: str) -> list[int]:

@@ -52,7 +52,9 @@ COMMANDS = {
         "train a checkpoint on a text, or go on with a run",
         "tp-decoders train --config laptop corpus.path=text.txt out=run",
     ),
-    "demo": Command("launch.demo", "serve a small trained checkpoint on two CPU ranks and show it", "tp-decoders demo"),
+    "demo": Command(
+        "launch.demo", "train a small model on two CPU ranks, serve it and show it; a few minutes", "tp-decoders demo"
+    ),
 }
 BAD_INPUT = (ConfigError, CheckpointError, RequestError)
 
