@@ -57,6 +57,7 @@ class Job:
             text=True,
         )  # fmt: skip
         self.started = time.monotonic()
+        self.left: set[int] = set()  # after a kill: processes that may still have to notice it
 
     @property
     def seconds(self) -> float:
@@ -88,8 +89,9 @@ class Job:
         return self._process.returncode, said
 
     def kill(self, victim: str = VICTIMS[0]) -> None:
-        """SIGKILL; returns when all of the job's processes are gone."""
+        """SIGKILL; returns when the command itself is gone."""
         family = family_of(self._process.pid)
+        self.left = family - {self._process.pid}
         if victim == "everything":
             _kill(family)
         elif victim == "the command":
@@ -97,8 +99,7 @@ class Job:
         else:
             ranks = sorted(pid for pid in family if _is_rank(pid))
             _kill({random.Random(len(family)).choice(ranks)} if ranks else family)
-        self.wait()
-        _await_gone(family - {self._process.pid})
+        self._process.wait(PATIENCE_S)  # not for its output's end: what is left behind may hold that open
 
     def last_words(self) -> str:
         if self.running:
@@ -143,14 +144,14 @@ def _alive(pid: int) -> bool:
         return False
 
 
-def _await_gone(pids: set[int], limit_s: float = 60.0) -> None:
-    """What a job leaves behind ends by itself."""
+def await_gone(pids: set[int], limit_s: float = 240.0) -> None:
+    """What killed jobs leave behind ends by itself; Ray's agents take a minute or two to notice."""
     limit = time.monotonic() + limit_s
     while left := {pid for pid in pids if _alive(pid)}:
         if time.monotonic() > limit:
             _kill(left)
-            raise AssertionError(f"{len(left)} processes of a killed job were still there after {limit_s:g} s")
-        time.sleep(0.05)
+            raise AssertionError(f"{len(left)} processes of killed jobs were still there after {limit_s:g} s")
+        time.sleep(0.1)
 
 
 def checksums(out: Path, steps: int) -> dict[str, str]:
@@ -189,6 +190,7 @@ class Settings:
 def disturbed(settings: Settings, out: Path, kills: int, rng: random.Random, start_s: float) -> list[Kill]:
     """A run killed so often, then left alone until its end."""
     done: list[Kill] = []
+    left: set[int] = set()
     while len(done) < kills:
         victim = rng.choice(VICTIMS)
         before = done[-1] if done else Kill(VICTIMS[0], 0.0, 0, 0)
@@ -203,6 +205,7 @@ def disturbed(settings: Settings, out: Path, kills: int, rng: random.Random, sta
             time.sleep(rng.uniform(0.0, 0.3))
         after = job.seconds
         job.kill(victim)
+        left |= job.left
         newest = latest_checkpoint(out)
         saved = int(newest.name.removeprefix("step-")) if newest else 0
         done.append(Kill(victim, after, job.step(), saved))
@@ -211,6 +214,7 @@ def disturbed(settings: Settings, out: Path, kills: int, rng: random.Random, sta
     done[-1].resume_s = _await_new_step(job, done[-1].saved, file)
     status, said = job.wait(600)
     assert status == 0, said
+    await_gone(left)
     return done
 
 

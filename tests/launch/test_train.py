@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import json
-import os
 import random
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from cluster.training.checkpoint import latest_checkpoint
 from cluster.training.metrics import read_records
-from cluster.training.run_folder import METRICS, lock
+from cluster.training.run_folder import METRICS, PLOT, SAMPLES, lock
 from launch.main import main
 from launch.progress import progress_line
 from parallel.errors import ConfigError
+from tests.launch.kill_training import Job, checksums, curve
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKENIZER = ROOT / "tests" / "data" / "tokenizers" / "gpt2"
 STEPS = 16
+EVALUATION = ("eval_every=8", "samples.prompts=[the cat]", "samples.max_tokens=4")
 
 
 @pytest.fixture(scope="module")
@@ -37,78 +34,39 @@ def command(text: Path, out: Path, *more: str) -> list[str]:
     settings = [
         f"corpus.path={text}", f"out={out}", f"scratch.tokenizer={TOKENIZER}", f"steps={STEPS}", "save_every=4",
         f"schedule.total_steps={STEPS}", "schedule.warmup_steps=2", "corpus.tokens_per_sample=64",
+        "corpus.batch_size=8", "corpus.split.eval_fraction=0.0", *EVALUATION,
     ]  # fmt: skip
     return ["train", "--config", "laptop", *settings, *more]
-
-
-def begin(text: Path, out: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "launch", *command(text, out)], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
-
-
-def await_step(out: Path, step: int, process: subprocess.Popen[str]) -> None:
-    limit = time.monotonic() + 60
-    while not any(line["step"] >= step for line in read_records(out / METRICS)):
-        assert process.poll() is None and time.monotonic() < limit, f"step {step} was not reached"
-        time.sleep(0.02)
-
-
-def family_of(pid: int) -> set[int]:
-    """A process and all its descendants."""
-    parents = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parents[int(stat.parent.name)] = int(stat.read_text().rsplit(")", 1)[1].split()[1])
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-    family = {pid}
-    while grown := {child for child, parent in parents.items() if parent in family} - family:
-        family |= grown
-    return family
-
-
-def kill_all(process: subprocess.Popen[str]) -> None:
-    for pid in family_of(process.pid):
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
-    process.wait(10)
-
-
-def checksums(out: Path) -> dict[str, str]:
-    newest = latest_checkpoint(out)
-    assert newest is not None and newest.name == f"step-{STEPS:08d}"
-    sums: dict[str, str] = json.loads((newest / "training" / "state.json").read_text())["sha256"]
-    return sums
 
 
 @pytest.mark.ray
 @pytest.mark.slow
 def test_killed_then_stopped_by_a_signal_it_ends_with_the_undisturbed_bits(text: Path, tmp_path: Path) -> None:
-    whole = begin(text, tmp_path / "whole")
-    said, _ = whole.communicate(timeout=90)
-    assert whole.returncode == 0 and "training gpt2 (float32)" in said and f"step {STEPS}/{STEPS}  loss" in said
+    whole = Job(command(text, tmp_path / "whole"), tmp_path / "whole")
+    status, said = whole.wait(90)
+    assert status == 0 and "training gpt2 (float32)" in said and f"step {STEPS}/{STEPS}  loss" in said
+    assert (tmp_path / "whole" / PLOT).read_bytes().startswith(b"\x89PNG") and "loss plot: " in said
+    assert f"  sample, step {STEPS}: the cat|" in said
 
     out = tmp_path / "disturbed"
-    job = begin(text, out)
-    await_step(out, 5, job)
-    kill_all(job)
+    job = Job(command(text, out), out)
+    job.await_step(5)
+    job.kill()
     assert (killed_at := latest_checkpoint(out)) is None or killed_at.name < f"step-{STEPS:08d}"
 
-    job = begin(text, out)
-    await_step(out, 7, job)
-    job.send_signal(signal.SIGTERM)
-    said, _ = job.communicate(timeout=60)
-    assert job.returncode == 0 and "the same command goes on from there" in said
+    job = Job(command(text, out), out)
+    job.await_step(7)
+    job.signal(signal.SIGTERM)
+    status, said = job.wait(60)
+    assert status == 0 and "the same command goes on from there" in said
     assert (stopped_at := latest_checkpoint(out)) is not None and stopped_at.name < f"step-{STEPS:08d}"
 
-    job = begin(text, out)
-    assert job.wait(90) == 0
-    assert checksums(out) == checksums(tmp_path / "whole")
-    steps = [line["step"] for line in read_records(out / METRICS)]
-    assert steps == list(range(1, STEPS + 1)), "a step is missing or there twice"
+    job = Job(command(text, out), out)
+    assert job.wait(90)[0] == 0
+    assert checksums(out, STEPS) == checksums(tmp_path / "whole", STEPS)
+    assert curve(out) == curve(tmp_path / "whole")
+    assert [step for step, _, _ in curve(out)] == list(range(1, STEPS + 1)), "a step is missing or there twice"
+    assert (out / SAMPLES).read_bytes() == (tmp_path / "whole" / SAMPLES).read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -116,9 +74,9 @@ def test_killed_then_stopped_by_a_signal_it_ends_with_the_undisturbed_bits(text:
     [
         (["corpus.batch_sise=2"], "unknown ['batch_sise']"),
         (["steps=0"], "steps is 0; give at least 1"),
-        (["eval_every=5"], "nothing is held out and nothing is asked"),
-        (["eval_every=5", "samples.prompts=[To be]", "samples.max_tokens=300"], "more than the model's context of 256"),
-        (["samples.prompts=[To be]"], "no effect without eval_every"),
+        (["samples.prompts=[]"], "nothing is held out and nothing is asked"),
+        (["samples.max_tokens=300"], "more than the model's context of 256"),
+        (["eval_every=null"], "no effect without eval_every"),
         (["recompute=some"], "choose one of ['none', 'selective', 'full']"),
         (["parallel.dp=9"], "every replica needs a sample"),
         (["parallel.dtype=float16"], "choose 'bfloat16' or 'float32'"),
