@@ -21,7 +21,7 @@ from parallel.errors import CheckpointError, ConfigError, RequestError, TpError
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 STATE = Path("training") / "state.json"
-CONFIG = "config.json"
+CONFIGS = ("config.json", "adapter_config.json")
 MAX_LISTED = 1000
 
 
@@ -60,7 +60,8 @@ class StateFolder:
         """What lies under the root, by name: complete states and plain checkpoints."""
         found = []
         for entry in sorted(self.root.iterdir()):
-            if name_rule(entry.name) is None and not entry.is_symlink() and (entry / CONFIG).is_file():
+            complete = any((entry / config).is_file() for config in CONFIGS)
+            if complete and name_rule(entry.name) is None and not entry.is_symlink():
                 found.append(SavedName(entry.name, _step(entry), folder_size(entry)))
             if len(found) == MAX_LISTED:
                 log.warning("%s holds more than %d states; the rest is not listed", self.root, MAX_LISTED)
