@@ -27,6 +27,7 @@ from cluster.frontend.socket_link import SocketLink
 from cluster.frontend.text import codec_of
 from cluster.rpc.server import build_server
 from cluster.rpc.servicers import ServiceInfo
+from cluster.training.states import StateFolder
 from parallel.errors import ConfigError, WorkerError
 from tp_decoders.registry import read_config
 from tp_decoders.tokenizer import load_tokenizer
@@ -44,6 +45,8 @@ def serve(config: ServeConfig, model: Path, log_level: int) -> int:
     """Serves until a signal, a Drain call or a fault; the exit status."""
     read_config(model)  # what is wrong with the checkpoint's description is said before anything starts
     check_port(config.server.host, config.server.port)
+    if config.training.save_root is not None:
+        StateFolder(Path(config.training.save_root).expanduser())
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the loop takes over
     try:
         with ray_session(config.ray.address, config.ray.num_cpus):

@@ -67,6 +67,7 @@ def test_wrong_arguments_exit_with_2(arguments: list[str], capsys: pytest.Captur
         ),
         (["serve", "--model", "m", "--tp", "0"], "parallel.tp is 0; it must be at least 1"),
         (["serve", "--model", "m", "--dp", "2"], "parallel.dp is 2"),
+        (["serve", "--model", "m", "--save-root", "x"], "training.save_root is set but training is off; add --train"),
         (["generate"], "give the prompt either as text or with --token-ids"),
         (["generate", "--token-ids", "1,x"], "--token-ids is '1,x'; write numbers"),
         (["bench", "serve", "--streams", "0"], "--streams is 0; give at least 1"),

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.rpc.client import AsyncClient, ServiceError
+from cluster.rpc.client import AsyncClient, Client, ServiceError
 from launch.background import Server
 from launch.main import main
 from parallel.native import library
@@ -33,8 +33,13 @@ def kernels() -> None:
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    with Server(ARGUMENTS) as running:
+def states(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("states") / "root"
+
+
+@pytest.fixture(scope="module")
+def server(states: Path) -> Iterator[Server]:
+    with Server([*ARGUMENTS, "--train", "--save-root", os.path.relpath(states)]) as running:
         yield running
 
 
@@ -72,7 +77,9 @@ def ranks_of(pid: int) -> list[int]:
 
 def test_one_line_says_what_is_served(server: Server) -> None:
     assert server.ready.startswith("ready: 127.0.0.1:")
-    for words in ("model gpt-nano-sort (gpt2, float32)", "tp=2 on cpu", "KV cache 4096 tokens (256 blocks of 16"):
+    cache = "KV cache 4096 tokens (256 blocks of 16"
+    said = ("model gpt-nano-sort (gpt2, float32)", "tp=2 on cpu", cache, "training on")
+    for words in said:
         assert words in server.ready
 
 
@@ -88,6 +95,16 @@ def test_two_ranks_serve_a_trained_model(server: Server) -> None:
     ranks = ranks_of(server.pid)
     assert len(ranks) == 2
     assert {os.getpriority(os.PRIO_PROCESS, rank) for rank in ranks} == {os.getpriority(os.PRIO_PROCESS, 0)}, "niced"
+
+
+def test_clients_train_and_save_under_the_folder_that_the_command_was_given(server: Server, states: Path) -> None:
+    with Client(server.address) as client:
+        still = {"learning_rate": 0.0}  # the tests that follow need the weights as they are
+        assert client.train_step([[2, 1, 0, 1]], optimizer=still, expected_step=0).weight_version == 1
+        assert client.save_state("state").step == client.export("plain").step == 1
+        assert client.load_state("state", expected_step=1).weight_version == 2
+    assert sorted(path.name for path in states.iterdir()) == ["plain", "state"]
+    assert json.loads((states / "plain" / "config.json").read_text())["model_type"] == "gpt2"
 
 
 def test_the_command_line_client_streams_to_the_terminal(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
@@ -143,6 +160,14 @@ def test_a_port_in_use_is_refused_before_anything_starts(server: Server, capsys:
     assert main(["serve", *ARGUMENTS, "--port", port]) == 2
     assert f"cannot listen on 127.0.0.1:{port}" in capsys.readouterr().err
     assert time.monotonic() - began < 10
+
+
+def test_a_folder_for_states_that_cannot_be_one_is_refused_before_anything_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(["serve", *ARGUMENTS, "--port", "0", "--train", "--save-root", str(tmp_path / "file")]) == 2
+    assert "file cannot be used: [Errno 17] File exists" in capsys.readouterr().err
 
 
 def test_sigterm_lets_open_requests_end_then_exits_with_0_and_leaves_nothing(server: Server) -> None:
