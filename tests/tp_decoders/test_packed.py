@@ -242,7 +242,8 @@ def trainer_leaks(group: Group, folder: str, tokens: str) -> list[str]:
     for name, batches, config in (
         ("alone", list(batch.parts(1)), {}),
         ("micro-batches", [batch], {"micro_batch_tokens": 100}),
-        ("recomputed", [batch], {"recompute": True}),
+        ("recomputed", [batch], {"recompute": "full"}),
+        ("partly recomputed", [batch], {"recompute": "selective"}),
     ):
         other_logprobs, other_loss, other = trained(group, folder, batches, **config)
         wrong += [] if torch.equal(other_logprobs, logprobs) else [f"log-probabilities, {name}"]
