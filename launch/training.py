@@ -19,7 +19,7 @@ from typing import Any
 from cluster.actors.group import WorkerGroup
 from cluster.actors.place import PlacementConfig
 from cluster.actors.session import ray_session
-from cluster.actors.train_spec import CorpusConfig, Recompute, SampleConfig, TrainParallel, TrainSpec
+from cluster.actors.train_spec import CorpusConfig, SampleConfig, TrainParallel, TrainSpec
 from cluster.training.checkpoint import latest_checkpoint, read_state
 from cluster.training.metrics import check_tensorboard, read_records
 from cluster.training.optimizer import OptimizerConfig
@@ -32,6 +32,7 @@ from launch.presets import Layer, build, find, read
 from launch.progress import header, watch
 from launch.serve import RayConfig
 from parallel.errors import ConfigError, WorkerError
+from parallel.options import Recompute
 from tp_decoders.registry import config_from_hf, read_config
 from tp_decoders.tokenizer import load_tokenizer
 
@@ -170,8 +171,9 @@ def train(config: TrainConfig, spec: TrainSpec, log_level: int) -> int:
             placement = replace(config.placement, log_level=log_level)
             group = WorkerGroup(spec, spec.parallel.world, spec.parallel.device, placement)
             try:
-                print(header(spec, group.start()[0].facts), flush=True)
-                watch(spec, group.wait_fault, stop)
+                facts = group.start()[0].facts
+                print(header(spec, facts), flush=True)
+                watch(spec, facts.step, group.wait_fault, stop)
             finally:
                 group.close()
     except SystemExit as ended:  # Ray's own handler of SIGTERM, while Ray starts

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from parallel.errors import ConfigError
 from parallel.native import elementwise, library
+from parallel.recompute import cheap
 
 LANES = 64
 
@@ -62,6 +63,12 @@ def is_native(x: Tensor, name: str) -> bool:
 
 def activate(x: Tensor, name: str) -> Tensor:
     """The activation of every element; differentiable."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        return cheap(_activate(x, name), lambda: _activate(x, name))
+    return _activate(x, name)
+
+
+def _activate(x: Tensor, name: str) -> Tensor:
     if is_native(x, name):
         return _Native.apply(x, name) if torch.is_grad_enabled() and x.requires_grad else elementwise.activate(x, name)
     short = -x.shape[-1] % LANES if x.device.type == "cpu" else 0

@@ -7,7 +7,9 @@ strided views of one fused row. No collectives, forward or backward: a shared kv
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -15,14 +17,20 @@ from torch import Tensor
 
 from parallel.backends import BACKENDS, Backend, backend_named, choose_backend
 from parallel.backends.step import AttentionMeta, AttentionSpec, Packed
+from parallel.dropout import Dropping, head_masks
 from parallel.errors import ConfigError
 from parallel.kv_cache import KVCache
+
+_log = logging.getLogger(__name__)
 
 __all__ = ["BACKENDS", "Attend", "AttentionMeta", "AttentionSpec", "Backend", "Cached", "Causal", "choose_backend"]
 
 
 class Attend(Protocol):
-    """What a model's forward is handed."""
+    """What a model's forward is handed. `dropping` says whether, and by which masks, this pass drops activations."""
+
+    @property
+    def dropping(self) -> Dropping | None: ...
 
     def __call__(self, spec: AttentionSpec, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor: ...
 
@@ -30,11 +38,18 @@ class Attend(Protocol):
 class Causal:
     """Sequences of the given lengths packed in one flat row, causal within each; differentiable wrt q, k and v.
 
-    Without a backend the best one for the first call's device, dtype and heads is chosen.
+    Without a backend the best one for the first call's device, dtype and heads is chosen. With `dropping`, activations
+    are dropped by its masks; probabilities then too, by the eager backend where the chosen one cannot.
     """
 
-    def __init__(self, lengths: Sequence[int], backend: Backend | str | None = None) -> None:
-        self._packed = Packed(lengths)
+    def __init__(
+        self, lengths: Sequence[int], backend: Backend | str | None = None, dropping: Dropping | None = None
+    ) -> None:
+        self._packed, self.dropping = Packed(lengths), dropping
+        if dropping is not None and len(dropping.keys_T) != self._packed.num_tokens:
+            raise ConfigError(
+                f"dropout keys of {len(dropping.keys_T)} tokens for sequences of {self._packed.num_tokens}; one each"
+            )
         self.backend = backend_named(backend) if isinstance(backend, str) else backend
 
     def __call__(self, spec: AttentionSpec, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
@@ -48,11 +63,23 @@ class Causal:
                 head_dim=q_TNH.shape[2],
                 multi_query=k_TKH.shape[1] != q_TNH.shape[1],
             )
-        return self.backend.causal(spec, q_TNH, k_TKH, v_TKH, self._packed)
+        masks = head_masks(self.dropping, spec.dropout, spec.layer, spec.head_ids)
+        if masks is None:
+            return self.backend.causal(spec, q_TNH, k_TKH, v_TKH, self._packed)
+        backend = self.backend if self.backend.drops else _dropping_instead_of(self.backend.name)
+        return backend.causal(spec, q_TNH, k_TKH, v_TKH, self._packed, masks)
+
+
+@cache
+def _dropping_instead_of(name: str) -> Backend:
+    _log.warning("attention backend %s drops no probabilities: passes with attention dropout use eager", name)
+    return backend_named("eager")
 
 
 class Cached:
     """One step over a paged cache: writes the layer's new keys and values, then attends over it. Not differentiable."""
+
+    dropping: Dropping | None = None
 
     def __init__(self, cache: KVCache, meta: AttentionMeta, backend: Backend | str | None = None) -> None:
         self._cache, self._meta = cache, meta

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from parallel.group import Group
 from parallel.products import leaf_tree
+from parallel.recompute import cheap
 from parallel.shard import Replicated, VirtualShards, sharded
 from parallel.tree import leaves_sum
 
@@ -40,7 +41,8 @@ class LayerNorm(nn.Module):
     def forward(self, x_TD: Tensor, tokens: VirtualShards | None = None) -> Tensor:
         """[T, D]; with `tokens`, x holds this rank's tokens only."""
         if torch.is_grad_enabled() and (x_TD.requires_grad or self.weight.requires_grad):
-            return _LayerNorm.apply(x_TD, self.weight, self.bias, self, tokens)
+            y_TD = _LayerNorm.apply(x_TD, self.weight, self.bias, self, tokens)
+            return cheap(y_TD, lambda: normalise(x_TD, self))
         return normalise(x_TD, self)
 
 

@@ -1,4 +1,4 @@
-"""What the five models have in common besides their parts: a config, a group, a head, and what `train()` may mean.
+"""What the five models have in common besides their parts: a config, a group, a head, the way through the blocks.
 
 Also the layers that need no sharding knowledge of their own: the learned position table. A model's forward takes flat
 tokens,
@@ -18,9 +18,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from parallel.attention import Attend
+from parallel.dropout import EMBEDDED, EMBEDDING, DropoutSite
 from parallel.errors import ConfigError
 from parallel.group import Group
 from parallel.norm import LayerNorm
+from parallel.options import Recompute
+from parallel.recompute import forgetting_cheap
 from parallel.shard import Replicated, sharded
 from parallel.tokens import gather_tokens, scatter_tokens, token_shards
 from parallel.vocab import VocabEmbedding, VocabHead
@@ -48,9 +52,11 @@ class Parts:
 
 
 class Decoder(nn.Module):
-    """Base of the families' models. Made in eval mode; gradients flow in eval mode too."""
+    """Base of the families' models. Made in eval mode, where gradients flow too; activations are dropped in passes
+    whose `attend` brings masks, whatever the mode.
+    """
 
-    recompute: bool = False  # whole blocks are computed again in the backward instead of keeping their activations
+    recompute: Recompute = "none"  # what of its blocks is computed again in the backward instead of being kept
     lora: LoraConfig | None = None  # of the adapters beside the weights, if there are any (tp_decoders.lora)
     source: Path | None = None  # the folder it was loaded from: `save` takes the tokenizer's files from there
 
@@ -71,6 +77,7 @@ class Decoder(nn.Module):
         self.positions = PositionTable(config.max_positions, d_model, group, place) if parts.learned_positions else None
         self.blocks = nn.ModuleList(block(layer) for layer in range(config.n_layers))
         self.norm = LayerNorm(d_model, config.norm_eps, bias=parts.norm_bias, **place)
+        self.drop = DropoutSite(config.dropout.embedding, EMBEDDED, EMBEDDING, group)
         tied = self.embed.weight if config.tie else None
         self.head = VocabHead(vocab, d_model, group=group, weight=tied, scale=parts.logit_scale, **place)
         self.eval()
@@ -84,26 +91,29 @@ class Decoder(nn.Module):
         """This rank's part of the logits of all tokens, or of the given rows."""
         return self.head(self.norm(x_TD if rows is None else x_TD[rows]))  # type: ignore[no-any-return]
 
-    def through_blocks(self, x_TD: Tensor, *given: object) -> Tensor:
-        """All blocks in turn; `given` is what each of them is handed besides x. Divides the tokens between them where
-        asked for.
+    def through_blocks(self, x_TD: Tensor, attend: Attend, *given: object) -> Tensor:
+        """The embeddings' dropout and all blocks in turn, which are handed (x, attend, *given, tokens). Divides the
+        tokens between them where asked for.
         """
-        tokens = token_shards(x_TD.shape[0], self.group)
-        x_TD = scatter_tokens(x_TD, self.group, tokens)
-        again = self.recompute and torch.is_grad_enabled()
-        for block in self.blocks:
-            x_TD = (
-                checkpoint(block, x_TD, *given, tokens, use_reentrant=False) if again else block(x_TD, *given, tokens)
+        if self.training and attend.dropping is None and self.config.dropout.any:
+            raise ConfigError(
+                f"train mode with {self.config.dropout}, but the pass says no masks: dropout is not left out silently; "
+                "hand over Causal(lengths, dropping=Dropping(seed, token_keys(...))), or call eval(), where gradients "
+                "flow too"
             )
+        tokens = token_shards(x_TD.shape[0], self.group)
+        x_TD = self.drop(scatter_tokens(x_TD, self.group, tokens), attend.dropping, tokens)
+        for block in self.blocks:
+            x_TD = self._through(block, x_TD, attend, *given, tokens)
         return gather_tokens(x_TD, self.group, tokens)
 
-    def train(self, mode: bool = True) -> Decoder:
-        if mode and self.config.dropout.any:
-            raise ConfigError(
-                f"train mode with {self.config.dropout}: dropout is not implemented yet and is not left out silently; "
-                "stay in eval mode (gradients are computed there too), or set the probabilities in config.json to 0"
-            )
-        return super().train(mode)  # type: ignore[return-value]
+    def _through(self, block: nn.Module, *given: object) -> Tensor:
+        if self.recompute == "none" or not torch.is_grad_enabled():
+            return block(*given)  # type: ignore[no-any-return]
+        if self.recompute == "full":
+            return checkpoint(block, *given, use_reentrant=False)  # type: ignore[no-any-return]
+        with forgetting_cheap():
+            return block(*given)  # type: ignore[no-any-return]
 
 
 class PositionTable(nn.Module):

@@ -112,7 +112,7 @@ class ServeRank:
         if room >= free and self._spec.engine.kv_blocks is None:
             raise ConfigError(
                 f"training needs about {room / 2**30:.2f} GiB on rank {self._place.rank}, {free / 2**30:.2f} GiB are "
-                "free: use more ranks, a smaller training.micro_batch_tokens or training.recompute=true; or set "
+                "free: use more ranks, a smaller training.micro_batch_tokens or training.recompute=full; or set "
                 "engine.kv_blocks, which then is all that is checked"
             )
         return max(free - room, 0)

@@ -13,6 +13,7 @@ from cluster.actors.place import Place
 from cluster.engine.config import EngineConfig
 from cluster.engine.request import ModelLimits
 from parallel.errors import ConfigError
+from parallel.options import Recompute, check_recompute
 
 if TYPE_CHECKING:
     from cluster.actors.worker import Phases, Program
@@ -63,12 +64,15 @@ class TrainingConfig:
     enabled: bool = False
     save_root: str | None = None
     micro_batch_tokens: int = 2048  # computed at once; a longer sequence is computed whole
-    recompute: bool = False
+    recompute: Recompute = "none"
     save_timeout_s: float = 600.0
 
     def __post_init__(self) -> None:
+        if self.save_root is not None and not self.enabled:
+            raise ConfigError("training.save_root is set but training is off; add --train (training.enabled=true)")
         if self.micro_batch_tokens < 1:
             raise ConfigError(f"training.micro_batch_tokens is {self.micro_batch_tokens}; give at least 1")
+        check_recompute(self.recompute)
         if not self.save_timeout_s > 0:
             raise ConfigError(f"training.save_timeout_s is {self.save_timeout_s}; give seconds above 0")
 

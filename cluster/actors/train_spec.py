@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field, fields
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 from cluster.actors.place import Place
 from cluster.actors.spec import Device, Dtype, Numerics, ParallelConfig, Transport
@@ -16,11 +16,11 @@ from cluster.training.data.split import SplitRule
 from cluster.training.optimizer import OptimizerConfig
 from cluster.training.schedule import Schedule
 from parallel.errors import ConfigError
+from parallel.options import Recompute, check_recompute
 
 if TYPE_CHECKING:
     from cluster.actors.worker import Phases, Program
 
-Recompute = Literal["none", "selective", "full"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,8 +120,7 @@ class TrainSpec:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}; give at least 1")
-        if self.recompute not in get_args(Recompute):
-            raise ConfigError(f"recompute is {self.recompute!r}; choose one of {list(get_args(Recompute))}")
+        check_recompute(self.recompute)
         if self.peak_flops is not None and not self.peak_flops > 0:
             raise ConfigError(f"peak_flops is {self.peak_flops}; give floating-point operations per second above 0")
         if self.optimizer.learning_rate != OptimizerConfig.learning_rate:

@@ -52,6 +52,7 @@ class TrainRank:
         self._stop = threading.Event()
         self._groups: Groups | None = None
         self._lock: IO[str] | None = None
+        self._records: RunRecords | None = None
 
     def start(self) -> TrainFacts:
         spec, phases = self._spec, self._phases
@@ -71,6 +72,7 @@ class TrainRank:
             self._prompts = Prompts(spec.samples.prompts, tokenizer, context, spec.samples.max_tokens)
         with phases("measuring the machine"):
             peak, source = self._measure(self._groups)
+        self._records = RunRecords(spec, self._place.rank, self._trainer.step)
         model = self._trainer.model
         return TrainFacts(
             family=model.config.model_type, dtype=str(self._dtype).removeprefix("torch."),
@@ -80,14 +82,14 @@ class TrainRank:
 
     def run(self) -> None:
         """Steps; then, with the last checkpoint complete, waits to be told that nothing more is wanted."""
+        assert self._records is not None, "started"
         saved = self._trainer.step if latest_checkpoint(self._out) else None
-        with RunRecords(self._spec, self._place.rank, self._trainer.step) as records:
-            while self._trainer.step < self._spec.steps and not self._stopped():
-                rate = self._spec.schedule(self._trainer.step)
-                record = take_step(self._trainer, next(self._loader), rate, self._speed)
-                records.step(record | self._evaluate(records))
-                if self._trainer.step % self._spec.save_every == 0:
-                    saved = self._save()
+        while self._trainer.step < self._spec.steps and not self._stopped():
+            rate = self._spec.schedule(self._trainer.step)
+            record = take_step(self._trainer, next(self._loader), rate, self._speed)
+            self._records.step(record | self._evaluate(self._records))
+            if self._trainer.step % self._spec.save_every == 0:
+                saved = self._save()
         if saved != self._trainer.step:
             self._save()
         self._checkpointer.wait()
@@ -99,6 +101,8 @@ class TrainRank:
     def close(self) -> None:
         if self._groups is not None:
             self._groups.close()
+        if self._records is not None:
+            self._records.close()
         if self._lock is not None:
             self._lock.close()
 
@@ -223,6 +227,6 @@ class TrainRank:
 def trainer_config(spec: TrainSpec) -> TrainerConfig:
     """What of a run is the trainer's business."""
     return TrainerConfig(
-        optimizer=spec.optimizer, micro_batch_tokens=spec.micro_batch_tokens, recompute=spec.recompute != "none",
+        optimizer=spec.optimizer, micro_batch_tokens=spec.micro_batch_tokens, recompute=spec.recompute,
         attention_backend=spec.attention_backend,
     )  # fmt: skip

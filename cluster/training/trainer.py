@@ -21,9 +21,11 @@ from torch import Tensor
 from cluster.training.losses import LossInputs, LossOptions, LossTerms, compute_loss
 from cluster.training.optimizer import OptimizerConfig, ShardedAdamW
 from parallel.attention import Causal
+from parallel.dropout import Dropping, token_keys
 from parallel.errors import ConfigError
 from parallel.loss import IGNORE_INDEX, vocab_token_losses
 from parallel.mesh import Groups
+from parallel.options import Recompute, check_recompute
 from tp_decoders.decoder import Decoder
 
 
@@ -39,6 +41,7 @@ class TrainBatch:
     old_logprobs: Tensor | None = None  # [T], at the position that predicts the token
     advantages: Tensor | None = None
     reference_logprobs: Tensor | None = None
+    keys: Tensor | None = None  # [T] int64, by which dropout masks are drawn; None: by sequence here and place in it
 
     def parts(self, max_tokens: int | None, sequences_together: int = 1) -> Iterator[TrainBatch]:
         """Micro-batches of at most max_tokens tokens (or one unit, if that is longer); units of sequences stay
@@ -56,7 +59,7 @@ class TrainBatch:
             first, start = last, stop
 
     def _cut(self, start: int, stop: int, lengths: tuple[int, ...]) -> TrainBatch:
-        names = ("token_ids", "targets", "weights", "old_logprobs", "advantages", "reference_logprobs")
+        names = ("token_ids", "targets", "weights", "old_logprobs", "advantages", "reference_logprobs", "keys")
         cut = {name: None if getattr(self, name) is None else getattr(self, name)[start:stop] for name in names}
         return TrainBatch(lengths=lengths, normaliser=self.normaliser, **cut)  # type: ignore[arg-type]
 
@@ -67,12 +70,13 @@ class TrainerConfig:
 
     optimizer: OptimizerConfig = OptimizerConfig()
     micro_batch_tokens: int | None = None
-    recompute: bool = False  # keep no activations inside blocks: compute them again in the backward
+    recompute: Recompute = "none"
     attention_backend: str | None = None
 
     def __post_init__(self) -> None:
         if self.micro_batch_tokens is not None and self.micro_batch_tokens < 1:
             raise ConfigError(f"micro_batch_tokens is {self.micro_batch_tokens}; give at least 1, or leave it out")
+        check_recompute(self.recompute)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,17 +116,23 @@ class Trainer:
         return self.optimizer.steps
 
     def forward_backward(
-        self, batch: TrainBatch, loss: str = "cross_entropy", options: LossOptions = LossOptions()
+        self,
+        batch: TrainBatch,
+        loss: str = "cross_entropy",
+        options: LossOptions = LossOptions(),
+        dropout_seed: int | None = None,
     ) -> PassResult:
-        """Adds the batch's gradients to those waiting for the next step."""
-        return self._passes(batch, loss, options, backward=True)
+        """Adds the batch's gradients to those waiting for the next step. With a seed (another for each step, the same
+        on all ranks) activations are dropped with the model's probabilities; log-probabilities are those of that pass.
+        """
+        return self._passes(batch, loss, options, True, dropout_seed)
 
     def evaluate(
         self, batch: TrainBatch, loss: str = "cross_entropy", options: LossOptions = LossOptions()
     ) -> PassResult:
         """The same without gradients."""
         with torch.no_grad():
-            return self._passes(batch, loss, options, backward=False)
+            return self._passes(batch, loss, options, False, None)
 
     def optim_step(self, learning_rate: float | None = None, config: OptimizerConfig | None = None) -> StepResult:
         """Applies the waiting gradients."""
@@ -137,13 +147,17 @@ class Trainer:
             seconds=time.perf_counter() - started,
         )  # fmt: skip
 
-    def _passes(self, batch: TrainBatch, loss: str, options: LossOptions, backward: bool) -> PassResult:
+    def _passes(
+        self, batch: TrainBatch, loss: str, options: LossOptions, backward: bool, dropout_seed: int | None
+    ) -> PassResult:
+        if dropout_seed is not None and batch.keys is None:
+            batch = replace(batch, keys=token_keys(range(len(batch.lengths)), batch.lengths).to(batch.token_ids.device))
         started = time.perf_counter()
         total, logprobs = 0.0, []
         metrics: dict[str, float] = {}
         together = 2 if loss == "dpo" else 1
         for part in batch.parts(self.config.micro_batch_tokens, together):
-            terms, part_logprobs = self._loss(part, loss, options)
+            terms, part_logprobs = self._loss(part, loss, options, dropout_seed)
             if backward:
                 terms.loss.backward()
             total += float(terms.loss.detach())
@@ -155,8 +169,14 @@ class Trainer:
             seconds=time.perf_counter() - started,
         )  # fmt: skip
 
-    def _loss(self, part: TrainBatch, loss: str, options: LossOptions) -> tuple[LossTerms, Tensor]:
-        logprobs = self._logprobs(part)
+    def _loss(
+        self, part: TrainBatch, loss: str, options: LossOptions, dropout_seed: int | None
+    ) -> tuple[LossTerms, Tensor]:
+        dropping = None
+        if dropout_seed is not None and self.model.config.dropout.any:
+            assert part.keys is not None, "made for the whole batch"
+            dropping = Dropping(dropout_seed, part.keys)
+        logprobs = self._logprobs(part, dropping)
         weights = torch.where(part.targets == IGNORE_INDEX, torch.zeros_like(part.weights), part.weights)
         inputs = LossInputs(
             logprobs=logprobs, weights=weights, lengths=part.lengths, normaliser=part.normaliser,
@@ -164,8 +184,8 @@ class Trainer:
         )  # fmt: skip
         return compute_loss(loss, inputs, options), logprobs.detach()
 
-    def _logprobs(self, part: TrainBatch) -> Tensor:
+    def _logprobs(self, part: TrainBatch, dropping: Dropping | None) -> Tensor:
         positions = torch.cat([torch.arange(length) for length in part.lengths]).to(part.token_ids.device)
-        attend = Causal(part.lengths, self.config.attention_backend)
+        attend = Causal(part.lengths, self.config.attention_backend, dropping)
         logits = self.model(part.token_ids, positions, attend)
         return -vocab_token_losses(logits, part.targets, self.model.head.shards, self.groups.tp)

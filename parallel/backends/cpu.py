@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from parallel.backends.step import AttentionMeta, AttentionSpec, Packed
+from parallel.dropout import HeadMasks
 from parallel.kv_cache import KVCache
 from parallel.native import attention as native
 
@@ -20,10 +21,20 @@ from parallel.native import attention as native
 class Cpu:
     name = "cpu"
 
-    def causal(self, spec: AttentionSpec, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, packed: Packed) -> Tensor:
+    drops = True
+
+    def causal(
+        self,
+        spec: AttentionSpec,
+        q_TNH: Tensor,
+        k_TKH: Tensor,
+        v_TKH: Tensor,
+        packed: Packed,
+        masks: HeadMasks | None = None,
+    ) -> Tensor:
         if torch.is_grad_enabled() and (q_TNH.requires_grad or k_TKH.requires_grad or v_TKH.requires_grad):
-            return _Causal.apply(q_TNH, k_TKH, v_TKH, spec, packed)
-        return _attend(spec, q_TNH, _stored(k_TKH), _stored(v_TKH), packed, None)
+            return _Causal.apply(q_TNH, k_TKH, v_TKH, spec, packed, masks)
+        return _attend(spec, q_TNH, _stored(k_TKH), _stored(v_TKH), packed, None, masks)
 
     def cached(
         self, spec: AttentionSpec, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, cache: KVCache, meta: AttentionMeta
@@ -46,22 +57,45 @@ def _stored(kv_TKH: Tensor) -> Tensor:
 
 
 def _attend(
-    spec: AttentionSpec, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, packed: Packed, lse_TN: Tensor | None
+    spec: AttentionSpec,
+    q_TNH: Tensor,
+    k_TKH: Tensor,
+    v_TKH: Tensor,
+    packed: Packed,
+    lse_TN: Tensor | None,
+    masks: HeadMasks | None,
 ) -> Tensor:
     step, blocks = packed.scratch_step
     k_cache, v_cache = (q_TNH.new_empty((blocks, x.shape[1], native.RUN * x.shape[2])) for x in (k_TKH, v_TKH))
     return native.forward(
-        step, k_cache, v_cache, q_TNH, k_TKH, v_TKH, scale=spec.scale, slopes=spec.slopes, lse_TN=lse_TN
+        step,
+        k_cache,
+        v_cache,
+        q_TNH,
+        k_TKH,
+        v_TKH,
+        scale=spec.scale,
+        slopes=spec.slopes,
+        lse_TN=lse_TN,
+        masks=masks.address if masks else None,
     )
 
 
 class _Causal(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, spec: AttentionSpec, packed: Packed) -> Tensor:
+    def forward(
+        ctx: Any,
+        q_TNH: Tensor,
+        k_TKH: Tensor,
+        v_TKH: Tensor,
+        spec: AttentionSpec,
+        packed: Packed,
+        masks: HeadMasks | None,
+    ) -> Tensor:
         k, v = _stored(k_TKH), _stored(v_TKH)
         lse_TN = torch.empty(q_TNH.shape[:2], dtype=torch.float32)
-        o_TNH = _attend(spec, q_TNH, k, v, packed, lse_TN)
-        ctx.spec, ctx.packed, ctx.per_head = spec, packed, k is not k_TKH
+        o_TNH = _attend(spec, q_TNH, k, v, packed, lse_TN, masks)
+        ctx.spec, ctx.packed, ctx.masks, ctx.per_head = spec, packed, masks, k is not k_TKH
         ctx.save_for_backward(q_TNH, k, v, o_TNH, lse_TN)
         return o_TNH
 
@@ -79,5 +113,6 @@ class _Causal(torch.autograd.Function):
             scale=ctx.spec.scale,
             slopes=ctx.spec.slopes,
             kv_grad_per_head=ctx.per_head,
+            masks=ctx.masks.address if ctx.masks else None,
         )
-        return *grads, None, None
+        return *grads, None, None, None

@@ -6,20 +6,33 @@ other backend can do. Its bits depend on shapes, as torch's products do.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
 from parallel.backends.step import AttentionMeta, AttentionSpec, Packed
+from parallel.dropout import HeadMasks
 from parallel.kv_cache import KVCache
 
 
 class Eager:
     name = "eager"
 
-    def causal(self, spec: AttentionSpec, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, packed: Packed) -> Tensor:
+    drops = True
+
+    def causal(
+        self,
+        spec: AttentionSpec,
+        q_TNH: Tensor,
+        k_TKH: Tensor,
+        v_TKH: Tensor,
+        packed: Packed,
+        masks: HeadMasks | None = None,
+    ) -> Tensor:
         parts = [
-            attend(spec, q, k, v)
-            for q, k, v in zip(*(x.split(packed.lengths) for x in (q_TNH, k_TKH, v_TKH)), strict=True)
+            attend(spec, q_TNH[i:j], k_TKH[i:j], v_TKH[i:j], masks.factors(i, j) if masks else None)
+            for i, j in pairwise(packed.starts)
         ]
         return torch.cat(parts) if parts else q_TNH.new_empty(q_TNH.shape)
 
@@ -35,14 +48,19 @@ class Eager:
         return torch.cat(parts) if parts else q_TNH.new_empty(q_TNH.shape)
 
 
-def attend(spec: AttentionSpec, q_QNH: Tensor, k_CKH: Tensor, v_CKH: Tensor) -> Tensor:
-    """The last Q tokens of one sequence against all C of it."""
+def attend(
+    spec: AttentionSpec, q_QNH: Tensor, k_CKH: Tensor, v_CKH: Tensor, factors_NQC: Tensor | None = None
+) -> Tensor:
+    """The last Q tokens of one sequence against all C of it; probabilities are multiplied by the factors."""
     work = torch.promote_types(q_QNH.dtype, torch.float32)
     scores_NQC = torch.einsum("qnh,cnh->nqc", q_QNH.to(work), heads_like(k_CKH, q_QNH).to(work)) * spec.scale
     if spec.slopes is not None:
         scores_NQC = scores_NQC + alibi_bias(spec.slopes.to(work), len(q_QNH), len(k_CKH))
     scores_NQC = scores_NQC.masked_fill(hidden(len(q_QNH), len(k_CKH), q_QNH.device), float("-inf"))
-    o_QNH = torch.einsum("nqc,cnh->qnh", scores_NQC.softmax(-1), heads_like(v_CKH, q_QNH).to(work))
+    weights_NQC = scores_NQC.softmax(-1)
+    if factors_NQC is not None:
+        weights_NQC = weights_NQC * factors_NQC.to(work)
+    o_QNH = torch.einsum("nqc,cnh->qnh", weights_NQC, heads_like(v_CKH, q_QNH).to(work))
     return o_QNH.to(q_QNH.dtype).contiguous()
 
 

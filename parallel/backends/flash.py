@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from parallel.backends.step import AttentionMeta, AttentionSpec, DeviceStep, Packed
+from parallel.dropout import HeadMasks
 from parallel.kv_cache import KVCache
 
 PAGE = 256  # the kernels page only blocks of a multiple of this many tokens
@@ -30,7 +31,18 @@ def package() -> ModuleType | None:
 class Flash:
     name = "flash"
 
-    def causal(self, spec: AttentionSpec, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, packed: Packed) -> Tensor:
+    drops = False
+
+    def causal(
+        self,
+        spec: AttentionSpec,
+        q_TNH: Tensor,
+        k_TKH: Tensor,
+        v_TKH: Tensor,
+        packed: Packed,
+        masks: HeadMasks | None = None,
+    ) -> Tensor:
+        assert masks is None, "the caller asks `drops` first"
         if packed.num_tokens == 0:
             return torch.empty_like(q_TNH)
         starts, longest = packed.starts_on(q_TNH.device), max(packed.lengths)

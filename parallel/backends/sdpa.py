@@ -12,13 +12,25 @@ from torch import Tensor
 
 from parallel.backends.eager import alibi_bias, heads_like, hidden
 from parallel.backends.step import AttentionMeta, AttentionSpec, Packed
+from parallel.dropout import HeadMasks
 from parallel.kv_cache import KVCache
 
 
 class Sdpa:
     name = "sdpa"
 
-    def causal(self, spec: AttentionSpec, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, packed: Packed) -> Tensor:
+    drops = False
+
+    def causal(
+        self,
+        spec: AttentionSpec,
+        q_TNH: Tensor,
+        k_TKH: Tensor,
+        v_TKH: Tensor,
+        packed: Packed,
+        masks: HeadMasks | None = None,
+    ) -> Tensor:
+        assert masks is None, "the caller asks `drops` first"
         parts = [
             _attend(spec, q, k, v)
             for q, k, v in zip(*(x.split(packed.lengths) for x in (q_TNH, k_TKH, v_TKH)), strict=True)

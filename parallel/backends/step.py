@@ -16,6 +16,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from parallel.dropout import HeadMasks
 from parallel.errors import ConfigError
 from parallel.kv_cache import KVCache
 from parallel.native.attention import RUN, PagedStep
@@ -25,19 +26,33 @@ from parallel.native.attention import RUN, PagedStep
 
 @dataclass(frozen=True, eq=False)
 class AttentionSpec:
-    """One layer's attention: score = scale * q.k - slope * (q_pos - k_pos); slopes are float32, one per local head."""
+    """One layer's attention: score = scale * q.k - slope * (q_pos - k_pos); slopes are float32, one per local head.
+
+    `dropout` of its probabilities in passes that drop, by the local heads' global numbers `head_ids`.
+    """
 
     layer: int
     scale: float
     slopes: Tensor | None = None
+    dropout: float = 0.0
+    head_ids: Sequence[int] = ()
 
 
 class Backend(Protocol):
     """One implementation of attention over local heads."""
 
     name: str
+    drops: bool  # whether `causal` takes masks
 
-    def causal(self, spec: AttentionSpec, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, packed: Packed) -> Tensor: ...
+    def causal(
+        self,
+        spec: AttentionSpec,
+        q_TNH: Tensor,
+        k_TKH: Tensor,
+        v_TKH: Tensor,
+        packed: Packed,
+        masks: HeadMasks | None = None,
+    ) -> Tensor: ...
 
     def cached(
         self, spec: AttentionSpec, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, cache: KVCache, meta: AttentionMeta

@@ -10,6 +10,7 @@
 #include <cmath>
 #include <vector>
 
+#include "dropout.h"
 #include "pool.h"
 
 namespace attn {
@@ -27,6 +28,7 @@ struct Call {
   int N, K, H;
   float scale;
   const float* slopes;
+  const dropout::Heads* drop;               // null: no probability is dropped
   int group() const { return N / K; }
   // where the run that holds a position begins, in either cache
   int64_t run(const Sequence& s, int position, int64_t head) const {
@@ -45,6 +47,8 @@ struct Scratch {                            // one thread's
   float *q, *o, *p;
   int ld;                                   // of q (in elements of its type) and o
   Row rows[kItemRows];
+  const dropout::Heads* drop;
+  uint64_t keys[kItemRows];                 // of the rows' dropout masks, whose columns are key positions
   f32x16 scores[kRows][kRuns], shrink[kItemRows];
   void reserve(int H) {
     ld = padded(H);
@@ -88,11 +92,22 @@ void write(const Call<T>& call, const Sequence& s, int64_t head) {
   }
 }
 
+// Drops some of the probabilities of R rows over C runs, after they were counted in the rows' sums.
+template <int R, int C>
+__attribute__((noinline)) void thin(Scratch& w, int row, int start) {
+  for (int r = row; r < row + R; ++r)
+    for (int c = 0; c < C; ++c) {
+      float* p = w.p + r * kTile + kRun * c;
+      simd::store(p, simd::load(p) * dropout::factors(w.drop->chance, w.keys[r], uint32_t(start + kRun * c)));
+    }
+}
+
 template <int R, int C, int S, class T>
 void score(Scratch& w, int row, const Tile<T>& t, int H, float scale) {
   const T* const* ahead = C == kRuns ? t.values : t.next;
   dot<R, C, S>(reinterpret_cast<const T*>(w.q) + row * w.ld, w.ld, t.keys, H, ahead, w.scores);
   soften<R, C>(w.rows + row, w.scores, t.start, scale, w.p + row * kTile, w.shrink + row);
+  if (w.drop) thin<R, C>(w, row, t.start);
 }
 
 template <int R, int S, class T>
@@ -133,8 +148,10 @@ void advance_pair(Scratch& w, const Tile<T>& t, int H, float scale) {
 template <class T>
 void begin_rows(const Call<T>& call, const Sequence& s, const Item& item, Scratch& w) {
   const int heads = call.group() * item.kv_heads;
+  w.drop = call.drop;
   for (int r = 0; r < item.rows; ++r) {
     const int token = (item.row + r) / heads, head = item.kv_head * call.group() + (item.row + r) % heads;
+    if (call.drop) w.keys[r] = call.drop->key(s.first_token + token, head);
     const T* q = call.q.at(s.first_token + token, head);
     fetch_row(call.q.at(s.first_token + token, std::min(head + heads, call.N - 1)), call.H);  // the next item's
     for (int h = 0; h < call.H; h += kRun) {
@@ -229,17 +246,18 @@ void forward(const Call<T>& call) {
 
 extern "C" {
 
-// strides: token and head strides of q, k, v in elements; o [tokens][N][H] and lse [tokens][N] or null are contiguous
+// strides: token and head strides of q, k, v in elements; o [tokens][N][H] and lse [tokens][N] or null are contiguous;
+// drop: null where no probability is dropped
 void attn_forward(const attn::Step* step, int bfloat16, void* k_cache, void* v_cache, const void* q, const void* k,
                   const void* v, const int64_t* strides, void* o, float* lse, int N, int K, int H, float scale,
-                  const float* slopes) {
+                  const float* slopes, const dropout::Heads* drop) {
   auto run = [&](auto zero) {
     using T = decltype(zero);
     using View = attn::View<const T>;
     auto view = [&](const void* data, int i) { return View{static_cast<const T*>(data), strides[i], strides[i + 1]}; };
     T *keys = static_cast<T*>(k_cache), *values = static_cast<T*>(v_cache);
     attn::forward(attn::Call<T>{step, keys, values, view(q, 0), view(k, 2), view(v, 4), static_cast<T*>(o), lse, N, K,
-                                H, scale, slopes});
+                                H, scale, slopes, drop});
   };
   bfloat16 ? run(attn::bf16()) : run(0.0f);
 }

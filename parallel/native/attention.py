@@ -66,8 +66,11 @@ def forward(
     scale: float,
     slopes: Tensor | None = None,
     lse_TN: Tensor | None = None,
+    masks: int | None = None,
 ) -> Tensor:
-    """Write the new keys and values into the cache and attend over it; the log-sum-exp goes to lse_TN where given."""
+    """Write the new keys and values into the cache and attend over it; the log-sum-exp goes to lse_TN where given.
+    `masks` is the address of a dropout.Heads.
+    """
     T, N, H = q_TNH.shape
     K = k_TKH.shape[1]
     if q_TNH.stride(2) != 1 or k_TKH.stride(2) != 1 or v_TKH.stride(2) != 1:
@@ -93,6 +96,7 @@ def forward(
         H,
         scale,
         None if slopes is None else slopes.data_ptr(),
+        masks,
     )
     return o_TNH
 
@@ -109,6 +113,7 @@ def backward(
     scale: float,
     slopes: Tensor | None = None,
     kv_grad_per_head: bool = False,
+    masks: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv of packed causal attention. A shared kv head's gradients are added over its query heads in ascending
     order, or with kv_grad_per_head returned one per query head, [T, N, H]."""
@@ -133,6 +138,7 @@ def backward(
         H,
         scale,
         None if slopes is None else slopes.data_ptr(),
+        masks,
         kv_grad_per_head,
     )
     return grads[0], grads[1], grads[2]
@@ -141,7 +147,7 @@ def backward(
 @cache
 def _forward() -> ctypes._CFuncPtr:  # type: ignore[name-defined]
     function = library().attn_forward
-    function.argtypes = (_P, _I, _P, _P, _P, _P, _P, _Strides, _P, _P, _I, _I, _I, _F, _P)
+    function.argtypes = (_P, _I, _P, _P, _P, _P, _P, _Strides, _P, _P, _I, _I, _I, _F, _P, _P)
     function.restype = None
     return function
 
@@ -149,6 +155,6 @@ def _forward() -> ctypes._CFuncPtr:  # type: ignore[name-defined]
 @cache
 def _backward() -> ctypes._CFuncPtr:  # type: ignore[name-defined]
     function = library().attn_backward
-    function.argtypes = (_P, _L, _I, _P, _P, _P, _P, _I, _I, _I, _F, _P, _I)
+    function.argtypes = (_P, _L, _I, _P, _P, _P, _P, _I, _I, _I, _F, _P, _P, _I)
     function.restype = None
     return function

@@ -9,6 +9,7 @@
 #include <atomic>
 #include <vector>
 
+#include "dropout.h"
 #include "pool.h"
 
 namespace attn {
@@ -23,11 +24,15 @@ struct Call {
   int N, K, H;
   float scale;
   const float* slopes;
+  const dropout::Heads* drop;               // null: no probability was dropped
   bool per_head;                            // dk and dv of every query head, not their sum over a kv head's group
 };
 
 struct Head {                               // one head of one sequence, in float32; rows are `ld` wide, padding is zero
   std::vector<float> memory;
+  std::vector<uint64_t> keys;               // of the queries' dropout masks; unused without
+  dropout::Chance chance;
+  bool drops;
   int L, H, ld, tiles;
   float *q, *d_o, *k, *k_runs, *v_runs, *dq, *dk, *dv, *dk_sum, *dv_sum, *lse, *delta, *p, *ds;
   void reserve(int length, int head_dim) {
@@ -50,7 +55,10 @@ void widen_row(const T* from, int H, float* to) {
 template <class T>
 void gather(const Call<T>& call, int64_t first, int64_t head, int64_t kv_head, Head& w) {
   std::vector<float> row(w.ld);
+  w.drops = call.drop != nullptr;
+  if (w.drops) w.chance = call.drop->chance, w.keys.resize(w.L);
   for (int t = 0; t < w.L; ++t) {
+    if (w.drops) w.keys[t] = call.drop->key(first + t, head);
     widen_row(call.q.at(first + t, head), w.H, w.q + int64_t(t) * w.ld);
     widen_row(call.d_o.at(first + t, head), w.H, w.d_o + int64_t(t) * w.ld);
     widen_row(call.o.at(first + t, head), w.H, row.data());
@@ -68,7 +76,7 @@ void gather(const Call<T>& call, int64_t first, int64_t head, int64_t kv_head, H
   std::fill(w.dq, w.dk_sum, 0.0f);          // dq, dk and dv lie together
 }
 
-// p and ds of R queries from `row` on against one tile of keys, into the tile's buffers
+// p (with dropout, what of it was used) and ds of R queries from `row` on against one tile of keys, into the tile's buffers
 template <int R>
 void recompute(Head& w, int64_t row, int in_tile, int64_t key_tile, float scale, float slope) {
   const float *keys[kRuns], *values[kRuns];
@@ -82,13 +90,18 @@ void recompute(Head& w, int64_t row, int in_tile, int64_t key_tile, float scale,
   for (int r = 0; r < R; ++r)
     for (int c = 0; c < kRuns; ++c) {
       const int live = int(row + r + 1 - key_tile * kTile) - kRun * c;
-      f32x16 p = simd::exp(biased(scores[r][c], scale, slope, live) - simd::set1(w.lse[row + r]));
-      f32x16 ds = p * (d_p[r][c] - simd::set1(w.delta[row + r])) * simd::set1(scale);
+      const f32x16 p = simd::exp(biased(scores[r][c], scale, slope, live) - simd::set1(w.lse[row + r]));
+      f32x16 d = d_p[r][c], weight = p;
+      if (w.drops) {
+        const f32x16 kept = dropout::factors(w.chance, w.keys[row + r], uint32_t(key_tile * kTile + kRun * c));
+        d *= kept, weight *= kept;
+      }
+      f32x16 ds = p * (d - simd::set1(w.delta[row + r])) * simd::set1(scale);
       if (live < kRun) {
-        p = simd::select(before(live), p, simd::zero());
+        weight = simd::select(before(live), weight, simd::zero());
         ds = simd::select(before(live), ds, simd::zero());
       }
-      simd::store(w.p + (in_tile + r) * kTile + kRun * c, p);
+      simd::store(w.p + (in_tile + r) * kTile + kRun * c, weight);
       simd::store(w.ds + (in_tile + r) * kTile + kRun * c, ds);
     }
 }
@@ -173,10 +186,11 @@ void backward(const Call<T>& call, int64_t sequences) {
 
 extern "C" {
 
-// strides: token and head strides of q, k, v, o, d_o, dq, dk, dv, in elements; per_head: dk and dv have N heads, else K
+// strides: token and head strides of q, k, v, o, d_o, dq, dk, dv, in elements; per_head: dk and dv have N heads, else K;
+// drop: the forward's
 void attn_backward(const int32_t* starts, int64_t sequences, int bfloat16, const void* const* inputs, const float* lse,
                    void* const* outputs, const int64_t* strides, int N, int K, int H, float scale, const float* slopes,
-                   int per_head) {
+                   const dropout::Heads* drop, int per_head) {
   auto run = [&](auto zero) {
     using T = decltype(zero);
     using In = attn::View<const T>;
@@ -184,7 +198,7 @@ void attn_backward(const int32_t* starts, int64_t sequences, int bfloat16, const
     auto in = [&](int i) { return In{static_cast<const T*>(inputs[i]), strides[2 * i], strides[2 * i + 1]}; };
     auto out = [&](int i) { return Out{static_cast<T*>(outputs[i]), strides[10 + 2 * i], strides[11 + 2 * i]}; };
     attn::backward(attn::Call<T>{starts, in(0), in(1), in(2), in(3), in(4), lse, out(0), out(1), out(2), N, K, H, scale,
-                                 slopes, per_head != 0}, sequences);
+                                 slopes, drop, per_head != 0}, sequences);
   };
   bfloat16 ? run(attn::bf16()) : run(0.0f);
 }

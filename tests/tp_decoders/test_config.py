@@ -8,13 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 
+from parallel.attention import Causal
+from parallel.dropout import Dropping, token_keys
 from parallel.errors import ConfigError
 from parallel.group import Group
 from tp_decoders import build
 from tp_decoders.config import DecoderConfig, Dropout
 from tp_decoders.registry import FAMILIES, config_from_hf, read_config
+from tp_decoders.weights import initialise
 
 CLASSES = {
     "gpt2": transformers.GPT2Config,
@@ -158,14 +162,17 @@ def test_unknown_model_type_lists_the_families(tmp_path: Path) -> None:
         read_config(tmp_path)
 
 
-def test_train_mode_with_dropout_is_refused_and_without_it_allowed() -> None:
+def test_train_mode_with_dropout_but_without_masks_is_refused_and_without_dropout_allowed() -> None:
     config = config_from_hf({"model_type": "gpt2", "n_layer": 1, "n_embd": 8, "n_head": 2, "vocab_size": 5})
-    model = build(config)
+    model, tokens = initialise(build(config), seed=0), torch.zeros(3, dtype=torch.long)
     assert not model.training
-    with pytest.raises(ConfigError, match="dropout is not implemented yet"):
-        model.train()
-    model.eval()
-    assert build(replace(config, dropout=Dropout())).train().training
+    with pytest.raises(ConfigError, match="the pass says no masks: dropout is not left out silently"):
+        model.train()(tokens, torch.arange(3), Causal([3]))
+    keys, places = token_keys([0], [3]), torch.arange(3)
+    one, two = (model(tokens, places, Causal([3], dropping=Dropping(seed, keys))) for seed in (1, 2))
+    assert not torch.equal(one, two)
+    plain = initialise(build(replace(config, dropout=Dropout())), seed=0)
+    assert torch.equal(plain.train()(tokens, places, Causal([3])), model.eval()(tokens, places, Causal([3])))
 
 
 def test_learned_positions_and_alibi_of_mpt() -> None:

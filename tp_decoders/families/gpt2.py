@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from parallel.activation import check_activation
 from parallel.attention import Attend, AttentionSpec
+from parallel.dropout import ATTENDED, MLP, DropoutSite
 from parallel.group import Group
 from parallel.heads import HeadLayout
 from parallel.linear import ColumnLinear, RowLinear
@@ -88,7 +89,10 @@ class Block(nn.Module):
         super().__init__()
         d, heads = config.d_model, layout.head_shards
         ffn = group.shards(config.d_ff)
-        self.attention = AttentionSpec(layer, config.options.scale(layer, config.head_dim), None)
+        scale, p = config.options.scale(layer, config.head_dim), config.dropout
+        self.attention = AttentionSpec(layer, scale, None, p.attention, layout.local_ids)
+        self.drop_attended = DropoutSite(p.residual, layer, ATTENDED, group)
+        self.drop_mlp = DropoutSite(p.residual, layer, MLP, group)
         self.heads = (3, layout.n_local, config.head_dim)
         self.activation = config.activation
         self.ln1 = LayerNorm(d, config.norm_eps, group=group, **place)
@@ -100,8 +104,10 @@ class Block(nn.Module):
 
     def forward(self, x_TD: Tensor, attend: Attend, tokens: VirtualShards | None = None) -> Tensor:
         q_TNH, k_TNH, v_TNH = self.qkv(self.ln1(x_TD, tokens), tokens=tokens).unflatten(1, self.heads).unbind(1)
-        h_TD = x_TD + self.out(attend(self.attention, q_TNH, k_TNH, v_TNH).flatten(1), tokens)
-        return h_TD + self.down(self.up(self.ln2(h_TD, tokens), self.activation, tokens=tokens), tokens)
+        attended = self.out(attend(self.attention, q_TNH, k_TNH, v_TNH).flatten(1), tokens)
+        h_TD = x_TD + self.drop_attended(attended, attend.dropping, tokens)
+        mlp = self.down(self.up(self.ln2(h_TD, tokens), self.activation, tokens=tokens), tokens)
+        return h_TD + self.drop_mlp(mlp, attend.dropping, tokens)
 
 
 class Model(Decoder):

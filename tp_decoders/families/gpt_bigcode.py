@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from parallel.activation import check_activation
 from parallel.attention import Attend, AttentionSpec
+from parallel.dropout import ATTENDED, MLP, DropoutSite
 from parallel.group import Group
 from parallel.heads import HeadLayout, share_heads
 from parallel.linear import ColumnLinear, RowLinear
@@ -93,7 +94,8 @@ class Attention(nn.Module):
     def __init__(self, config: DecoderConfig, layer: int, layout: HeadLayout, group: Group, place: Place) -> None:
         super().__init__()
         d, head_dim, heads = config.d_model, config.head_dim, layout.head_shards
-        self.spec = AttentionSpec(layer, head_dim**-0.5 if config.options.scale_by_head else 1.0, None)
+        scale = head_dim**-0.5 if config.options.scale_by_head else 1.0
+        self.spec = AttentionSpec(layer, scale, None, config.dropout.attention, layout.local_ids)
         self.layout, self.group = layout, group
         self.shared = layout.shares_kv
         parts = (Part(d, heads), Part(head_dim), Part(head_dim)) if self.shared else heads.scaled(3)
@@ -126,10 +128,14 @@ class Block(nn.Module):
         self.ln2 = LayerNorm(config.d_model, config.norm_eps, group=group, **place)
         self.up = ColumnLinear(config.d_model, ffn, group=group, **place)
         self.down = RowLinear(ffn, config.d_model, group=group, **place)
+        self.drop_attended = DropoutSite(config.dropout.residual, layer, ATTENDED, group)
+        self.drop_mlp = DropoutSite(config.dropout.residual, layer, MLP, group)
 
     def forward(self, x_TD: Tensor, attend: Attend, tokens: VirtualShards | None = None) -> Tensor:
-        h_TD = x_TD + self.attention(self.ln1(x_TD, tokens), attend, tokens)
-        return h_TD + self.down(self.up(self.ln2(h_TD, tokens), self.activation, tokens=tokens), tokens)
+        attended = self.attention(self.ln1(x_TD, tokens), attend, tokens)
+        h_TD = x_TD + self.drop_attended(attended, attend.dropping, tokens)
+        mlp = self.down(self.up(self.ln2(h_TD, tokens), self.activation, tokens=tokens), tokens)
+        return h_TD + self.drop_mlp(mlp, attend.dropping, tokens)
 
 
 class Model(Decoder):

@@ -1,7 +1,8 @@
 """GPT-NeoX: rotary positions on part of each head, parallel or sequential residual, separate head.
 
 The rows of `query_key_value` are per head (q, k, v). With the parallel residual the partial sums of attention and MLP
-are added before one reduction per layer; both are cut into the same number of leaves for that. T tokens, D model, N
+are added before one reduction per layer; both are cut into the same number of leaves for that. (A pass that drops
+their elements separately needs them apart: two reductions.) T tokens, D model, N
 local heads, H head, V vocabulary.
 """
 
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 
 from parallel.activation import check_activation
 from parallel.attention import Attend, AttentionSpec
+from parallel.dropout import ATTENDED, MLP, DropoutSite
 from parallel.group import Group
 from parallel.heads import HeadLayout
-from parallel.linear import ColumnLinear, RowLinear, reduce_sum
+from parallel.linear import ColumnLinear, Partial, RowLinear, reduce_sum
 from parallel.norm import LayerNorm
 from parallel.shard import VirtualShards
 from tp_decoders.config import DecoderConfig, Dropout, head_size, probability
@@ -76,7 +78,8 @@ class Block(nn.Module):
         super().__init__()
         d, bias = config.d_model, config.options.attention_bias
         ffn = group.shards(config.d_ff, num_leaves=layout.shards.num_leaves)
-        self.attention = AttentionSpec(layer, config.head_dim**-0.5, None)
+        p = config.dropout.attention
+        self.attention = AttentionSpec(layer, config.head_dim**-0.5, None, p, layout.local_ids)
         self.heads = (layout.n_local, 3, config.head_dim)
         self.activation = config.activation
         self.parallel_residual = config.options.parallel_residual
@@ -86,21 +89,23 @@ class Block(nn.Module):
         self.ln2 = LayerNorm(d, config.norm_eps, group=group, **place)
         self.up = ColumnLinear(d, ffn, group=group, **place)
         self.down = RowLinear(ffn, d, group=group, **place)
+        self.drop_attended = DropoutSite(config.dropout.residual, layer, ATTENDED, group)
+        self.drop_mlp = DropoutSite(config.dropout.residual, layer, MLP, group)
 
-    def forward(self, x_TD: Tensor, rotation: Rotation, attend: Attend, tokens: VirtualShards | None = None) -> Tensor:
+    def forward(self, x_TD: Tensor, attend: Attend, rotation: Rotation, tokens: VirtualShards | None = None) -> Tensor:
         q_TNH, k_TNH, v_TNH = rotated(
             self.qkv(self.ln1(x_TD, tokens), tokens=tokens).unflatten(1, self.heads), rotation
         )
         o_TNH = attend(self.attention, q_TNH, k_TNH, v_TNH)
-        attended = self.out.partial(o_TNH.flatten(1))
-        if self.parallel_residual:
-            return x_TD + reduce_sum(
-                attended,
-                self.down.partial(self.up(self.ln2(x_TD, tokens), self.activation, tokens=tokens)),
-                tokens=tokens,
-            )
-        h_TD = x_TD + reduce_sum(attended, tokens=tokens)
-        return h_TD + self.down(self.up(self.ln2(h_TD, tokens), self.activation, tokens=tokens), tokens)
+        attended, dropping = self.out.partial(o_TNH.flatten(1)), attend.dropping
+        if self.parallel_residual and not self.drop_mlp.active(dropping):
+            return x_TD + reduce_sum(attended, self.mlp(x_TD, tokens), tokens=tokens)
+        h_TD = x_TD + self.drop_attended(reduce_sum(attended, tokens=tokens), dropping, tokens)
+        mlp = reduce_sum(self.mlp(x_TD if self.parallel_residual else h_TD, tokens), tokens=tokens)
+        return h_TD + self.drop_mlp(mlp, dropping, tokens)
+
+    def mlp(self, x_TD: Tensor, tokens: VirtualShards | None) -> Partial:
+        return self.down.partial(self.up(self.ln2(x_TD, tokens), self.activation, tokens=tokens))
 
 
 class Model(Decoder):
@@ -113,7 +118,7 @@ class Model(Decoder):
 
     def forward(self, tokens_T: Tensor, positions_T: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
         x_TD = self.embedded(tokens_T, positions_T)
-        return self.logits(self.through_blocks(x_TD, self.rotary.at(positions_T), attend), rows)
+        return self.logits(self.through_blocks(x_TD, attend, self.rotary.at(positions_T)), rows)
 
 
 NAMES = (

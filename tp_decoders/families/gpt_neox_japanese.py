@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from parallel.activation import check_activation
 from parallel.attention import Attend, AttentionSpec
+from parallel.dropout import ATTENDED, MLP, DropoutSite
 from parallel.group import Group
 from parallel.heads import HeadLayout
 from parallel.linear import ColumnLinear, RowLinear
@@ -66,7 +67,8 @@ class Block(nn.Module):
         super().__init__()
         d, is_last = config.d_model, layer == config.n_layers - 1
         ffn = group.shards(config.d_ff)
-        self.attention = AttentionSpec(layer, config.head_dim**-0.5, None)
+        p = config.dropout.attention
+        self.attention = AttentionSpec(layer, config.head_dim**-0.5, None, p, layout.local_ids)
         self.heads = (layout.n_local, 3, config.head_dim)
         self.activation = config.activation
         self.ln1 = LayerNorm(d, config.norm_eps, group=group, **place)
@@ -75,14 +77,17 @@ class Block(nn.Module):
         self.ln2 = LayerNorm(d, config.norm_eps, group=group, **place)
         self.up = ColumnLinear(d, ffn, group=group, bias=False, **place)
         self.down = RowLinear(ffn, d, group=group, bias=False, **place)
+        self.drop_attended = DropoutSite(config.dropout.residual, layer, ATTENDED, group)
+        self.drop_mlp = DropoutSite(config.dropout.residual, layer, MLP, group)
 
-    def forward(self, x_TD: Tensor, rotation: Rotation, attend: Attend, tokens: VirtualShards | None = None) -> Tensor:
+    def forward(self, x_TD: Tensor, attend: Attend, rotation: Rotation, tokens: VirtualShards | None = None) -> Tensor:
         q_TNH, k_TNH, v_TNH = rotated(
             self.qkv(self.ln1(x_TD, tokens), tokens=tokens).unflatten(1, self.heads), rotation
         )
         o_TNH = attend(self.attention, q_TNH, k_TNH, v_TNH)
-        h_TD = x_TD + self.out(o_TNH.flatten(1), tokens)
-        return h_TD + self.down(self.up(self.ln2(h_TD, tokens), self.activation, tokens=tokens), tokens)
+        h_TD = x_TD + self.drop_attended(self.out(o_TNH.flatten(1), tokens), attend.dropping, tokens)
+        mlp = self.down(self.up(self.ln2(h_TD, tokens), self.activation, tokens=tokens), tokens)
+        return h_TD + self.drop_mlp(mlp, attend.dropping, tokens)
 
 
 class Model(Decoder):
@@ -95,7 +100,7 @@ class Model(Decoder):
 
     def forward(self, tokens_T: Tensor, positions_T: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
         x_TD = self.embedded(tokens_T, positions_T)
-        return self.logits(self.through_blocks(x_TD, self.rotary.at(positions_T), attend), rows)
+        return self.logits(self.through_blocks(x_TD, attend, self.rotary.at(positions_T)), rows)
 
 
 NAMES = (

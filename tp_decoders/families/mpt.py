@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from parallel.attention import Attend, AttentionSpec
 from parallel.collectives import gather_from, scatter_to
+from parallel.dropout import ATTENDED, MLP, DropoutSite
 from parallel.errors import ConfigError
 from parallel.group import Group
 from parallel.heads import HeadLayout, alibi_slopes, share_heads
@@ -161,7 +162,8 @@ class Attention(nn.Module):
         d, options = config.d_model, config.options
         self.layout, self.group, self.clip = layout, group, options.clip_qkv
         self.shared = layout.shares_kv
-        self.spec = AttentionSpec(layer, options.softmax_scale, _slopes(config, layout, place))
+        slopes, p = _slopes(config, layout, place), config.dropout.attention
+        self.spec = AttentionSpec(layer, options.softmax_scale, slopes, p, layout.local_ids)
         kv = Part(config.head_dim) if self.shared else Part(d, layout.head_shards)
         self.qkv = ColumnLinear(d, (Part(d, layout.head_shards), kv, kv), group=group, bias=options.bias, **place)
         self.widths = tuple(part.local_size(group.rank) for part in self.qkv.parts)
@@ -205,10 +207,14 @@ class Block(nn.Module):
         self.ln2 = LayerNorm(d, config.norm_eps, group=group, bias=bias, **place)
         self.up = ColumnLinear(d, ffn, group=group, bias=bias, **place)
         self.down = RowLinear(ffn, d, group=group, bias=bias, **place)
+        self.drop_attended = DropoutSite(config.dropout.residual, layer, ATTENDED, group)
+        self.drop_mlp = DropoutSite(config.dropout.residual, layer, MLP, group)
 
     def forward(self, x_TD: Tensor, attend: Attend, tokens: VirtualShards | None = None) -> Tensor:
-        h_TD = x_TD + self.attention(self.ln1(x_TD, tokens), attend, tokens)
-        return h_TD + self.down(self.up(self.ln2(h_TD, tokens), self.activation, tokens=tokens), tokens)
+        attended = self.attention(self.ln1(x_TD, tokens), attend, tokens)
+        h_TD = x_TD + self.drop_attended(attended, attend.dropping, tokens)
+        mlp = self.down(self.up(self.ln2(h_TD, tokens), self.activation, tokens=tokens), tokens)
+        return h_TD + self.drop_mlp(mlp, attend.dropping, tokens)
 
 
 class Model(Decoder):

@@ -18,6 +18,7 @@ from cluster.training.optimizer import OptimizerConfig
 from cluster.training.trainer import TrainBatch, Trainer, TrainerConfig
 from parallel.group import Group
 from parallel.mesh import Groups, init_groups
+from parallel.options import Recompute
 
 VOCAB = 97
 # A larger epsilon than usual: the true gradient of a key bias is zero, and Adam would blow its rounding noise up to
@@ -33,13 +34,14 @@ class Layout:
     tp: int = 1
     dp: int = 1
     sequence_parallel: bool = False
-    recompute: bool = False
+    recompute: Recompute = "none"
     micro_batch_tokens: int | None = None
 
     @property
     def name(self) -> str:
-        extras = [n for n in ("sequence_parallel", "recompute", "micro_batch_tokens") if getattr(self, n)]
-        return "+".join([f"tp{self.tp}xdp{self.dp}", *extras])
+        extras = [n for n in ("sequence_parallel", "micro_batch_tokens") if getattr(self, n)]
+        recompute = [] if self.recompute == "none" else [f"{self.recompute} recompute"]
+        return "+".join([f"tp{self.tp}xdp{self.dp}", *extras, *recompute])
 
 
 def documents(step: int) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""Training adapters: against transformers, PEFT and torch's AdamW; one set of bits at every layout; saved and resumed."""
+"""Training adapters: against transformers, PEFT and torch; one set of bits at every layout; saved and resumed."""
 
 from __future__ import annotations
 
@@ -107,12 +107,9 @@ def test_twenty_steps_equal_transformers_with_peft_and_torch(
     before = {name: tensor.clone() for name, tensor in peft.get_peft_model_state_dict(model).items()}
     losses, norms = steps.reference(model, 20)
     wanted = peft.get_peft_model_state_dict(model)
-    layouts = [
-        steps.Layout(),
-        steps.Layout(tp=2, sequence_parallel=True, recompute="full"),
-        steps.Layout(tp=3, micro_batch_tokens=10),
-        steps.Layout(tp=2, dp=2),
-    ]
+    layouts = [steps.Layout(), steps.Layout(tp=2, sequence_parallel=True, recompute="full")]
+    if family == "gpt_bigcode":
+        layouts += [steps.Layout(tp=3, micro_batch_tokens=10), steps.Layout(tp=2, dp=2)]
     for layout in layouts:
         out, size = tmp_path / layout.name, layout.tp * layout.dp
         results = ranks(size, _run, str(checkpoints[family]), layout, 20, free_address(), str(out), torch.float32)
@@ -127,20 +124,21 @@ def test_twenty_steps_equal_transformers_with_peft_and_torch(
             assert float((before[name] - tensor).norm()) > 1e-3, f"{name} was not trained"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "dtype"), [*((family, torch.float32) for family in FAMILIES), ("gpt_bigcode", torch.bfloat16)]
+)
 def test_trained_adapters_have_the_same_bits_at_every_layout_and_the_base_is_untouched(
     ranks: Any, checkpoints: dict[str, Path], family: str, dtype: torch.dtype
 ) -> None:
     layouts = [
         steps.Layout(),
-        steps.Layout(tp=2, sequence_parallel=True),
+        steps.Layout(tp=2, sequence_parallel=True, recompute="selective"),
         steps.Layout(tp=3, recompute="full"),
         steps.Layout(tp=4, sequence_parallel=True, recompute="full"),
     ]
     digests = {}
     for layout in layouts:
-        results = ranks(layout.tp, _run, str(checkpoints[family]), layout, 12, "", None, dtype)
+        results = ranks(layout.tp, _run, str(checkpoints[family]), layout, 8, "", None, dtype)
         digests[layout.name] = (results[0][1], results[0][0][-1])
         assert all(untouched for _, _, untouched in results)
     assert len(set(digests.values())) == 1, digests
@@ -173,22 +171,22 @@ def test_stop_and_resume_of_an_adapter_ends_with_the_undisturbed_bits(
         made = steps.Layout(**layout)
         return ranks(made.tp * made.dp, _saving, base, str(tmp_path / root), made, until, free_address(), dtype)[0]
 
-    whole = go("whole", 6, tp=2)
-    for name, then in {"same": {"tp": 2}, "one": {"tp": 1}, "three": {"tp": 3}, "replicas": {"tp": 2, "dp": 2}}.items():
-        go(name, 3, tp=2)
-        found = go(name, 6, **then)
-        assert found == whole or name == "replicas", f"{name}: moments or masters were lost"
+    whole = go("whole", 4, tp=2)
+    for name, then in {"same": {"tp": 2}, "other": {"tp": 3}}.items():
+        go(name, 2, tp=2)
+        assert go(name, 4, **then) == whole, f"{name}: moments or masters were lost"
 
 
 def test_a_checkpoint_of_an_adapter_is_a_peft_adapter_and_holds_no_base(
     ranks: Any, checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
     base = checkpoints["gpt2"]
-    ranks(3, _saving, str(base), str(tmp_path), steps.Layout(tp=3), 4, "", torch.float32)
+    ranks(3, _saving, str(base), str(tmp_path), steps.Layout(tp=3), 2, "", torch.float32)
     newest = latest_checkpoint(tmp_path)
     assert newest is not None
     verify(newest)
-    assert sorted(path.name for path in newest.glob("*.*")) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert [path.name for path in newest.glob("*.safetensors")] == ["adapter_model.safetensors"]
+    assert not (newest / "config.json").exists()
     ours = tp_decoders.load(base)
     load_adapter(ours, newest)
     theirs = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(base), newest).eval()

@@ -32,9 +32,9 @@ FAMILIES = sorted(tiny.CONFIGS)
 PLAIN = steps.Layout()
 DIVIDED = [
     steps.Layout(tp=2, sequence_parallel=True),
-    steps.Layout(tp=3, recompute=True),
+    steps.Layout(tp=3, recompute="full"),
     steps.Layout(dp=2, micro_batch_tokens=10),
-    steps.Layout(tp=2, dp=2, sequence_parallel=True, recompute=True),
+    steps.Layout(tp=2, dp=2, sequence_parallel=True, recompute="full"),
 ]
 
 
@@ -72,8 +72,8 @@ def test_fifty_steps_give_the_same_weights_bit_for_bit_at_every_layout(
     layouts = [
         PLAIN,
         steps.Layout(tp=2, sequence_parallel=True),
-        steps.Layout(tp=3, recompute=True),
-        steps.Layout(tp=4, sequence_parallel=True, recompute=True),
+        steps.Layout(tp=3, recompute="full"),
+        steps.Layout(tp=4, sequence_parallel=True, recompute="full"),
     ]
     num_steps = 50 if dtype is torch.float32 else 10
     digests = {}
