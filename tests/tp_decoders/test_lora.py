@@ -175,6 +175,22 @@ def test_an_adapter_of_the_bare_model_is_read(checkpoints: dict[str, Path], tmp_
     assert torch.equal(dict(ours.named_parameters())["blocks.1.up.adapter.a"], wanted)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_tokens_bits_do_not_depend_on_what_is_computed_beside_it(
+    checkpoints: dict[str, Path], family: str, dtype: torch.dtype
+) -> None:
+    model = tp_decoders.load(checkpoints[family], dtype=dtype)
+    attach(model, ALL)
+    _stir(model)
+    trained = model(TOKENS, torch.cat([torch.arange(length) for length in LENGTHS]), Causal(LENGTHS)).detach()
+    assert torch.equal(_logits(model), trained), "with and without gradients"
+    with torch.no_grad():
+        for length in (1, 4, 9):
+            alone = model(TOKENS[:length], torch.arange(length), Causal([length]))
+            assert torch.equal(alone, trained[:length])
+
+
 def _merged_copy(group: Group, base: str, adapter: str, out: str) -> Tensor:
     model = tp_decoders.load(base, group=group)
     load_adapter(model, adapter)

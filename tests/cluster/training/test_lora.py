@@ -25,6 +25,9 @@ from tp_decoders.adapter_files import adapter_tensors, load_adapter, save_adapte
 from tp_decoders.lora import LoraConfig, attach, is_adapter
 from tp_decoders.weights import full_tensor
 
+# importing transformers' GPT-BigCode warns
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+
 HERE = Path(__file__).parent
 
 
