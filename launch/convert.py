@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -57,12 +56,11 @@ def run(args: argparse.Namespace) -> int:
     with ExitStack() as stack:
         source, config, beside = open_source(args, stack)
         wanted = getattr(torch, args.dtype) if args.dtype else None
-        dtype = rewrite(source, config, args.output, dtype=wanted, max_shard_size=max_bytes)
-    for name, path in (beside | tokenizer).items():
-        shutil.copyfile(path, args.output / name)
-    files = sorted(path.stat().st_size for path in args.output.glob("*.safetensors"))
+        files = beside | tokenizer
+        dtype = rewrite(source, config, args.output, dtype=wanted, max_shard_size=max_bytes, files=files)
+    sizes = [path.stat().st_size for path in args.output.glob("*.safetensors")]
     shown = str(dtype).removeprefix("torch.")
-    print(f"{args.output}: {config.model_type}, {shown}, {sum(files) / 1e6:.1f} MB in {len(files)} file(s)")
+    print(f"{args.output}: {config.model_type}, {shown}, {sum(sizes) / 1e6:.1f} MB in {len(sizes)} file(s)")
     return 0
 
 
@@ -90,7 +88,7 @@ def _open_deepspeed(folder: Path, given: str | None) -> tuple[TensorSource, Deco
     values = _values(where)
     if is_neox_settings(values):
         values = hf_of_settings(values, vocab_rows(step), str(where))
-    config = config_from_hf(dict(values))
+    config = config_from_hf({"architectures": ["GPTNeoXForCausalLM"], **values})
     return DeepSpeedSource(step, config), config, {}
 
 

@@ -34,7 +34,7 @@ COMMANDS = {
     ),
     "convert": Command(
         "launch.convert",
-        "rewrite a Hugging Face checkpoint as safetensors, in another type or shard size",
+        "rewrite a checkpoint as safetensors, in another type or shard size, or from another format",
         "tp-decoders convert ./gpt-neox-20b ./gpt-neox-20b-bf16 --dtype bfloat16 --max-shard-size 5GB",
     ),
     "init": Command(

@@ -39,7 +39,8 @@ def find_layers(folder: Path) -> Path:
         step = latest.read_text(encoding="utf-8").strip()
         if Path(step).name != step:
             raise CheckpointError(f"{latest} holds {step!r}; it should name a folder beside it")
-        return folder / step
+        folder = folder / step
+    _Parts(folder)  # or an error that says what is missing
     return folder
 
 
@@ -47,6 +48,20 @@ def vocab_rows(folder: Path) -> int:
     """The rows of the embedding, padding included: the vocabulary that the checkpoint has."""
     parts = _Parts(folder).layer(EMBEDDING)
     return sum(_shape(part, "word_embeddings.weight", path)[0] for path, part in parts)
+
+
+def place_of(name: str, n_layers: int) -> tuple[int, str]:
+    """The layer and the key of one of transformers' names."""
+    block = BLOCK.fullmatch(name)
+    if block:
+        return FIRST_BLOCK + int(block[1]), block[2]
+    last = FIRST_BLOCK + n_layers + 1
+    return {
+        "gpt_neox.embed_in.weight": (EMBEDDING, "word_embeddings.weight"),
+        "gpt_neox.final_layer_norm.weight": (last, "norm.weight"),
+        "gpt_neox.final_layer_norm.bias": (last, "norm.bias"),
+        "embed_out.weight": (last + 1, "final_linear.weight"),
+    }[name]
 
 
 class DeepSpeedSource:
@@ -62,7 +77,7 @@ class DeepSpeedSource:
         self.folder = folder
         self._n_layers, self._shapes = config.n_layers, tensor_shapes(config)
         self._parts = _Parts(folder)
-        self._parts.check_layers({self._place(name)[0] for name in self._shapes}, config.n_layers)
+        self._parts.check_layers({place_of(name, self._n_layers)[0] for name in self._shapes}, config.n_layers)
         for name in self._shapes:
             self._cut_dim(name)
         self._refuse_unread()
@@ -74,7 +89,7 @@ class DeepSpeedSource:
 
     def read(self, name: str) -> Tensor:
         """A full tensor; what is added up is added in float64, to be rounded once."""
-        layer, key = self._place(name)
+        layer, key = place_of(name, self._n_layers)
         parts = [_read(part, key) for _, part in self._parts.layer(layer)]
         dim = self._cut_dim(name)
         if dim is not None:
@@ -82,22 +97,9 @@ class DeepSpeedSource:
         total = torch.stack(parts).double().sum(0)
         return total if key in SUMMED else total / len(parts)
 
-    def _place(self, name: str) -> tuple[int, str]:
-        """The layer and the key of one of transformers' names."""
-        block = BLOCK.fullmatch(name)
-        if block:
-            return FIRST_BLOCK + int(block[1]), block[2]
-        last = FIRST_BLOCK + self._n_layers + 1
-        return {
-            "gpt_neox.embed_in.weight": (EMBEDDING, "word_embeddings.weight"),
-            "gpt_neox.final_layer_norm.weight": (last, "norm.weight"),
-            "gpt_neox.final_layer_norm.bias": (last, "norm.bias"),
-            "embed_out.weight": (last + 1, "final_linear.weight"),
-        }[name]
-
     def _cut_dim(self, name: str) -> int | None:
         """The dimension along which the parts are cut, None where each holds a full vector of its own."""
-        layer, key = self._place(name)
+        layer, key = place_of(name, self._n_layers)
         parts, wanted = self._parts.layer(layer), self._shapes[name]
         shapes = [_shape(part, key, path) for path, part in parts]
         if len(wanted) == 1 and not _is_column_bias(key):
@@ -116,7 +118,7 @@ class DeepSpeedSource:
         """A tensor that nobody asked for would make another model."""
         read: dict[int, set[str]] = {}
         for name in self._shapes:
-            layer, key = self._place(name)
+            layer, key = place_of(name, self._n_layers)
             read.setdefault(layer, set()).add(key)
         for layer, keys in read.items():
             for path, part in self._parts.layer(layer):

@@ -8,6 +8,7 @@ slices from it.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,7 +21,7 @@ from parallel.errors import CheckpointError
 from parallel.shard import full_shape_of
 from tp_decoders.config import DecoderConfig
 from tp_decoders.registry import family_of, read_config
-from tp_decoders.save_files import FolderWriter, TensorPlan
+from tp_decoders.save_files import COMPANIONS, FolderWriter, TensorPlan
 from tp_decoders.tensor_files import Checkpoint, open_checkpoint
 from tp_decoders.weights import MAX_SHARD_SIZE, build, match_tensors
 
@@ -56,8 +57,11 @@ def rewrite(
     *,
     dtype: torch.dtype | None = None,
     max_shard_size: int = MAX_SHARD_SIZE,
+    files: Mapping[str, Path] | None = None,
 ) -> torch.dtype:
-    """Writes the folder; returns the type of its tensors. Tokenizer files beside the source come along."""
+    """Writes the folder; returns the type of its tensors. `files` are copied along under the names given, before any
+    tokenizer that lies beside the source.
+    """
     dtype = dtype or source.dtype
     plans = [TensorPlan(name, shape, dtype) for name, shape in tensor_shapes(config).items()]
     writer = FolderWriter(target, plans, max_shard_size)
@@ -66,12 +70,18 @@ def rewrite(
         for plan in plans:
             writer.write(plan.name, source.read(plan.name).to(dtype))
             _check(writer.error)
+        for name, path in {**_companions(source.folder), **(files or {})}.items():
+            shutil.copyfile(path, writer.draft / name)
     except BaseException as error:
         writer.error = writer.error or repr(error)
         writer.finish(config.hf, None)  # takes the draft away
         raise
-    _check(writer.finish(config.hf, source.folder))
+    _check(writer.finish(config.hf, None))
     return dtype
+
+
+def _companions(folder: Path) -> dict[str, Path]:
+    return {name: folder / name for name in COMPANIONS if (folder / name).is_file()}
 
 
 def _check(error: str | None) -> None:

@@ -53,6 +53,40 @@ def test_a_bin_file_becomes_safetensors(tmp_path: Path) -> None:
     assert all(torch.equal(tensor, weights(tmp_path / "new")[name]) for name, tensor in weights(SORTER).items())
 
 
+def test_bin_files_with_an_index_and_names_without_a_prefix_are_read(tmp_path: Path) -> None:
+    old = tmp_path / "old"
+    old.mkdir()
+    (old / "config.json").write_text((SORTER / "config.json").read_text())
+    bare = {name.removeprefix("transformer."): tensor for name, tensor in weights(SORTER).items()}
+    bare["h.0.attn.bias"] = torch.ones(1, 1, 4, 4)  # a buffer of old checkpoints
+    halves = list(bare)[: len(bare) // 2], list(bare)[len(bare) // 2 :]
+    for number, names in enumerate(halves, 1):
+        torch.save({name: bare[name] for name in names}, old / f"pytorch_model-{number:05d}-of-00002.bin")
+    table = {name: f"pytorch_model-{n:05d}-of-00002.bin" for n, names in enumerate(halves, 1) for name in names}
+    (old / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": table}))
+    assert main(["convert", str(old), str(tmp_path / "new"), "--tokenizer", str(TOKENIZER)]) == 0
+    assert (tmp_path / "new" / "vocab.json").read_bytes() == (TOKENIZER / "vocab.json").read_bytes()
+    found = weights(tmp_path / "new")
+    assert all(torch.equal(tensor, found[name]) for name, tensor in weights(SORTER).items())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--config", "gpt2"], "--config is for --from deepspeed or tensorflow"),
+        (["--tokenizer", "nowhere"], "nowhere holds none of"),
+        (["--from", "deepspeed"], "holds no layer_XX-model_YY-model_states.pt"),
+        (["--from", "tensorflow"], "hparams.json cannot be read"),
+    ],
+)
+def test_what_the_input_is_not_is_said(
+    options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["convert", str(SORTER), str(tmp_path / "new"), *options]) == 2
+    assert message in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
 def test_random_weights_follow_the_seed(tmp_path: Path) -> None:
     shape = tmp_path / "shape.yaml"
     shape.write_text(SHAPE)

@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from launch.main import main
 from parallel.errors import CheckpointError, ConfigError
-from tp_decoders.deepspeed import DeepSpeedSource, find_layers
+from tp_decoders.deepspeed import DeepSpeedSource, find_layers, place_of
 from tp_decoders.neox_settings import hf_of_settings
 from tp_decoders.registry import config_from_hf
+from tp_decoders.rewrite import tensor_shapes
 
 SETTINGS = """
 # as EleutherAI's 20B.yml: one mapping in braces, names with - and with _
@@ -227,7 +228,7 @@ def test_a_folder_without_layers_says_what_to_give(tmp_path: Path) -> None:
         find_layers(tmp_path)
     (tmp_path / "latest").write_text("gone")
     with pytest.raises(CheckpointError, match="gone holds no layer_XX-model_YY"):
-        DeepSpeedSource(find_layers(tmp_path), config_from_hf(tiny().config.to_dict()))
+        find_layers(tmp_path)
 
 
 GIVEN = {
@@ -271,3 +272,8 @@ def test_the_20b_preset_is_what_its_own_settings_say() -> None:
     }  # fmt: skip
     ours = hf_of_settings(settings, 50432, "20B.yml")
     assert {key: ours[key] for key in preset} == dict(preset)
+    places = {name: place_of(name, 44) for name in tensor_shapes(config_from_hf(ours))}
+    assert {layer for layer, _ in places.values()} == {0, *range(2, 46), 47, 48}, "the release's files"
+    assert places["gpt_neox.final_layer_norm.bias"] == (47, "norm.bias")
+    assert places["embed_out.weight"] == (48, "final_linear.weight")
+    assert places["gpt_neox.layers.43.mlp.dense_4h_to_h.bias"] == (45, "mlp.dense_4h_to_h.bias")
