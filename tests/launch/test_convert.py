@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,8 @@ from transformers import AutoModelForCausalLM
 from launch.convert import parse_size
 from launch.main import main
 from parallel.errors import ConfigError
+from parallel.group import Group
+from tp_decoders import load, save
 
 ROOT = Path(__file__).resolve().parents[2]
 SORTER = ROOT / "tests" / "data" / "gpt-nano-sort"
@@ -41,6 +45,23 @@ def test_a_checkpoint_survives_the_way_there_and_back(tmp_path: Path, capsys: py
     assert before.keys() == after.keys()
     for name, tensor in before.items():
         assert torch.equal(tensor.bfloat16().float(), after[name]), name
+
+
+def resaved(group: Group, folder: str, out: str) -> None:
+    save(load(folder, group=group), out)
+
+
+def equals_its_slices(group: Group, folder: str, original: str) -> bool:
+    ours, theirs = load(folder, group=group), load(original, group=group)
+    pairs = zip(ours.parameters(), theirs.parameters(), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_what_three_ranks_wrote_is_read_by_two_and_four(ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
+    ranks(3, resaved, str(SORTER), str(tmp_path / "three"))
+    assert main(["convert", str(tmp_path / "three"), str(tmp_path / "again"), "--max-shard-size", "50KB"]) == 0
+    for size in (2, 4):
+        assert all(ranks(size, equals_its_slices, str(tmp_path / "again"), str(SORTER)))
 
 
 def test_a_bin_file_becomes_safetensors(tmp_path: Path) -> None:
