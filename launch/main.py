@@ -52,6 +52,11 @@ COMMANDS = {
         "train a checkpoint on a text, or go on with a run",
         "tp-decoders train --config laptop corpus.path=text.txt out=run",
     ),
+    "plan": Command(
+        "launch.plan",
+        "say whether a model fits on a number of ranks, and how it is best spread over them",
+        "tp-decoders plan --model gpt-neox-20b --gpus 16 --gpu-memory 80GiB",
+    ),
     "demo": Command(
         "launch.demo", "train a small model on two CPU ranks, serve it and show it; a few minutes", "tp-decoders demo"
     ),

@@ -1,0 +1,54 @@
+"""Attention that computes nothing and keeps what the kernels keep: q, k, v, the output and one number per row and head.
+
+Stands for the CPU kernel and for flash attention, whose memory does not grow with the square of the sequence.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from parallel.attention import AttentionSpec
+from parallel.kv_cache import RUN
+
+Kernel = Literal["cpu", "flash"]
+
+
+class ShapeAttend:
+    """An `attend` for the meta device. Dropout takes nothing that lasts: masks are drawn again in the backward."""
+
+    dropping = None
+
+    def __init__(self, kernel: Kernel) -> None:
+        self._kernel = kernel
+
+    def __call__(self, spec: AttentionSpec, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and q_TNH.requires_grad:
+            result: Tensor = _Attend.apply(q_TNH, k_TKH, v_TKH, self._kernel)
+            return result
+        return torch.empty_like(q_TNH, memory_format=torch.contiguous_format)
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, kernel: Kernel) -> Tensor:
+        T, N, H = q_TNH.shape
+        scratch = []
+        if kernel == "cpu":  # the sequences' keys and values in blocks, as the serving kernel reads them
+            blocks, heads = -(-T // RUN), 1 if k_TKH.stride(1) == 0 else k_TKH.shape[1]
+            scratch = [q_TNH.new_empty((blocks, heads, RUN * H)) for _ in range(2)]
+        o_TNH, lse_TN = q_TNH.new_empty((T, N, H)), q_TNH.new_empty((T, N), dtype=torch.float32)
+        ctx.save_for_backward(q_TNH, k_TKH, v_TKH, o_TNH, lse_TN)
+        ctx.kernel = kernel
+        del scratch
+        return o_TNH
+
+    @staticmethod
+    def backward(ctx: Any, grad_o_TNH: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, *_ = ctx.saved_tensors
+        wide = q.new_empty(q.shape, dtype=torch.float32) if ctx.kernel == "flash" else None  # dq adds up in float32
+        grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
+        del wide
+        return *grads, None

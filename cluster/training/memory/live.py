@@ -1,0 +1,61 @@
+"""How many bytes of tensors are alive, operator by operator: what an allocator would have to hold.
+
+Counts every storage made inside the context until its last reference goes, and beside it what an operator's kernel
+needs while it runs. On the meta device nothing is really allocated, so this says what a computation would take.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import _engine_run_backward
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+Scratch = Callable[[Any, Sequence[Any]], int]
+"""(operator, its arguments) to the bytes its kernel holds while it runs."""
+
+
+class LiveBytes(TorchDispatchMode):
+    """`now` and `most` bytes of tensors made inside; `known` ones were there before and are not counted."""
+
+    def __init__(self, known: Iterable[Tensor] = (), scratch: Scratch | None = None) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self._scratch = scratch
+        self._alive: dict[int, Any] = {tensor.untyped_storage()._cdata: tensor for tensor in known}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.ops.aten.add.Tensor and _called_by_engine():
+            return args[0].add_(args[1])
+        result = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._count(leaf.untyped_storage())
+        if self._scratch is not None:
+            self.most = max(self.most, self.now + self._scratch(function, args))
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, nbytes = storage._cdata, storage.nbytes()
+        if key in self._alive:
+            return
+
+        def gone(_: object) -> None:
+            self.now -= nbytes
+            del self._alive[key]
+
+        self._alive[key] = weakref.ref(storage, gone)
+        self.now += nbytes
+        self.most = max(self.most, self.now)
+
+
+def _called_by_engine() -> bool:
+    """Whether autograd itself adds two gradients of one tensor: in place, but for a mode like this one being active."""
+    caller = sys._getframe(2)
+    return caller.f_code is _engine_run_backward.__code__
