@@ -8,13 +8,14 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from cluster.actors.train_spec import TrainFacts, TrainSpec
 from cluster.training.checkpoint import latest_checkpoint
-from cluster.training.metrics import read_records
+from cluster.training.metrics import RecordReader
 from cluster.training.run_folder import METRICS, SAMPLES
 from parallel.errors import WorkerError
 
@@ -36,18 +37,19 @@ def header(spec: TrainSpec, facts: TrainFacts) -> str:
     )
 
 
-def watch(spec: TrainSpec, wait_fault: Callable[[float], str | None], stop: threading.Event) -> None:
-    """Shows progress until the last checkpoint is complete or a signal came; a fault is raised."""
+def watch(spec: TrainSpec, step: int, wait_fault: Callable[[float], str | None], stop: threading.Event) -> None:
+    """Shows progress from `step` on until the last checkpoint is complete or a signal came; a fault is raised."""
     out = Path(spec.out)
-    shown = Display(spec.steps, len(read_records(out / SAMPLES)))
+    metrics, samples = RecordReader(out / METRICS), RecordReader(out / SAMPLES)
+    shown = Display(spec.steps)
     while not stop.is_set():
         fault = wait_fault(POLL_S)
         if fault is not None:
             shown.end_line()
             raise WorkerError(f"the run stopped: {fault}; the same command goes on from the last checkpoint")
         done = _saved_step(out) >= spec.steps
-        shown.samples(read_records(out / SAMPLES) if spec.samples.prompts else [])
-        shown.progress(read_records(out / METRICS), last=done)
+        shown.samples([record for record in samples.fresh() if record["step"] > step])
+        shown.progress([record for record in metrics.fresh() if record["step"] > step], last=done)
         if done:
             return
     shown.end_line()
@@ -61,31 +63,32 @@ def _saved_step(out: Path) -> int:
 class Display:
     """The run on the screen."""
 
-    def __init__(self, steps: int, samples_before: int, terminal: bool | None = None) -> None:
+    def __init__(self, steps: int, terminal: bool | None = None) -> None:
         self._steps = steps
         self._terminal = sys.stdout.isatty() if terminal is None else terminal
+        self._recent: deque[dict[str, Any]] = deque(maxlen=RECENT)
+        self._held_out: float | None = None
         self._shown, self._when, self._open = 0, 0.0, False
-        self._samples = samples_before
 
-    def progress(self, lines: Sequence[dict[str, Any]], last: bool) -> None:
+    def progress(self, fresh: Sequence[dict[str, Any]], last: bool) -> None:
         """The line of the newest step, where it is time for one."""
-        if not lines:
-            return
-        step = int(lines[-1]["step"])
+        for record in fresh:
+            self._recent.append(record)
+            self._held_out = record.get("eval_loss", self._held_out)
         due = self._terminal or last or time.monotonic() - self._when > LINE_S
-        if due and step > self._shown:
+        if due and self._recent and self._recent[-1]["step"] > self._shown:
             start, end = ("\r\x1b[K", "") if self._terminal else ("", "\n")
-            print(start + progress_line(lines, self._steps, bar=self._terminal), end=end, flush=True)
-            self._shown, self._when, self._open = step, time.monotonic(), self._terminal
+            line = progress_line(self._recent, self._steps, self._held_out, bar=self._terminal)
+            print(start + line, end=end, flush=True)
+            self._shown, self._when, self._open = self._recent[-1]["step"], time.monotonic(), self._terminal
         if last:
             self.end_line()
 
-    def samples(self, records: Sequence[dict[str, Any]]) -> None:
-        """Those that were not there before, each once."""
-        for record in records[self._samples :]:
+    def samples(self, fresh: Sequence[dict[str, Any]]) -> None:
+        """What the model said."""
+        for record in fresh:
             self.end_line()
             print(sample_line(record), flush=True)
-        self._samples = max(self._samples, len(records))
 
     def end_line(self) -> None:
         """Whatever is printed next starts on a line of its own."""
@@ -94,19 +97,19 @@ class Display:
         self._open = False
 
 
-def progress_line(lines: Sequence[dict[str, Any]], steps: int, bar: bool = False) -> str:
-    """How far a run is; speed, utilisation and time left from its last ten steps."""
-    recent = lines[-RECENT:]
-    seconds = sum(line["seconds"] for line in recent)
-    step = int(lines[-1]["step"])
-    held_out = next((line["eval_loss"] for line in reversed(lines) if "eval_loss" in line), None)
+def progress_line(
+    recent: Sequence[dict[str, Any]], steps: int, held_out: float | None = None, bar: bool = False
+) -> str:
+    """How far a run is; speed, utilisation and time left by its last few steps."""
+    seconds = sum(record["seconds"] for record in recent)
+    step = int(recent[-1]["step"])
     parts = [
         f"step {step}/{steps}",
         *([_bar(step / steps)] if bar else []),
-        f"loss {lines[-1]['loss']:.4f}",
+        f"loss {recent[-1]['loss']:.4f}",
         *([] if held_out is None else [f"eval {held_out:.4f}"]),
-        f"{sum(line['tokens'] for line in recent) / seconds:.0f} tokens/s",
-        f"MFU {100 * sum(line['mfu'] * line['seconds'] for line in recent) / seconds:.1f} %",
+        f"{sum(record['tokens'] for record in recent) / seconds:.0f} tokens/s",
+        f"MFU {100 * sum(record['mfu'] * record['seconds'] for record in recent) / seconds:.1f} %",
         f"ETA {_clock((steps - step) * seconds / len(recent))}",
     ]
     return "  ".join(parts)
@@ -114,7 +117,8 @@ def progress_line(lines: Sequence[dict[str, Any]], steps: int, bar: bool = False
 
 def sample_line(record: dict[str, Any]) -> str:
     """A prompt and, after a bar, what the model made of it; on one line."""
-    text = " ".join(f"{record['prompt']}|{record['text']}".split())
+    lines = f"{record['prompt']}|{record['text']}".splitlines()
+    text = " / ".join(" ".join(line.split()) for line in lines if line.strip())
     return f"  sample, step {record['step']}: {text}"
 
 

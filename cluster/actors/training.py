@@ -86,7 +86,7 @@ class TrainRank:
         saved = self._trainer.step if latest_checkpoint(self._out) else None
         while self._trainer.step < self._spec.steps and not self._stopped():
             rate = self._spec.schedule(self._trainer.step)
-            record = take_step(self._trainer, next(self._loader), rate, self._speed)
+            record = take_step(self._trainer, next(self._loader), rate, self._speed, dropout_seed(self._spec))
             self._records.step(record | self._evaluate(self._records))
             if self._trainer.step % self._spec.save_every == 0:
                 saved = self._save()
@@ -222,6 +222,11 @@ class TrainRank:
         extra = {"run": self._spec.run(), "data": self._loader.state.to_json()}
         self._checkpointer.save(self._trainer.model, self._trainer.optimizer, extra)
         return self._trainer.step
+
+
+def dropout_seed(spec: TrainSpec) -> int | None:
+    """By which activations are dropped, if they are; the same on every rank."""
+    return spec.corpus.seed if spec.dropout else None
 
 
 def trainer_config(spec: TrainSpec) -> TrainerConfig:

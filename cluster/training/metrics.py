@@ -24,9 +24,29 @@ SCALARS = {
 
 def read_records(path: Path) -> list[dict[str, Any]]:
     """The complete lines of a file of records; a killed job may have left half a last one."""
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line[-1] == "\n"]
+    return RecordReader(path).fresh()
+
+
+class RecordReader:
+    """Reads a file of records as it grows, each line once; one that is cut back is read from its beginning."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._identity: int | None = None
+        self._offset = 0
+
+    def fresh(self) -> list[dict[str, Any]]:
+        """The complete lines that were not returned before."""
+        if not self._path.is_file():
+            return []
+        with self._path.open("rb") as file:
+            identity = os.fstat(file.fileno()).st_ino
+            if identity != self._identity:
+                self._identity, self._offset = identity, 0
+            file.seek(self._offset)
+            *lines, _ = file.read().split(b"\n")  # other characters that end a line may be in a text
+        self._offset += sum(len(line) + 1 for line in lines)
+        return [json.loads(line) for line in lines]
 
 
 class Records:

@@ -18,7 +18,11 @@ from cluster.training.data.loader import Loader
 from cluster.training.data.packed import PackedDataset
 from cluster.training.flops import ModelFlops
 from cluster.training.trainer import TrainBatch, Trainer
+from parallel.dropout import token_keys
 from parallel.group import Group
+
+SAMPLE_BITS = 32
+"""A sample has fewer documents than 2 to this power."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,15 +40,29 @@ def train_batch(batch: Batch, device: torch.device, normaliser: float) -> TrainB
     return TrainBatch(
         token_ids=batch.token_ids.to(device), targets=batch.targets.to(device),
         weights=batch.loss_weights.to(device), lengths=batch.lengths, normaliser=normaliser,
+        keys=token_keys(document_numbers(batch), batch.lengths).to(device),
     )  # fmt: skip
 
 
-def take_step(trainer: Trainer, batch: Batch, rate: float, speed: Speed) -> dict[str, float]:
-    """One optimiser step, as its record."""
+def document_numbers(batch: Batch) -> list[int]:
+    """A number for each document of the batch, whichever replica it was dealt to: its sample's in the run, and its
+    place there.
+    """
+    return [
+        (batch.first_sample + sample << SAMPLE_BITS) + place
+        for sample, count in enumerate(batch.sample_documents)
+        for place in range(count)
+    ]
+
+
+def take_step(
+    trainer: Trainer, batch: Batch, rate: float, speed: Speed, dropout_seed: int | None = None
+) -> dict[str, float]:
+    """One optimiser step, as its record. The seed is one of the run: masks differ from step to step by themselves."""
     began = time.perf_counter()
     device = next(trainer.model.parameters()).device
     own = train_batch(batch, device, float(batch.global_weight))
-    passed = trainer.forward_backward(own)
+    passed = trainer.forward_backward(own, dropout_seed=dropout_seed)
     done = trainer.optim_step(rate)
     loss, flops = summed([passed.loss, float(speed.flops(own.lengths))], trainer.groups.dp, device)
     seconds = time.perf_counter() - began

@@ -12,7 +12,7 @@ from cluster.training.checkpoint import latest_checkpoint
 from cluster.training.metrics import read_records
 from cluster.training.run_folder import METRICS, PLOT, SAMPLES, lock
 from launch.main import main
-from launch.progress import progress_line
+from launch.progress import Display, progress_line
 from parallel.errors import ConfigError
 from tests.launch.kill_training import Job, checksums, curve
 
@@ -107,8 +107,31 @@ def test_another_runs_folder_is_refused_before_anything_starts(
 def test_progress_says_loss_speed_and_time_left() -> None:
     lines = [{"step": n, "loss": 5.0 - n, "seconds": 0.5, "tokens": 100, "mfu": 0.25} for n in (1, 2)]
     assert progress_line(lines, 200) == "step 2/200  loss 3.0000  200 tokens/s  MFU 25.0 %  ETA 1:39"
-    lines.append(lines[-1] | {"step": 100, "eval_loss": 2.5})
-    assert "[##########..........]  loss 3.0000  eval 2.5000" in progress_line(lines, 200, bar=True)
+    lines.append(lines[-1] | {"step": 100})
+    assert "[##########..........]  loss 3.0000  eval 2.5000" in progress_line(lines, 200, 2.5, bar=True)
+
+
+def test_on_a_terminal_one_line_is_rewritten_and_samples_stand_on_lines_of_their_own(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shown = Display(40, terminal=True)
+    record = {"step": 1, "loss": 5.0, "seconds": 0.5, "tokens": 100, "mfu": 0.25}
+    shown.progress([record], last=False)
+    shown.progress([record | {"step": 2, "eval_loss": 4.5}, record | {"step": 3}], last=False)
+    shown.samples([{"step": 3, "prompt": "A:\n", "text": " b\n\nc "}])
+    shown.progress([record | {"step": 40}], last=True)
+    lines = capsys.readouterr().out.replace("\r\x1b[K", "\r").split("\n")
+    assert [part.split("  ")[0] for part in lines[0].split("\r")] == ["", "step 1/40", "step 3/40"]
+    assert "eval 4.5000" in lines[0] and lines[1] == "  sample, step 3: A: / | b / c"
+    assert lines[2].startswith("\rstep 40/40  [####################]") and lines[3:] == [""]
+
+
+def test_elsewhere_a_line_comes_now_and_then_and_at_the_end(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = Display(40, terminal=False)
+    record = {"step": 1, "loss": 5.0, "seconds": 0.5, "tokens": 100, "mfu": 0.25}
+    for step in range(1, 41):
+        shown.progress([record | {"step": step}], last=step == 40)
+    assert [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()] == ["step 1/40", "step 40/40"]
 
 
 def test_half_a_last_line_of_metrics_is_not_read(tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
 """One run however it is spread: the same bits over tensor-parallel sizes, the same numbers over replicas and
-micro-batches, and going on with another layout than the one it was stopped in.
+micro-batches, and going on with another layout than the one it was stopped in. Dropout is on, as GPT-2's config says.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ def losses(out: Path) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("layout", "more"),
     [
-        (TrainParallel(tp=2), {}),
+        (TrainParallel(tp=2), {"recompute": "selective"}),
         (TrainParallel(tp=3, sequence_parallel=True), {"recompute": "full"}),
     ],
-    ids=["tp2", "tp3-sequence-parallel-recompute"],
+    ids=["tp2-selective", "tp3-sequence-parallel-full"],
 )
 def test_tensor_parallel_runs_have_the_bits_of_one_rank(
     start: Path, whole: Path, tmp_path: Path, ranks: Any, layout: TrainParallel, more: dict[str, Any]
@@ -65,6 +65,16 @@ def test_replicas_and_micro_batches_take_the_same_steps_within_rounding(
     go(ranks, spec_of(start, tmp_path / "run", layout, **more))
     torch.testing.assert_close(losses(tmp_path / "run"), losses(whole), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(weights(tmp_path / "run"), weights(whole), rtol=0, atol=ROUNDING)
+
+
+def test_dropout_is_as_the_config_says_unless_it_is_left_out(
+    start: Path, whole: Path, tmp_path: Path, ranks: Any
+) -> None:
+    go(ranks, spec_of(start, tmp_path / "run", ALONE, dropout=False))
+    assert (losses(tmp_path / "run")[:, 0] != losses(whole)[:, 0]).all()
+    plain = write_start(tmp_path / "plain", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    go(ranks, spec_of(plain, tmp_path / "none", ALONE))
+    assert torch.equal(losses(tmp_path / "run"), losses(tmp_path / "none"))
 
 
 def test_a_run_goes_on_in_another_layout_and_back(start: Path, whole: Path, tmp_path: Path, ranks: Any) -> None:
