@@ -16,6 +16,7 @@ from torch import Tensor
 import tp_decoders
 from cluster.training.optimizer import OptimizerConfig
 from cluster.training.trainer import TrainBatch, Trainer, TrainerConfig
+from parallel.dropout import token_keys
 from parallel.group import Group
 from parallel.mesh import Groups, init_groups
 from parallel.options import Recompute
@@ -36,10 +37,11 @@ class Layout:
     sequence_parallel: bool = False
     recompute: Recompute = "none"
     micro_batch_tokens: int | None = None
+    dropout: bool = False
 
     @property
     def name(self) -> str:
-        extras = [n for n in ("sequence_parallel", "micro_batch_tokens") if getattr(self, n)]
+        extras = [n for n in ("sequence_parallel", "micro_batch_tokens", "dropout") if getattr(self, n)]
         recompute = [] if self.recompute == "none" else [f"{self.recompute} recompute"]
         return "+".join([f"tp{self.tp}xdp{self.dp}", *extras, *recompute])
 
@@ -71,13 +73,15 @@ def make_trainer(layout: Layout, groups: Groups, folder: str, dtype: torch.dtype
     return Trainer(model, groups, config)
 
 
-def advance(trainer: Trainer, groups: Groups, steps: int) -> Iterator[tuple[float, float]]:
+def advance(trainer: Trainer, groups: Groups, steps: int, dropout: bool = False) -> Iterator[tuple[float, float]]:
     """(this dp rank's loss, gradient norm) of each step."""
     for _ in range(steps):
         parts = documents(trainer.step)
         share = -(-len(parts) // groups.dp.size)
-        mine = parts[groups.dp.rank * share : (groups.dp.rank + 1) * share]
-        loss = trainer.forward_backward(batch_of(mine, NORMALISER)).loss
+        first, last = groups.dp.rank * share, min(len(parts), (groups.dp.rank + 1) * share)
+        batch = batch_of(parts[first:last], NORMALISER)
+        batch = replace(batch, keys=token_keys(range(first, last), batch.lengths))
+        loss = trainer.forward_backward(batch, dropout_seed=trainer.step if dropout else None).loss
         yield loss, trainer.optim_step().grad_norm
 
 
@@ -91,7 +95,7 @@ def run(
         else Groups(group, Group.single())
     )
     trainer = make_trainer(layout, groups, folder, dtype)
-    history = list(advance(trainer, groups, steps))
+    history = list(advance(trainer, groups, steps, layout.dropout))
     if out is not None and groups.dp.rank == 0:
         tp_decoders.save(trainer.model, Path(out))
     return history, digest(trainer, groups)

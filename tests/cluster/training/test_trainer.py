@@ -29,9 +29,18 @@ def _module(path: Path, name: str) -> Any:
 steps = _module(HERE / "steps.py", "training_steps")
 tiny = _module(HERE.parent / "engine" / "tiny_models.py", "training_tiny_models")
 FAMILIES = sorted(tiny.CONFIGS)
+GPT2_DROPOUTS = {"embd_pdrop": 0.1, "attn_pdrop": 0.1, "resid_pdrop": 0.1}
+NEOX_DROPOUTS = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
+DROPOUTS: dict[str, dict[str, Any]] = {
+    "gpt2": GPT2_DROPOUTS,
+    "gpt_neox": NEOX_DROPOUTS,
+    "gpt_neox_japanese": NEOX_DROPOUTS,
+    "mpt": {"attn_config": {"attn_pdrop": 0.1}, "resid_pdrop": 0.1, "emb_pdrop": 0.1},
+    "gpt_bigcode": GPT2_DROPOUTS,
+}
 PLAIN = steps.Layout()
 DIVIDED = [
-    steps.Layout(tp=2, sequence_parallel=True),
+    steps.Layout(tp=2, sequence_parallel=True, recompute="selective"),
     steps.Layout(tp=3, recompute="full"),
     steps.Layout(dp=2, micro_batch_tokens=10),
     steps.Layout(tp=2, dp=2, sequence_parallel=True, recompute="full"),
@@ -64,23 +73,43 @@ def test_twenty_steps_equal_plain_transformers_and_torch(
             assert error < 1e-4, f"{layout.name}: {name} is off by {error:.1e}"
 
 
+@pytest.fixture(scope="module")
+def dropping(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Checkpoints whose configs say dropout everywhere the family has it."""
+    root = tmp_path_factory.mktemp("dropping")
+    return {family: tiny.save_tiny(family, root / family, **DROPOUTS[family]) for family in FAMILIES}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_fifty_steps_give_the_same_weights_bit_for_bit_at_every_layout(
-    ranks: Any, checkpoints: dict[str, Path], family: str, dtype: torch.dtype
+def test_fifty_steps_with_dropout_give_the_same_weights_bit_for_bit_at_every_layout(
+    ranks: Any, dropping: dict[str, Path], family: str, dtype: torch.dtype
 ) -> None:
     layouts = [
-        PLAIN,
-        steps.Layout(tp=2, sequence_parallel=True),
-        steps.Layout(tp=3, recompute="full"),
-        steps.Layout(tp=4, sequence_parallel=True, recompute="full"),
+        steps.Layout(dropout=True),
+        steps.Layout(dropout=True, tp=2, sequence_parallel=True, recompute="selective"),
+        steps.Layout(dropout=True, tp=3, recompute="full"),
+        steps.Layout(dropout=True, tp=4, sequence_parallel=True, recompute="full"),
     ]
     num_steps = 50 if dtype is torch.float32 else 10
     digests = {}
     for layout in layouts:
-        results = ranks(layout.tp, steps.run, str(checkpoints[family]), layout, num_steps, "", None, dtype)
+        results = ranks(layout.tp, steps.run, str(dropping[family]), layout, num_steps, "", None, dtype)
         digests[layout.name] = (results[0][1], results[0][0][-1])
     assert len(set(digests.values())) == 1, digests
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_masks_do_not_depend_on_micro_batches_or_replicas(ranks: Any, dropping: dict[str, Path], family: str) -> None:
+    def losses(layout: Any) -> list[float]:
+        size, address = layout.tp * layout.dp, free_address()
+        results = ranks(size, steps.run, str(dropping[family]), layout, 3, address, None, torch.float32)
+        return [sum(results[d * layout.tp][0][i][0] for d in range(layout.dp)) for i in range(3)]
+
+    whole = losses(steps.Layout(dropout=True))
+    assert losses(steps.Layout(dropout=True, micro_batch_tokens=10)) == pytest.approx(whole, rel=1e-5)
+    assert losses(steps.Layout(dropout=True, dp=2)) == pytest.approx(whole, rel=1e-5)
+    assert losses(steps.Layout()) != pytest.approx(whole, rel=1e-3), "the masks must matter"
 
 
 def test_another_learning_rate_gives_other_weights(ranks: Any, checkpoints: dict[str, Path]) -> None:
