@@ -12,7 +12,7 @@ import transformers
 
 from cluster.actors.train_spec import SampleConfig, TrainParallel
 from cluster.training.checkpoint import latest_checkpoint
-from cluster.training.metrics import read_records
+from cluster.training.metrics import TensorBoard, read_records
 from cluster.training.run_folder import METRICS, SAMPLES, TENSORBOARD
 from tests.cluster.actors.train_runs import STEPS, checksums, go, spec_of, write_start
 
@@ -95,13 +95,17 @@ def test_records_and_tensorboard_of_a_resumed_run_have_each_step_once(start: Pat
     go(ranks, spec_of(start, out, TrainParallel(), **EVALUATED | {"steps": 4}))
     with (out / SAMPLES).open("a") as file:  # of steps after the checkpoint that is resumed from
         file.write('{"step": 5, "prompt": "lost"}\n')
+    board = TensorBoard(out / TENSORBOARD, step=4)
+    board.write({"step": 5, "loss": 99.0})
+    board.close()
     go(ranks, spec_of(start, out, TrainParallel(), **EVALUATED))
     assert [r["step"] for r in read_records(out / SAMPLES)] == [2, 2, 4, 4, STEPS, STEPS]
-    board = EventAccumulator(str(out / TENSORBOARD))
-    board.Reload()
-    assert [event.step for event in board.Scalars("train/loss")] == list(range(1, STEPS + 1))
-    assert [event.step for event in board.Scalars("eval/loss")] == [2, 4, STEPS]
-    assert "samples/1/text_summary" in board.Tags()["tensors"]
+    read = EventAccumulator(str(out / TENSORBOARD))
+    read.Reload()
+    assert [event.step for event in read.Scalars("train/loss")] == list(range(1, STEPS + 1))
+    assert max(event.value for event in read.Scalars("train/loss")) < 99
+    assert [event.step for event in read.Scalars("eval/loss")] == [2, 4, STEPS]
+    assert "samples/1/text_summary" in read.Tags()["tensors"]
 
 
 def test_utilisation_is_the_models_arithmetic_over_time_and_peak(shown: Path) -> None:
