@@ -87,6 +87,15 @@ class Decoder(nn.Module):
         x_TD = self.embed(tokens_T)
         return x_TD if self.positions is None else x_TD + self.positions(positions_T)
 
+    def forward(self, tokens_T: Tensor, positions_T: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
+        """[T or len(rows), V/p] float32: this rank's part of the logits of all tokens, or of the given rows."""
+        x_TD = self.through_blocks(self.embedded(tokens_T, positions_T), attend, *self.given(positions_T))
+        return self.logits(x_TD, rows)
+
+    def given(self, positions_T: Tensor) -> tuple[object, ...]:
+        """What every block is handed besides x, attend and tokens: a family's own."""
+        return ()
+
     def logits(self, x_TD: Tensor, rows: Tensor | None) -> Tensor:
         """This rank's part of the logits of all tokens, or of the given rows."""
         return self.head(self.norm(x_TD if rows is None else x_TD[rows]))  # type: ignore[no-any-return]

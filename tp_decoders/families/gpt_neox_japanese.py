@@ -98,9 +98,8 @@ class Model(Decoder):
         super().__init__(config, group, place, lambda layer: Block(config, layer, layout, group, place))
         self.rotary = Rotary(config.options.rotary)
 
-    def forward(self, tokens_T: Tensor, positions_T: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
-        x_TD = self.embedded(tokens_T, positions_T)
-        return self.logits(self.through_blocks(x_TD, attend, self.rotary.at(positions_T)), rows)
+    def given(self, positions_T: Tensor) -> tuple[Rotation]:
+        return (self.rotary.at(positions_T),)
 
 
 NAMES = (

@@ -229,10 +229,6 @@ class Model(Decoder):
         )
         super().__init__(config, group, place, lambda layer: Block(config, layer, layout, group, place), parts)
 
-    def forward(self, tokens_T: Tensor, positions_T: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
-        x_TD = self.embedded(tokens_T, positions_T)
-        return self.logits(self.through_blocks(x_TD, attend), rows)
-
 
 NAMES = (
     Name("wte.weight", "embed.weight"),
