@@ -136,6 +136,17 @@ class PositionTable(nn.Module):
         return functional.embedding(positions_T, self.weight)
 
 
+def plain_std(config: DecoderConfig, name: str) -> float:
+    """The standard deviation that a fresh matrix, by our name for it, is drawn with."""
+    return config.initializer_range
+
+
+def residual_std(config: DecoderConfig, name: str) -> float:
+    """The same, with projections onto the residual stream smaller by sqrt(2 x layers) (Radford et al. 2019)."""
+    projects = name.endswith(("out.weight", "down.weight"))
+    return config.initializer_range * ((2 * config.n_layers) ** -0.5 if projects else 1.0)
+
+
 @dataclass(frozen=True)
 class Family:
     """What the registry knows of a family: how to read its config, build its model and name its tensors."""
@@ -144,3 +155,4 @@ class Family:
     from_hf: Callable[[dict[str, object]], DecoderConfig]
     model: Callable[[DecoderConfig, Group, Place], Decoder]
     names: NameMap
+    init_std: Callable[[DecoderConfig, str], float] = plain_std

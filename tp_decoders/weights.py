@@ -158,13 +158,14 @@ def agree(group: Group, error: str | None) -> None:
 
 @torch.no_grad()
 def initialise(model: Decoder, seed: int = 0) -> Decoder:
-    """Fresh weights: normal(0, initializer_range), norms 1, biases 0; the same full tensors at every parallel size."""
+    """Fresh weights by the family's rule, norms 1, biases 0; the same full tensors at every parallel size."""
+    std_of = family_of(model.config.model_type).init_std
     norms = {id(module.weight) for module in model.modules() if isinstance(module, LayerNorm)}
     for name, parameter in model.named_parameters():
         if name.endswith(".bias") or id(parameter) in norms:
             parameter.fill_(1.0 if id(parameter) in norms else 0.0)
             continue
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
-        full = torch.empty(full_shape_of(parameter)).normal_(0.0, model.config.initializer_range, generator=generator)
+        full = torch.empty(full_shape_of(parameter)).normal_(0.0, std_of(model.config, name), generator=generator)
         parameter.copy_(rule_of(parameter).take(full, model.group.rank))
     return model

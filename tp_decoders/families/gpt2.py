@@ -20,7 +20,7 @@ from parallel.linear import ColumnLinear, RowLinear
 from parallel.norm import LayerNorm
 from parallel.shard import Part, VirtualShards
 from tp_decoders.config import DecoderConfig, Dropout, head_size, probability
-from tp_decoders.decoder import Decoder, Family, Parts, Place
+from tp_decoders.decoder import Decoder, Family, Parts, Place, residual_std
 from tp_decoders.fields import Fields
 from tp_decoders.names import Name, NameMap, block_names
 
@@ -142,4 +142,4 @@ NAMES = (
     Name("h.{i}.attn.masked_bias", None),
 )
 
-FAMILY = Family("gpt2", from_hf, Model, NameMap("transformer.", NAMES))
+FAMILY = Family("gpt2", from_hf, Model, NameMap("transformer.", NAMES), residual_std)
