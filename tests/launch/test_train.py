@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from cluster.training.metrics import read_records
 from cluster.training.run_folder import METRICS, PLOT, SAMPLES, lock
 from launch.main import main
 from launch.progress import Display, progress_line
+from launch.training import draw
 from parallel.errors import ConfigError
 from tests.launch.kill_training import Job, checksums, curve
 
@@ -43,7 +45,7 @@ def command(text: Path, out: Path, *more: str) -> list[str]:
 @pytest.mark.slow
 def test_killed_then_stopped_by_a_signal_it_ends_with_the_undisturbed_bits(text: Path, tmp_path: Path) -> None:
     whole = Job(command(text, tmp_path / "whole"), tmp_path / "whole")
-    status, said = whole.wait(90)
+    status, said = whole.wait(120)
     assert status == 0 and "training gpt2 (float32)" in said and f"step {STEPS}/{STEPS}  loss" in said
     assert (tmp_path / "whole" / PLOT).read_bytes().startswith(b"\x89PNG") and "loss plot: " in said
     assert f"  sample, step {STEPS}: the cat|" in said
@@ -62,7 +64,7 @@ def test_killed_then_stopped_by_a_signal_it_ends_with_the_undisturbed_bits(text:
     assert (stopped_at := latest_checkpoint(out)) is not None and stopped_at.name < f"step-{STEPS:08d}"
 
     job = Job(command(text, out), out)
-    assert job.wait(90)[0] == 0
+    assert job.wait(120)[0] == 0
     assert checksums(out, STEPS) == checksums(tmp_path / "whole", STEPS)
     assert curve(out) == curve(tmp_path / "whole")
     assert [step for step, _, _ in curve(out)] == list(range(1, STEPS + 1)), "a step is missing or there twice"
@@ -84,6 +86,9 @@ def test_killed_then_stopped_by_a_signal_it_ends_with_the_undisturbed_bits(text:
         (["corpus.path=/nowhere.txt"], "corpus.path /nowhere.txt does not exist"),
         (["optimizer.learning_rate=0.5"], "set schedule.learning_rate"),
         (["scratch.tokenizer=null"], "nothing to train"),
+        (["lora.rank=0"], "lora rank 0; give at least 1"),
+        (["lora.targets=[q_proj]"], "name no linear layer; choose from attn.c_attn"),
+        (["lora.targets=all-linear", "lora.rnk=8"], "lora: unknown ['rnk']"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2_and_leaves_no_folder(
@@ -93,6 +98,17 @@ def test_a_mistake_is_one_line_and_status_2_and_leaves_no_folder(
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_tensorboard_that_is_not_there_is_an_error_at_once_and_a_plot_that_cannot_be_drawn_is_none(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(command(text, tmp_path / "out", "tensorboard=true")) == 2
+    assert "pip install 'tp-decoders[train]', or set tensorboard=false" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert "matplotlib is not installed; pip install" in draw(tmp_path)
 
 
 def test_another_runs_folder_is_refused_before_anything_starts(
