@@ -103,7 +103,8 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     if origin in (Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
-        return _value(next(option for option in arguments if option is not type(None)), value, where)
+        options = [option for option in arguments if option is not type(None)]
+        return _value(next((o for o in options if isinstance(o, type) and type(value) is o), options[0]), value, where)
     if origin is Literal:
         if value not in arguments:
             raise ConfigError(f"{where} is {value!r}; choose one of {list(arguments)}")
@@ -132,7 +133,11 @@ def _make(kind: type[Any], values: Mapping[str, Any]) -> Any:
     ]
     if missing:
         raise ConfigError(f"{kind.__name__} needs {missing}; no preset or option gives them")
-    made = {name: _make(hints[name], value) if is_dataclass(hints[name]) else value for name, value in values.items()}
+    made = dict(values)
+    for name, value in values.items():
+        inner = next((hint for hint in (hints[name], *get_args(hints[name])) if is_dataclass(hint)), None)
+        if inner is not None and isinstance(value, Mapping):  # not where an optional one is left out
+            made[name] = _make(inner, value)  # type: ignore[arg-type]
     return kind(**made)
 
 

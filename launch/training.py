@@ -33,6 +33,8 @@ from launch.progress import header, watch
 from launch.serve import RayConfig
 from parallel.errors import ConfigError, WorkerError
 from parallel.options import Recompute
+from tp_decoders import build as build_model
+from tp_decoders.lora import LoraConfig, check_trainable, targeted
 from tp_decoders.registry import config_from_hf, read_config
 from tp_decoders.tokenizer import load_tokenizer
 
@@ -64,6 +66,7 @@ class TrainConfig:
     recompute: Recompute = "none"
     attention_backend: str | None = None
     dropout: bool = True
+    lora: LoraConfig | None = None
     eval_every: int | None = None
     eval_batches: int = 8
     samples: SampleConfig = field(default_factory=SampleConfig)
@@ -111,7 +114,7 @@ def prepare(config: TrainConfig) -> TrainSpec:
         "start_timeout_s": config.placement.start_timeout_s,
     }
     spec = TrainSpec(**same | given)
-    _check_text(spec, origin)
+    _check_fit(spec, origin)
     claim_folder(out, spec.run())
     origin.write()
     return spec
@@ -141,8 +144,8 @@ def _from_scratch(scratch: ScratchConfig, out: Path) -> _Origin:
     return _Origin(start, identity, shape, tokenizer, write)
 
 
-def _check_text(spec: TrainSpec, origin: _Origin) -> None:
-    """That the text fits the model: its rows into the context, its prompts too, its tokens into the vocabulary."""
+def _check_fit(spec: TrainSpec, origin: _Origin) -> None:
+    """That text and model fit: rows and prompts into the context, tokens into the vocabulary, adapters to layers."""
     model = config_from_hf(dict(origin.shape))
     tokenizer = load_tokenizer(origin.tokenizer)
     if tokenizer is None:
@@ -158,6 +161,9 @@ def _check_text(spec: TrainSpec, origin: _Origin) -> None:
             f"{model.max_positions}; lower it"
         )
     Prompts(spec.samples.prompts, tokenizer, model.max_positions, spec.samples.max_tokens)
+    if spec.lora is not None:
+        check_trainable(spec.lora)
+        targeted(build_model(model, device="meta"), spec.lora.targets)
 
 
 def train(config: TrainConfig, spec: TrainSpec, log_level: int) -> int:

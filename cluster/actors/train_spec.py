@@ -17,6 +17,7 @@ from cluster.training.optimizer import OptimizerConfig
 from cluster.training.schedule import Schedule
 from parallel.errors import ConfigError
 from parallel.options import Recompute, check_recompute
+from tp_decoders.lora import LoraConfig
 
 if TYPE_CHECKING:
     from cluster.actors.worker import Phases, Program
@@ -106,6 +107,7 @@ class TrainSpec:
     recompute: Recompute = "none"
     attention_backend: str | None = None
     dropout: bool = True  # as config.json says; false: none
+    lora: LoraConfig | None = None  # train adapters of this shape, and nothing else
     eval_every: int | None = None  # steps between evaluations and samples, which also follow the last step
     eval_batches: int = 8
     samples: SampleConfig = field(default_factory=SampleConfig)
@@ -159,6 +161,7 @@ class TrainSpec:
             "dtype": self.parallel.dtype,
             "numerics": self.parallel.numerics,
             "dropout": self.dropout,
+            "lora": None if self.lora is None else asdict(self.lora),
         }
         return dict(json.loads(json.dumps(decided)))
 

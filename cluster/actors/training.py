@@ -37,6 +37,8 @@ from parallel.errors import ConfigError
 from parallel.mesh import Groups, Wiring, init_groups
 from parallel.native import library
 from tp_decoders import load
+from tp_decoders.adapter_files import load_adapter
+from tp_decoders.lora import attach
 from tp_decoders.tokenizer import Tokenizer, load_tokenizer
 
 log = logging.getLogger(__name__)
@@ -180,8 +182,13 @@ class TrainRank:
         """The model and its optimiser, as a checkpoint or the first weights have them."""
         spec = self._spec
         dtype = getattr(torch, spec.parallel.dtype) if spec.parallel.dtype else None
-        model = load(saved.folder if saved else spec.model, group=groups.tp, dtype=dtype, device=self._device)
+        whole = saved.folder if saved and spec.lora is None else spec.model  # an adapter's checkpoints hold no base
+        model = load(whole, group=groups.tp, dtype=dtype, device=self._device)
         model.source = Path(spec.model)  # whose tokenizer goes into every checkpoint: the newest will be pruned
+        if spec.lora is not None and saved is not None:
+            load_adapter(model, saved.folder, trainable=True)
+        elif spec.lora is not None:
+            attach(model, spec.lora, seed=spec.corpus.seed)
         trainer = Trainer(model, groups, trainer_config(spec))
         if saved is not None:
             restore_optimizer(saved.folder, model, trainer.optimizer, groups)

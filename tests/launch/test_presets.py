@@ -111,3 +111,17 @@ def test_a_path_that_is_no_file_is_refused() -> None:
 
 def test_a_shipped_preset_is_named_by_its_place_in_the_repository() -> None:
     assert read(CONFIGS / "engine" / "small.yaml").where == "configs/engine/small.yaml"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loose:
+    inner: Inner | None = None
+    names: tuple[str, ...] | str | None = None
+
+
+def test_an_optional_part_is_made_where_it_is_given_and_a_list_or_a_text_is_taken() -> None:
+    assert build(Loose, [layer(names="all")]) == Loose(names="all")
+    assert build(Loose, [layer(names=["a", "b"], inner={"tp": 3})]) == Loose(names=("a", "b"), inner=Inner(tp=3))
+    assert build(Loose, [layer(inner={"tp": 3}), layer(inner=None)]) == Loose()
+    with pytest.raises(ConfigError, match=r"there.yaml.names is 5"):
+        build(Loose, [layer(names=5)])
