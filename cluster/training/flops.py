@@ -21,7 +21,9 @@ from tp_decoders.decoder import Decoder
 
 FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT = 2, 2, 2
 MEASURE_S = 0.5
-SIZES = {"cpu": 1024, "cuda": 8192}
+CUDA_SIZE = 8192
+CORE_SIZE = 512
+"""Matrices of this size keep a core busy for a few milliseconds: a busy machine interrupts not all of many products."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def _matrices(model: Decoder) -> list[tuple[int, bool]]:
 @torch.no_grad()
 def product_ceiling(device: torch.device, dtype: torch.dtype, seconds: float = MEASURE_S) -> float:
     """Operations per second of a large matrix product, now, with this process's threads: the best of many."""
-    size = SIZES[device.type]
+    size = product_size(device)
     a = torch.full((size, size), 0.5, dtype=dtype, device=device)
     b = torch.full((size, size), 0.5, dtype=dtype, device=device)
     out = torch.empty_like(a)
@@ -83,7 +85,12 @@ def product_ceiling(device: torch.device, dtype: torch.dtype, seconds: float = M
     return 2 * size**3 / best
 
 
+def product_size(device: torch.device) -> int:
+    """How large matrices must be to show what the device, or this process's threads, can do."""
+    return CUDA_SIZE if device.type == "cuda" else CORE_SIZE * math.ceil(math.sqrt(torch.get_num_threads()))
+
+
 def product_name(device: torch.device, dtype: torch.dtype) -> str:
     """What `product_ceiling` multiplies, in words."""
-    size = SIZES[device.type]
+    size = product_size(device)
     return f"a measured product of two {size} x {size} {str(dtype).removeprefix('torch.')} matrices"

@@ -61,4 +61,5 @@ def test_weights_that_are_not_trained_need_no_gradient_of_their_own() -> None:
 def test_the_ceiling_is_a_rate_of_this_machine_and_says_what_it_is() -> None:
     device = torch.device("cpu")
     assert 1e8 < product_ceiling(device, torch.float32, seconds=0.05) < 1e14
-    assert product_name(device, torch.bfloat16) == "a measured product of two 1024 x 1024 bfloat16 matrices"
+    name = product_name(device, torch.bfloat16)
+    assert name.startswith("a measured product of two ") and name.endswith(" bfloat16 matrices")
