@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 from google.protobuf.message import Message
 
-from cluster.frontend.errors import NotImplementedField
 from cluster.frontend.frontend import Frontend
 from cluster.rpc.proto import training_pb2 as pb
 from cluster.rpc.proto.training_pb2_grpc import TrainingServicer
@@ -62,8 +61,6 @@ def train_call(kind: Kind, message: Any) -> TrainCall:
     """What a request asks for; a field that its kind does not have counts as not given."""
     fields = message.DESCRIPTOR.fields_by_name
     options = message.loss_options if "loss_options" in fields else None
-    if _optional(message, "dropout_seed") is not None:
-        raise NotImplementedField.of("dropout_seed", "leave it out; steps are taken without dropout")
     return TrainCall(
         kind=kind,
         sequences=tuple(map(_sequence, message.sequences)) if "sequences" in fields else (),

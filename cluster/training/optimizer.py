@@ -142,7 +142,7 @@ class ShardedAdamW:
         self.steps = steps
         for own in self._slices:
             self._adam.state[own] = {
-                "step": torch.tensor(float(steps)),
+                "step": torch.tensor(float(steps), device=own.device),
                 "exp_avg": torch.zeros_like(own),
                 "exp_avg_sq": torch.zeros_like(own),
             }

@@ -22,7 +22,7 @@ from cluster.training.calls import DPO, Kind, NotApplied, TrainAnswer, TrainCall
 from cluster.training.checkpoint import Checkpointer
 from cluster.training.losses import LossOptions
 from cluster.training.trainer import PassResult, TrainBatch, Trainer, TrainerConfig
-from parallel.errors import CheckpointError, CollectiveError, ConfigError, RequestError
+from parallel.errors import CheckpointError, ConfigError, RequestError, TpError
 from parallel.loss import IGNORE_INDEX
 from parallel.mesh import Groups
 
@@ -120,8 +120,11 @@ class TrainSide:
         return self._trainer
 
     def _pass(self, trainer: Trainer, call: TrainCall) -> TrainAnswer:
-        run = trainer.evaluate if call.kind is Kind.EVALUATE else trainer.forward_backward
-        result = run(batch_of(call, self._runner.device), call.loss, LossOptions(**call.loss_options))
+        batch, options = batch_of(call, self._runner.device), LossOptions(**call.loss_options)
+        if call.kind is Kind.EVALUATE:
+            result = trainer.evaluate(batch, call.loss, options)
+        else:
+            result = trainer.forward_backward(batch, call.loss, options, call.dropout_seed)
         if call.kind is Kind.FORWARD_BACKWARD:
             self._waiting += 1
         return replace(
@@ -136,10 +139,8 @@ class TrainSide:
         try:
             loaded = restore.read(folder, self._runner.model, self._groups.tp.rank)
             restore.check_moments(loaded, trainer.optimizer, folder)
-        except (CheckpointError, OSError, RuntimeError, MemoryError) as error:
-            if isinstance(error, CollectiveError):
-                raise
-            cause = str(error) or repr(error)
+        except Exception as error:  # noqa: BLE001  whatever it is, the other ranks must learn of it
+            cause = str(error) if isinstance(error, TpError) else repr(error)
         cause = self._first_cause(cause)
         if cause:
             raise CheckpointError(f"nothing was loaded: {cause}")

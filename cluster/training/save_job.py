@@ -126,7 +126,7 @@ class SaveJob:
     def _lay_out(self) -> None:
         if os.path.lexists(self.target):
             raise CheckpointError(f"{self.target} exists already; a checkpoint is never written over")
-        _clear(self.target)
+        _clear(self.target, self.notice)
         (self.draft / "training" if self.step is not None else self.draft).mkdir(parents=True)
         self.weights.lay_out()
         if self.step is not None:
@@ -202,12 +202,13 @@ def failure(order: SaveOrder, error: BaseException) -> CheckpointError:
     return CheckpointError(cause)
 
 
-def _clear(target: Path) -> None:
-    """Removes what saves of this name that were killed or failed have left."""
+def _clear(target: Path, present: FailureNotice) -> None:
+    """Removes what earlier saves of this name that were killed or failed have left."""
     for left in target.parent.glob(f".{target.name}.{TOKEN}.part"):
         shutil.rmtree(left, ignore_errors=True)
     for notice in target.parent.glob(f".{target.name}.{TOKEN}.failed*"):
-        notice.unlink(missing_ok=True)
+        if not notice.name.startswith(present.path.name):  # another rank may have failed already
+            notice.unlink(missing_ok=True)
 
 
 def complete_steps(root: Path) -> list[Path]:

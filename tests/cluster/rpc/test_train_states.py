@@ -47,17 +47,25 @@ async def take(client: AsyncClient, first: int, count: int) -> list[Any]:
     return seen
 
 
+async def continued(client: AsyncClient) -> tuple[list[int], list[float]]:
+    """How a prompt of several cached blocks goes on."""
+    fields: dict[str, Any] = {"sampling": {"seed": 1}, "stopping": {"max_new_tokens": 8}, "response": {"logprobs": 0}}
+    sample = (await client.generate([[(7 * i) % 89 + 1 for i in range(50)]], **fields)).results[0].samples[0]
+    return list(sample.token_ids), list(sample.logprobs)
+
+
 def test_three_steps_after_a_load_have_the_bits_of_the_three_steps_after_the_save(tiny: Path, tmp_path: Path) -> None:
     async def main() -> None:
         async with training_service(tiny, root=tmp_path) as client:
             await take(client, 0, 3)
             saved = await client.save_state("three")
             assert (saved.step, saved.weight_version, saved.name) == (3, 3, "three") and saved.bytes > 1000
-            at_three = await scores(client)
+            at_three, went_on = await scores(client), await continued(client)
             first, at_six = await take(client, 3, 3), await scores(client)
+            assert await continued(client) != went_on
             loaded = await client.load_state("three", expected_step=6)
             assert (loaded.step, loaded.weight_version) == (3, 7), "the version rises although the step goes back"
-            assert await scores(client) == at_three
+            assert await scores(client) == at_three and await continued(client) == went_on
             assert await take(client, 3, 3) == first and await scores(client) == at_six
         async with training_service(tiny, root=tmp_path) as other:  # as after a restart
             await other.load_state("three", expected_step=0)
@@ -109,7 +117,7 @@ def test_streams_go_on_while_a_state_is_written_and_it_holds_the_weights_of_its_
     go, write = threading.Event(), SliceFiles.write
 
     def held(*args: Any) -> None:
-        go.wait(30)
+        assert go.wait(15), "the test ended early"
         write(*args)
 
     monkeypatch.setattr(SliceFiles, "write", held)
@@ -263,7 +271,7 @@ def test_drain_waits_for_training_calls_under_way(tiny: Path, tmp_path: Path, mo
     go, write = threading.Event(), SliceFiles.write
 
     def held(*args: Any) -> None:
-        go.wait(30)
+        assert go.wait(15), "the test ended early"
         write(*args)
 
     monkeypatch.setattr(SliceFiles, "write", held)

@@ -176,6 +176,26 @@ def test_a_repeated_step_is_answered_and_a_stale_one_refused_never_applied_twice
     run(main(), 60)
 
 
+def test_a_seed_drops_activations_and_none_does_not(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with training_service(save_tiny("gpt2", tmp_path / "gpt2")) as client:
+            still: dict[str, Any] = {"optimizer": {"learning_rate": 0.0}}
+
+            async def values(step: int, seed: int | None) -> list[list[float]]:
+                call = client.train_step(DOCUMENTS, expected_step=step, dropout_seed=seed, **still)
+                return logprobs(await call)
+
+            plain, seven, again = await values(0, None), await values(1, 7), await values(2, 7)
+            assert plain == await scores(client) and seven == again != plain
+            assert await values(3, 2**64 - 1) not in (plain, seven)
+            key: dict[str, Any] = {"idempotency_key": "k", "dropout_seed": 7}
+            assert logprobs(await client.forward_backward(DOCUMENTS, **key)) == seven
+            other = client.forward_backward(DOCUMENTS, idempotency_key="k", dropout_seed=8)
+            await refused(other, grpc.StatusCode.FAILED_PRECONDITION, "was used for another call")
+
+    run(main(), 60)
+
+
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"sequences": []}, "sequences: none given"),
     ({"sequences": [[]]}, "sequences[0].token_ids: 0 tokens"),

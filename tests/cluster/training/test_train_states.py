@@ -80,8 +80,7 @@ def test_a_save_that_fails_on_one_rank_fails_on_all_at_once_with_its_reason(
     folder = save_tiny("gpt2", tmp_path / "gpt2")
     ends = ranks(2, save_with_a_bad_rank, str(folder), str(tmp_path / "root"), bad, method)
     for reason, seconds in ends:
-        assert f"rank {bad}: " in reason or "No space" in reason, ends
-        assert "No space left on device" in reason and seconds < SOON_S, ends
+        assert f"rank {bad}: " in reason and "No space left on device" in reason and seconds < SOON_S, ends
     assert not [path for path in (tmp_path / "root").iterdir() if path.is_dir()], "the draft is gone"
 
 
@@ -176,12 +175,12 @@ def drive(lead: TrainLead, commands: Commands) -> Any:
     return before + after + more, refused
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gpt_bigcode"])
+@pytest.mark.parametrize(("family", "comm"), [("gpt2", "gloo"), ("gpt_bigcode", "shm")])
 def test_ranks_save_and_load_alike_and_one_ranks_failure_leaves_all_as_they_were(
-    ranks: Any, tmp_path: Path, family: str
+    ranks: Any, tmp_path: Path, family: str, comm: str
 ) -> None:
     folder = str(save_tiny(family, tmp_path / "model"))
     one, _ = serve(Group.single(), folder, str(tmp_path / "one"))
-    three, refused = ranks(3, serve, folder, str(tmp_path / "three"))[0]
+    three, refused = ranks(3, serve, folder, str(tmp_path / "three"), comm=comm)[0]
     assert three == one, "the same bits at another number of ranks"
     assert all("rank 1: " in reason and "No space left on device" in reason for reason in refused) and len(refused) == 2
