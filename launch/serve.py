@@ -23,6 +23,7 @@ from parallel.errors import ConfigError
 
 FLAGS = {
     "model": "model",
+    "adapter": "adapter",
     "tp": "parallel.tp",
     "dp": "parallel.dp",
     "device": "parallel.device",
@@ -70,6 +71,7 @@ class ServeConfig:
     """Everything about one server; a preset holds any part of it."""
 
     model: str
+    adapter: str | None = None
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -82,6 +84,7 @@ class ServeConfig:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="the folder of a Hugging Face checkpoint")
+    parser.add_argument("--adapter", metavar="FOLDER", help="a PEFT LoRA adapter, merged into the weights as they load")
     parser.add_argument("--tp", type=int, help="tensor-parallel ranks (default 1)")
     parser.add_argument("--dp", type=int, help="replicas (1 for now)")
     parser.add_argument("--device", help="cpu (default) or cuda")

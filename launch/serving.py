@@ -29,6 +29,7 @@ from cluster.rpc.server import build_server
 from cluster.rpc.servicers import ServiceInfo
 from cluster.training.states import StateFolder
 from parallel.errors import ConfigError, WorkerError
+from tp_decoders.adapter_files import read_adapter_config
 from tp_decoders.registry import read_config
 from tp_decoders.tokenizer import load_tokenizer
 
@@ -44,6 +45,8 @@ CLOSE_GRACE_S = 2.0
 def serve(config: ServeConfig, model: Path, log_level: int) -> int:
     """Serves until a signal, a Drain call or a fault; the exit status."""
     read_config(model)  # what is wrong with the checkpoint's description is said before anything starts
+    if config.adapter is not None:
+        read_adapter_config(config.adapter)
     check_port(config.server.host, config.server.port)
     if config.training.save_root is not None:
         StateFolder(Path(config.training.save_root).expanduser())
@@ -152,6 +155,7 @@ def start_line(rank: Ready) -> str:
 def _spec(config: ServeConfig, model: Path) -> ServeSpec:
     return ServeSpec(
         model=str(model),
+        adapter=None if config.adapter is None else str(Path(config.adapter).resolve()),
         authkey=secrets.token_bytes(32),
         parallel=config.parallel,
         engine=config.engine,

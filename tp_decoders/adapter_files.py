@@ -26,7 +26,17 @@ from torch import Tensor, nn
 from parallel.errors import CheckpointError, ConfigError
 from parallel.shard import full_shape_of, rule_of, sharded
 from tp_decoders.decoder import Decoder
-from tp_decoders.lora import LoraConfig, adapted, check_trainable, detach, ends_with, linears, place, their_module
+from tp_decoders.lora import (
+    LoraConfig,
+    adapted,
+    check_trainable,
+    detach,
+    ends_with,
+    linears,
+    merge,
+    place,
+    their_module,
+)
 from tp_decoders.registry import family_of
 from tp_decoders.tensor_files import PickledFile, SafetensorsFile, TensorFile
 from tp_decoders.weights import agree, fill, full_tensor
@@ -62,6 +72,13 @@ def load_adapter(model: Decoder, folder: str | Path, trainable: bool = False) ->
         except BaseException:
             detach(model)
             raise
+
+
+def load_merged(model: Decoder, folder: str | Path) -> None:
+    """Adds a saved adapter into the model's weights for good: what is left is a plain model."""
+    load_adapter(model, folder)
+    merge(model, keep_base=False)
+    detach(model)
 
 
 def read_adapter_config(folder: str | Path) -> LoraConfig:

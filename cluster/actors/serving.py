@@ -31,6 +31,7 @@ from parallel.errors import ConfigError
 from parallel.mesh import Groups, Wiring, init_groups
 from parallel.native import library
 from tp_decoders import load
+from tp_decoders.adapter_files import load_merged
 from tp_decoders.decoder import Decoder
 from tp_decoders.tokenizer import eos_token_ids, load_tokenizer
 
@@ -61,6 +62,8 @@ class ServeRank:
         with phases("reading weights"):
             dtype = getattr(torch, parallel.dtype) if parallel.dtype else None
             model = load(self._spec.model, group=self._groups.tp, dtype=dtype, device=self._device)
+            if self._spec.adapter is not None:
+                load_merged(model, self._spec.adapter)
         with phases("warming up"):
             warm_up(model)
         with phases("making the key/value cache"):

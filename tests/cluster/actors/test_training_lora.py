@@ -1,4 +1,4 @@
-"""A run that trains adapters: its checkpoints are PEFT adapters, and another number of ranks goes on from them exactly."""
+"""A run that trains adapters: its checkpoints are PEFT adapters, from which any number of ranks goes on exactly."""
 
 from __future__ import annotations
 
