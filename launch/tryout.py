@@ -38,8 +38,8 @@ class Trained:
 
     @property
     def share(self) -> float:
-        """Of the first loss, what is left on held-out text."""
-        return self.held_out / self.first
+        """Of the first loss, what is left at the end."""
+        return self.last / self.first
 
 
 def train_preset(preset: str, out: Path, settings: Sequence[str] = ()) -> Trained:
