@@ -4,8 +4,8 @@
 
 For each family the training preset configs/training/laptop*.yaml (tensor-parallel over two CPU ranks, random weights,
 the family's own tokenizer; GPT-BigCode with GPT-2's) is trained by `tp-decoders train`, its last checkpoint served by
-`tp-decoders serve` and asked to go on with a text. The loss, as the mean of the last 20 steps, must be below 60 % of the
-first step's; beside it stands the loss on text that was held out. Prints a table; status 1 where a family fails.
+`tp-decoders serve` and asked to go on with a text. The loss, as the mean of the last 20 steps, must be below 60 %
+of the first step's; beside it stands the loss on text that was held out. Prints a table; status 1 where a family fails.
 """
 
 from __future__ import annotations

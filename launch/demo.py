@@ -45,8 +45,8 @@ def run(args: argparse.Namespace) -> int:
     print("\n2. A small GPT-2 learns Shakespeare from random weights, on two ranks: a minute or two.\n", flush=True)
     trained = train_preset(PRESET, folder / "run", SETTINGS)
     print(
-        f"\n  {trained.steps} steps, {trained.tokens} tokens: loss {trained.first:.2f} -> {trained.last:.2f} ({trained.share:.0%} "
-        f"of it); on text it has not seen {trained.held_out:.2f}"
+        f"\n  {trained.steps} steps, {trained.tokens} tokens: loss {trained.first:.2f} -> {trained.last:.2f} "
+        f"({trained.share:.0%} of it); on text it has not seen {trained.held_out:.2f}"
     )
     print("\n3. The checkpoint it left, served as it is.\n")
     with served(trained.checkpoint) as server:
