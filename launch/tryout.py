@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.training.checkpoint import latest_checkpoint
 from cluster.training.metrics import read_records
 from cluster.training.run_folder import METRICS, PLOT
 from launch.background import Server
@@ -44,6 +43,8 @@ class Trained:
 
 def train_preset(preset: str, out: Path, settings: Sequence[str] = ()) -> Trained:
     """Runs the command and shows what it says. From the checkout, where presets find texts and tokenizers."""
+    from cluster.training.checkpoint import latest_checkpoint  # brings in torch, which --help does not wait for
+
     words = ["train", "--config", preset, f"out={out}", *settings]
     print(f"$ tp-decoders {' '.join(words)}", flush=True)
     began = time.monotonic()
