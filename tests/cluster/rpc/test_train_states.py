@@ -144,6 +144,28 @@ def test_streams_go_on_while_a_state_is_written_and_it_holds_the_weights_of_its_
     run(main(), 60)
 
 
+def test_a_save_whose_client_has_gone_is_completed(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    go, write = threading.Event(), SliceFiles.write
+
+    def held(*args: Any) -> None:
+        assert go.wait(15), "the test ended early"
+        write(*args)
+
+    monkeypatch.setattr(SliceFiles, "write", held)
+
+    async def main() -> None:
+        async with training_service(tiny, root=tmp_path) as client:
+            await refused(client.save_state("left", timeout=0.3), Code.DEADLINE_EXCEEDED, "")
+            assert (await client.train_state()).saving == "left"
+            go.set()
+            while (await client.train_state()).saving:
+                await asyncio.sleep(0.01)
+            assert [state.name for state in (await client.train_state()).saved] == ["left"]
+            assert (await client.load_state("left", expected_step=0)).step == 0
+
+    run(main(), 60)
+
+
 def test_no_name_leads_out_of_the_folder_or_over_what_is_there(tiny: Path, tmp_path: Path) -> None:
     root, outside = tmp_path / "root", tmp_path / "outside"
 

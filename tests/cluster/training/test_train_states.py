@@ -14,7 +14,7 @@ from cluster.engine.assembly import build_engine, build_runner
 from cluster.engine.commands import Commands
 from cluster.engine.config import EngineConfig
 from cluster.engine.executors import follow
-from cluster.training.agreement import FailureNotice
+from cluster.training.agreement import UNKNOWN, FailureNotice
 from cluster.training.calls import Kind, Later, StateExists, TrainAnswer, TrainCall, TrainSequence
 from cluster.training.checkpoint import Checkpointer
 from cluster.training.lead import TrainLead
@@ -92,6 +92,13 @@ def test_a_failure_is_heard_through_the_store_where_the_folder_cannot_be_written
     other.tell("rank 3: its disk is gone")
     assert board.heard() == "rank 3: its disk is gone"
     assert FailureNotice(folder, "state.2", store).heard() is None
+
+
+def test_a_failure_is_heard_on_a_disk_too_full_for_its_words(tmp_path: Path) -> None:
+    board = FailureNotice(tmp_path, "state.1", None)
+    with Broken(Path, "write_text", FULL):
+        board.tell("rank 3: no room")
+    assert board.heard() == UNKNOWN and board.path.is_file()
 
 
 def call(kind: Kind, **fields: Any) -> TrainCall:
