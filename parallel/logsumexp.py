@@ -52,5 +52,15 @@ def invariant_log(x_T: Tensor) -> Tensor:
     return elementwise.log(x_T.contiguous()) if uses_native(x_T) else torch.log(x_T)
 
 
+def softmax_grad(logits_TV: Tensor, maximum_T: Tensor, total_T: Tensor, columns_T: Tensor, scales_T: Tensor) -> Tensor:
+    """[T, V]: (softmax - one-hot) * scale of each row; a column below 0 is not among these."""
+    if uses_native(logits_TV):
+        return elementwise.softmax_grad(logits_TV, maximum_T, total_T, columns_T, scales_T)
+    grad = torch.exp(logits_TV - maximum_T[:, None]) / total_T[:, None]
+    rows = (columns_T >= 0).nonzero()[:, 0]
+    grad[rows, columns_T[rows]] -= 1.0
+    return grad * scales_T[:, None]
+
+
 def invariant_exp(x: Tensor) -> Tensor:
     return elementwise.exp(x.contiguous()) if uses_native(x) else torch.exp(x)

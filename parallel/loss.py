@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from parallel.group import Group
-from parallel.logsumexp import invariant_exp, invariant_log
+from parallel.logsumexp import invariant_log, softmax_grad
 from parallel.shard import VirtualShards
 from parallel.vocab import max_and_exp_sum, target_logits
 
@@ -58,7 +58,6 @@ class _TokenLosses(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_T: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[no-untyped-def,override]
         logits, maximum, total, targets, kept = ctx.saved_tensors
-        grad = invariant_exp(logits - maximum[:, None]) / total[:, None]
-        mine = ((targets >= ctx.start) & (targets < ctx.stop)).nonzero()[:, 0]
-        grad[mine, targets[mine] - ctx.start] -= 1.0
-        return grad * (grad_T * kept)[:, None], None, None, None, None
+        mine = (targets >= ctx.start) & (targets < ctx.stop)
+        columns = torch.where(mine, targets - ctx.start, -1)
+        return softmax_grad(logits, maximum, total, columns, grad_T * kept), None, None, None, None

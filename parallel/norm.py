@@ -8,12 +8,14 @@ collective) or not (then none).
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from parallel.group import Group
-from parallel.products import leaf_tree
+from parallel.native import elementwise
+from parallel.products import leaf_tree, uses_native
 from parallel.recompute import cheap
 from parallel.shard import Replicated, VirtualShards, sharded
 from parallel.tree import leaves_sum
@@ -63,30 +65,38 @@ class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def,override]
         x, weight = ctx.saved_tensors
-        wide, grad = x.float(), grad.float()
-        variance, mean = torch.var_mean(wide, -1, correction=0, keepdim=True)
-        scale = torch.rsqrt(variance + ctx.layer.eps)
-        unit = (wide - mean) * scale
-        weighted = grad * weight.float()
-        inner = weighted - weighted.mean(-1, keepdim=True) - unit * (weighted * unit).mean(-1, keepdim=True)
-        gain, shift = _token_sums(grad * unit, grad, ctx.layer.group, ctx.tokens)
+        group, tokens = ctx.layer.group, ctx.tokens
+        borders = group.shards(x.shape[0]).borders if tokens is None else tokens.local_borders(group.rank)
+        grads = _native_grads if uses_native(x) else _torch_grads
+        grad_x, leaves = grads(x, grad.to(x.dtype), weight, ctx.layer.eps, borders)
         wants_weight, wants_bias = ctx.needs_input_grad[1:3]
-        return (
-            (inner * scale).to(x.dtype),
-            gain.to(weight.dtype) if wants_weight else None,
-            shift.to(weight.dtype) if wants_bias else None,
-            None,
-            None,
-        )
+        if not (wants_weight or wants_bias):  # the same on all ranks
+            return grad_x, None, None, None, None
+        if tokens is None:
+            total = leaves_sum(leaves.unbind())
+        else:
+            total = group.talk.tree_sum(leaf_tree(leaves, tokens.local_nodes(group.rank)), tokens.tree)
+        gain, shift = total.to(weight.dtype)
+        return grad_x, gain if wants_weight else None, shift if wants_bias else None, None, None
 
 
-def _token_sums(a_TD: Tensor, b_TD: Tensor, group: Group, tokens: VirtualShards | None) -> tuple[Tensor, Tensor]:
-    """Both tensors summed over all tokens of the row, in the tree over token shards. Both are [T, D] float32."""
-    borders = group.shards(a_TD.shape[0]).borders if tokens is None else tokens.local_borders(group.rank)
-    pairs = [torch.stack([t[lo:hi].sum(0) for t in (a_TD, b_TD)]) for lo, hi in itertools.pairwise(borders)]
-    if tokens is None:
-        total = leaves_sum(pairs)
-    else:
-        leaves = torch.stack(pairs) if pairs else a_TD.new_zeros((0, 2, a_TD.shape[1]))
-        total = group.talk.tree_sum(leaf_tree(leaves, tokens.local_nodes(group.rank)), tokens.tree)
-    return total[0], total[1]
+def _native_grads(
+    x_TD: Tensor, grad_TD: Tensor, weight: Tensor, eps: float, borders: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    return elementwise.layer_norm_grad(x_TD, grad_TD, weight, eps, borders)
+
+
+def _torch_grads(
+    x_TD: Tensor, grad_TD: Tensor, weight: Tensor, eps: float, borders: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """dx, and of each leaf of tokens the sums [leaves, 2, D] of the gains' gradients."""
+    wide, grad = x_TD.float(), grad_TD.float()
+    variance, mean = torch.var_mean(wide, -1, correction=0, keepdim=True)
+    scale = torch.rsqrt(variance + eps)
+    unit = (wide - mean) * scale
+    weighted = grad * weight.float()
+    inner = weighted - weighted.mean(-1, keepdim=True) - unit * (weighted * unit).mean(-1, keepdim=True)
+    pairs = torch.stack((grad * unit, grad))
+    leaves = [pairs[:, lo:hi].sum(1) for lo, hi in itertools.pairwise(borders)]
+    none = wide.new_zeros((0, 2, wide.shape[1]))
+    return (inner * scale).to(x_TD.dtype), torch.stack(leaves) if leaves else none

@@ -1,52 +1,13 @@
 // Elementwise and row kernels: activations and their gradients, exp, log, row maxima, sums of exponentials per leaf,
-// layer norm, rotary embedding. float32 or bfloat16 in memory, float32 inside, rounded once.
+// gradients of a softmax, rotary embedding; layer norm is in norm.cpp. float32 or bfloat16 in memory, float32 inside, rounded once.
 //
-// A result depends on its own element (or row, or leaf) alone: tails run the code of the middle with fewer live lanes,
-// and every reduction is four accumulators of sixteen lanes started at the row's or leaf's first element.
-#include <algorithm>
-#include <cstdint>
-#include <limits>
-
+// A result depends on its own element (or row, or leaf) alone, see rows.h.
 #include "activation.h"
-#include "pool.h"
-#include "simd.h"
+#include "rows.h"
 
 namespace {
 
-using simd::bf16;
-using simd::f32x16;
-using simd::kLanes;
-
-constexpr int64_t kGrain = 16384;             // elements that are worth a thread
-
-// Rows of `width` elements in chunks of at least kGrain: f(first, last).
-template <class F>
-void over_rows(int64_t rows, int64_t width, const F& f) {
-  int64_t chunk = std::max<int64_t>(1, kGrain / std::max<int64_t>(width, 1));
-  pool::parallel_ranges((rows + chunk - 1) / chunk,
-                        [&](int64_t begin, int64_t end) { f(begin * chunk, std::min(end * chunk, rows)); });
-}
-
-// f(i, live) for i = 0, 16, 32, ... below n, live <= 16 of them.
-template <class F>
-inline void by_vector(int64_t n, const F& f) {
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) f(i, kLanes);
-  if (i < n) f(i, static_cast<int>(n - i));
-}
-
-template <class E>
-inline f32x16 load(const E* p, int live, float fill = 0) { return live == kLanes ? simd::load(p) : simd::load(p, live, fill); }
-template <class E>
-inline void store(E* p, f32x16 x, int live) { live == kLanes ? simd::store(p, x) : simd::store(p, x, live); }
-
-template <class E, class F>
-void map(int64_t n, const E* x, E* out, const F& f) {
-  over_rows((n + kLanes - 1) / kLanes, kLanes, [&](int64_t begin, int64_t end) {
-    int64_t first = begin * kLanes, last = std::min(end * kLanes, n);
-    by_vector(last - first, [&](int64_t i, int live) { store(out + first + i, f(load(x + first + i, live), first + i, live), live); });
-  });
-}
+using namespace rows;
 
 template <class E>
 struct Activate {
@@ -62,20 +23,6 @@ struct ActivateGrad {
     map(n, x, dx, [this](f32x16 v, int64_t i, int live) { return load(dy + i, live) * activation::slope<id>(v); });
   }
 };
-
-struct Sums { f32x16 lane[4] = {}; };         // vector i / 16 of a row goes to accumulator i / 16 % 4
-inline float total(const Sums& s) { return simd::sum_lanes((s.lane[0] + s.lane[2]) + (s.lane[1] + s.lane[3])); }
-
-template <class F>                            // f(i, live) -> the values to add, zero in dead lanes
-inline float sum_over(int64_t n, const F& f) {
-  Sums s;
-  int64_t i = 0;
-  for (; i + 4 * kLanes <= n; i += 4 * kLanes)
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) s.lane[j] = s.lane[j] + f(i + j * kLanes, kLanes);
-  for (int j = 0; i < n; ++j, i += kLanes) s.lane[j] = s.lane[j] + f(i, static_cast<int>(std::min<int64_t>(kLanes, n - i)));
-  return total(s);
-}
 
 template <class E>
 float row_max(const E* x, int64_t n) {
@@ -106,45 +53,21 @@ void exp_sum(int64_t rows, const E* x, int64_t stride, const float* tops, int64_
   });
 }
 
-struct Affine {                               // optional weight or bias of a layer norm
-  const void* p;
-  bool half;
-  f32x16 at(int64_t i, int live, float otherwise) const {
-    if (!p) return simd::set1(otherwise);
-    return half ? load(static_cast<const bf16*>(p) + i, live) : load(static_cast<const float*>(p) + i, live);
-  }
-};
-template <class E>
-struct Norm {                                 // y = (h - mean) rstd weight + bias, h = x + residual (rounded) where given
-  int64_t width, stride, residual_stride;
-  const E *x, *residual;
-  E *h, *y;
-  Affine weight, bias;
-  float eps;
-  float *mean, *rstd;
-
-  void row(int64_t r) const {
-    const E* in = x + r * stride;
-    if (residual) {
-      E* sum = h + r * width;
-      const E* other = residual + r * residual_stride;
-      by_vector(width, [&](int64_t i, int live) { store(sum + i, load(in + i, live) + load(other + i, live), live); });
-      in = sum;
+// (softmax - one-hot) * scale of rows of logits, from their maxima and sums of exponentials; target < 0: none here
+void softmax_grad(int64_t rows, int64_t columns, const float* x, const float* tops, const float* sums,
+                  const int64_t* targets, const float* scales, float* out) {
+  over_rows(rows, columns, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      const float *from = x + r * columns, inverse = 1.0f / sums[r];
+      float* to = out + r * columns;
+      const f32x16 top = simd::set1(tops[r]);
+      by_vector(columns, [&](int64_t i, int live) {
+        store(to + i, simd::exp(load(from + i, live) - top) * inverse * scales[r], live);
+      });
+      if (targets[r] >= 0) to[targets[r]] -= scales[r];
     }
-    float m = sum_over(width, [&](int64_t i, int live) { return load(in + i, live); }) / static_cast<float>(width);
-    f32x16 centre = simd::set1(m);
-    float variance = sum_over(width, [&](int64_t i, int live) {
-      f32x16 d = load(in + i, live, m) - centre;
-      return d * d;
-    }) / static_cast<float>(width);
-    float scale = 1.0f / __builtin_sqrtf(variance + eps);
-    by_vector(width, [&](int64_t i, int live) {
-      f32x16 v = (load(in + i, live) - centre) * scale;
-      store(y + r * width + i, simd::fma(v, weight.at(i, live, 1), bias.at(i, live, 0)), live);
-    });
-    if (mean) { mean[r] = m; rstd[r] = scale; }
-  }
-};
+  });
+}
 
 struct Turn {                                 // mirrored by _ROTARY in elementwise.py
   int64_t half_type, inverse, tokens, heads, width, half;
@@ -177,9 +100,6 @@ struct Rotary {                               // the first 2 * half elements of 
     });
   }
 };
-
-template <class F>
-void typed(int half, const F& f) { half ? f(bf16{}) : f(float{}); }
 
 }  // namespace
 
@@ -221,17 +141,9 @@ void ew_exp_sum(int half, int64_t rows, const void* x, int64_t stride, const flo
   typed(half, [&](auto e) { exp_sum(rows, static_cast<const decltype(e)*>(x), stride, tops, n_leaves, borders, out); });
 }
 
-void ew_layer_norm(int half, int64_t rows, int64_t width, const void* x, int64_t stride, const void* residual,
-                   int64_t residual_stride, void* h, void* y, const void* weight, int weight_half, const void* bias,
-                   int bias_half, float eps, float* mean, float* rstd) {
-  typed(half, [&](auto e) {
-    using E = decltype(e);
-    Norm<E> norm{width, stride, residual_stride, static_cast<const E*>(x), static_cast<const E*>(residual),
-                 static_cast<E*>(h), static_cast<E*>(y), {weight, weight_half != 0}, {bias, bias_half != 0}, eps, mean, rstd};
-    over_rows(rows, width, [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r) norm.row(r);
-    });
-  });
+void ew_softmax_grad(int64_t rows, int64_t columns, const float* x, const float* tops, const float* sums,
+                     const int64_t* targets, const float* scales, float* out) {
+  softmax_grad(rows, columns, x, tops, sums, targets, scales, out);
 }
 
 void ew_rotary(const Turn* turn) {

@@ -42,6 +42,8 @@ _SIGNATURES: dict[str, tuple] = {
     "ew_row_max": (_I, _L, _L, _P, _L, _P),
     "ew_exp_sum": (_I, _L, _P, _L, _P, _L, _P, _P),
     "ew_layer_norm": (_I, _L, _L, _P, _L, _P, _L, _P, _P, _P, _I, _P, _I, _F, _P, _P),
+    "ew_layer_norm_grad": (_I, _L, _P, _L, _P, _L, _P, _I, _F, _L, _P, _P, _P),
+    "ew_softmax_grad": (_L, _L, _P, _P, _P, _P, _P, _P),
     "ew_rotary": (ctypes.c_char_p,),
 }
 
@@ -175,6 +177,57 @@ def layer_norm(
         _address(rstd),
     )
     return Normed(y, mean, rstd, total)
+
+
+def layer_norm_grad(
+    x: Tensor, dy: Tensor, weight: Tensor | None, eps: float, borders: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """dx [T, D], and of each leaf of rows the sums [leaves, 2, D] float32 of dy * (x - mean) * rstd and of dy."""
+    x, dy = _rows(x), _rows(dy)
+    rows, width = x.shape
+    cuts = list(borders)
+    if dy.shape != x.shape or dy.dtype != x.dtype:
+        raise ConfigError(f"dy is {_words(dy)}; it must match x, {_words(x)}")
+    if not cuts or cuts != sorted(cuts) or cuts[0] != 0 or cuts[-1] != rows:
+        raise ConfigError(f"borders {tuple(cuts)} must ascend from 0 to the {rows} rows")
+    if weight is not None and (weight.shape != (width,) or not _checked(weight).is_contiguous()):
+        raise ConfigError(f"the layer norm's weight is {_words(weight)}; it must be a contiguous [{width}] tensor")
+    dx, sums = torch.empty(rows, width, dtype=x.dtype), torch.empty(len(cuts) - 1, 2, width)
+    _call(
+        "ew_layer_norm_grad",
+        x,
+        x.dtype is torch.bfloat16,
+        width,
+        x.data_ptr(),
+        x.stride(0),
+        dy.data_ptr(),
+        dy.stride(0),
+        _address(weight),
+        _half(weight),
+        eps,
+        len(cuts) - 1,
+        (ctypes.c_int64 * len(cuts))(*cuts),
+        dx.data_ptr(),
+        sums.data_ptr(),
+    )
+    return dx, sums
+
+
+def softmax_grad(logits: Tensor, top: Tensor, total: Tensor, targets: Tensor, scales: Tensor) -> Tensor:
+    """(exp(logits - top) / total - one-hot of the target) * scale, [R, C] float32; a target below 0 has no column here.
+
+    top, total, scales: [R] float32; targets: [R] int64 below C.
+    """
+    logits = _rows(logits).contiguous()
+    rows, columns = logits.shape
+    if logits.dtype is not torch.float32 or any(t.shape != (rows,) for t in (top, total, targets, scales)):
+        raise ConfigError(f"softmax_grad takes float32 logits and one number per row of each kind, got {_words(logits)}")
+    if targets.dtype is not torch.int64 or (columns == 0 and bool((targets >= 0).any())):
+        raise ConfigError(f"the targets are {_words(targets)}; they must be int64 columns, or below 0")
+    given = [t.contiguous() for t in (top, total, targets, scales)]
+    out = _like(logits)
+    _call("ew_softmax_grad", logits, rows, columns, logits.data_ptr(), *(t.data_ptr() for t in given), out.data_ptr())
+    return out
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None, inverse: bool = False) -> Tensor:

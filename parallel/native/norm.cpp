@@ -1,0 +1,121 @@
+// Layer norm of rows, with or without a residual added first, and its gradients. float32 or bfloat16 in memory, float32
+// inside, rounded once; a row's bits are its own (rows.h), a gain's gradient is a sum over a leaf's rows in their order.
+#include <vector>
+
+#include "rows.h"
+
+namespace {
+
+using namespace rows;
+
+struct Affine {                               // optional weight or bias of a layer norm
+  const void* p;
+  bool half;
+  f32x16 at(int64_t i, int live, float otherwise) const {
+    if (!p) return simd::set1(otherwise);
+    return half ? load(static_cast<const bf16*>(p) + i, live) : load(static_cast<const float*>(p) + i, live);
+  }
+};
+template <class E>
+struct Norm {                                 // y = (h - mean) rstd weight + bias, h = x + residual (rounded) where given
+  int64_t width, stride, residual_stride;
+  const E *x, *residual;
+  E *h, *y;
+  Affine weight, bias;
+  float eps;
+  float *mean, *rstd;
+
+  void row(int64_t r) const {
+    const E* in = x + r * stride;
+    if (residual) {
+      E* sum = h + r * width;
+      const E* other = residual + r * residual_stride;
+      by_vector(width, [&](int64_t i, int live) { store(sum + i, load(in + i, live) + load(other + i, live), live); });
+      in = sum;
+    }
+    float m = sum_over(width, [&](int64_t i, int live) { return load(in + i, live); }) / static_cast<float>(width);
+    f32x16 centre = simd::set1(m);
+    float variance = sum_over(width, [&](int64_t i, int live) {
+      f32x16 d = load(in + i, live, m) - centre;
+      return d * d;
+    }) / static_cast<float>(width);
+    float scale = 1.0f / __builtin_sqrtf(variance + eps);
+    by_vector(width, [&](int64_t i, int live) {
+      f32x16 v = (load(in + i, live) - centre) * scale;
+      store(y + r * width + i, simd::fma(v, weight.at(i, live, 1), bias.at(i, live, 0)), live);
+    });
+    if (mean) { mean[r] = m; rstd[r] = scale; }
+  }
+};
+
+// Gradients of y = u weight + bias, u = (x - mean) rstd:  w = dy weight,  dx = (w - mean(w) - u mean(w u)) rstd; the gains'
+// are sums over the rows of each leaf, [leaf][dy u, dy][width] float32.
+template <class E>
+struct NormGrad {
+  int64_t width, x_stride, dy_stride;
+  const E *x, *dy;
+  E* dx;
+  Affine weight;
+  float eps;
+
+  void row(int64_t r, float* u, float* gain, float* shift) const {
+    const E *in = x + r * x_stride, *grad = dy + r * dy_stride;
+    const float count = static_cast<float>(width);
+    const float m = sum_over(width, [&](int64_t i, int live) { return load(in + i, live); }) / count;
+    const f32x16 centre = simd::set1(m);
+    const float variance = sum_over(width, [&](int64_t i, int live) {
+      f32x16 d = load(in + i, live, m) - centre;
+      return d * d;
+    }) / count;
+    const f32x16 scale = simd::set1(1.0f / __builtin_sqrtf(variance + eps));
+    by_vector(width, [&](int64_t i, int live) {
+      const f32x16 unit = (load(in + i, live) - centre) * scale, g = load(grad + i, live);
+      store(u + i, unit, live);
+      store(gain + i, simd::fma(g, unit, load(gain + i, live)), live);
+      store(shift + i, load(shift + i, live) + g, live);
+    });
+    const auto weighted = [&](int64_t i, int live) { return load(grad + i, live) * weight.at(i, live, 1); };
+    const f32x16 mean = simd::set1(sum_over(width, weighted) / count);
+    const f32x16 slope = simd::set1(
+        sum_over(width, [&](int64_t i, int live) { return weighted(i, live) * load(u + i, live); }) / count);
+    by_vector(width, [&](int64_t i, int live) {
+      store(dx + r * width + i, (weighted(i, live) - mean - load(u + i, live) * slope) * scale, live);
+    });
+  }
+
+  void leaf(int64_t begin, int64_t end, float* sums) const {
+    std::vector<float> u(width);
+    std::fill(sums, sums + 2 * width, 0.0f);
+    for (int64_t r = begin; r < end; ++r) row(r, u.data(), sums, sums + width);
+  }
+};
+
+}  // namespace
+
+extern "C" {
+
+void ew_layer_norm(int half, int64_t rows, int64_t width, const void* x, int64_t stride, const void* residual,
+                   int64_t residual_stride, void* h, void* y, const void* weight, int weight_half, const void* bias,
+                   int bias_half, float eps, float* mean, float* rstd) {
+  typed(half, [&](auto e) {
+    using E = decltype(e);
+    Norm<E> norm{width, stride, residual_stride, static_cast<const E*>(x), static_cast<const E*>(residual),
+                 static_cast<E*>(h), static_cast<E*>(y), {weight, weight_half != 0}, {bias, bias_half != 0}, eps, mean, rstd};
+    over_rows(rows, width, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) norm.row(r);
+    });
+  });
+}
+
+// borders: n_leaves + 1 ascending rows, the first 0; sums [leaf][2][width]
+void ew_layer_norm_grad(int half, int64_t width, const void* x, int64_t x_stride, const void* dy, int64_t dy_stride,
+                        const void* weight, int weight_half, float eps, int64_t n_leaves, const int64_t* borders, void* dx,
+                        float* sums) {
+  typed(half, [&](auto e) {
+    using E = decltype(e);
+    const NormGrad<E> norm{width, x_stride, dy_stride, static_cast<const E*>(x), static_cast<const E*>(dy),
+                           static_cast<E*>(dx), {weight, weight_half != 0}, eps};
+    pool::parallel_for(n_leaves, [&](int64_t i) { norm.leaf(borders[i], borders[i + 1], sums + i * 2 * width); });
+  });
+}
+}
