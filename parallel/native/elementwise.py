@@ -221,7 +221,9 @@ def softmax_grad(logits: Tensor, top: Tensor, total: Tensor, targets: Tensor, sc
     logits = _rows(logits).contiguous()
     rows, columns = logits.shape
     if logits.dtype is not torch.float32 or any(t.shape != (rows,) for t in (top, total, targets, scales)):
-        raise ConfigError(f"softmax_grad takes float32 logits and one number per row of each kind, got {_words(logits)}")
+        raise ConfigError(
+            f"softmax_grad takes float32 logits and one number per row of each kind; got {_words(logits)}"
+        )
     if targets.dtype is not torch.int64 or (columns == 0 and bool((targets >= 0).any())):
         raise ConfigError(f"the targets are {_words(targets)}; they must be int64 columns, or below 0")
     given = [t.contiguous() for t in (top, total, targets, scales)]

@@ -1,4 +1,4 @@
-"""Gradients of layer norm and of a softmax: close to float64, the same bits wherever a row or leaf stands, any threads."""
+"""Gradients of layer norm and of a softmax: close to float64, the same bits wherever a row or leaf stands."""
 
 from __future__ import annotations
 
