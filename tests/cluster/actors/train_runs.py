@@ -60,6 +60,12 @@ def go(ranks: Any, spec: TrainSpec) -> list[TrainFacts]:
     return facts
 
 
+def go_here(spec: TrainSpec) -> TrainFacts:
+    """The same for a run of one rank, in this process."""
+    claim_folder(Path(spec.out), spec.run())
+    return _rank(Group.single(), spec, free_address())
+
+
 def _rank(group: Group, spec: TrainSpec, address: str) -> TrainFacts:
     place = Place(
         rank=group.rank, world=group.size, node="127.0.0.1", local_rank=group.rank, local_size=64, address=address
