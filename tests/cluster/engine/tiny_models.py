@@ -22,6 +22,16 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "mpt": ("Mpt", {"d_model": 48, "n_heads": 6, "n_layers": 2, "max_seq_len": CONTEXT, "tie_word_embeddings": False}),
     "gpt_bigcode": ("GPTBigCode", _GPT2),
 }
+_GPT2_DROPOUTS = {"embd_pdrop": 0.1, "attn_pdrop": 0.1, "resid_pdrop": 0.1}
+_NEOX_DROPOUTS = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
+DROPOUTS: dict[str, dict[str, Any]] = {
+    "gpt2": _GPT2_DROPOUTS,
+    "gpt_neox": _NEOX_DROPOUTS,
+    "gpt_neox_japanese": _NEOX_DROPOUTS,
+    "mpt": {"attn_config": {"attn_pdrop": 0.1}, "resid_pdrop": 0.1, "emb_pdrop": 0.1},
+    "gpt_bigcode": _GPT2_DROPOUTS,
+}
+"""The same families with dropout wherever they have it."""
 WIDE: dict[str, Any] = {
     "hidden_size": 1040, "num_attention_heads": 13, "intermediate_size": 4160, "num_hidden_layers": 1,
     "vocab_size": 5003,

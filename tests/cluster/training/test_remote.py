@@ -20,7 +20,7 @@ from cluster.training.remote import TrainSide
 from parallel.errors import RequestError
 from parallel.group import Group
 from parallel.mesh import Groups
-from tests.cluster.engine.tiny_models import CONFIGS, save_tiny
+from tests.cluster.engine.tiny_models import CONFIGS, DROPOUTS, save_tiny
 from tp_decoders import load
 
 DOCUMENTS = (TrainSequence(token_ids=(5, 9, 2, 7, 11, 3, 8)), TrainSequence(token_ids=(1, 4, 4, 6, 90)))
@@ -96,6 +96,58 @@ def test_steps_between_tokens_give_the_same_bits_on_two_ranks_as_on_one(
     losses, tokens, versions, _ = one
     assert losses[-1][0] < losses[0][0] and tokens, "it learns, and streams run on"
     assert versions == sorted(versions) and set(versions) == set(range(1, STEPS + 1))
+
+
+def three_ways(group: Group, folder: str) -> Any:
+    """Rank 0, before any step and after each of six, with dropout: log-probabilities of the same eight tokens as
+    Generate, Score and the training forward give them.
+    """
+    runner = build_runner(load(folder, group=group), CONFIG, 1 << 28)
+    commands = Commands(group.comm, 30.0)
+    side = TrainSide(runner, Groups(group, Group.single()))
+    if group.rank > 0:
+        follow(runner, commands, side.handlers)
+        return None
+    engine = build_engine(runner, CONFIG, (), commands if group.size > 1 else None)
+    lead, rows = TrainLead(side, commands, engine.weights_changed), []
+    for step in range(7):
+        made = answered(engine, f"generate {step}", (7, 3, 5, 60), StoppingCriteria(max_new_tokens=8, ignore_eos=True))
+        whole = (7, 3, 5, 60, *(entry.token_id for event in made for entry in event.logprobs))
+        scored = answered(engine, f"score {step}", whole, StoppingCriteria(), score_only=True)
+        evaluated = lead(step_call(step, kind=Kind.EVALUATE, sequences=(TrainSequence(token_ids=whole),)))
+        rows.append((
+            [entry.logprob for event in made for entry in event.logprobs],
+            [entry.logprob for event in scored for entry in event.prompt_logprobs or ()][3:],
+            list(evaluated.logprobs[0][3:]),
+        ))  # fmt: skip
+        lead(step_call(step, dropout_seed=step))
+    engine.close()
+    return rows
+
+
+def answered(engine: Engine, name: str, prompt: tuple[int, ...], stopping: StoppingCriteria, **more: Any) -> list[Any]:
+    """All events of one request, run alone."""
+    wanted = ResponseOptions(prompt_logprobs=0) if more else ResponseOptions(logprobs=0)
+    engine.submit(
+        Request(request_id=name, token_ids=prompt, sampling=SamplingParams(temperature=0.0), stopping=stopping,
+                response=wanted, **more)
+    )  # fmt: skip
+    events = []
+    while not engine.idle:
+        events += engine.step()
+    return events
+
+
+@pytest.mark.parametrize("family", sorted(CONFIGS))
+def test_generate_score_and_the_training_forward_agree_to_the_bit_after_every_step(
+    ranks: Any, tmp_path: Path, family: str
+) -> None:
+    folder = str(save_tiny(family, tmp_path / family, **DROPOUTS[family]))
+    one, two = three_ways(Group.single(), folder), ranks(2, three_ways, folder)[0]
+    for generated, scored, trained in one:
+        assert len(generated) == 8 and generated == scored == trained
+    assert two == one
+    assert len({tuple(generated) for generated, _, _ in one}) == 7, "every step changes them"
 
 
 def test_a_refused_call_leaves_no_gradient_behind(tmp_path: Path) -> None:

@@ -29,15 +29,6 @@ def _module(path: Path, name: str) -> Any:
 steps = _module(HERE / "steps.py", "training_steps")
 tiny = _module(HERE.parent / "engine" / "tiny_models.py", "training_tiny_models")
 FAMILIES = sorted(tiny.CONFIGS)
-GPT2_DROPOUTS = {"embd_pdrop": 0.1, "attn_pdrop": 0.1, "resid_pdrop": 0.1}
-NEOX_DROPOUTS = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
-DROPOUTS: dict[str, dict[str, Any]] = {
-    "gpt2": GPT2_DROPOUTS,
-    "gpt_neox": NEOX_DROPOUTS,
-    "gpt_neox_japanese": NEOX_DROPOUTS,
-    "mpt": {"attn_config": {"attn_pdrop": 0.1}, "resid_pdrop": 0.1, "emb_pdrop": 0.1},
-    "gpt_bigcode": GPT2_DROPOUTS,
-}
 PLAIN = steps.Layout()
 DIVIDED = [
     steps.Layout(tp=2, sequence_parallel=True, recompute="selective"),
@@ -77,7 +68,7 @@ def test_twenty_steps_equal_plain_transformers_and_torch(
 def dropping(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Checkpoints whose configs say dropout everywhere the family has it."""
     root = tmp_path_factory.mktemp("dropping")
-    return {family: tiny.save_tiny(family, root / family, **DROPOUTS[family]) for family in FAMILIES}
+    return {family: tiny.save_tiny(family, root / family, **tiny.DROPOUTS[family]) for family in FAMILIES}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
