@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 import pytest
 
 from cluster.actors.group import WorkerGroup
-from cluster.actors.spec import ParallelConfig, ServeSpec, TrainingConfig
+from cluster.actors.spec import ParallelConfig, RankFacts, ServeSpec, TrainingConfig
 from cluster.engine.config import EngineConfig
 from cluster.frontend.frontend import Frontend
 from cluster.frontend.socket_link import SocketLink
@@ -25,6 +25,7 @@ from tests.cluster.rpc.harness import refused
 from tests.cluster.rpc.training_service import logprobs, scores_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
+T = TypeVar("T")
 KEY = b"0123456789abcdef"
 DOCUMENTS = [[5, 9, 2, 7, 11, 3, 8], [1, 4, 4, 6, 90]]
 STEP: dict[str, Any] = {"optimizer": {"learning_rate": 1e-3}}
@@ -59,7 +60,18 @@ async def scores(client: AsyncClient) -> list[list[float]]:
     return [list(result.logprobs) for result in (await client.score(DOCUMENTS)).results]
 
 
-async def steps_beside_streams(address: tuple[str, int]) -> list[list[float]]:
+async def step_ten(client: AsyncClient) -> tuple[list[list[float]], list[list[float]]]:
+    """The log-probabilities of the tenth step's pass, and after it."""
+    return logprobs(await client.train_step(DOCUMENTS, expected_step=10, **STEP)), await scores(client)
+
+
+async def after_a_restart(address: tuple[str, int]) -> tuple[list[list[float]], list[list[float]]]:
+    async with client_of(address) as client:
+        await client.load_state("ten", expected_step=0)
+        return await step_ten(client)
+
+
+async def steps_beside_streams(address: tuple[str, int]) -> tuple[list[list[float]], Any]:
     async with client_of(address) as client:
         fields: dict[str, Any] = {"stopping": {"max_new_tokens": 100, "ignore_eos": True}}
         running = asyncio.create_task(client.generate([[i, 3, 5] for i in range(8)], **fields))
@@ -72,22 +84,29 @@ async def steps_beside_streams(address: tuple[str, int]) -> list[list[float]]:
         assert served == logprobs(await client.evaluate(DOCUMENTS))
         assert {score.weight_version for score in (await client.score(DOCUMENTS)).results} == {10}
         await client.export("export")
-        after = logprobs(await client.train_step(DOCUMENTS, expected_step=10, **STEP)), await scores(client)
+        after = await step_ten(client)
         assert (await client.load_state("ten", expected_step=11)).step == 10 and await scores(client) == served
-        again = logprobs(await client.train_step(DOCUMENTS, expected_step=10, **STEP)), await scores(client)
-        assert again == after and [state.name for state in (await client.train_state()).saved] == ["export", "ten"]
-        return served
+        assert await step_ten(client) == after
+        assert [state.name for state in (await client.train_state()).saved] == ["export", "ten"]
+        return served, after
+
+
+def on_two_ranks(spec: ServeSpec, main: Callable[[tuple[str, int]], Coroutine[Any, Any, T]]) -> tuple[RankFacts, T]:
+    """What the coroutine made of a group's engine, and what its first rank said of itself."""
+    group = WorkerGroup(spec, size=2)
+    try:
+        facts = group.start()[0].facts
+        assert facts.engine_address is not None
+        return facts, asyncio.run(asyncio.wait_for(main(facts.engine_address), 60))
+    finally:
+        group.close()
 
 
 def test_two_ranks_train_generate_and_save_behind_one_port(model: Path, tmp_path: Path) -> None:
     training = TrainingConfig(enabled=True, save_root=str(tmp_path / "states"))
-    group = WorkerGroup(spec(model, training), size=2)
-    try:
-        facts = group.start()[0].facts
-        assert facts.engine_address is not None and facts.training_bytes > 12 * facts.parameters
-        served = asyncio.run(asyncio.wait_for(steps_beside_streams(facts.engine_address), 60))
-    finally:
-        group.close()
+    facts, (served, after) = on_two_ranks(spec(model, training), steps_beside_streams)
+    assert facts.training_bytes > 12 * facts.parameters
+    assert on_two_ranks(spec(model, training), after_a_restart)[1] == after
     for name in ("ten", "export"):
         assert scores_of(tmp_path / "states" / name, DOCUMENTS) == served, "one rank, bit for bit"
 
@@ -105,13 +124,7 @@ def test_a_server_that_was_not_told_to_train_refuses_and_says_what_to_set(model:
                 await refused(call, grpc.StatusCode.FAILED_PRECONDITION, "--train (training.enabled=true)")
             assert len((await scores(client))[0]) == 6
 
-    group = WorkerGroup(spec(model, TrainingConfig()), size=2)
-    try:
-        facts = group.start()[0].facts
-        assert facts.engine_address is not None and facts.training_bytes == 0
-        asyncio.run(asyncio.wait_for(main(facts.engine_address), 60))
-    finally:
-        group.close()
+    assert on_two_ranks(spec(model, TrainingConfig()), main)[0].training_bytes == 0
 
 
 def test_a_server_whose_memory_training_would_take_does_not_start(model: Path) -> None:
