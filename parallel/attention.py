@@ -8,7 +8,7 @@ strided views of one fused row. No collectives, forward or backward: a shared kv
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Protocol
 
@@ -26,11 +26,24 @@ _log = logging.getLogger(__name__)
 __all__ = ["BACKENDS", "Attend", "AttentionMeta", "AttentionSpec", "Backend", "Cached", "Causal", "choose_backend"]
 
 
+class CrossAttend(Protocol):
+    """Attention of the same tokens to an encoder's states, of which `keys_values` makes keys and values [S, N, H]."""
+
+    def __call__(
+        self, spec: AttentionSpec, q_TNH: Tensor, keys_values: Callable[[Tensor], tuple[Tensor, Tensor]]
+    ) -> Tensor: ...
+
+
 class Attend(Protocol):
-    """What a model's forward is handed. `dropping` says whether, and by which masks, this pass drops activations."""
+    """What a model's forward is handed. `dropping` says whether, and by which masks, this pass drops activations;
+    `encoder` attends to an encoder's states where the pass has any (parallel.probed).
+    """
 
     @property
     def dropping(self) -> Dropping | None: ...
+
+    @property
+    def encoder(self) -> CrossAttend | None: ...
 
     def __call__(self, spec: AttentionSpec, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor: ...
 
@@ -41,6 +54,8 @@ class Causal:
     Without a backend the best one for the first call's device, dtype and heads is chosen. With `dropping`, activations
     are dropped by its masks; probabilities then too, by the eager backend where the chosen one cannot.
     """
+
+    encoder: CrossAttend | None = None
 
     def __init__(
         self, lengths: Sequence[int], backend: Backend | str | None = None, dropping: Dropping | None = None
@@ -80,6 +95,7 @@ class Cached:
     """One step over a paged cache: writes the layer's new keys and values, then attends over it. Not differentiable."""
 
     dropping: Dropping | None = None
+    encoder: CrossAttend | None = None
 
     def __init__(self, cache: KVCache, meta: AttentionMeta, backend: Backend | str | None = None) -> None:
         self._cache, self._meta = cache, meta

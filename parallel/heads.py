@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,13 +23,16 @@ from parallel.shard import VirtualShards
 
 @dataclass(frozen=True)
 class HeadLayout:
-    """The heads of one attention layer: all of them, and those of this rank."""
+    """The heads of one attention layer: all of them, and those of this rank. `ids` are their numbers before some were
+    pruned, where some were; those that remain are dealt anew.
+    """
 
     n_heads: int
     n_kv_heads: int
     head_dim: int
     shards: VirtualShards
     rank: int
+    ids: tuple[int, ...] | None = None
 
     @staticmethod
     def of(group: Group, n_heads: int, n_kv_heads: int, head_dim: int) -> HeadLayout:
@@ -39,6 +42,17 @@ class HeadLayout:
                 "per head is supported"
             )
         return HeadLayout(n_heads, n_kv_heads, head_dim, group.shards(n_heads), group.rank)
+
+    @staticmethod
+    def without(pruned: Sequence[int], group: Group, n_heads: int, head_dim: int) -> HeadLayout:
+        """What is left of a layer with a key/value head per head; at least one must be."""
+        ids = tuple(head for head in range(n_heads) if head not in set(pruned))
+        if not ids or not set(pruned) <= set(range(n_heads)):
+            raise ConfigError(
+                f"pruned heads {sorted(pruned)} of a layer of {n_heads}: give numbers from 0 to {n_heads - 1}, and "
+                "leave one"
+            )
+        return replace(HeadLayout.of(group, len(ids), len(ids), head_dim), ids=ids)
 
     @property
     def head_shards(self) -> VirtualShards:
@@ -63,8 +77,10 @@ class HeadLayout:
         return self.n_kv_heads == 1 and self.n_heads > 1
 
     @property
-    def local_ids(self) -> range:
-        return range(self.first, self.first + self.n_local)
+    def local_ids(self) -> Sequence[int]:
+        """The global numbers of this rank's heads."""
+        owned = slice(self.first, self.first + self.n_local)
+        return (range(self.n_heads) if self.ids is None else self.ids)[owned]
 
 
 def alibi_slopes(n_heads: int, alibi_bias_max: float, head_ids: Sequence[int]) -> Tensor:

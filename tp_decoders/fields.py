@@ -35,6 +35,9 @@ GENERATION = frozenset(
 )
 """Defaults of generation, which requests state for themselves."""
 
+TASK_HEADS = frozenset({"classifier_dropout", "hidden_dropout", "summary_last_dropout"})
+"""What only a task's head reads (tp_decoders.task_config), in families whose decoder has no use for it."""
+
 NOT_DECODERS: dict[str, tuple[Any, ...]] = {
     "is_encoder_decoder": (False,),
     "add_cross_attention": (False,),
@@ -42,7 +45,9 @@ NOT_DECODERS: dict[str, tuple[Any, ...]] = {
     "cross_attention_hidden_size": (None,),
     "pruned_heads": (None, {}),
 }
-"""Options of PretrainedConfig that would make it another model: accepted at these values only."""
+"""Options of PretrainedConfig that would make it another model: accepted at these values only, save by the families
+that ask for one.
+"""
 
 REQUIRED: Any = object()
 
@@ -129,8 +134,9 @@ class Fields:
     def finish(self, harmless: Iterable[str] = ()) -> None:
         """Refuses every key that was neither asked for nor known to be harmless."""
         for key, accepted in NOT_DECODERS.items():
-            self.only(key, *accepted)
-        unknown = sorted(set(self.values) - self.seen - BOOKKEEPING - GENERATION - set(harmless))
+            if key not in self.seen:
+                self.only(key, *accepted)
+        unknown = sorted(set(self.values) - self.seen - BOOKKEEPING - GENERATION - TASK_HEADS - set(harmless))
         if unknown:
             given = ", ".join(f"{key} = {self.values[key]!r}" for key in unknown)
             raise ConfigError(

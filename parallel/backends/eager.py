@@ -52,15 +52,27 @@ def attend(
     spec: AttentionSpec, q_QNH: Tensor, k_CKH: Tensor, v_CKH: Tensor, factors_NQC: Tensor | None = None
 ) -> Tensor:
     """The last Q tokens of one sequence against all C of it; probabilities are multiplied by the factors."""
+    distance_QC = distance(len(q_QNH), len(k_CKH), q_QNH.device)
+    weights_NQC = probabilities(spec, q_QNH, k_CKH, distance_QC > 0, distance_QC)
+    return mixed(weights_NQC if factors_NQC is None else weights_NQC * factors_NQC.to(weights_NQC), v_CKH, q_QNH)
+
+
+def probabilities(
+    spec: AttentionSpec, q_QNH: Tensor, k_CKH: Tensor, hidden_QC: Tensor | None, distance_QC: Tensor
+) -> Tensor:
+    """[N, Q, C] in float32 (float64 where the inputs are); `distance` is key position minus query position."""
     work = torch.promote_types(q_QNH.dtype, torch.float32)
     scores_NQC = torch.einsum("qnh,cnh->nqc", q_QNH.to(work), heads_like(k_CKH, q_QNH).to(work)) * spec.scale
     if spec.slopes is not None:
-        scores_NQC = scores_NQC + alibi_bias(spec.slopes.to(work), len(q_QNH), len(k_CKH))
-    scores_NQC = scores_NQC.masked_fill(hidden(len(q_QNH), len(k_CKH), q_QNH.device), float("-inf"))
-    weights_NQC = scores_NQC.softmax(-1)
-    if factors_NQC is not None:
-        weights_NQC = weights_NQC * factors_NQC.to(work)
-    o_QNH = torch.einsum("nqc,cnh->qnh", weights_NQC, heads_like(v_CKH, q_QNH).to(work))
+        scores_NQC = scores_NQC + spec.slopes.to(work)[:, None, None] * distance_QC.to(work)
+    if hidden_QC is not None:
+        scores_NQC = scores_NQC.masked_fill(hidden_QC, float("-inf"))
+    return scores_NQC.softmax(-1)
+
+
+def mixed(weights_NQC: Tensor, v_CKH: Tensor, q_QNH: Tensor) -> Tensor:
+    """[Q, N, H]: the values by their weights, like q in type."""
+    o_QNH = torch.einsum("nqc,cnh->qnh", weights_NQC, heads_like(v_CKH, q_QNH).to(weights_NQC.dtype))
     return o_QNH.to(q_QNH.dtype).contiguous()
 
 

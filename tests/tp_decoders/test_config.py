@@ -108,9 +108,9 @@ BASES: dict[str, dict[str, typing.Any]] = {family: {"model_type": family} for fa
     [
         ("gpt2", {"rotary_pct": 0.5}, "rotary_pct = 0.5: not an option this project knows"),
         ("gpt2", {"quantization_config": {"bits": 4}}, "quantization_config"),
-        ("gpt2", {"add_cross_attention": True}, "add_cross_attention = True is not supported; accepted: False"),
+        ("gpt_neox", {"add_cross_attention": True}, "add_cross_attention = True is not supported; accepted: False"),
         ("gpt2", {"is_encoder_decoder": True}, "is_encoder_decoder = True"),
-        ("gpt2", {"pruned_heads": {"0": [1]}}, "pruned_heads"),
+        ("gpt_neox", {"pruned_heads": {"0": [1]}}, "pruned_heads"),
         ("gpt2", {"n_layer": "12"}, "n_layer = '12' is not supported; accepted: an integer of at least 1"),
         ("gpt2", {"n_layer": 0}, "n_layer = 0"),
         ("gpt2", {"n_layer": True}, "n_layer = True"),
@@ -146,6 +146,12 @@ BASES: dict[str, dict[str, typing.Any]] = {family: {"model_type": family} for fa
         ("mpt", {"ffn_config": {"ffn_type": "mptgeglu"}}, "ffn_type = 'mptgeglu'"),
         ("gpt_bigcode", {"num_key_value_heads": 4}, "num_key_value_heads = 4 is not supported; accepted: 1"),
         ("gpt_bigcode", {"multi_query": None}, "multi_query = None"),
+        ("gpt_bigcode", {"add_cross_attention": True}, "cross-attention with multi_query = false only"),
+        ("gpt2", {"pruned_heads": {"12": [1]}}, "pruned heads of layer 12"),
+        ("gpt2", {"pruned_heads": {"0": [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]}}, "one must be left"),
+        ("gpt2", {"pruned_heads": {"0": [12]}}, "heads are numbered 0 to"),
+        ("gpt2", {"pruned_heads": {"first": [1]}}, "an object of layer numbers"),
+        ("gpt2", {"pruned_heads": {"0": [True]}}, "lists of head numbers"),
     ],
 )  # fmt: skip
 def test_what_is_not_supported_is_an_error_that_names_it(family: str, option: dict[str, object], said: str) -> None:

@@ -1,8 +1,9 @@
-"""GPT-2: learned positions, attention then MLP, everything with biases, tied head.
+"""GPT-2: learned positions, attention then MLP, everything with biases, tied head; cross-attention between them where
+add_cross_attention asks for it, and layers with some heads pruned.
 
-Checkpoints store the four matrices of a block [in, out]; the columns of `c_attn` are three blocks q, k, v. One
-forward reduces three kinds of partial sums: the embedding once, and twice per layer. T tokens, D model, N local
-heads, H head, V vocabulary.
+Checkpoints store the matrices of a block [in, out]; the columns of `c_attn` are three blocks q, k, v (two, k and v, in
+cross-attention). One forward reduces three kinds of partial sums: the embedding once, and twice per layer, or three
+times with an encoder's states. T tokens, D model, N local heads, H head, V vocabulary.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ from parallel.linear import ColumnLinear, RowLinear
 from parallel.norm import LayerNorm
 from parallel.shard import Part, VirtualShards
 from tp_decoders.config import DecoderConfig, Dropout, head_size, probability
+from tp_decoders.cross_attention import CrossAttention
 from tp_decoders.decoder import Decoder, Family, Parts, Place, residual_std
 from tp_decoders.fields import Fields
 from tp_decoders.names import Name, NameMap, block_names
+from tp_decoders.pruning import pruned_from_hf
 
 DOUBLE_HEADS = (
     "n_ctx",
@@ -42,6 +45,8 @@ class Options:
     scale_by_head: bool
     scale_by_inverse_layer: bool
     reorder_and_upcast: bool
+    cross_attention: bool = False
+    pruned: tuple[tuple[int, ...], ...] = ()  # by layer, ascending; empty: none in any
 
     def scale(self, layer: int, head_dim: int) -> float:
         scale = head_dim**-0.5 if self.scale_by_head else 1.0
@@ -75,6 +80,8 @@ def from_hf(hf: dict[str, object]) -> DecoderConfig:
             scale_by_head=fields.flag("scale_attn_weights", True),
             scale_by_inverse_layer=fields.flag("scale_attn_by_inverse_layer_idx", False),
             reorder_and_upcast=fields.flag("reorder_and_upcast_attn", False),
+            cross_attention=fields.flag("add_cross_attention", False),
+            pruned=pruned_from_hf(fields, fields.integer("n_layer", 12, aliases=("num_hidden_layers",)), n_heads),
         ),
         hf=hf,
     )
@@ -82,13 +89,21 @@ def from_hf(hf: dict[str, object]) -> DecoderConfig:
     return config
 
 
-class Block(nn.Module):
-    """h = x + attention(ln1 x);  h + mlp(ln2 h)."""
+def layout_of(config: DecoderConfig, layer: int, group: Group) -> HeadLayout:
+    """The heads of a layer, those that are left."""
+    pruned = config.options.pruned[layer] if config.options.pruned else ()
+    if pruned:
+        return HeadLayout.without(pruned, group, config.n_heads, config.head_dim)
+    return HeadLayout.of(group, config.n_heads, config.n_kv_heads, config.head_dim)
 
-    def __init__(self, config: DecoderConfig, layer: int, layout: HeadLayout, group: Group, place: Place) -> None:
+
+class Block(nn.Module):
+    """h = x + attention(ln1 x);  with an encoder's states h = h + cross(h);  h + mlp(ln2 h)."""
+
+    def __init__(self, config: DecoderConfig, layer: int, group: Group, place: Place) -> None:
         super().__init__()
+        layout, ffn = layout_of(config, layer, group), group.shards(config.d_ff)
         d, heads = config.d_model, layout.head_shards
-        ffn = group.shards(config.d_ff)
         scale, p = config.options.scale(layer, config.head_dim), config.dropout
         self.attention = AttentionSpec(layer, scale, None, p.attention, layout.local_ids)
         self.drop_attended = DropoutSite(p.residual, layer, ATTENDED, group)
@@ -96,8 +111,10 @@ class Block(nn.Module):
         self.heads = (3, layout.n_local, config.head_dim)
         self.activation = config.activation
         self.ln1 = LayerNorm(d, config.norm_eps, group=group, **place)
-        self.qkv = ColumnLinear(d, (Part(d, heads),) * 3, group=group, **place)
+        self.qkv = ColumnLinear(d, (Part(heads.size, heads),) * 3, group=group, **place)
         self.out = RowLinear(heads, d, group=group, **place)
+        crosses = config.options.cross_attention
+        self.cross = CrossAttention(config, layer, scale, "blocks", group, place) if crosses else None
         self.ln2 = LayerNorm(d, config.norm_eps, group=group, **place)
         self.up = ColumnLinear(d, ffn, group=group, **place)
         self.down = RowLinear(ffn, d, group=group, **place)
@@ -106,6 +123,8 @@ class Block(nn.Module):
         q_TNH, k_TNH, v_TNH = self.qkv(self.ln1(x_TD, tokens), tokens=tokens).unflatten(1, self.heads).unbind(1)
         attended = self.out(attend(self.attention, q_TNH, k_TNH, v_TNH).flatten(1), tokens)
         h_TD = x_TD + self.drop_attended(attended, attend.dropping, tokens)
+        if self.cross is not None and attend.encoder is not None:
+            h_TD = h_TD + self.cross.drop(self.cross(h_TD, attend.encoder, tokens), attend.dropping, tokens)
         mlp = self.down(self.up(self.ln2(h_TD, tokens), self.activation, tokens=tokens), tokens)
         return h_TD + self.drop_mlp(mlp, attend.dropping, tokens)
 
@@ -114,9 +133,11 @@ class Model(Decoder):
     """GPT-2 with its language-modelling head."""
 
     def __init__(self, config: DecoderConfig, group: Group, place: Place) -> None:
-        layout = HeadLayout.of(group, config.n_heads, config.n_kv_heads, config.head_dim)
         parts = Parts(learned_positions=True)
-        super().__init__(config, group, place, lambda layer: Block(config, layer, layout, group, place), parts)
+        super().__init__(config, group, place, lambda layer: Block(config, layer, group, place), parts)
+
+    def heads(self, layer: int) -> HeadLayout:
+        return layout_of(self.config, layer, self.group)
 
 
 NAMES = (
@@ -129,17 +150,26 @@ NAMES = (
             "ln_1": "ln1",
             "attn.c_attn": "qkv",
             "attn.c_proj": "out",
+            "ln_cross_attn": "cross.norm",
+            "crossattention.q_attn": "cross.q",
+            "crossattention.c_attn": "cross.kv",
+            "crossattention.c_proj": "cross.out",
             "ln_2": "ln2",
             "mlp.c_fc": "up",
             "mlp.c_proj": "down",
         },
-        transposed=("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
+        transposed=(
+            *("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
+            *("crossattention.q_attn", "crossattention.c_attn", "crossattention.c_proj"),
+        ),
     ),
     Name("ln_f.weight", "norm.weight"),
     Name("ln_f.bias", "norm.bias"),
     Name("lm_head.weight", "head.linear.weight", prefixed=False),
     Name("h.{i}.attn.bias", None),
     Name("h.{i}.attn.masked_bias", None),
+    Name("h.{i}.crossattention.bias", None),
+    Name("h.{i}.crossattention.masked_bias", None),
 )
 
 FAMILY = Family("gpt2", from_hf, Model, NameMap("transformer.", NAMES), residual_std)

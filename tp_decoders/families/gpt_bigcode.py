@@ -1,8 +1,9 @@
 """GPT-BigCode: GPT-2's block with one shared K/V head (multi-query), or per-head (q, k, v) rows without it.
 
 With multi_query the rows of `c_attn` are q, divided by heads, then one k and one v head that every rank holds; their
-gradient is summed over ranks once. Without it the rows are per head (q, k, v), unlike GPT-2. T tokens, D model, N
-local heads, H head, V vocabulary.
+gradient is summed over ranks once. Without it the rows are per head (q, k, v), unlike GPT-2; only then there can be
+cross-attention, whose `c_attn` has rows per head (k, v). (The reference splits those rows in a way that fits one head
+only, so its own cross-attention cannot run.) T tokens, D model, N local heads, H head, V vocabulary.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ from torch import Tensor, nn
 from parallel.activation import check_activation
 from parallel.attention import Attend, AttentionSpec
 from parallel.dropout import ATTENDED, MLP, DropoutSite
+from parallel.errors import ConfigError
 from parallel.group import Group
 from parallel.heads import HeadLayout, share_heads
 from parallel.linear import ColumnLinear, RowLinear
 from parallel.norm import LayerNorm
 from parallel.shard import Part, VirtualShards
 from tp_decoders.config import DecoderConfig, Dropout, head_size, probability
+from tp_decoders.cross_attention import CrossAttention
 from tp_decoders.decoder import Decoder, Family, Parts, Place, residual_std
 from tp_decoders.fields import Fields
 from tp_decoders.names import Name, NameMap, block_names
@@ -49,6 +52,7 @@ class Options:
     scale_by_head: bool
     softmax_in_float32: bool
     scaled_softmax_in_float32: bool
+    cross_attention: bool = False
 
 
 def from_hf(hf: dict[str, object]) -> DecoderConfig:
@@ -81,9 +85,15 @@ def from_hf(hf: dict[str, object]) -> DecoderConfig:
             scale_by_head=fields.flag("scale_attn_weights", True),
             softmax_in_float32=fields.flag("attention_softmax_in_fp32", True),
             scaled_softmax_in_float32=fields.flag("scale_attention_softmax_in_fp32", True),
+            cross_attention=fields.flag("add_cross_attention", False),
         ),
         hf=hf,
     )
+    if multi_query and config.options.cross_attention:
+        raise ConfigError(
+            f"{fields.where}: add_cross_attention with multi_query, where all heads share one key and value; "
+            "GPT-BigCode has cross-attention with multi_query = false only"
+        )
     fields.finish(INFERENCE_HINTS)
     return config
 
@@ -117,7 +127,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """h = x + attention(ln1 x);  h + mlp(ln2 h)."""
+    """h = x + attention(ln1 x);  with an encoder's states h = h + cross(h);  h + mlp(ln2 h)."""
 
     def __init__(self, config: DecoderConfig, layer: int, layout: HeadLayout, group: Group, place: Place) -> None:
         super().__init__()
@@ -128,12 +138,17 @@ class Block(nn.Module):
         self.ln2 = LayerNorm(config.d_model, config.norm_eps, group=group, **place)
         self.up = ColumnLinear(config.d_model, ffn, group=group, **place)
         self.down = RowLinear(ffn, config.d_model, group=group, **place)
+        self.cross = None
+        if config.options.cross_attention:
+            self.cross = CrossAttention(config, layer, self.attention.spec.scale, "heads", group, place)
         self.drop_attended = DropoutSite(config.dropout.residual, layer, ATTENDED, group)
         self.drop_mlp = DropoutSite(config.dropout.residual, layer, MLP, group)
 
     def forward(self, x_TD: Tensor, attend: Attend, tokens: VirtualShards | None = None) -> Tensor:
         attended = self.attention(self.ln1(x_TD, tokens), attend, tokens)
         h_TD = x_TD + self.drop_attended(attended, attend.dropping, tokens)
+        if self.cross is not None and attend.encoder is not None:
+            h_TD = h_TD + self.cross.drop(self.cross(h_TD, attend.encoder, tokens), attend.dropping, tokens)
         mlp = self.down(self.up(self.ln2(h_TD, tokens), self.activation, tokens=tokens), tokens)
         return h_TD + self.drop_mlp(mlp, attend.dropping, tokens)
 
@@ -157,6 +172,10 @@ NAMES = (
             "ln_1": "ln1",
             "attn.c_attn": "attention.qkv",
             "attn.c_proj": "attention.out",
+            "ln_cross_attn": "cross.norm",
+            "crossattention.q_attn": "cross.q",
+            "crossattention.c_attn": "cross.kv",
+            "crossattention.c_proj": "cross.out",
             "ln_2": "ln2",
             "mlp.c_fc": "up",
             "mlp.c_proj": "down",

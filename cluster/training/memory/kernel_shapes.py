@@ -20,6 +20,7 @@ class ShapeAttend:
     """An `attend` for the meta device. Dropout takes nothing that lasts: masks are drawn again in the backward."""
 
     dropping = None
+    encoder = None
 
     def __init__(self, kernel: Kernel) -> None:
         self._kernel = kernel
