@@ -34,7 +34,7 @@ from launch.serve import RayConfig
 from parallel.errors import ConfigError, WorkerError
 from parallel.options import Recompute
 from tp_decoders import build as build_model
-from tp_decoders.lora import LoraConfig, check_trainable, targeted
+from tp_decoders.lora import LoraConfig, targeted
 from tp_decoders.registry import config_from_hf, read_config
 from tp_decoders.tokenizer import load_tokenizer
 
@@ -162,7 +162,6 @@ def _check_fit(spec: TrainSpec, origin: _Origin) -> None:
         )
     Prompts(spec.samples.prompts, tokenizer, model.max_positions, spec.samples.max_tokens)
     if spec.lora is not None:
-        check_trainable(spec.lora)
         targeted(build_model(model, device="meta"), spec.lora.targets)
 
 

@@ -68,7 +68,7 @@ class ColumnLinear(nn.Module):
             factors = (branch.a, branch.b) if branch else (None, None)
             y_TN = _Column.apply(x_TK, self.weight, self.bias, *factors, self, dtype, tokens)
             return activate(y_TN, activation) if activation else y_TN
-        low_TR = branch.low(x_TK) if branch else None
+        low_TR = branch.low(x_TK, branch.present_dropping()) if branch else None
         if activation is None or is_native(x_TK, activation):
             return self.product(x_TK, activation, dtype, low_TR)
         return activate(self.product(x_TK, None, dtype, low_TR), activation)
@@ -109,10 +109,11 @@ class _Column(torch.autograd.Function):
     ) -> Tensor:
         full = x if tokens is None else all_tokens(x, layer.group, tokens)
         branch = layer.adapter if a is not None else None
-        low = branch.low(full) if branch else None
+        dropping = branch.present_dropping() if branch else None
+        low = branch.low(full, dropping) if branch else None
         keeps_x = ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
         ctx.save_for_backward(x if keeps_x else None, low)
-        ctx.layer, ctx.branch, ctx.tokens, ctx.dtype = layer, branch, tokens, x.dtype
+        ctx.layer, ctx.branch, ctx.dropping, ctx.tokens, ctx.dtype = layer, branch, dropping, tokens, x.dtype
         return layer.product(full, None, dtype, low)
 
     @staticmethod
@@ -124,7 +125,7 @@ class _Column(torch.autograd.Function):
         low_grad = branch.low_grad(grad) if branch and (wants_x or wants_a) else None
         grad_x = layer.input_grad(grad) if wants_x else None
         if grad_x is not None and low_grad is not None:
-            grad_x = grad_x + branch.input_grad(low_grad)
+            grad_x = grad_x + branch.input_grad(low_grad, ctx.dropping)
         if tokens is not None:
             x = None if x is None else all_tokens(x, layer.group, tokens)  # gathered again rather than kept
             grad_x = None if grad_x is None else own_tokens(grad_x, layer.group, tokens)
@@ -132,7 +133,7 @@ class _Column(torch.autograd.Function):
             grad_x,
             outer_product(grad, x) if wants_weight else None,
             column_sum(grad) if wants_bias else None,
-            outer_product(low_grad, x) if low_grad is not None and wants_a else None,
+            branch.down_grad(low_grad, x, ctx.dropping) if wants_a else None,
             outer_product(grad, low) if wants_b else None,
             *(None, None, None),
         )
@@ -173,10 +174,14 @@ class RowLinear(nn.Module):
             self._operand = Operand(self.weight, self.borders)
         return Term(x_TK, self._operand)
 
-    def input_grad(self, grad_TN: Tensor, *more: Term) -> Tensor:
+    def back_term(self, grad_TN: Tensor) -> Term:
+        """dX = dY W, as an addend."""
         if self._backward is None:
             self._backward = Operand(self.weight, (0, self.d_out), transposed=True)
-        return product([Term(grad_TN, self._backward), *more])
+        return Term(grad_TN, self._backward)
+
+    def input_grad(self, grad_TN: Tensor) -> Tensor:
+        return product([self.back_term(grad_TN)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +212,12 @@ def reduce_sum(*partials: Partial, tokens: VirtualShards | None = None) -> Tenso
         return scatter_tokens(_RowSum.apply(layers, *flat), layers[0].group, tokens)
     xs = [partial.x for partial in partials]
     return _row_sum(
-        xs, layers, [(branch, branch.lows(x)) if branch else None for x, branch in zip(xs, branches, strict=True)]
+        xs,
+        layers,
+        [
+            (branch, branch.lows(x, branch.present_dropping())) if branch else None
+            for x, branch in zip(xs, branches, strict=True)
+        ],
     )
 
 
@@ -239,11 +249,12 @@ class _RowSum(torch.autograd.Function):
     def forward(ctx, layers: tuple[RowLinear, ...], *flat: Tensor | None) -> Tensor:  # type: ignore[no-untyped-def,override]
         xs = [x for x in flat[0::5] if x is not None]
         branches = [layer.adapter if a is not None else None for layer, a in zip(layers, flat[3::5], strict=True)]
-        lows = [branch.lows(x) if branch else None for x, branch in zip(xs, branches, strict=True)]
+        dropping = next((branch.present_dropping() for branch in branches if branch), None)
+        lows = [branch.lows(x, dropping) if branch else None for x, branch in zip(xs, branches, strict=True)]
         wants = ctx.needs_input_grad
         kept = [x if wants[2 + 5 * i] or wants[4 + 5 * i] else None for i, x in enumerate(xs)]
         ctx.save_for_backward(*kept, *lows)
-        ctx.layers, ctx.branches = layers, branches
+        ctx.layers, ctx.branches, ctx.dropping = layers, branches, dropping
         added = [(b, low) if b and low is not None else None for b, low in zip(branches, lows, strict=True)]
         return _row_sum(xs, layers, added)
 
@@ -256,10 +267,12 @@ class _RowSum(torch.autograd.Function):
         for i, (layer, branch, x, low) in enumerate(zip(ctx.layers, ctx.branches, xs, lows, strict=True)):
             wants_x, wants_weight, wants_bias, wants_a, wants_b = ctx.needs_input_grad[1 + 5 * i : 6 + 5 * i]
             low_grad = branch.low_grad(grad) if branch and (wants_x or wants_a) else None
-            more = [] if low_grad is None else [branch.back_term(low_grad)]
-            grads.append(layer.input_grad(grad, *more) if wants_x else None)
+            if wants_x and low_grad is not None:
+                grads.append(branch.input_grad(layer.back_term(grad), low_grad, ctx.dropping))
+            else:
+                grads.append(layer.input_grad(grad) if wants_x else None)
             grads.append(outer_product(grad, x) if wants_weight else None)
             grads.append(column_sum(grad) if wants_bias else None)
-            grads.append(outer_product(low_grad, x) if low_grad is not None and wants_a else None)
+            grads.append(branch.down_grad(low_grad, x, ctx.dropping) if wants_a else None)
             grads.append(outer_product(grad, branch.low(low, grad.dtype)) if wants_b else None)
         return tuple(grads)

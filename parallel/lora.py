@@ -8,22 +8,39 @@
         backward    u = sum of u_l: ONE small reduction [T, R]; du = s dY B; dX += du A, dA = du^T x, dB = dY^T u
 
 A row layer applies B leaf by leaf, before the reduction: a few columns more per leaf, and the layer (or several that
-share it) keeps its single collective. All sums run in the fixed tree, so no bit depends on the number of ranks. Knows
-no name and no file. T tokens, K inputs, N outputs, R rank, L local leaves.
+share it) keeps its single collective. All sums run in the fixed tree, so no bit depends on the number of ranks. In a
+pass that drops (`dropping_branches`), x is dropped on its way into A, by masks that depend on no layout. Knows no name
+and no file. T tokens, K inputs, N outputs, R rank, L local leaves.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from parallel.dropout import DropoutSite, Dropping
 from parallel.errors import ConfigError
 from parallel.group import Group
 from parallel.outputs import DividedOutputs
 from parallel.products import Operand, Term, leaf_tree, nodes, outer_product, product
 from parallel.shard import Part, Replicated, Split, VirtualShards, full_shape_of, rule_of, sharded
+
+_dropping: ContextVar[Dropping | None] = ContextVar("dropping", default=None)
+
+
+@contextmanager
+def dropping_branches(dropping: Dropping | None) -> Iterator[None]:
+    """The scope of a pass, or of a part of it that is computed again: all its tokens, in this order, go through."""
+    token = _dropping.set(dropping)
+    try:
+        yield
+    finally:
+        _dropping.reset(token)
 
 
 class Adapter(nn.Module):
@@ -32,15 +49,28 @@ class Adapter(nn.Module):
     a: nn.Parameter
     b: nn.Parameter
 
-    def __init__(self, scale: float) -> None:
+    def __init__(self, scale: float, first_column: int, site: DropoutSite | None) -> None:
         super().__init__()
-        self.scale = scale
+        self.scale, self.first_column, self.site = scale, first_column, site
         self.merged = False
         self._base: Tensor | None = None
 
     @property
     def trains(self) -> bool:
         return self.a.requires_grad or self.b.requires_grad
+
+    def present_dropping(self) -> Dropping | None:
+        """The masks of the pass under way, where this branch drops anything in it."""
+        dropping = _dropping.get()
+        return dropping if self.site is not None and self.site.active(dropping) else None
+
+    def dropped(self, x_TK: Tensor, dropping: Dropping | None) -> Tensor:
+        """The branch's input, or its gradient, masked."""
+        return x_TK if self.site is None else self.site(x_TK, dropping, first_column=self.first_column)
+
+    def down_grad(self, low_grad_TR: Tensor, x_TK: Tensor, dropping: Dropping | None) -> Tensor:
+        """A's gradient, [R, K]."""
+        return outer_product(low_grad_TR, self.dropped(x_TK, dropping))
 
     @torch.no_grad()
     def delta(self) -> Tensor:
@@ -63,8 +93,16 @@ class Adapter(nn.Module):
 class ColumnAdapter(Adapter):
     """The branch of a column-parallel layer."""
 
-    def __init__(self, weight: Tensor, parts: tuple[Part, ...], group: Group, rank: int, scale: float) -> None:
-        super().__init__(scale)
+    def __init__(
+        self,
+        weight: Tensor,
+        parts: tuple[Part, ...],
+        group: Group,
+        rank: int,
+        scale: float,
+        site: DropoutSite | None = None,
+    ) -> None:
+        super().__init__(scale, 0, site)
         d_out, d_in = full_shape_of(weight)
         self.parts, self.group = parts, group
         self.a = sharded((rank, d_in), Replicated(), group.rank, weight.dtype, weight.device)
@@ -73,9 +111,9 @@ class ColumnAdapter(Adapter):
         self._down_back = Operand(self.a, (0, rank), transposed=True)
         self._up_back: DividedOutputs | None = None
 
-    def low(self, x_TK: Tensor) -> Tensor:
-        """[T, R], scaled: where dropout on the branch's input would go."""
-        return product([Term(x_TK, self._down)]) * self.scale
+    def low(self, x_TK: Tensor, dropping: Dropping | None) -> Tensor:
+        """[T, R], scaled."""
+        return product([Term(self.dropped(x_TK, dropping), self._down)]) * self.scale
 
     def term(self, low_TR: Tensor) -> Term:
         """This branch's addend of the layer's product."""
@@ -87,15 +125,23 @@ class ColumnAdapter(Adapter):
             self._up_back = DividedOutputs(self.parts, self.b, self.group)
         return self._up_back.input_grad(grad_TN) * self.scale
 
-    def input_grad(self, low_grad_TR: Tensor) -> Tensor:
-        return product([Term(low_grad_TR, self._down_back)])
+    def input_grad(self, low_grad_TR: Tensor, dropping: Dropping | None) -> Tensor:
+        return self.dropped(product([Term(low_grad_TR, self._down_back)]), dropping)
 
 
 class RowAdapter(Adapter):
     """The branch of a row-parallel layer."""
 
-    def __init__(self, weight: Tensor, shards: VirtualShards, group: Group, rank: int, scale: float) -> None:
-        super().__init__(scale)
+    def __init__(
+        self,
+        weight: Tensor,
+        shards: VirtualShards,
+        group: Group,
+        rank: int,
+        scale: float,
+        site: DropoutSite | None = None,
+    ) -> None:
+        super().__init__(scale, shards.range(group.rank)[0], site)
         d_out, d_in = full_shape_of(weight)
         borders = shards.local_borders(group.rank)
         self.shards, self.group, self.rank, self.num_leaves = shards, group, rank, len(borders) - 1
@@ -106,9 +152,10 @@ class RowAdapter(Adapter):
         self._up = _RepeatedOperand(self.b, self.num_leaves)
         self._up_back = Operand(self.b, (0, d_out), transposed=True)
 
-    def lows(self, x_TK: Tensor) -> Tensor:
-        """[L, T, R] float32, scaled: where dropout on the branch's input would go."""
-        return nodes([Term(x_TK, self._down)], [(leaf, leaf + 1) for leaf in range(self.num_leaves)]) * self.scale
+    def lows(self, x_TK: Tensor, dropping: Dropping | None) -> Tensor:
+        """[L, T, R] float32, scaled."""
+        term = Term(self.dropped(x_TK, dropping), self._down)
+        return nodes([term], [(leaf, leaf + 1) for leaf in range(self.num_leaves)]) * self.scale
 
     def term(self, lows_LTR: Tensor, dtype: torch.dtype) -> Term:
         """This branch's addend of the layer's product, leaf by leaf."""
@@ -125,9 +172,12 @@ class RowAdapter(Adapter):
         """[T, R], the same on every rank."""
         return product([Term(grad_TN, self._up_back)]) * self.scale
 
-    def back_term(self, low_grad_TR: Tensor) -> Term:
-        """This branch's addend of the layer's input gradient."""
-        return Term(low_grad_TR, self._down_back)
+    def input_grad(self, layer_term: Term, low_grad_TR: Tensor, dropping: Dropping | None) -> Tensor:
+        """The layer's input gradient and this branch's: one product, unless masks come between."""
+        own = Term(low_grad_TR, self._down_back)
+        if dropping is None:
+            return product([layer_term, own])
+        return product([layer_term]) + self.dropped(product([own]), dropping)
 
 
 AdapterT = TypeVar("AdapterT", bound=Adapter)

@@ -29,7 +29,6 @@ from tp_decoders.decoder import Decoder
 from tp_decoders.lora import (
     LoraConfig,
     adapted,
-    check_trainable,
     detach,
     ends_with,
     linears,
@@ -59,8 +58,6 @@ def load_adapter(model: Decoder, folder: str | Path, trainable: bool = False) ->
     """Puts a saved adapter beside the model's weights; frozen, as everything else is then, unless it is to train on."""
     folder = Path(folder)
     config = read_adapter_config(folder)
-    if trainable:
-        check_trainable(config)
     with ExitStack() as stack:
         file = _open(folder, stack)
         place(model, config, _ranks(model, file, config, folder))

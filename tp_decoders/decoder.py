@@ -22,6 +22,7 @@ from parallel.attention import Attend
 from parallel.dropout import EMBEDDED, EMBEDDING, DropoutSite
 from parallel.errors import ConfigError
 from parallel.group import Group
+from parallel.lora import dropping_branches
 from parallel.norm import LayerNorm
 from parallel.options import Recompute
 from parallel.recompute import forgetting_cheap
@@ -90,7 +91,10 @@ class Decoder(nn.Module):
     def forward(self, tokens_T: Tensor, positions_T: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
         """[T or len(rows), V/p] float32: this rank's part of the logits of all tokens, or of the given rows."""
         x_TD = self.through_blocks(self.embedded(tokens_T, positions_T), attend, *self.given(positions_T))
-        return self.logits(x_TD, rows)
+        if self.lora is None or attend.dropping is None:
+            return self.logits(x_TD, rows)
+        with dropping_branches(attend.dropping.of(rows)):
+            return self.logits(x_TD, rows)
 
     def given(self, positions_T: Tensor) -> tuple[object, ...]:
         """What every block is handed besides x, attend and tokens: a family's own."""
@@ -99,6 +103,11 @@ class Decoder(nn.Module):
     def logits(self, x_TD: Tensor, rows: Tensor | None) -> Tensor:
         """This rank's part of the logits of all tokens, or of the given rows."""
         return self.head(self.norm(x_TD if rows is None else x_TD[rows]))  # type: ignore[no-any-return]
+
+    @property
+    def drops(self) -> bool:
+        """Whether a pass with masks drops anything."""
+        return self.config.dropout.any or (self.lora is not None and self.lora.dropout > 0.0)
 
     def through_blocks(self, x_TD: Tensor, attend: Attend, *given: object) -> Tensor:
         """The embeddings' dropout and all blocks in turn, which are handed (x, attend, *given, tokens). Divides the
@@ -116,13 +125,19 @@ class Decoder(nn.Module):
             x_TD = self._through(block, x_TD, attend, *given, tokens)
         return gather_tokens(x_TD, self.group, tokens)
 
-    def _through(self, block: nn.Module, *given: object) -> Tensor:
+    def _through(self, block: nn.Module, x_TD: Tensor, attend: Attend, *rest: object) -> Tensor:
+        def in_scope(*given: object) -> Tensor:
+            with dropping_branches(attend.dropping):  # again when it is computed again, whichever thread that is in
+                return block(*given)  # type: ignore[no-any-return]
+
+        given = (x_TD, attend, *rest)
+        run = block if self.lora is None else in_scope
         if self.recompute == "none" or not torch.is_grad_enabled():
-            return block(*given)  # type: ignore[no-any-return]
+            return run(*given)  # type: ignore[no-any-return]
         if self.recompute == "full":
-            return checkpoint(block, *given, use_reentrant=False)  # type: ignore[no-any-return]
+            return checkpoint(run, *given, use_reentrant=False)  # type: ignore[no-any-return]
         with forgetting_cheap():
-            return block(*given)  # type: ignore[no-any-return]
+            return run(*given)  # type: ignore[no-any-return]
 
 
 class PositionTable(nn.Module):

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from parallel.dropout import ADAPTER, DropoutSite
 from parallel.errors import ConfigError
 from parallel.linear import ColumnLinear, RowLinear
 from parallel.lora import Adapter, ColumnAdapter, RowAdapter
@@ -95,7 +96,6 @@ def attach(model: Decoder, config: LoraConfig, seed: int = 0) -> None:
     """Fresh adapters to train: A uniform within 1/sqrt(inputs), B zero; the same full tensors at every parallel
     size.
     """
-    check_trainable(config)
     chosen = targeted(model, config.targets)
     place(model, config, {name: config.rank_of(their_module(model, name)) for name in chosen})
     for name, layer, adapter in adapted(model):
@@ -107,23 +107,21 @@ def attach(model: Decoder, config: LoraConfig, seed: int = 0) -> None:
             adapter.b.zero_()
 
 
-def check_trainable(config: LoraConfig) -> None:
-    if config.dropout:
-        raise ConfigError(f"lora dropout {config.dropout} is not implemented for training yet; set it to 0")
-
-
 def place(model: Decoder, config: LoraConfig, ranks: Mapping[str, int]) -> None:
     """Adapters without values at the given layers, {our name: rank}; everything else is frozen."""
     if model.lora is not None:
         raise ConfigError("the model has an adapter already; detach it first")
     layers = linears(model)
     model.requires_grad_(False)
-    for name, rank in ranks.items():
-        layer, scale = layers[name], config.scale_of(their_module(model, name), rank)
+    for number, (name, layer) in enumerate(layers.items()):
+        if (rank := ranks.get(name)) is None:
+            continue
+        scale = config.scale_of(their_module(model, name), rank)
+        site = DropoutSite(config.dropout, number, ADAPTER, layer.group) if config.dropout else None
         if isinstance(layer, ColumnLinear):
-            layer.adapter = ColumnAdapter(layer.weight, layer.parts, layer.group, rank, scale)
+            layer.adapter = ColumnAdapter(layer.weight, layer.parts, layer.group, rank, scale, site)
         else:
-            layer.adapter = RowAdapter(layer.weight, layer.shards, layer.group, rank, scale)
+            layer.adapter = RowAdapter(layer.weight, layer.shards, layer.group, rank, scale, site)
     model.lora = config
 
 

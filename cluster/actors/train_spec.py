@@ -132,6 +132,8 @@ class TrainSpec:
                 f"corpus.batch_size is {self.corpus.batch_size}, less than parallel.dp {self.parallel.dp}: every "
                 "replica needs a sample; raise the first or lower the second"
             )
+        if self.lora is not None and self.lora.dropout and not self.dropout:
+            raise ConfigError("lora.dropout has no effect where dropout is false; leave out the one or the other")
         self._check_evaluation()
 
     def _check_evaluation(self) -> None:

@@ -173,7 +173,7 @@ class Trainer:
         self, part: TrainBatch, loss: str, options: LossOptions, dropout_seed: int | None
     ) -> tuple[LossTerms, Tensor]:
         dropping = None
-        if dropout_seed is not None and self.model.config.dropout.any:
+        if dropout_seed is not None and self.model.drops:
             assert part.keys is not None, "made for the whole batch"
             dropping = Dropping(dropout_seed, part.keys)
         logprobs = self._logprobs(part, dropping)

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from parallel.dropout import ADAPTER, DropoutSite, Dropping, Odds, token_keys
 from parallel.errors import ConfigError
 from parallel.group import Group
 from parallel.linear import ColumnLinear, RowLinear, reduce_sum
-from parallel.lora import Adapter, ColumnAdapter, RowAdapter
+from parallel.lora import Adapter, ColumnAdapter, RowAdapter, dropping_branches
 from parallel.shard import Part, rule_of
 from parallel.tokens import token_shards
 
@@ -147,6 +148,14 @@ def test_every_sum_has_the_same_bits_at_every_size(ranks: Any, layer: Any, kind:
                     assert torch.equal(result[name], single[name]), f"{name} at {size} ranks over {comm}"
 
 
+def _back(full: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A layer from the outputs back to the inputs, of the same numbers."""
+    return {
+        "weight": full["weight"].t(), "bias": full["bias"][:D_IN],
+        "adapter.a": full["adapter.b"].t(), "adapter.b": full["adapter.a"].t(),
+    }  # fmt: skip
+
+
 def _both(group: Group, divided: bool, full: dict[str, Tensor], x: Tensor, grad: Tensor) -> dict[str, Any]:
     """A column layer, then two row layers that share a reduction, the first with an adapter; tokens divided or not."""
     group = replace(group, sequence_parallel=divided)
@@ -156,10 +165,7 @@ def _both(group: Group, divided: bool, full: dict[str, Tensor], x: Tensor, grad:
     x, h = _run(up, full, x[mine], tokens)
     down, other = (RowLinear(group.shards(D_OUT), D_IN, group=group) for _ in range(2))
     down.adapter = RowAdapter(down.weight, down.shards, group, RANK, SCALE)
-    back = {
-        "weight": full["weight"].t(), "bias": full["bias"][:D_IN],
-        "adapter.a": full["adapter.b"].t(), "adapter.b": full["adapter.a"].t(),
-    }  # fmt: skip
+    back = _back(full)
     _fill(down, back, group.rank)
     _fill(other, back, group.rank)
     before = sum(group.comm.counts.values()) if group.comm else 0
@@ -198,6 +204,54 @@ def test_merging_moves_the_branch_into_the_weight_and_unmerging_takes_it_out(kee
         adapter.unmerge(layer.weight)
         assert torch.equal(layer.weight, full["weight"]) == keep, "the very bits are back where a copy was kept"
         _close(layer(x), before)
+
+
+def _dropped(group: Group, full: dict[str, Tensor], x: Tensor, grad: Tensor) -> dict[str, Any]:
+    """A column and a row layer one after the other, with masks on the way into both branches."""
+    dropping = Dropping(5, token_keys([0, 1], [4, 5]))
+    shards = group.shards(D_OUT)
+    up, down = ColumnLinear(D_IN, shards, group=group), RowLinear(shards, D_IN, group=group)
+    up.adapter = ColumnAdapter(up.weight, up.parts, group, RANK, SCALE, DropoutSite(0.3, 7, ADAPTER, group))
+    down.adapter = RowAdapter(down.weight, shards, group, RANK, SCALE, DropoutSite(0.4, 8, ADAPTER, group))
+    _fill(up, full, group.rank)
+    _fill(down, _back(full), group.rank)
+    x = x.clone().requires_grad_()
+    with dropping_branches(dropping):
+        y = down(up(x))
+    y.backward(grad[:, :D_IN])
+    return {
+        "y": y.detach(), "dx": x.grad, "up.a": up.adapter.a.grad, "down.b": down.adapter.b.grad,
+        "up.b": up.adapter.b.grad, "down.a": down.adapter.a.grad,
+    }  # fmt: skip
+
+
+def test_dropout_on_the_way_into_a_branch_equals_its_dense_twin_with_the_same_bits_at_every_size(ranks: Any) -> None:
+    full, x, grad = _case(D_IN, D_OUT)
+    back = _back(full)
+    leaves = {"dx": x, "up.a": full["adapter.a"], "up.b": full["adapter.b"], "down.a": back["adapter.a"],
+              "down.b": back["adapter.b"]}  # fmt: skip
+    leaves = {name: leaf.clone().requires_grad_() for name, leaf in leaves.items()}
+    keys = Dropping(5, token_keys([0, 1], [4, 5]))
+
+    def branch(x: Tensor, which: str, p: float, layer: int) -> Tensor:
+        kept = Odds(p).factors(keys.site_keys(layer, ADAPTER), torch.arange(x.shape[1]))
+        return SCALE * functional.linear(functional.linear(x * kept, leaves[f"{which}.a"]), leaves[f"{which}.b"])
+
+    h = functional.linear(leaves["dx"], full["weight"], full["bias"]) + branch(leaves["dx"], "up", 0.3, 7)
+    y = functional.linear(h, back["weight"], back["bias"]) + branch(h, "down", 0.4, 8)
+    y.backward(grad[:, :D_IN])
+    single = _dropped(Group.single(), full, x, grad)
+    for size in SIZES:
+        results = ranks(size, _dropped, full, x, grad)
+        for result in results:
+            for name in ("y", "dx", "up.a", "down.b"):
+                assert torch.equal(result[name], single[name]), f"{name} at {size} ranks"
+        found = {**results[0], "up.b": torch.cat([r["up.b"] for r in results]),
+                 "down.a": torch.cat([r["down.a"] for r in results], 1)}  # fmt: skip
+        for name, leaf in leaves.items():
+            assert leaf.grad is not None
+            torch.testing.assert_close(found[name], leaf.grad, rtol=1e-4, atol=1e-4 * float(leaf.grad.abs().max()))
+        torch.testing.assert_close(found["y"], y.detach(), rtol=1e-4, atol=1e-4 * float(y.detach().abs().max()))
 
 
 def test_a_merged_adapter_cannot_be_trained_by_mistake() -> None:

@@ -66,7 +66,7 @@ def _trainer(groups: Groups, layout: Any, base: str, adapter: Path | None, dtype
     """Goes on with an adapter where there is one, else begins one."""
     model = tp_decoders.load(base, group=groups.tp, dtype=dtype)
     if adapter is None:
-        attach(model, CONFIG, seed=1)
+        attach(model, replace(CONFIG, dropout=0.2) if layout.dropout else CONFIG, seed=1)
     else:
         load_adapter(model, adapter, trainable=True)
     config = TrainerConfig(
@@ -91,7 +91,7 @@ def _run(
     groups = _meet(group, layout, address)
     trainer = _trainer(groups, layout, base, None, dtype)
     before = _digest(trainer.model, groups.tp, of_adapters=False)
-    history = list(steps.advance(trainer, groups, num_steps))
+    history = list(steps.advance(trainer, groups, num_steps, layout.dropout))
     if out is not None and groups.dp.rank == 0:
         save_adapter(trainer.model, out)
     untouched = _digest(trainer.model, groups.tp, of_adapters=False) == before
@@ -145,6 +145,19 @@ def test_trained_adapters_have_the_same_bits_at_every_layout_and_the_base_is_unt
         digests[layout.name] = (results[0][1], results[0][0][-1])
         assert all(untouched for _, _, untouched in results)
     assert len(set(digests.values())) == 1, digests
+
+
+def test_dropout_of_the_branches_has_one_mask_at_every_layout(ranks: Any, checkpoints: dict[str, Path]) -> None:
+    layouts = [
+        steps.Layout(dropout=True),
+        steps.Layout(dropout=True, tp=2, sequence_parallel=True, recompute="full"),
+        steps.Layout(dropout=True, tp=3, recompute="selective"),
+        steps.Layout(),
+    ]
+    base = str(checkpoints["gpt_neox"])  # whose config drops nothing
+    found = [ranks(layout.tp, _run, base, layout, 4, "", None, torch.float32)[0] for layout in layouts]
+    digests = [digest for _, digest, _ in found]
+    assert digests[0] == digests[1] == digests[2] != digests[3]
 
 
 def _saving(
