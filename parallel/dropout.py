@@ -26,8 +26,10 @@ from parallel.native import dropout as native
 from parallel.products import uses_native
 from parallel.shard import VirtualShards
 
-EMBEDDING, ATTENTION, ATTENDED, MLP, ADAPTER = range(5)
-"""Kinds of sites: embeddings, attention probabilities, what attention and MLP add, inputs of low-rank branches."""
+EMBEDDING, ATTENTION, ATTENDED, MLP, ADAPTER, HEAD, CROSS_ATTENTION, CROSS_ATTENDED = range(8)
+"""Kinds of sites: embeddings, attention probabilities, what attention and MLP add, inputs of low-rank branches, task
+heads, and cross-attention's probabilities and what it adds.
+"""
 EMBEDDED = -1
 """The layer of what comes before the first block."""
 _LOW = 0xFFFFFFFF
@@ -135,10 +137,13 @@ class HeadMasks:
         salts = [_signed(mix_key(head)) for head in head_ids]
         self.heads_N = torch.tensor(salts, dtype=torch.int64, device=tokens_T.device)
 
-    def factors(self, start: int, stop: int) -> Tensor:
-        """[N, stop - start queries, as many keys] float32 of one sequence: tokens start..stop of the flat row."""
+    def factors(self, start: int, stop: int, num_keys: int | None = None) -> Tensor:
+        """[N, stop - start queries, num_keys] float32 of one sequence, whose new tokens are start..stop of the flat row
+        and, where num_keys is not given, its only ones.
+        """
         rows_NQ = mix_keys(self.tokens_T[start:stop] ^ self.heads_N[:, None])
-        return self.odds.factors(rows_NQ, torch.arange(stop - start, device=rows_NQ.device))
+        num_keys = stop - start if num_keys is None else num_keys
+        return self.odds.factors(rows_NQ, torch.arange(num_keys, device=rows_NQ.device))
 
     def struct(self) -> native.Heads:
         """For the native kernel; valid while this object is."""
@@ -152,11 +157,13 @@ class HeadMasks:
         return ctypes.addressof(self._struct)
 
 
-def head_masks(dropping: Dropping | None, p: float, layer: int, head_ids: Sequence[int]) -> HeadMasks | None:
+def head_masks(
+    dropping: Dropping | None, p: float, layer: int, head_ids: Sequence[int], kind: int = ATTENTION
+) -> HeadMasks | None:
     """The masks of a layer's attention in this pass; None where nothing is dropped."""
     if dropping is None or p == 0.0:
         return None
-    return HeadMasks(Odds(p), dropping.site_keys(layer, ATTENTION), head_ids)
+    return HeadMasks(Odds(p), dropping.site_keys(layer, kind), head_ids)
 
 
 class _Drop(torch.autograd.Function):
