@@ -2,6 +2,7 @@
 # make families  train a small model of each family on real text and serve it; about a quarter of an hour
 # make test   lint, types, import contracts, tests
 # make lint   the first three only
+# make fuzz   300 drawn configurations against their references (30 in make test); FUZZ_CASES, FUZZ_FIRST to walk on
 # make proto  regenerate the gRPC code from its .proto files
 
 PYTHON ?= python3.11
@@ -41,6 +42,9 @@ types: $(STAMP)
 
 tests: $(STAMP)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+fuzz: $(STAMP)
+	FUZZ_CASES=$${FUZZ_CASES:-300} $(BIN)/python -m pytest -q tests/tp_decoders/test_fuzz.py $(PYTEST_ARGS)
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -162,10 +162,10 @@ def fast_deviation(group: Group, folder: str) -> Deviation:
 def deviation(group: Group, folder: str, backend: str | None = None) -> Deviation:
     """Runs the case forward and backward on this rank and compares logits, loss and its shard of every gradient."""
     reference = torch.load(Path(folder) / "reference.pt")
-    model = load(folder, group=group)
-    positions = torch.cat([torch.arange(length) for length in LENGTHS])
+    model, lengths = load(folder, group=group), reference.get("lengths", LENGTHS)
+    positions = torch.cat([torch.arange(length) for length in lengths])
     before = Counter(group.comm.counts) if group.comm else Counter()
-    logits = model(reference["tokens"], positions, Causal(LENGTHS, backend))
+    logits = model(reference["tokens"], positions, Causal(lengths, backend))
     collectives = Counter(group.comm.counts) - before if group.comm else Counter()
     loss = vocab_cross_entropy(logits, reference["targets"], model.head.shards, group)
     loss.backward()
