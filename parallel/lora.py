@@ -66,7 +66,14 @@ class Adapter(nn.Module):
 
     def dropped(self, x_TK: Tensor, dropping: Dropping | None) -> Tensor:
         """The branch's input, or its gradient, masked."""
-        return x_TK if self.site is None else self.site(x_TK, dropping, first_column=self.first_column)
+        if self.site is None or dropping is None:
+            return x_TK
+        if len(dropping.keys_T) != len(x_TK):
+            raise ConfigError(
+                f"masks for {len(dropping.keys_T)} tokens met {len(x_TK)} rows in a low-rank branch; dropout is only "
+                "for layers that every token of the pass goes through: set the adapter's dropout to 0"
+            )
+        return self.site(x_TK, dropping, first_column=self.first_column)
 
     def down_grad(self, low_grad_TR: Tensor, x_TK: Tensor, dropping: Dropping | None) -> Tensor:
         """A's gradient, [R, K]."""
