@@ -114,7 +114,7 @@ def test_two_ranks_train_generate_and_save_behind_one_port(model: Path, tmp_path
 def test_a_server_that_was_not_told_to_train_refuses_and_says_what_to_set(model: Path) -> None:
     async def main(address: tuple[str, int]) -> None:
         async with client_of(address) as client:
-            key = {"idempotency_key": "k"}
+            key: dict[str, Any] = {"idempotency_key": "k"}
             calls = (
                 client.train_step(DOCUMENTS, **key), client.forward_backward(DOCUMENTS, **key),
                 client.optim_step(**key), client.evaluate(DOCUMENTS), client.save_state("a"),

@@ -181,7 +181,7 @@ def test_no_name_leads_out_of_the_folder_or_over_what_is_there(tiny: Path, tmp_p
             weights.symlink_to(tmp_path / "stolen")
             (root / "empty").mkdir()
             before = sorted(tmp_path.rglob("*"))
-            key = {"idempotency_key": "k"}
+            key: dict[str, Any] = {"idempotency_key": "k"}
             for name in BAD_NAMES:
                 for call in (client.save_state(name), client.export(name), client.load_state(name, **key)):
                     await refused(call, Code.INVALID_ARGUMENT, "name: ")

@@ -14,7 +14,7 @@ from cluster.engine.engine import Engine
 from cluster.engine.executors import follow
 from cluster.engine.request import Request, ResponseOptions, SamplingParams, StoppingCriteria
 from cluster.engine.runner import ModelRunner
-from cluster.training.calls import Kind, NotApplied, StepConflict, TrainCall, TrainSequence
+from cluster.training.calls import Kind, Later, NotApplied, StepConflict, TrainAnswer, TrainCall, TrainSequence
 from cluster.training.lead import TrainLead
 from cluster.training.remote import TrainSide
 from parallel.errors import RequestError
@@ -46,6 +46,12 @@ def step_call(step: int, **fields: Any) -> TrainCall:
     return TrainCall(**{**given, **fields})
 
 
+def at_once(outcome: TrainAnswer | Later) -> TrainAnswer:
+    """A step's answer never comes later."""
+    assert isinstance(outcome, TrainAnswer)
+    return outcome
+
+
 def serve_and_train(group: Group, folder: str) -> Any:
     """Rank 0: everything that was answered; the others follow."""
     runner = build_runner(load(folder, group=group), CONFIG, 1 << 28)
@@ -72,7 +78,7 @@ def drive(engine: Engine, lead: TrainLead) -> Any:
         )  # fmt: skip
     losses, tokens, versions = [], [], []
     for step in range(STEPS):
-        answer = lead(step_call(step))
+        answer = at_once(lead(step_call(step)))
         losses.append((answer.loss, answer.grad_norm, answer.logprobs))
         with pytest.raises(NotApplied):
             lead(step_call(step + 1, sequences=(BAD,), loss="importance_sampling"))
@@ -83,7 +89,7 @@ def drive(engine: Engine, lead: TrainLead) -> Any:
             versions.append(event.weight_version)
     while not engine.idle:
         engine.step()
-    return losses, tokens, versions, lead(step_call(STEPS, kind=Kind.EVALUATE)).logprobs
+    return losses, tokens, versions, at_once(lead(step_call(STEPS, kind=Kind.EVALUATE))).logprobs
 
 
 @pytest.mark.parametrize("family", sorted(CONFIGS))
@@ -114,7 +120,8 @@ def three_ways(group: Group, folder: str) -> Any:
         made = answered(engine, f"generate {step}", (7, 3, 5, 60), StoppingCriteria(max_new_tokens=8, ignore_eos=True))
         whole = (7, 3, 5, 60, *(entry.token_id for event in made for entry in event.logprobs))
         scored = answered(engine, f"score {step}", whole, StoppingCriteria(), score_only=True)
-        evaluated = lead(step_call(step, kind=Kind.EVALUATE, sequences=(TrainSequence(token_ids=whole),)))
+        asked = step_call(step, kind=Kind.EVALUATE, sequences=(TrainSequence(token_ids=whole),))
+        evaluated = at_once(lead(asked))
         rows.append((
             [entry.logprob for event in made for entry in event.logprobs],
             [entry.logprob for event in scored for entry in event.prompt_logprobs or ()][3:],
@@ -158,4 +165,4 @@ def test_a_refused_call_leaves_no_gradient_behind(tmp_path: Path) -> None:
         other(step_call(0, kind=Kind.FORWARD_BACKWARD, loss="ppo"))
     with pytest.raises(StepConflict, match="no gradients are waiting"):
         other(step_call(0, kind=Kind.OPTIM_STEP, sequences=()))
-    assert other(step_call(0)).grad_norm == clean(step_call(0)).grad_norm
+    assert at_once(other(step_call(0))).grad_norm == at_once(clean(step_call(0))).grad_norm
