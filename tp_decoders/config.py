@@ -9,10 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from parallel.errors import ConfigError
 from tp_decoders.fields import Fields
+
+if TYPE_CHECKING:
+    from tp_decoders.task_config import TaskConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,10 +25,11 @@ class Dropout:
     embedding: float = 0.0
     attention: float = 0.0
     residual: float = 0.0
+    head: float = 0.0
 
     @property
     def any(self) -> bool:
-        return max(self.embedding, self.attention, self.residual) > 0
+        return max(self.embedding, self.attention, self.residual, self.head) > 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +50,7 @@ class DecoderConfig:
     tie: bool
     initializer_range: float = 0.02
     dropout: Dropout = Dropout()
+    task: TaskConfig | None = None  # None: a language model
     options: Any = None
     hf: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 

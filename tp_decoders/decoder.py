@@ -22,6 +22,7 @@ from parallel.attention import Attend
 from parallel.dropout import EMBEDDED, EMBEDDING, DropoutSite
 from parallel.errors import ConfigError
 from parallel.group import Group
+from parallel.heads import HeadLayout
 from parallel.lora import dropping_branches
 from parallel.norm import LayerNorm
 from parallel.options import Recompute
@@ -31,6 +32,7 @@ from parallel.tokens import gather_tokens, scatter_tokens, token_shards
 from parallel.vocab import VocabEmbedding, VocabHead
 from tp_decoders.config import DecoderConfig
 from tp_decoders.names import NameMap
+from tp_decoders.task_heads import task_head
 
 if TYPE_CHECKING:
     from tp_decoders.lora import LoraConfig
@@ -79,8 +81,10 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(block(layer) for layer in range(config.n_layers))
         self.norm = LayerNorm(d_model, config.norm_eps, bias=parts.norm_bias, **place)
         self.drop = DropoutSite(config.dropout.embedding, EMBEDDED, EMBEDDING, group)
-        tied = self.embed.weight if config.tie else None
-        self.head = VocabHead(vocab, d_model, group=group, weight=tied, scale=parts.logit_scale, **place)
+        if config.task is None or config.task.has_vocabulary:
+            tied = self.embed.weight if config.tie else None
+            self.head = VocabHead(vocab, d_model, group=group, weight=tied, scale=parts.logit_scale, **place)
+        self.task_head = task_head(config, group, place)
         self.eval()
 
     def embedded(self, tokens_T: Tensor, positions_T: Tensor) -> Tensor:
@@ -102,16 +106,43 @@ class Decoder(nn.Module):
 
     def logits(self, x_TD: Tensor, rows: Tensor | None) -> Tensor:
         """This rank's part of the logits of all tokens, or of the given rows."""
-        return self.head(self.norm(x_TD if rows is None else x_TD[rows]))  # type: ignore[no-any-return]
+        if not self.has_vocabulary:
+            raise ConfigError(f"a model loaded for {self.task} has no vocabulary head; load it with task='causal-lm'")
+        return self.head(self.final(x_TD, rows))  # type: ignore[no-any-return]
+
+    def states(self, tokens_T: Tensor, positions_T: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
+        """[T or len(rows), D]: what heads are computed from, on every rank: the last hidden states, normalised."""
+        x_TD = self.through_blocks(self.embedded(tokens_T, positions_T), attend, *self.given(positions_T))
+        return self.final(x_TD, rows)
+
+    def final(self, x_TD: Tensor, rows: Tensor | None = None) -> Tensor:
+        """The last block's output, normalised."""
+        return self.norm(x_TD if rows is None else x_TD[rows])  # type: ignore[no-any-return]
+
+    def heads(self, layer: int) -> HeadLayout:
+        """The attention heads of a layer and those of this rank."""
+        return HeadLayout.of(self.group, self.config.n_heads, self.config.n_kv_heads, self.config.head_dim)
+
+    @property
+    def task(self) -> str:
+        """What the model is for, by the name `load` takes."""
+        return self.config.task.name if self.config.task else "causal-lm"
+
+    @property
+    def has_vocabulary(self) -> bool:
+        """Whether there is a language-modelling head."""
+        return "head" in self._modules
 
     @property
     def drops(self) -> bool:
         """Whether a pass with masks drops anything."""
         return self.config.dropout.any or (self.lora is not None and self.lora.dropout > 0.0)
 
-    def through_blocks(self, x_TD: Tensor, attend: Attend, *given: object) -> Tensor:
+    def through_blocks(
+        self, x_TD: Tensor, attend: Attend, *given: object, seen: list[Tensor] | None = None
+    ) -> Tensor:
         """The embeddings' dropout and all blocks in turn, which are handed (x, attend, *given, tokens). Divides the
-        tokens between them where asked for.
+        tokens between them where asked for. What every block is given is added to `seen`.
         """
         if self.training and attend.dropping is None and self.config.dropout.any:
             raise ConfigError(
@@ -122,6 +153,8 @@ class Decoder(nn.Module):
         tokens = token_shards(x_TD.shape[0], self.group)
         x_TD = self.drop(scatter_tokens(x_TD, self.group, tokens), attend.dropping, tokens)
         for block in self.blocks:
+            if seen is not None:
+                seen.append(gather_tokens(x_TD, self.group, tokens))
             x_TD = self._through(block, x_TD, attend, *given, tokens)
         return gather_tokens(x_TD, self.group, tokens)
 

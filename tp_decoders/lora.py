@@ -25,6 +25,7 @@ from parallel.linear import ColumnLinear, RowLinear
 from parallel.lora import Adapter, ColumnAdapter, RowAdapter
 from parallel.shard import full_shape_of, rule_of
 from tp_decoders.decoder import Decoder
+from tp_decoders.names import TASK_HEAD
 from tp_decoders.registry import family_of
 
 ALL_LINEAR = "all-linear"
@@ -135,7 +136,7 @@ def targeted(model: Decoder, targets: tuple[str, ...] | str | None) -> list[str]
     found, idle = [], []
     for target in wanted:
         if target.lower() == ALL_LINEAR:
-            matching = [ours for ours in names if ours != HEAD]
+            matching = [ours for ours in names if ours != HEAD and not ours.startswith(TASK_HEAD)]
         else:
             matching = [ours for ours, theirs in names.items() if ends_with(theirs, target) or ends_with(ours, target)]
         found += matching

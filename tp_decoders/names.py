@@ -42,14 +42,28 @@ def block_names(theirs: str, ours: str, pairs: dict[str, str], transposed: Itera
     )
 
 
+TASK_HEAD = "task_head."
+HEADS = tuple(
+    Name(f"{theirs}.{leaf}", f"{TASK_HEAD}{ours}.{leaf}", prefixed=False)
+    for theirs, ours in (
+        ("score", "score"),
+        ("classifier", "classifier"),
+        ("qa_outputs", "qa_outputs"),
+        ("multiple_choice_head.summary", "summary"),
+    )
+    for leaf in ("weight", "bias")
+)
+"""The heads of other tasks than language modelling, named alike in every family."""
+
+
 class NameMap:
     """A family's table, compiled. `prefix` is what transformers writes before the base model's tensors."""
 
     def __init__(self, prefix: str, names: tuple[Name, ...]) -> None:
         self.prefix = prefix
-        self.names = names
-        self._theirs = [(_pattern(name.theirs), name) for name in names]
-        self._ours = [(_pattern(name.ours), name) for name in names if name.ours]
+        self.names = (*names, *HEADS)
+        self._theirs = [(_pattern(name.theirs), name) for name in self.names]
+        self._ours = [(_pattern(name.ours), name) for name in self.names if name.ours]
 
     def find(self, theirs: str) -> Found | None:
         """What the table says of a checkpoint's name; None for a name that no line covers."""

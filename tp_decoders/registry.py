@@ -17,8 +17,6 @@ FAMILIES: dict[str, Family] = {
     for family in (gpt2.FAMILY, gpt_neox.FAMILY, gpt_neox_japanese.FAMILY, mpt.FAMILY, gpt_bigcode.FAMILY)
 }
 
-TASKS = ("causal-lm",)
-
 
 def family_of(model_type: object) -> Family:
     if model_type not in FAMILIES:

@@ -8,26 +8,32 @@ write.
 
 from __future__ import annotations
 
+import logging
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from parallel.errors import CheckpointError, ConfigError
+from parallel.errors import CheckpointError
 from parallel.group import Group
 from parallel.norm import LayerNorm
 from parallel.shard import Replicated, full_shape_of, rule_of
 from tp_decoders.config import DecoderConfig
 from tp_decoders.decoder import Decoder, Place
 from tp_decoders.lora import whole_parameters
-from tp_decoders.names import NameMap
-from tp_decoders.registry import TASKS, family_of, read_config
+from tp_decoders.names import TASK_HEAD, NameMap
+from tp_decoders.registry import family_of, read_config
 from tp_decoders.save_files import FolderWriter, TensorPlan
+from tp_decoders.task_config import CAUSAL, check_task, task_of, with_task
 from tp_decoders.tensor_files import Checkpoint, TensorFile, open_checkpoint
+
+log = logging.getLogger(__name__)
 
 MAX_SHARD_SIZE = 5_000_000_000
 HEAD_WEIGHT = "head.linear.weight"
+HEAD_SEED = 0
 
 
 def build(
@@ -46,17 +52,26 @@ def load(
     group: Group | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
+    *,
+    labels: Sequence[str] | int | None = None,
+    problem: str | None = None,
 ) -> Decoder:
-    """This rank's shard of a checkpoint folder, in eval mode; in the checkpoint's own type unless one is given."""
-    if task not in TASKS:
-        raise ConfigError(f"task {task!r} is unknown; choose one of {', '.join(TASKS)}")
+    """This rank's shard of a checkpoint folder, in eval mode; in the checkpoint's own type unless one is given.
+
+    `labels` (names, or how many) and `problem` are for a head that the checkpoint lacks and that is made anew.
+    """
     folder, group = Path(path), group or Group.single()
     config = read_config(folder)
+    check_task(task, config.model_type)
+    config = with_task(config, task, labels, problem)
     with open_checkpoint(folder) as checkpoint:
         model = build(config, group, dtype or checkpoint.dtype, device)
         sources = match_tensors(model, checkpoint, family_of(config.model_type).names)
         for ours, parameter in model.named_parameters():
-            fill(parameter, checkpoint, *sources[ours], group.rank)
+            if ours in sources:
+                fill(parameter, checkpoint, *sources[ours], group.rank)
+            else:
+                fresh(model, ours, parameter, HEAD_SEED)
     model.source = folder
     return model
 
@@ -74,9 +89,36 @@ def match_tensors(model: Decoder, checkpoint: Checkpoint, names: NameMap) -> dic
             sources[found.ours] = (theirs, found.transposed)
         elif found is None or not (found.ours is None or _is_tied_head(model, found.ours)):
             extra.append(theirs)
-    missing = [names.theirs(ours)[1] for ours in wanted if ours not in sources]
-    _refuse(checkpoint.folder, {"missing": missing, "unexpected": extra, "of another shape": misshapen})
+    missing = {ours: names.theirs(ours)[1] for ours in wanted if ours not in sources}
+    if model.task != CAUSAL:
+        missing, extra = _without_heads(model, checkpoint.folder, missing, extra, sources, names)
+    problems = {"missing": list(missing.values()), "unexpected": extra, "of another shape": misshapen}
+    _refuse(checkpoint.folder, problems, model)
     return sources
+
+
+def _without_heads(
+    model: Decoder,
+    folder: Path,
+    missing: dict[str, str],
+    extra: list[str],
+    sources: dict[str, tuple[str, bool]],
+    names: NameMap,
+) -> tuple[dict[str, str], list[str]]:
+    """What is wrong besides the heads: a head that is missing whole will be made, another task's is left out."""
+    tell = log.warning if model.group.rank == 0 else log.debug
+    made = [theirs for ours, theirs in missing.items() if ours.startswith(TASK_HEAD)]
+    if made and not any(ours.startswith(TASK_HEAD) for ours in sources):
+        tell("%s holds no head for %s: %s made anew, train before use", folder, model.task, ", ".join(made))
+        missing = {ours: theirs for ours, theirs in missing.items() if not ours.startswith(TASK_HEAD)}
+    heads = [theirs for theirs in extra if (found := names.find(theirs)) and is_head(found.ours or "")]
+    if heads:
+        tell("%s: %s not needed for %s and left out", folder, ", ".join(heads), model.task)
+    return missing, [theirs for theirs in extra if theirs not in heads]
+
+
+def is_head(ours: str) -> bool:
+    return ours == HEAD_WEIGHT or ours.startswith(TASK_HEAD)
 
 
 def _doubt(
@@ -96,11 +138,13 @@ def _is_tied_head(model: Decoder, ours: str) -> bool:
     return model.config.tie and ours == HEAD_WEIGHT
 
 
-def _refuse(folder: Path, problems: dict[str, list[str]]) -> None:
+def _refuse(folder: Path, problems: dict[str, list[str]], model: Decoder) -> None:
     found = [f"{len(names)} {kind}: {', '.join(sorted(names))}" for kind, names in problems.items() if names]
     if found:
+        made_for = task_of(model.config.hf) if model.task == CAUSAL else model.task
         raise CheckpointError(
             f"the tensors in {folder} are not those that its config.json describes; {'; '.join(found)}"
+            + (f"; it was made for another task: load it with task={made_for!r}" if made_for != model.task else "")
         )
 
 
@@ -159,13 +203,22 @@ def agree(group: Group, error: str | None) -> None:
 @torch.no_grad()
 def initialise(model: Decoder, seed: int = 0) -> Decoder:
     """Fresh weights by the family's rule, norms 1, biases 0; the same full tensors at every parallel size."""
-    std_of = family_of(model.config.model_type).init_std
     norms = {id(module.weight) for module in model.modules() if isinstance(module, LayerNorm)}
     for name, parameter in model.named_parameters():
-        if name.endswith(".bias") or id(parameter) in norms:
-            parameter.fill_(1.0 if id(parameter) in norms else 0.0)
-            continue
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
-        full = torch.empty(full_shape_of(parameter)).normal_(0.0, std_of(model.config, name), generator=generator)
-        parameter.copy_(rule_of(parameter).take(full, model.group.rank))
+        if id(parameter) in norms:
+            parameter.fill_(1.0)
+        else:
+            fresh(model, name, parameter, seed)
     return model
+
+
+@torch.no_grad()
+def fresh(model: Decoder, name: str, parameter: nn.Parameter, seed: int) -> None:
+    """One parameter that is no norm's gain: 0 for a bias, drawn for a matrix."""
+    if name.endswith(".bias"):
+        parameter.fill_(0.0)
+        return
+    std = family_of(model.config.model_type).init_std(model.config, name)
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+    full = torch.empty(full_shape_of(parameter)).normal_(0.0, std, generator=generator)
+    parameter.copy_(rule_of(parameter).take(full, model.group.rank))
