@@ -27,7 +27,8 @@ from tp_decoders.config import DecoderConfig
 
 EXTRA = {"none": 0.0, "selective": 0.03, "full": 1.0}
 """Of a forward, that recomputation runs again."""
-MOST_RANKS = 4096
+MORE = (2, 4, 8, 16, 32)
+"""Times the ranks that are tried where nothing fits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,8 +96,11 @@ class Plan:
 
 def make_plan(question: Question) -> Plan:
     """All layouts of the question's ranks, weighed and ordered."""
-    scale = _Scale(question)
-    found = [scale.weigh(layout) for layout in layouts(question)]
+    return _planned(question, _Scale(question))
+
+
+def _planned(question: Question, scale: _Scale) -> Plan:
+    found = [scale.weigh(question, layout) for layout in layouts(question)]
     if not found:
         raise ConfigError(
             f"{question.ranks} ranks: no tp x dp of them gives every rank an attention head (there are "
@@ -108,16 +112,14 @@ def make_plan(question: Question) -> Plan:
 
 
 def nearest(question: Question) -> tuple[Question, Candidate] | None:
-    """The same with as few more ranks as it takes, doubling; None where no number would do."""
-    ranks = 2 * question.ranks
-    while ranks <= MOST_RANKS:
+    """The same with as few more ranks as it takes, doubling; None where many times as many would not do."""
+    scale = _Scale(question)
+    for times in MORE:
+        ranks = times * question.ranks
         more = replace(question, ranks=ranks, batch_size=max(question.batch_size, ranks))
-        plan = make_plan(more) if any(layouts(more)) else None
-        if plan is None:
-            return None
+        plan = _planned(more, scale)
         if plan.fitting:
             return more, plan.fitting[0]
-        ranks *= 2
     return None
 
 
@@ -136,19 +138,18 @@ def layouts(question: Question) -> Iterator[Layout]:
 
 
 class _Scale:
-    """Weighs layouts of one question; what several of them share is found once."""
+    """Weighs layouts of questions about one model and setup; what several of them share is found once."""
 
     def __init__(self, question: Question) -> None:
-        self._question = question
         self._lasting: dict[tuple[int, int], StaticBytes] = {}
         self._passing: dict[Layout, PassCost] = {}
         self._flops = None if question.serve else ModelFlops.of(shard(question.config, 1, question.setup, 0))
 
-    def weigh(self, layout: Layout) -> Candidate:
-        return self._served(layout) if self._flops is None else self._trained(layout, self._flops)
+    def weigh(self, question: Question, layout: Layout) -> Candidate:
+        return _served(question, layout) if self._flops is None else self._trained(question, layout, self._flops)
 
-    def _trained(self, layout: Layout, flops: ModelFlops) -> Candidate:
-        question, alike, division = self._question, replace(layout, dp=1), (layout.tp, layout.dp)
+    def _trained(self, question: Question, layout: Layout, flops: ModelFlops) -> Candidate:
+        alike, division = replace(layout, dp=1), (layout.tp, layout.dp)
         if alike not in self._passing:
             self._passing[alike] = passing(question.config, alike, question.setup)
         if division not in self._lasting:
@@ -163,15 +164,14 @@ class _Scale:
         reasons = tuple(_reasons(question, layout, traffic))
         return Candidate(layout=layout, memory=memory, seconds=seconds, traffic=traffic, reasons=reasons)
 
-    def _served(self, layout: Layout) -> Candidate:
-        question, inside = self._question, _inside(self._question, layout.tp)
-        memory = serving_memory(question.config, layout.tp, question.setup, question.streams * question.sequence)
-        speeds = SPEEDS[question.setup.device]
-        read = (memory.packed or memory.weights) + memory.kv_cache  # once per decoding step: fewer bytes, sooner
-        seconds = read / (10 * speeds.inside) + _hops(question, layout.tp) * (1 if inside else 10) * speeds.latency
-        reasons = (_where(layout.tp, inside), f"{layout.dp} server(s) of {layout.tp} rank(s)")
-        traffic = Collectives.none()
-        return Candidate(layout=layout, memory=memory, seconds=seconds, traffic=traffic, reasons=reasons)
+
+def _served(question: Question, layout: Layout) -> Candidate:
+    inside, speeds = _inside(question, layout.tp), SPEEDS[question.setup.device]
+    memory = serving_memory(question.config, layout.tp, question.setup, question.streams * question.sequence)
+    read = (memory.packed or memory.weights) + memory.kv_cache  # once per decoding step: fewer bytes, sooner
+    seconds = read / (10 * speeds.inside) + _hops(question, layout.tp) * (1 if inside else 10) * speeds.latency
+    reasons = (_where(layout.tp, inside), f"{layout.dp} server(s) of {layout.tp} rank(s)")
+    return Candidate(layout=layout, memory=memory, seconds=seconds, traffic=Collectives.none(), reasons=reasons)
 
 
 def _hops(question: Question, tp: int) -> int:

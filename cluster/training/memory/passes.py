@@ -20,14 +20,18 @@ from cluster.training.memory.kernel_shapes import ShapeAttend
 from cluster.training.memory.live import LiveBytes
 from cluster.training.memory.shape_comm import ShapeComm
 from cluster.training.memory.static import packed_size
+from parallel import logsumexp, norm
 from parallel.group import Group, Numerics
 from parallel.loss import vocab_token_losses
 from parallel.native.memory import LINE
 from parallel.options import Recompute
 from tp_decoders.config import DecoderConfig
 from tp_decoders.decoder import Decoder
+from tp_decoders.rotary import rotate_
 from tp_decoders.weights import build
 
+NATIVE_PIECES = (norm._torch_grads, logsumexp.softmax_grad, logsumexp.exp_sum_leaves, rotate_)
+"""What the CPU kernels compute without temporaries, and torch with several."""
 KEPT_SCRATCH = 64 << 20
 Prepare = Callable[[Decoder], None]
 """What is done to a model before it is trained (adapters put on it, its own weights frozen)."""
@@ -118,7 +122,7 @@ def run_pass(config: DecoderConfig, shape: PassShape, prepare: Prepare | None = 
     handles = [p.register_post_accumulate_grad_hook(_forget) for p in model.parameters() if p.requires_grad]
     tokens_T = torch.empty(shape.tokens, dtype=torch.int64, device="meta")
     products = _NativeProducts() if shape.device == "cpu" else None
-    live = LiveBytes([*model.parameters(), tokens_T], products)
+    live = LiveBytes([*model.parameters(), tokens_T], products, NATIVE_PIECES if shape.device == "cpu" else ())
     kernel = ShapeAttend("flash" if shape.device == "cuda" else "cpu")
     with symbolic.patch(meta_nonzero_assume_all_nonzero=True), live:  # type: ignore[attr-defined]
         loss = vocab_token_losses(model(tokens_T, tokens_T, kernel), tokens_T, model.head.shards, group).sum()
