@@ -61,6 +61,7 @@ class Decoder(nn.Module):
 
     recompute: Recompute = "none"  # what of its blocks is computed again in the backward instead of being kept
     lora: LoraConfig | None = None  # of the adapters beside the weights, if there are any (tp_decoders.lora)
+    takes_token_types: bool = False  # added to the embeddings, looked up in the vocabulary
     source: Path | None = None  # the folder it was loaded from: `save` takes the tokenizer's files from there
 
     def __init__(
@@ -94,11 +95,15 @@ class Decoder(nn.Module):
 
     def forward(self, tokens_T: Tensor, positions_T: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
         """[T or len(rows), V/p] float32: this rank's part of the logits of all tokens, or of the given rows."""
-        x_TD = self.through_blocks(self.embedded(tokens_T, positions_T), attend, *self.given(positions_T))
+        x_TD = self.hidden(tokens_T, positions_T, attend)
         if self.lora is None or attend.dropping is None:
             return self.logits(x_TD, rows)
         with dropping_branches(attend.dropping.of(rows)):
             return self.logits(x_TD, rows)
+
+    def hidden(self, tokens_T: Tensor, positions_T: Tensor, attend: Attend) -> Tensor:
+        """[T, D]: what the last block gives, on every rank."""
+        return self.through_blocks(self.embedded(tokens_T, positions_T), attend, *self.given(positions_T))
 
     def given(self, positions_T: Tensor) -> tuple[object, ...]:
         """What every block is handed besides x, attend and tokens: a family's own."""
@@ -112,8 +117,7 @@ class Decoder(nn.Module):
 
     def states(self, tokens_T: Tensor, positions_T: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
         """[T or len(rows), D]: what heads are computed from, on every rank: the last hidden states, normalised."""
-        x_TD = self.through_blocks(self.embedded(tokens_T, positions_T), attend, *self.given(positions_T))
-        return self.final(x_TD, rows)
+        return self.final(self.hidden(tokens_T, positions_T, attend), rows)
 
     def final(self, x_TD: Tensor, rows: Tensor | None = None) -> Tensor:
         """The last block's output, normalised."""

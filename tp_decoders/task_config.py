@@ -78,11 +78,11 @@ class TaskConfig:
         return self.name == CHOICES
 
 
-def check_task(name: str, model_type: str) -> str:
-    """The name itself, or an error that says what there is."""
+def check_task(name: str, model_type: str | None = None) -> str:
+    """The name itself, or an error that says what there is, for a family if one is given."""
     if name not in TASKS:
         raise ConfigError(f"task {name!r} is unknown; choose one of {', '.join(TASKS)}")
-    if name == CHOICES and model_type != "gpt2":
+    if name == CHOICES and model_type is not None and model_type != "gpt2":
         raise ConfigError(f"task {name!r} is GPT-2's alone, this model is a {model_type}; choose another task")
     return name
 

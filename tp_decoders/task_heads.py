@@ -8,7 +8,6 @@ T tokens, R rows, D model, C labels.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -77,8 +76,3 @@ def task_head(config: DecoderConfig, group: Group, place: Place) -> LabelHead | 
         assert task.summary is not None, "double heads have a summary"
         return SummaryHead(config, task.summary, group, place)
     return LabelHead(config, task, group, place)
-
-
-def of_rows(dropping: Dropping | None, rows: Tensor) -> Dropping | None:
-    """The same randomness for some of the tokens."""
-    return None if dropping is None else replace(dropping, keys_T=dropping.keys_T[rows])

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from parallel.attention import Attend
+from parallel.dropout import Dropping
 from parallel.errors import ConfigError, RequestError
 from parallel.loss import vocab_cross_entropy
 from tp_decoders.decoder import Decoder
@@ -31,7 +32,7 @@ from tp_decoders.task_config import (
     SPANS,
     TaskConfig,
 )
-from tp_decoders.task_heads import LabelHead, SummaryHead, of_rows
+from tp_decoders.task_heads import LabelHead, SummaryHead
 
 IGNORED = -100
 
@@ -60,16 +61,20 @@ def task_outputs(
     task, head = task_config(model), head_of(model)
     if sum(lengths) != len(tokens_T) or min(lengths, default=0) < 1:
         raise RequestError(f"lengths {list(lengths)} do not make up {len(tokens_T)} tokens; give each sequence's own")
-    x_TD = model.through_blocks(model.embedded(tokens_T, positions_T), attend, *model.given(positions_T))
+    x_TD = model.hidden(tokens_T, positions_T, attend)
     if task.name == SEQUENCES:
         rows = last_rows(tokens_T, lengths, task.pad_token_id)
-        return TaskOutputs(head(model.final(x_TD, rows), of_rows(attend.dropping, rows)))
+        return TaskOutputs(head(model.final(x_TD, rows), _of(attend, rows)))
     states_TD = model.final(x_TD)
     if task.name != CHOICES:
         return TaskOutputs(head(states_TD, attend.dropping))
     rows = _starts(lengths, tokens_T.device) + marks_of(lengths, marks_S, tokens_T.device)
     summary_SD = summaries(task, states_TD, lengths, rows)
-    return TaskOutputs(model.head(states_TD), head(summary_SD, of_rows(attend.dropping, rows)))
+    return TaskOutputs(model.head(states_TD), head(summary_SD, _of(attend, rows)))
+
+
+def _of(attend: Attend, rows: Tensor) -> Dropping | None:
+    return attend.dropping.of(rows) if attend.dropping else None
 
 
 def task_config(model: Decoder) -> TaskConfig:

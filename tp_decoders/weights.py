@@ -61,9 +61,8 @@ def load(
     `labels` (names, or how many) and `problem` are for a head that the checkpoint lacks and that is made anew.
     """
     folder, group = Path(path), group or Group.single()
-    config = read_config(folder)
-    check_task(task, config.model_type)
-    config = with_task(config, task, labels, problem)
+    check_task(task)
+    config = with_task(read_config(folder), task, labels, problem)
     with open_checkpoint(folder) as checkpoint:
         model = build(config, group, dtype or checkpoint.dtype, device)
         sources = match_tensors(model, checkpoint, family_of(config.model_type).names)
