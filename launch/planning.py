@@ -16,7 +16,16 @@ import torch
 import yaml
 
 from cluster.training.flops import num_parameters
-from cluster.training.memory.estimate import Layout, RankMemory, Setup, serving_memory, shard, training_memory
+from cluster.training.memory.estimate import (
+    Layout,
+    RankMemory,
+    Setup,
+    joined,
+    lasting,
+    passing,
+    serving_memory,
+    shard,
+)
 from cluster.training.memory.layouts import Candidate, Plan, Question, make_plan, nearest
 from launch.presets import find, read
 from parallel.errors import ConfigError
@@ -37,6 +46,8 @@ def model_config(name: str) -> DecoderConfig:
 
 def question_of(args: argparse.Namespace, memory: int) -> Question:
     """The command line's question."""
+    if args.out is not None and args.out.exists():
+        raise ConfigError(f"--out {args.out} exists; name a new file")
     config = model_config(args.model)
     sequence = args.sequence or config.max_positions
     serve = args.mode == "serve"
@@ -131,7 +142,7 @@ def refusal(plan: Plan) -> Iterator[str]:
 
 def by_rank(question: Question, layout: Layout) -> Iterator[str]:
     """A table of kinds; ranks that are alike share a line."""
-    rows = [rank_memory(question, layout, rank) for rank in range(layout.tp)]
+    rows = list(rank_memory(question, layout))
     kinds = [kind for kind in KINDS if any(getattr(row, kind) for row in rows)]
     yield "tp rank  " + "  ".join(f"{kind:>11}" for kind in (*kinds, "total"))
     start = 0
@@ -143,11 +154,17 @@ def by_rank(question: Question, layout: Layout) -> Iterator[str]:
             start = rank
 
 
-def rank_memory(question: Question, layout: Layout, rank: int) -> RankMemory:
-    if question.serve:
-        cached = question.streams * question.sequence
-        return serving_memory(question.config, layout.tp, question.setup, cached, rank)
-    return training_memory(question.config, layout, question.setup, rank)
+def rank_memory(question: Question, layout: Layout) -> Iterator[RankMemory]:
+    """Of every tensor-parallel rank; those that hold as much also compute alike."""
+    config, setup, passes = question.config, question.setup, {}
+    for rank in range(layout.tp):
+        if question.serve:
+            yield serving_memory(config, layout.tp, setup, question.streams * question.sequence, rank)
+            continue
+        static = lasting(config, layout.tp, layout.dp, setup, rank)
+        if static not in passes:
+            passes[static] = passing(config, layout, setup, rank)
+        yield joined(static, passes[static], setup)
 
 
 def preset(question: Question, best: Candidate, model: str, mode: str) -> str:
