@@ -19,6 +19,8 @@ from parallel.attention import Causal
 from parallel.errors import CheckpointError, ConfigError
 from parallel.group import Group
 from parallel.shard import full_shape_of, rule_of
+from tests.tp_decoders.dense_mpt import DenseMpt
+from tests.tp_decoders.parity import CASES
 from tp_decoders.adapter_files import load_adapter, read_adapter_config, save_adapter
 from tp_decoders.lora import LoraConfig, adapted, attach, detach, merge, targeted, their_module, unmerge
 from tp_decoders.weights import full_tensor
@@ -199,6 +201,24 @@ def _merged_copy(group: Group, base: str, adapter: str, out: str) -> Tensor:
     merge(model, keep_base=False)
     tp_decoders.save(model, out)
     return _logits(model)
+
+
+@pytest.mark.parametrize(
+    "case", ["mpt multi-query norm", "mpt biases", "bigcode multi-head", "neox sequential", "japanese untied"]
+)
+def test_every_layer_of_a_familys_other_shapes_takes_an_adapter_and_gives_it_back(case: str, tmp_path: Path) -> None:
+    model, base, ids = CASES[case](), tmp_path / "base", torch.tensor([3, 1, 4, 1, 5])
+    base.mkdir()
+    (model.save if isinstance(model, DenseMpt) else model.save_pretrained)(base)
+    ours, again = tp_decoders.load(base), tp_decoders.load(base)
+    attach(ours, ALL)
+    _stir(ours)
+    assert len(list(adapted(ours))) == 8
+    save_adapter(ours, tmp_path / "adapter")
+    load_adapter(again, tmp_path / "adapter")
+    with torch.no_grad():
+        found, wanted = (m(ids, torch.arange(5), Causal([5])) for m in (again, ours))
+    assert torch.equal(found, wanted)
 
 
 def test_a_merged_model_is_saved_as_a_whole_checkpoint(
