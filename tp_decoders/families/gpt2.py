@@ -132,6 +132,8 @@ class Block(nn.Module):
 class Model(Decoder):
     """GPT-2 with its language-modelling head."""
 
+    takes_token_types = True
+
     def __init__(self, config: DecoderConfig, group: Group, place: Place) -> None:
         parts = Parts(learned_positions=True)
         super().__init__(config, group, place, lambda layer: Block(config, layer, group, place), parts)

@@ -156,6 +156,8 @@ class Block(nn.Module):
 class Model(Decoder):
     """GPT-BigCode with its language-modelling head."""
 
+    takes_token_types = True
+
     def __init__(self, config: DecoderConfig, group: Group, place: Place) -> None:
         layout = HeadLayout.of(group, config.n_heads, config.n_kv_heads, config.head_dim)
         parts = Parts(learned_positions=True)
