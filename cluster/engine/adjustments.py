@@ -3,16 +3,21 @@
 In this order, which is transformers' (`generate` builds its processors so):
 
     logit bias           x[t] += bias[t]
+    diversity            x[t] -= penalty * beams of earlier groups that took t in this step  (diverse beam search)
     repetition penalty   for t in prompt or output: x[t] = x[t] / r if x[t] > 0 else x[t] * r   (Keskar et al. 2019)
     presence, frequency  for t in output, seen c times: x[t] -= frequency * c + presence        (OpenAI; not the prompt)
+    no repeated n-gram   whatever followed the last n - 1 tokens before, prompt included: x[t] = -inf
     bad words            the last token of a word whose other tokens have just been produced: x[t] = -inf
     minimum length       end-of-sequence and stop tokens: x[t] = -inf until min_new_tokens are there
     allowed tokens       all others: x[t] = -inf
 
-Everything is element by element in float32 on one row, so a row's bits cannot depend on its neighbours.
+In a beam search the row holds log-probabilities, as there. Everything is element by element in float32 on one row, so
+a row's bits cannot depend on its neighbours.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -38,19 +43,26 @@ class Adjustments:
         self.history = torch.zeros(0, dtype=torch.long, device=device)
         self.counts = torch.zeros(vocab_size if _counts(given) else 0, dtype=torch.float32, device=device)
         self.counted = seq.prompt_len
+        self.ngrams = NGrams(given.no_repeat_ngram_size) if given.no_repeat_ngram_size else None
 
     def _ids(self, ids: list[int]) -> Tensor:
         return torch.tensor(ids, dtype=torch.long, device=self.device)
 
-    def apply(self, row_V: Tensor, seq: Sequence) -> None:
+    def apply(self, row_V: Tensor, seq: Sequence, diversity: Mapping[int, float] | None = None) -> None:
         """Changes the row in place."""
         if len(self.bias_ids):
             row_V[self.bias_ids] += self.bias
+        if diversity:
+            row_V[self._ids(list(diversity))] -= torch.tensor(
+                list(diversity.values()), dtype=torch.float32, device=self.device
+            )
         given = seq.sampling
         if given.repetition_penalty != 1.0:
             self._penalise_repetition(row_V, seq.tokens, given.repetition_penalty)
         if _counts(given) and len(seq.tokens) > seq.prompt_len:
             self._penalise_counts(row_V, seq)
+        if self.ngrams is not None:
+            row_V[self._ids(self.ngrams.banned_after(seq.tokens))] = NEVER
         if len(self.banned):
             row_V[self.banned] = NEVER
         for word in self.words:
@@ -78,6 +90,23 @@ class Adjustments:
         row_V[ids] = row_V[ids] - (given.frequency_penalty * self.counts[ids] + given.presence_penalty)
 
 
+class NGrams:
+    """Which tokens followed each run of size - 1 tokens so far; a longer sequence only adds to it."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.followers: dict[tuple[int, ...], list[int]] = {}
+        self.seen = size - 1  # tokens whose n-gram is known
+
+    def banned_after(self, tokens: list[int]) -> list[int]:
+        """The tokens that would complete an n-gram for the second time."""
+        before = self.size - 1
+        for end in range(self.seen, len(tokens)):
+            self.followers.setdefault(tuple(tokens[end - before : end]), []).append(tokens[end])
+        self.seen = max(self.seen, len(tokens))
+        return self.followers.get(tuple(tokens[len(tokens) - before :]), []) if len(tokens) >= before else []
+
+
 def _counts(given: SamplingParams) -> bool:
     return given.presence_penalty != 0.0 or given.frequency_penalty != 0.0
 
@@ -90,6 +119,7 @@ def adjusts(seq: Sequence) -> bool:
         or given.repetition_penalty != 1.0
         or _counts(given)
         or given.bad_words
+        or given.no_repeat_ngram_size
         or given.allowed_token_ids is not None
         or (seq.position < seq.min_tokens and seq.stop_ids)
     )

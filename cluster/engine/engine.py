@@ -13,6 +13,7 @@ from collections.abc import Sequence as Many
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+from cluster.engine.best_of import best_places, mean_logprob
 from cluster.engine.blocks import BlockPool
 from cluster.engine.config import EngineConfig
 from cluster.engine.plan import StepPlan, StepResult
@@ -44,7 +45,9 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         capacity = num_blocks * config.block_size
-        self.limits = replace(limits, kv_capacity_tokens=capacity, max_batch=config.max_sequences)
+        self.limits = replace(
+            limits, kv_capacity_tokens=capacity, max_batch=config.max_sequences, block_size=config.block_size
+        )
         self.config, self.executor = config, executor
         self.scheduler = Scheduler(config, self.limits, BlockPool(num_blocks, config.block_size), clock)
         self._step_seconds = 0.0
@@ -107,22 +110,35 @@ class Result:
     stop_token_id: int | None = None
     error: str | None = None
     weight_version: int = 0
+    score: float | None = None
+    stop_logprob: float | None = None
+    pooled: tuple[tuple[float, ...], ...] | None = None
 
     def add(self, event: TokenEvent) -> None:
         self.token_ids += event.token_ids
         self.logprobs += event.logprobs
+        self.pooled = event.pooled or self.pooled
         if event.prompt_logprobs is not None:
             self.prompt_logprobs = event.prompt_logprobs
         self.finish_reason, self.stop_token_id, self.error = event.finish_reason, event.stop_token_id, event.error
-        self.weight_version = event.weight_version
+        self.weight_version, self.score, self.stop_logprob = event.weight_version, event.score, event.stop_logprob
 
 
 def generate(engine: Engine, requests: Iterable[Request]) -> list[list[Result]]:
     """Runs requests to their end: for each its samples' results. For tests and programs without a front-end."""
     submitted = [engine.submit(request) for request in requests]
-    results = {request.request_id: [Result() for _ in range(request.sampling.n)] for request in submitted}
+    results = {request.request_id: [Result() for _ in range(request.sampling.num_samples)] for request in submitted}
     while not engine.idle:
         for event in engine.step():
             if event.request_id in results:
                 results[event.request_id][event.sample_index].add(event)
-    return [results[request.request_id] for request in submitted]
+    return [_best(results[request.request_id], request) for request in submitted]
+
+
+def _best(results: list[Result], request: Request) -> list[Result]:
+    """With best_of: the n whose tokens, the one that stopped them included, have the highest mean log-probability."""
+    if request.sampling.best_of is None:
+        return results
+    for result in results:
+        result.score = mean_logprob([entry.logprob for entry in result.logprobs], result.stop_logprob)
+    return [results[place] for place in best_places([r.score for r in results], request.sampling.n)]

@@ -6,12 +6,15 @@ which never touches the others.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from cluster.engine.beam_group import BeamGroup
+from cluster.engine.beams import Hypothesis, Row
 from cluster.engine.plan import PromptScore, StepPlan, StepResult
+from cluster.engine.pooling import Rows
 from cluster.engine.request import FinishReason, TokenEvent, TokenLogprobs
-from cluster.engine.sequence import Sequence
+from cluster.engine.sequence import Answer, Sequence
 
 if TYPE_CHECKING:
     from cluster.engine.scheduler import Scheduler
@@ -51,6 +54,8 @@ class Outcomes:
             self._scored(score, values)
         for score, values in zip(plan.plain_scores, result.plain_scores, strict=True):
             self._scored(score, values)
+        for run, value in zip(plan.pools, result.pools, strict=True):
+            self._pooled(run.sequence, value)
         logprobs, errors = result.logprobs, result.errors
         for place, seq in enumerate(plan.sampled):
             if seq.forks:
@@ -61,6 +66,81 @@ class Outcomes:
                 self.end(seq, FinishReason.ERROR, error=errors[place])
             else:
                 self._append(seq, result.tokens[place], logprobs[place] if logprobs else None)
+        if plan.beams:
+            self._advance_beams(plan, result)
+
+    def _advance_beams(self, plan: StepPlan, result: StepResult) -> None:
+        """One token more for every beam of each search that was computed."""
+        rows = dict(zip(plan.beams, result.beams, strict=True))
+        for group in {id(seq.beam): seq.beam for seq in plan.beams}.values():
+            if group is None or group.leader.done:
+                continue
+            found = [rows[seq] for seq in group.reading]
+            wrong = next((row for row in found if isinstance(row, str)), None)
+            if wrong is None:
+                self._advance(group, [row for row in found if not isinstance(row, str)])
+            else:
+                self.end(group.leader, FinishReason.ERROR, error=wrong)
+
+    def _advance(self, group: BeamGroup, rows: list[Row]) -> None:
+        answer, counters = group.leader.answer, self._scheduler.counters
+        counters.generated_tokens += len(rows)
+        if answer.first_token is None:
+            answer.first_token = self._scheduler.clock()
+        group.advance(rows)
+        if not group.search.done:
+            return
+        found, wanted = group.search.results(), answer.request.sampling.n
+        if len(found) >= wanted:
+            self._end_beams(group, [self._finished(group, place, made) for place, made in enumerate(found[:wanted])])
+            return
+        self.end(
+            group.leader,
+            FinishReason.ERROR,
+            error=f"the beam search found {len(found)} sequences and sampling.n is {wanted}: no others may be "
+            "generated; lower n, or forbid less",
+        )
+
+    def _finished(self, group: BeamGroup, place: int, made: Hypothesis) -> TokenEvent:
+        """One of the sequences that were found."""
+        stopping, tokens = group.leader.answer.request.stopping, made.beam.tokens
+        shown = len(tokens) - (made.stopped and not stopping.include_stop_sequence)
+        hidden = made.beam.logprobs[shown:]
+        return TokenEvent(
+            request_id=group.leader.request_id,
+            sample_index=place,
+            token_ids=tuple(tokens[:shown]),
+            logprobs=tuple(made.beam.logprobs[:shown]),
+            finish_reason=FinishReason.STOP if made.stopped else FinishReason.LENGTH,
+            stop_token_id=tokens[-1] if made.stopped else None,
+            stop_logprob=hidden[0].logprob if hidden else None,
+            score=made.score,
+        )
+
+    def _end_beams(self, group: BeamGroup, events: list[TokenEvent]) -> None:
+        """The search is over, and all of its sequences with it: one event for each."""
+        scheduler, leader = self._scheduler, group.leader
+        answer, reason = leader.answer, events[0].finish_reason
+        scheduler.tables.release(group)
+        scheduler.waiting.discard(leader)
+        for seq in group.sequences:
+            seq.done = True
+        answer.live.clear()
+        prompt_logprobs = self._prompt_logprobs(leader) if leader.scores else None
+        timings, version = answer.timings(scheduler.clock()), scheduler.counters.weight_version
+        self._events.append(
+            replace(events[0], prompt_logprobs=prompt_logprobs, timings=timings, weight_version=version)
+        )
+        self._events += [replace(event, timings=timings, weight_version=version) for event in events[1:]]
+        scheduler.beams.pop(leader.request_id, None)
+        self._close(answer, reason)
+
+    def _close(self, answer: Answer, reason: FinishReason | None) -> None:
+        """Counts the request once nothing of it is left."""
+        counters = self._scheduler.counters
+        if not answer.live and self._scheduler.answers.pop(answer.request.request_id, None) is not None:
+            counters.finished_requests += reason is not FinishReason.ABORTED
+            counters.aborted_requests += reason is FinishReason.ABORTED
 
     def _append(self, seq: Sequence, token: int, logprob: TokenLogprobs | None) -> None:
         """One new token: the sample goes on, or ends with it."""
@@ -71,7 +151,7 @@ class Outcomes:
             answer.first_token = self._scheduler.clock()
         if token in seq.stop_ids:
             shown = answer.request.stopping.include_stop_sequence
-            self.end(seq, FinishReason.STOP, token if shown else None, logprob if shown else None, stop_token=token)
+            self.end(seq, FinishReason.STOP, token if shown else None, logprob, stop_token=token)
         elif len(seq.tokens) >= seq.max_tokens:
             self.end(seq, FinishReason.LENGTH, token, logprob)
         else:
@@ -96,8 +176,16 @@ class Outcomes:
         stop_token: int | None = None,
         error: str | None = None,
     ) -> None:
-        """The sample is over: what it held is free, and the event says why."""
+        """The sample is over: what it held is free, and the event says why. Beams end together."""
         scheduler, answer = self._scheduler, seq.answer
+        if seq.beam is not None:
+            indices = range(answer.request.sampling.n)
+            events = [
+                TokenEvent(request_id=seq.request_id, sample_index=i, finish_reason=reason, error=error)
+                for i in indices
+            ]
+            self._end_beams(seq.beam, events)
+            return
         forks = seq.forks
         scheduler.residents.release(seq)
         scheduler.waiting.discard(seq)
@@ -108,7 +196,8 @@ class Outcomes:
                 request_id=seq.request_id,
                 sample_index=seq.index,
                 token_ids=() if token is None else (token,),
-                logprobs=() if logprob is None else (logprob,),
+                logprobs=() if logprob is None or token is None else (logprob,),
+                stop_logprob=logprob.logprob if logprob is not None and token is None else None,
                 prompt_logprobs=self._prompt_logprobs(seq) if seq.scores else None,
                 finish_reason=reason,
                 stop_token_id=stop_token,
@@ -119,9 +208,7 @@ class Outcomes:
         )
         if forks:
             self._inherit(seq, forks)
-        if not answer.live and scheduler.answers.pop(seq.request_id, None) is not None:
-            scheduler.counters.finished_requests += reason is not FinishReason.ABORTED
-            scheduler.counters.aborted_requests += reason is FinishReason.ABORTED
+        self._close(answer, reason)
 
     def _inherit(self, seq: Sequence, forks: list[Sequence]) -> None:
         """A sample ended before its prompt was computed: the next one computes it for those that are left."""
@@ -149,6 +236,14 @@ class Outcomes:
         if seq.answer.request.score_only and len(seq.answer.prompt_logprobs) == seq.prompt_len - 1:
             self.end(seq, FinishReason.STOP)
 
+    def _pooled(self, seq: Sequence, value: Rows | str | None) -> None:
+        """A prompt that was only read: its end, once all of its rows are there."""
+        if isinstance(value, str):
+            self.end(seq, FinishReason.ERROR, error=value)
+        elif value is not None:
+            self.end(seq, FinishReason.STOP)
+            self._events[-1] = replace(self._events[-1], pooled=value)
+
     def _prompt_logprobs(self, seq: Sequence) -> tuple[TokenLogprobs, ...] | None:
         """All of the prompt's, the first time they are complete."""
         answer = seq.answer
@@ -161,6 +256,6 @@ class Outcomes:
         """Ends a sample that has nothing to compute: the score of one token, or a resumed sample that was complete."""
         if seq.answer.request.score_only and seq.prompt_len == 1:
             self.end(seq, FinishReason.STOP)
-        elif not seq.answer.request.score_only and len(seq.tokens) >= seq.max_tokens:
+        elif seq.answer.request.continues and len(seq.tokens) >= seq.max_tokens:
             self.end(seq, FinishReason.LENGTH)
         return seq.done

@@ -9,6 +9,10 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from tp_decoders.task_config import TaskConfig
 
 
 class FinishReason(enum.Enum):
@@ -22,8 +26,26 @@ class FinishReason(enum.Enum):
 
 
 @dataclass(frozen=True, kw_only=True)
+class BeamParams:
+    """Beam search, as in transformers' generate: width is num_beams, groups num_beam_groups.
+
+    early_stopping False: until no running beam is taken to be able to do better at its present length; True: as soon
+    as `width` sequences are finished; "never": until none can do better at any length.
+    """
+
+    width: int
+    length_penalty: float = 1.0  # a sequence's score is sum(log-probabilities) / length ** length_penalty
+    early_stopping: bool | Literal["never"] = False
+    groups: int = 1
+    diversity_penalty: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How the next token is drawn. temperature 0 is greedy; None means 'no cut'."""
+    """How the next token is drawn. temperature 0 is greedy; None means 'no cut'.
+
+    best_of samples are drawn and the n with the highest mean log-probability come back. With `beam` nothing is drawn.
+    """
 
     temperature: float = 1.0
     top_k: int | None = None
@@ -37,10 +59,18 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     allowed_token_ids: tuple[int, ...] | None = None
     bad_words: tuple[tuple[int, ...], ...] = ()
+    no_repeat_ngram_size: int = 0  # no run of this many tokens twice, the prompt included; 0: no rule
+    best_of: int | None = None
+    beam: BeamParams | None = None
 
     @property
     def greedy(self) -> bool:
         return self.temperature == 0.0
+
+    @property
+    def num_samples(self) -> int:
+        """How many samples are computed."""
+        return self.best_of or self.n
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +98,15 @@ class ResponseOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Pooling:
+    """What is wanted of a prompt in place of new tokens: a task head's outputs, or else hidden states, of some rows."""
+
+    rows: Literal["last", "mean", "all"] = "last"
+    head: bool = True
+    normalize: bool = False  # each row to length 1
+
+
+@dataclass(frozen=True, kw_only=True)
 class Request:
     """One prompt to be continued (n samples, which share its cache). `resumed_ids` were sent before a restart."""
 
@@ -85,6 +124,17 @@ class Request:
         int, ...
     ] = ()  # samples that had ended before a rebuild: they are neither run nor answered again
     score_only: bool = False  # prompt log-probabilities only: no token is generated
+    pooling: Pooling | None = None  # the prompt is read and answered: no token is generated
+
+    @property
+    def wants_tokens(self) -> bool:
+        """Whether the answer is about the prompt's own tokens."""
+        return self.score_only or (self.pooling is not None and self.pooling.rows == "all")
+
+    @property
+    def continues(self) -> bool:
+        """Whether tokens are generated."""
+        return not self.score_only and self.pooling is None
 
 
 @dataclass(frozen=True)
@@ -121,8 +171,11 @@ class TokenEvent:
         None  # the stop token that ended the sample; it is not in token_ids unless asked to be included
     )
     error: str | None = None
+    pooled: tuple[tuple[float, ...], ...] | None = None  # of a pooled request, with its end
     weight_version: int = 0
     timings: Timings | None = None
+    score: float | None = None  # of a beam search's sequence
+    stop_logprob: float | None = None  # of a stop token that is not in token_ids, where log-probabilities are known
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +187,8 @@ class ModelLimits:
     kv_capacity_tokens: int
     eos_token_ids: tuple[int, ...] = ()
     max_batch: int = 0
+    task: TaskConfig | None = None  # None: a language model
+    block_size: int = 1  # tokens of the cache that are given out together
 
 
 @dataclass(frozen=True, kw_only=True)

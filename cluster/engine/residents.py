@@ -49,7 +49,7 @@ class Residents:
 
     def _found(self, seq: Sequence) -> tuple[list[int], int]:
         """What is remembered of the sequence's start; one token is always left to compute, and all that are scored."""
-        if not self.prefix_caching or seq.unscored:
+        if not self.prefix_caching or seq.read_whole:
             return [], ROOT
         return self.pool.find(seq.tokens, (seq.target - 1) // self.pool.block_size)
 
@@ -88,6 +88,10 @@ class Residents:
             if sample.slot is not None:
                 self._slots.append(sample.slot)
                 sample.slot = None
+        self.clear(seq)
+
+    def clear(self, seq: Sequence) -> None:
+        """Takes back its blocks; it keeps its slot."""
         if seq.blocks:
             self.running.remove(seq)
             for block in self.pool.free(seq.blocks):

@@ -14,10 +14,13 @@ from torch import Tensor
 
 from cluster.engine.logprobs import Asked, at_temperatures, checked, token_logprobs
 from cluster.engine.plan import StepPlan, StepResult
+from cluster.engine.pooling import Pooler
+from cluster.engine.ranking import ranked_rows, whole_rows
 from cluster.engine.request import TokenLogprobs
 from cluster.engine.sampling import Sampler, bad_rows
 from parallel.attention import AttentionMeta, Backend, Cached
 from parallel.kv_cache import KVCache
+from parallel.top import Top, top_log_probs
 from parallel.vocab import Best
 from tp_decoders.decoder import Decoder
 
@@ -28,6 +31,7 @@ class ModelRunner:
     def __init__(self, model: Decoder, cache: KVCache, backend: Backend) -> None:
         self.model, self.cache, self.backend = model, cache, backend
         self.sampler = Sampler(model.config.vocab_size)
+        self.pooler = Pooler(model)
         self.weight_version = 0
         self.device = cache.layout.device
         self._tables: dict[int, list[int]] = {}
@@ -38,9 +42,12 @@ class ModelRunner:
         self._follow_tables(plan)
         inputs = self._inputs(plan)
         started = time.perf_counter()
-        logits_local = self.model(*inputs)
+        x_TD = self.model.hidden(*inputs[:3])
+        logits_local = self.model.logits(x_TD, inputs[3]) if plan.rows else None
         forward_seconds = time.perf_counter() - started
         result = self._choose(plan, logits_local)
+        if result is not None and plan.pools:
+            result.pools = self.pooler.answers(plan.pools, x_TD)
         if result is not None:
             result.weight_version, result.forward_seconds = self.weight_version, forward_seconds
         return result
@@ -67,18 +74,35 @@ class ModelRunner:
         rows = torch.tensor(plan.rows, dtype=torch.long, device=self.device)
         return tokens, positions, Cached(self.cache, meta, self.backend), rows
 
-    def _choose(self, plan: StepPlan, logits_local: Tensor) -> StepResult | None:
+    def _choose(self, plan: StepPlan, logits_local: Tensor | None) -> StepResult | None:
         """The collectives that each group of rows needs, on every rank; the rest on rank 0."""
+        if logits_local is None:
+            return StepResult(tokens=[]) if self.model.group.rank == 0 else None
         head, split = self.model.head, plan.num_argmax + plan.num_gathered
         best = head.argmax(logits_local[: plan.num_argmax]) if plan.num_argmax else None
         gathered = head.gather_to_first(logits_local[plan.num_argmax : split]) if plan.num_gathered else None
+        top, scored = None, split + plan.num_ranked
+        if plan.num_ranked:
+            top = top_log_probs(logits_local[split:scored], plan.top_count, head.shards, head.group)
         scores = None
         if plan.targets:
             targets = torch.tensor(plan.targets, dtype=torch.long, device=self.device)
-            scores = head.log_probs(at_temperatures(logits_local[split:], plan.temperatures), targets)
+            scores = head.log_probs(at_temperatures(logits_local[scored:], plan.temperatures), targets)
         if self.model.group.rank != 0:
             return None
-        return self._result(plan, best, gathered, scores)
+        result = self._result(plan, best, gathered, scores)
+        if plan.beams:
+            self._rank_beams(plan, gathered, top, result)
+        return result
+
+    def _rank_beams(self, plan: StepPlan, gathered: Tensor | None, top: Top | None, result: StepResult) -> None:
+        """What follows each beam; the whole rows among them are the last of those gathered."""
+        num_whole = len(plan.beams) - plan.num_ranked
+        if num_whole and gathered is not None:
+            logits_RV = gathered[plan.num_gathered - num_whole :]
+            result.beams = whole_rows(plan.beams[:num_whole], logits_RV, self.model.head.full_log_normaliser(logits_RV))
+        if top is not None:
+            result.beams += ranked_rows(plan.beams[num_whole:], top.ids, top.log_probs)
 
     def _result(self, plan: StepPlan, best: Best | None, gathered: Tensor | None, scores: Tensor | None) -> StepResult:
         result = StepResult(tokens=[])

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from collections.abc import Sequence as Many
 
+from cluster.engine.beam_group import BeamGroup, BeamTables, search_of
 from cluster.engine.blocks import BlockPool
 from cluster.engine.config import EngineConfig
 from cluster.engine.outcomes import Counters, Outcomes
@@ -35,6 +36,8 @@ class Scheduler:
         self.config, self.limits, self.clock = config, limits, clock
         self.residents = Residents(pool, config.max_sequences, config.prefix_caching)
         self.waiting = WaitingQueue()
+        self.beams: dict[str, BeamGroup] = {}  # by request
+        self.tables = BeamTables(self.residents, self._make_room)
         self.answers: dict[str, Answer] = {}
         self.counters = Counters()
         self._outcomes = Outcomes(self)
@@ -71,9 +74,11 @@ class Scheduler:
         when = answer.submitted + request.priority * self.config.priority_patience
         ignored = frozenset() if request.stopping.ignore_eos else frozenset(self.limits.eos_token_ids)
         stop_ids = ignored | frozenset(request.stopping.stop_token_ids)
-        indices = [
-            i for i in range(1 if request.score_only else request.sampling.n) if i not in request.finished_samples
-        ]
+        count = request.sampling.num_samples if request.continues else 1
+        indices = [i for i in range(count) if i not in request.finished_samples]
+        if indices and request.sampling.beam is not None:
+            self._enqueue_beams(answer, when, stop_ids)
+            return
         samples = []
         for index in indices:
             order: Order = (when, self._submissions, index)
@@ -87,6 +92,17 @@ class Scheduler:
         self._share_prompt(samples)
         if not answer.live:
             self.answers.pop(request.request_id, None)
+
+    def _enqueue_beams(self, answer: Answer, when: float, stop_ids: frozenset[int]) -> None:
+        """One place in the queue; the sequences of a beam search come and go together."""
+        request = answer.request
+        width = request.sampling.beam.width if request.sampling.beam is not None else 1
+        beams = [Sequence(answer, index, (when, self._submissions, index), stop_ids) for index in range(width)]
+        beams[0].scores = request.response.prompt_logprobs is not None
+        self.answers[request.request_id] = answer
+        self.beams[request.request_id] = BeamGroup(beams, search_of(request, self.limits))
+        answer.live = {0: beams[0]}
+        self.waiting.push(beams[0])
 
     def _share_prompt(self, samples: list[Sequence]) -> None:
         """Samples of a bare prompt fork from the first once it is computed; resumed ones go by themselves."""
@@ -131,6 +147,8 @@ class Scheduler:
         """The next step, or None if there is nothing to compute; `take_events` then still has news."""
         if self._deadlines:
             self._expire()
+        for group in [*self.beams.values()]:
+            self.tables.settle(group)
         self.counters.steps += 1
         plan = PlanBuilder(self.counters.steps)
         budget = self._plan_running(plan)
@@ -152,6 +170,8 @@ class Scheduler:
             seq = running[place]
             place += 1
             last = len(seq.tokens) - seq.computed == 1
+            if last and seq.held:
+                continue
             if last and not seq.scores:
                 if seq.computed == len(seq.blocks) * block_size and not self._grow(seq):
                     continue
@@ -185,14 +205,26 @@ class Scheduler:
 
     def _set_aside(self, seq: Sequence) -> None:
         """Takes back what a running sequence holds; it waits, at its own place, to be computed again."""
+        if seq.beam is not None:  # all of them or none
+            self.tables.set_aside(seq.beam)
+            seq = seq.beam.leader
         self.residents.release(seq)
         self.waiting.push(seq)
         self.counters.preemptions += 1
 
+    def _make_room(self, count: int, group: BeamGroup) -> bool:
+        """Blocks for beams, if need be from the latest arrivals; False if the search itself is set aside."""
+        while self.residents.pool.num_free < count:
+            victim = self.residents.running[-1]
+            self._set_aside(victim)
+            if victim.beam is group:
+                return False
+        return True
+
     def forget_cache(self) -> None:
         """The weights have changed: what runs is computed again with the new ones, and nothing old is shared."""
-        for seq in reversed(self.residents.running[:]):
-            self._set_aside(seq)
+        while self.residents.running:
+            self._set_aside(self.residents.running[-1])
         self.residents.pool.forget()
 
     def _plan_waiting(self, plan: PlanBuilder, budgets: tuple[int, int]) -> None:
@@ -200,6 +232,8 @@ class Scheduler:
         budget, scored = budgets
         while budget > 0 and (seq := self.waiting.head()) is not None:
             spare = min(len(self.residents.running), 1 + self.residents.pool.num_blocks // 64)
+            if seq.beam is not None:
+                spare += self.tables.blocks_to_spread(seq.beam)
             if (scored == 0 and seq.unscored) or not self.residents.admit(seq, spare):
                 return
             self.waiting.discard(seq)

@@ -15,6 +15,8 @@ from cluster.engine.request import Request, Timings, TokenLogprobs
 
 if TYPE_CHECKING:
     from cluster.engine.adjustments import Adjustments
+    from cluster.engine.beam_group import BeamGroup
+    from cluster.engine.pooling import Gathered
 
 Order = tuple[float, int, int]
 """Who goes first: arrival shifted by priority, then the number of the submission, then the sample."""
@@ -32,6 +34,7 @@ class Answer:
     first_token: float | None = None
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_sent: bool = False
+    gathered: Gathered | None = None  # of a pooled request: what its rows gave so far
 
     def timings(self, now: float) -> Timings:
         started = now if self.started is None else self.started
@@ -43,8 +46,8 @@ class Sequence:
     """One sample: tokens, table of blocks, and what decides when it ends."""
 
     __slots__ = (
-        "adjustments", "answer", "blocks", "chain", "chained", "computed", "done", "forks", "greedy_from", "index",
-        "max_tokens", "min_tokens", "order", "plain",
+        "adjustments", "answer", "beam", "blocks", "chain", "chained", "computed", "done", "forks", "greedy_from",
+        "held", "index", "max_tokens", "min_tokens", "order", "plain",
         "prompt_len", "request_id", "sampling", "scores", "slot", "stop_ids", "stream", "tokens", "top_logprobs",
     )  # fmt: skip
 
@@ -68,6 +71,10 @@ class Sequence:
         self.sampling = request.sampling
         self.top_logprobs = request.response.logprobs
         self.stream = stream_of(request.sampling.seed or 0, index)
+        if request.sampling.best_of is not None and self.top_logprobs is None:
+            self.top_logprobs = 0  # they decide which samples are the best
+        self.beam: BeamGroup | None = None  # the beam search that it is part of
+        self.held = False  # a beam that waits until the others of its search have been computed as far as it is
         self.adjustments: Adjustments | None = None  # the sampler's, made at the first draw
         self.plain = is_plain(request)
         # from this length on, the next token is simply the most likely one
@@ -75,13 +82,19 @@ class Sequence:
 
     @property
     def target(self) -> int:
-        """How many tokens have to be computed before something comes out: all but, when only scored, the last."""
-        return len(self.tokens) - self.answer.request.score_only
+        """How many tokens have to be computed next: all, without the last if it is only scored, or held."""
+        return len(self.tokens) - (self.answer.request.score_only or self.held)
 
     @property
     def unscored(self) -> bool:
         """Whether log-probabilities of its prompt are still to be computed."""
         return self.scores and len(self.answer.prompt_logprobs) < self.prompt_len - 1
+
+    @property
+    def read_whole(self) -> bool:
+        """Whether all of its rows are wanted, so that none may come out of the cache."""
+        pooling = self.answer.request.pooling
+        return self.unscored or (pooling is not None and pooling.rows != "last")
 
     @property
     def position(self) -> int:
@@ -94,4 +107,5 @@ def is_plain(request: Request) -> bool:
     given = request.sampling
     untouched = not (given.logit_bias or given.bad_words or given.allowed_token_ids is not None)
     no_penalty = given.repetition_penalty == 1.0 and given.presence_penalty == 0.0 and given.frequency_penalty == 0.0
-    return given.greedy and untouched and no_penalty and request.response.logprobs is None
+    asked = request.response.logprobs is not None or given.best_of is not None
+    return given.greedy and untouched and no_penalty and not given.no_repeat_ngram_size and not asked

@@ -8,10 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from cluster.engine.draws import fresh_seed
-from cluster.engine.request import ModelLimits, Request, ResponseOptions, SamplingParams, StoppingCriteria
+from cluster.engine.request import (
+    BeamParams,
+    ModelLimits,
+    Request,
+    ResponseOptions,
+    SamplingParams,
+    StoppingCriteria,
+)
 from parallel.errors import CapacityError, RequestError
 
 MAX_LOGPROBS = 1024
@@ -26,6 +33,7 @@ def validate(request: Request, limits: ModelLimits) -> None:
     if not request.token_ids:
         raise RequestError("the prompt has no tokens; give at least one (a beginning-of-sequence token will do)")
     _check_ids("prompt token", request.token_ids, limits.vocab_size)
+    check_task(request, limits)
     _check_sampling(request.sampling, limits.vocab_size)
     _check_stopping(request.stopping, limits.vocab_size)
     _check_response(request.response)
@@ -33,8 +41,19 @@ def validate(request: Request, limits: ModelLimits) -> None:
         raise RequestError(f"priority is {request.priority!r}; it must be a whole number between -1000000 and 1000000")
     if request.deadline is not None and not (_is_number(request.deadline) and request.deadline > 0):
         raise RequestError(f"deadline is {request.deadline!r} seconds; it must be above 0")
+    if request.sampling.beam is not None:
+        check_beams(request, request.sampling.beam)
     _check_resumed(request, limits.vocab_size)
     check_capacity(request, limits)
+
+
+def check_task(request: Request, limits: ModelLimits) -> None:
+    """Whether the model has the head that the request needs."""
+    task = limits.task
+    if request.pooling is None and task is not None and not task.has_vocabulary:
+        raise RequestError(f"the model was loaded for {task.name} and has no vocabulary; it classifies and embeds only")
+    if request.pooling is not None and request.pooling.head and task is None:
+        raise RequestError("the model is a language model without another head; load it with task=... to classify")
 
 
 def resolve(request: Request, limits: ModelLimits) -> Request:
@@ -49,7 +68,16 @@ def resolve(request: Request, limits: ModelLimits) -> Request:
 
 def room(request: Request, limits: ModelLimits) -> int:
     """How many tokens can follow the prompt. The last one needs no place: it is never fed back."""
-    return min(limits.max_context, limits.kv_capacity_tokens) + 1 - len(request.token_ids)
+    return min(limits.max_context, capacity_per_beam(request, limits)) + 1 - len(request.token_ids)
+
+
+def capacity_per_beam(request: Request, limits: ModelLimits) -> int:
+    """How many tokens of a sequence the cache holds: beams share the full blocks of the prompt, and divide the rest."""
+    if request.sampling.beam is None:
+        return limits.kv_capacity_tokens
+    shared = len(request.token_ids) // limits.block_size
+    left = limits.kv_capacity_tokens // limits.block_size - shared
+    return (shared + max(0, left) // max(1, request.sampling.beam.width)) * limits.block_size
 
 
 def check_capacity(request: Request, limits: ModelLimits) -> None:
@@ -61,16 +89,24 @@ def check_capacity(request: Request, limits: ModelLimits) -> None:
             f"the prompt's {prompt} tokens and {new} new ones need {prompt + new - 1} positions, the model's context "
             f"holds {limits.max_context}; shorten the prompt or lower max_new_tokens"
         )
+    beam = None if request.score_only else request.sampling.beam
+    if beam is not None and prompt + new - 1 > capacity_per_beam(request, limits):
+        raise CapacityError(
+            f"the prompt's {prompt} tokens and {new} new ones in {beam.width} beams need more than the key/value "
+            f"cache's {limits.kv_capacity_tokens} places; lower max_new_tokens or the width, or serve with a larger "
+            "engine.kv_memory_fraction or more ranks"
+        )
     if prompt + new - 1 > limits.kv_capacity_tokens:
         raise CapacityError(
             f"the prompt's {prompt} tokens and {new} new ones need {prompt + new - 1} places in the key/value cache, "
             f"which has {limits.kv_capacity_tokens}; lower max_new_tokens, or serve with a larger "
             "engine.kv_memory_fraction or more ranks"
         )
-    if limits.max_batch and request.sampling.n > limits.max_batch:
-        raise CapacityError(
-            f"sampling.n is {request.sampling.n}; at most engine.max_sequences = {limits.max_batch} run at once"
-        )
+    for field, count in (("n", request.sampling.num_samples), ("beam.width", beam.width if beam else 0)):
+        if limits.max_batch and count > limits.max_batch:
+            raise CapacityError(
+                f"sampling.{field} is {count}; at most engine.max_sequences = {limits.max_batch} run at once"
+            )
 
 
 def _is_number(value: object) -> bool:
@@ -103,6 +139,13 @@ def _check_sampling(given: SamplingParams, vocab_size: int) -> None:
     if given.seed is not None:
         _within("sampling.seed", given.seed, "a whole number of at most 64 bits", -(2**63) <= given.seed < 2**64)
     _within("sampling.n", given.n, f"between 1 and {MAX_SAMPLES}", type(given.n) is int and 1 <= given.n <= MAX_SAMPLES)
+    ngram, best_of = given.no_repeat_ngram_size, given.best_of
+    _within(
+        "sampling.no_repeat_ngram_size", ngram, "a whole number, 0 for no rule", type(ngram) is int and ngram >= 0
+    )
+    if best_of is not None:
+        good = type(best_of) is int and given.n <= best_of <= MAX_SAMPLES
+        _within("sampling.best_of", best_of, f"between sampling.n = {given.n} and {MAX_SAMPLES}, or left out", good)
     _within("sampling.repetition_penalty", given.repetition_penalty, "above 0 (1: none)", given.repetition_penalty > 0)
     for name in ("presence_penalty", "frequency_penalty"):
         _within(f"sampling.{name}", getattr(given, name), "a finite number (0: none)", True)
@@ -119,6 +162,51 @@ def _check_sampling(given: SamplingParams, vocab_size: int) -> None:
         if not word:
             raise RequestError("sampling.bad_words holds an empty word; each needs at least one token")
         _check_ids("sampling.bad_words token", word, vocab_size)
+
+
+MAX_LENGTH_PENALTY = 20.0
+MAX_DIVERSITY_PENALTY = 1e6
+
+
+def beam_problems(given: SamplingParams, beam: BeamParams) -> Iterator[tuple[str, str]]:
+    """What is wrong with a beam search, as (field of sampling, problem)."""
+    if not (type(beam.width) is int and 2 <= beam.width <= MAX_SAMPLES):
+        yield "beam.width", f"is {beam.width!r}; it must be between 2 and {MAX_SAMPLES} (without beams: leave beam out)"
+        return
+    if not (_is_number(beam.length_penalty) and abs(beam.length_penalty) <= MAX_LENGTH_PENALTY):
+        yield "beam.length_penalty", f"is {beam.length_penalty!r}; it must be between -20 and 20 (0: none, 1: the mean)"
+    if beam.early_stopping not in (True, False, "never"):
+        yield "beam.early_stopping", f"is {beam.early_stopping!r}; it must be True, False or 'never'"
+    if not (type(beam.groups) is int and beam.groups >= 1 and beam.width % beam.groups == 0):
+        yield "beam.groups", f"is {beam.groups!r}; it must divide the width of {beam.width}"
+    elif not (_is_number(beam.diversity_penalty) and 0 <= beam.diversity_penalty <= MAX_DIVERSITY_PENALTY):
+        yield "beam.diversity_penalty", f"is {beam.diversity_penalty!r}; it must be between 0 and 1000000"
+    elif (beam.groups > 1) != (beam.diversity_penalty > 0):
+        yield (
+            "beam.diversity_penalty",
+            f"is {beam.diversity_penalty!r} with {beam.groups} groups; groups need one above 0 (without it all would "
+            "find the same), and without groups it means nothing",
+        )
+    if given.n > beam.width:
+        yield "n", f"is {given.n}; a search with {beam.width} beams finds at most as many sequences"
+    if given.best_of is not None:
+        yield "best_of", "cannot be given with beams, which are the best of their kind; sampling.n says how many"
+    if given.temperature not in (0.0, 1.0):
+        yield "temperature", f"is {given.temperature!r}; beams are not drawn: leave it out"
+    for name in ("top_k", "top_p", "min_p"):
+        if getattr(given, name) is not None:
+            yield name, f"is {getattr(given, name)!r}; beams are not drawn: leave it out"
+
+
+def check_beams(request: Request, beam: BeamParams) -> None:
+    for field, problem in beam_problems(request.sampling, beam):
+        raise RequestError(f"sampling.{field} {problem}")
+    if request.score_only:
+        raise RequestError("sampling.beam is set and nothing is to be generated; leave it out")
+    if request.response.logprobs_temperature != 1.0:
+        raise RequestError("response.logprobs_temperature is set; with beams log-probabilities are the model's own")
+    if request.stopping.stop_sequences:
+        raise RequestError("stopping.stop_sequences are not looked for in beams; use stop_token_ids")
 
 
 def _check_stopping(given: StoppingCriteria, vocab_size: int) -> None:
@@ -142,8 +230,8 @@ def _check_response(given: ResponseOptions) -> None:
 
 
 def _check_resumed(request: Request, vocab_size: int) -> None:
-    samples = request.sampling.n
+    samples = request.sampling.num_samples
     if len(request.resumed_ids) > samples or any(not 0 <= index < samples for index in request.finished_samples):
-        raise RequestError(f"resumed_ids or finished_samples name more samples than sampling.n = {samples}")
+        raise RequestError(f"resumed_ids or finished_samples name more samples than the {samples} of sampling")
     for ids in request.resumed_ids:
         _check_ids("resumed token", ids, vocab_size)
