@@ -19,9 +19,9 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.actors.faults import Fault, describe, root_cause
-from cluster.actors.place import Place, PlacementConfig, assign, bundle, check_room
+from cluster.actors.place import Place, PlacementConfig, assign, bundle, bundles_in_rank_order, check_room
 from cluster.actors.worker import MakeProgram, Ready, Worker
-from parallel.errors import WorkerError
+from parallel.errors import ConfigError, WorkerError
 
 log = logging.getLogger(__name__)
 GRACE_S = 1.0
@@ -95,7 +95,7 @@ class WorkerGroup:
     def _place(self) -> None:
         """Reserves the ranks' resources, or says what is missing."""
         config = self.config
-        check_room(ray.nodes(), self._size, self._device, config.strategy)
+        self._await_room()
         self._placement = placement_group([bundle(self._device)] * self._size, strategy=config.strategy)
         deadline = time.monotonic() + config.place_timeout_s
         while not self._placement.wait(PULSE_S) and not self._closing.is_set():
@@ -108,12 +108,24 @@ class WorkerGroup:
                 "stop other work or wait longer"
             )
 
+    def _await_room(self) -> None:
+        """Until the cluster is large enough, if its nodes are given time to join."""
+        deadline = time.monotonic() + self.config.join_timeout_s
+        while True:
+            try:
+                return check_room(ray.nodes(), self._size, self._device, self.config.strategy)
+            except ConfigError:
+                if time.monotonic() >= deadline or self._closing.wait(PULSE_S):
+                    raise
+
     def _meet(self) -> None:
         """Starts the actors and calls each one's `run` with its place."""
         nodes = self._nodes_of_bundles()
+        bundles = bundles_in_rank_order(nodes)
+        nodes = [nodes[index] for index in bundles]
         actor_class = ray.remote(Worker)
         for rank in range(self._size):
-            strategy = PlacementGroupSchedulingStrategy(self._placement, placement_group_bundle_index=rank)
+            strategy = PlacementGroupSchedulingStrategy(self._placement, placement_group_bundle_index=bundles[rank])
             options = actor_class.options(
                 num_cpus=1,
                 num_gpus=1 if self._device == "cuda" else 0,

@@ -22,6 +22,7 @@ class PlacementConfig:
     """How a group is placed and how long each part of its life may take."""
 
     strategy: Strategy = "STRICT_PACK"  # every rank on one node: tensor-parallel sums are latency-bound
+    join_timeout_s: float = 0.0  # for nodes on their way: `ray up` returns when the head is up, before its workers
     place_timeout_s: float = 60.0
     start_timeout_s: float = 600.0
     stop_timeout_s: float = 10.0
@@ -69,6 +70,17 @@ def check_room(nodes: Sequence[Mapping[str, Any]], size: int, device: str, strat
         advice += ", or placement.strategy to PACK to use several nodes"
     needs = f"{size} ranks need {size} {word}s" if size > 1 else f"1 rank needs 1 {word}"
     raise ConfigError(f"{needs}{where}, the cluster has {has}; {advice}")
+
+
+def bundles_in_rank_order(node_of_bundle: Sequence[str]) -> list[int]:
+    """Which bundle each rank takes: node after node, the fullest first, so that neighbouring ranks, which share a
+    tensor-parallel group, share a node wherever that can be; Ray promises no order.
+    """
+    first = {node: index for index, node in reversed(list(enumerate(node_of_bundle)))}
+    return sorted(
+        range(len(node_of_bundle)),
+        key=lambda index: (-node_of_bundle.count(node_of_bundle[index]), first[node_of_bundle[index]], index),
+    )
 
 
 def assign(node_of_rank: Sequence[str], address: str | None) -> list[Place]:

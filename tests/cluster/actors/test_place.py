@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cluster.actors.place import PlacementConfig, assign, check_room
+from cluster.actors.place import PlacementConfig, assign, bundles_in_rank_order, check_room
 from parallel.errors import ConfigError
 
 
@@ -47,3 +47,15 @@ def test_local_ranks_count_up_on_each_node() -> None:
 def test_an_unknown_strategy_is_refused() -> None:
     with pytest.raises(ConfigError, match="'PACKED' is unknown; choose one of"):
         PlacementConfig(strategy="PACKED")  # type: ignore[arg-type]
+
+
+def test_neighbouring_ranks_share_a_node_however_the_bundles_were_dealt() -> None:
+    dealt = ["b", "a", "b", "a", "a", "b", "a", "b"]
+    order = bundles_in_rank_order(dealt)
+    assert sorted(order) == list(range(8))
+    assert [dealt[index] for index in order] == ["b"] * 4 + ["a"] * 4
+
+
+def test_the_fullest_node_holds_the_first_ranks() -> None:
+    dealt = ["a", "b", "b", "a", "b", "b"]
+    assert [dealt[index] for index in bundles_in_rank_order(dealt)] == ["b"] * 4 + ["a"] * 2
