@@ -23,6 +23,7 @@ from parallel.errors import ConfigError
 
 FLAGS = {
     "model": "model",
+    "task": "task",
     "adapter": "adapter",
     "tp": "parallel.tp",
     "dp": "parallel.dp",
@@ -72,6 +73,7 @@ class ServeConfig:
 
     model: str
     adapter: str | None = None
+    task: str = "causal-lm"
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -85,6 +87,10 @@ class ServeConfig:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="the folder of a Hugging Face checkpoint")
     parser.add_argument("--adapter", metavar="FOLDER", help="a PEFT LoRA adapter, merged into the weights as they load")
+    parser.add_argument(
+        "--task",
+        help="causal-lm (default), sequence-classification, token-classification, question-answering or double-heads",
+    )
     parser.add_argument("--tp", type=int, help="tensor-parallel ranks (default 1)")
     parser.add_argument("--dp", type=int, help="replicas (1 for now)")
     parser.add_argument("--device", help="cpu (default) or cuda")

@@ -31,6 +31,7 @@ from cluster.training.states import StateFolder
 from parallel.errors import ConfigError, WorkerError
 from tp_decoders.adapter_files import read_adapter_config
 from tp_decoders.registry import read_config
+from tp_decoders.task_config import CAUSAL, check_task
 from tp_decoders.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ CLOSE_GRACE_S = 2.0
 
 def serve(config: ServeConfig, model: Path, log_level: int) -> int:
     """Serves until a signal, a Drain call or a fault; the exit status."""
-    read_config(model)  # what is wrong with the checkpoint's description is said before anything starts
+    check_task(config.task, read_config(model).model_type)  # what is wrong with the checkpoint's description is said before anything starts
     if config.adapter is not None:
         read_adapter_config(config.adapter)
     check_port(config.server.host, config.server.port)
@@ -138,7 +139,8 @@ def ready_line(config: ServeConfig, model: Path, ready: Sequence[Ready], port: i
     size = sum(rank.facts.kv_bytes for rank in ready) / 1e6
     return (
         f"ready: {config.server.host}:{port}  model {model.name} ({facts.family}, {facts.dtype})  "
-        f"tp={config.parallel.tp} on {config.parallel.device} ({facts.transport}, attention {facts.attention})  "
+        + (f"{config.task}  " if config.task != CAUSAL else "")
+        + f"tp={config.parallel.tp} on {config.parallel.device} ({facts.transport}, attention {facts.attention})  "
         f"KV cache {tokens} tokens ({facts.kv_blocks} blocks of {facts.block_size}, {size:.1f} MB)"
         + ("  training on" if config.training.enabled else "")
     )
@@ -155,6 +157,7 @@ def start_line(rank: Ready) -> str:
 def _spec(config: ServeConfig, model: Path) -> ServeSpec:
     return ServeSpec(
         model=str(model),
+        task=config.task,
         adapter=None if config.adapter is None else str(Path(config.adapter).resolve()),
         authkey=secrets.token_bytes(32),
         parallel=config.parallel,

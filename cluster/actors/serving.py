@@ -61,7 +61,7 @@ class ServeRank:
             self._groups = self._meet()
         with phases("reading weights"):
             dtype = getattr(torch, parallel.dtype) if parallel.dtype else None
-            model = load(self._spec.model, group=self._groups.tp, dtype=dtype, device=self._device)
+            model = load(self._spec.model, self._spec.task, self._groups.tp, dtype, self._device)
             if self._spec.adapter is not None:
                 load_merged(model, self._spec.adapter)
         with phases("warming up"):
@@ -160,7 +160,11 @@ def warm_up(model: Decoder) -> None:
     """One forward of two tokens: weights are packed and kernels built before memory is counted and a client waits."""
     weight = next(model.parameters())
     tokens = torch.zeros(2, dtype=torch.long, device=weight.device)
-    model(tokens, torch.arange(2, device=weight.device), Causal([2]))
+    x_TD = model.hidden(tokens, torch.arange(2, device=weight.device), Causal([2]))
+    if model.has_vocabulary:
+        model.logits(x_TD, None)
+    if model.task_head is not None:
+        model.task_head(model.final(x_TD))
 
 
 def _transport(model: Decoder) -> str:

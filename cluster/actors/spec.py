@@ -83,6 +83,7 @@ class ServeSpec:
 
     model: str
     authkey: bytes = field(repr=False)
+    task: str = "causal-lm"
     adapter: str | None = None  # a PEFT adapter's folder, merged into the weights as they are loaded
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)

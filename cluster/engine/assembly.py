@@ -93,6 +93,7 @@ def limits_of(model: Decoder, eos_token_ids: Many[int] = ()) -> ModelLimits:
         max_context=model.config.max_positions,
         kv_capacity_tokens=0,
         eos_token_ids=tuple(eos_token_ids),
+        task=model.config.task,
     )
 
 

@@ -15,6 +15,7 @@ from cluster.engine.request import ModelLimits, Request, SamplingParams
 from cluster.engine.validation import check_capacity, room
 from cluster.frontend.calls import Call, FillInMiddle, FrontendConfig, Prompt
 from cluster.frontend.errors import InvalidRequest, NoTokenizer, Violation
+from cluster.frontend.reading import Reading, check_task, matters, pooling_of
 from cluster.frontend.rules import token_ids, violations
 from cluster.frontend.text import TextCodec
 from parallel.errors import CapacityError, RequestError
@@ -32,6 +33,7 @@ class Admission:
 
     def check(self, call: Call) -> None:
         """Raise what is wrong with the call as a whole."""
+        check_task(call.reading, self.limits.task)
         found = tuple(violations(call, self.limits, self.config))
         if found:
             raise InvalidRequest.of(found)
@@ -52,7 +54,7 @@ class Admission:
         for index, prompt in enumerate(call.prompts):
             try:
                 ids = await self._token_ids(prompt, f"{call.prompts_field}[{index}]", beside)
-                made.append(self._request(call, ids, sampling, f"{call.prompts_field}[{index}]"))
+                made.append(self._request(call, ids, sampling, index))
             except RequestError as error:
                 made.append(error)
         return made
@@ -93,16 +95,21 @@ class Admission:
         return await self.encode_bounded(prompt.text or "", field, beside)
 
     async def _fill_in_middle(self, fim: FillInMiddle, field: str, beside: bool) -> Sequence[int]:
-        """Prefix, suffix, then the middle is the model's to write."""
+        """Prefix, suffix, then the middle is the model's to write; or the suffix first and then the prefix with it."""
         prefix = await self.encode_bounded(fim.prefix, f"{field}.prefix", beside)
         suffix = await self.encode_bounded(fim.suffix, f"{field}.suffix", beside)
         marks = self.codec.fim if self.codec else None
         if marks is None:
             raise _invalid(field, "this model's vocabulary has no fill-in-the-middle tokens; send text or token_ids")
+        if fim.suffix_first:
+            return (marks.prefix, marks.suffix, *suffix, marks.middle, *prefix)
         return (marks.prefix, *prefix, marks.suffix, *suffix, marks.middle)
 
-    def _request(self, call: Call, given: Sequence[int], sampling: SamplingParams, field: str) -> Request:
+    def _request(self, call: Call, given: Sequence[int], sampling: SamplingParams, index: int) -> Request:
+        field = f"{call.prompts_field}[{index}]"
         ids = self._checked(given, 2 if call.score else 1, field)
+        if call.reading is not None:
+            return self._read(call, call.reading, ids, index)
         if sampling.seed is None and not call.score:
             sampling = replace(sampling, seed=fresh_seed())
         request = Request(
@@ -116,6 +123,17 @@ class Admission:
             score_only=call.score,
         )
         return request if call.score else self._resolved(request, field)
+
+    def _read(self, call: Call, reading: Reading, ids: tuple[int, ...], index: int) -> Request:
+        request = Request(
+            request_id=call.request_id,
+            token_ids=matters(ids, reading, self.limits.task, index),
+            priority=call.priority,
+            deadline=call.deadline,
+            pooling=pooling_of(reading, self.limits),
+        )
+        check_capacity(request, self.limits)
+        return request
 
     def _resolved(self, request: Request, field: str) -> Request:
         """max_new_tokens becomes what is left where more, or nothing, was asked for."""

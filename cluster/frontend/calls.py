@@ -8,14 +8,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from cluster.engine.request import ResponseOptions, SamplingParams, StoppingCriteria
+from cluster.frontend.reading import Reading
 
 
 @dataclass(frozen=True)
 class FillInMiddle:
-    """Text before and after what the model is to write."""
+    """Text before and after what the model is to write; `suffix_first` is the second order models are trained on."""
 
     prefix: str
     suffix: str
+    suffix_first: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +36,9 @@ class Prompt:
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """Prompts to be continued, or (`score`) only scored. `bad_words` are texts; sampling.bad_words holds token ids."""
+    """Prompts to be continued, or only scored (`score`), or read and answered (`reading`). `bad_words` are texts,
+    sampling.bad_words holds token ids.
+    """
 
     prompts: tuple[Prompt, ...]
     request_id: str = ""
@@ -45,11 +49,12 @@ class Call:
     priority: int = 0
     deadline: float | None = None
     score: bool = False
+    reading: Reading | None = None
 
     @property
     def prompts_field(self) -> str:
         """What the prompts are called in the interface."""
-        return "sequences" if self.score else "prompts"
+        return "sequences" if self.score or self.reading else "prompts"
 
 
 @dataclass(frozen=True, kw_only=True)

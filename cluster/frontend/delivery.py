@@ -71,7 +71,7 @@ class Delivery:
         for entry in entries:
             for index, sample in enumerate(entry.samples):
                 if not sample.done:
-                    entry.stream.put(entry.end(index, reason, now))
+                    entry.show(entry.end(index, reason, now))
             self._forget(entry)
 
     def fail(self, entry: Entry, error: TpError) -> None:
@@ -105,7 +105,7 @@ class Delivery:
                 entry, RequestFailed(f"the tokens could not be turned into text: {type(error).__name__}: {error}")
             )
             return
-        entry.stream.put(chunk)
+        entry.show(chunk)
         if chunk.finish_reason is not None and event.finish_reason is None:
             self._stop_sample(entry, event.sample_index)
         if entry.done:
@@ -123,8 +123,8 @@ class Delivery:
         """A sample whose last token came without its end, because the engine died between the two."""
         most = entry.request.stopping.max_new_tokens
         for index, sample in enumerate(entry.samples):
-            if not (sample.done or entry.request.score_only or most is None or len(sample.token_ids) < most):
-                entry.stream.put(entry.end(index, FinishReason.LENGTH, now))
+            if not (sample.done or not entry.request.continues or most is None or len(sample.token_ids) < most):
+                entry.show(entry.end(index, FinishReason.LENGTH, now))
         if entry.done:
             self._forget(entry)
 

@@ -52,6 +52,14 @@ class NoTokenizer(RequestError):
     """Text was given or asked for, and the checkpoint has no tokenizer."""
 
 
+class ReadingEnded(TpError, RuntimeError):
+    """A prompt that was being read was ended (Abort, a drain, a deadline) before its answer was there."""
+
+
+class WrongTask(RequestError):
+    """The model behind this server has not the head that the call needs."""
+
+
 class DuplicateRequest(RequestError):
     """A request of this id is still open."""
 

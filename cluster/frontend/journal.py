@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from cluster.engine.request import FinishReason, Request, Timings, TokenEvent
+from cluster.frontend.best_of import BestOf
 from cluster.frontend.errors import DuplicateRequest, QueueFull
 from cluster.frontend.streams import Chunk, PromptInfo, Stream
 from cluster.frontend.text import SampleText
@@ -40,6 +41,7 @@ class Entry:
     first_token: float | None = None
     prompt_logprobs_seen: bool = False
     announced: bool = False
+    best_of: BestOf | None = None
 
     @property
     def done(self) -> bool:
@@ -67,12 +69,18 @@ class Entry:
         sample.prefix = ""
         chunk.token_ids = list(new_ids)
         chunk.logprobs = list(event.logprobs[: piece.num_tokens])
-        chunk.prompt_logprobs = event.prompt_logprobs
+        chunk.prompt_logprobs, chunk.pooled = event.prompt_logprobs, event.pooled
         chunk.finish_reason, chunk.stop_sequence = reason, stop
         chunk.stop_token_id = None if stop is not None else event.stop_token_id
+        chunk.stop_logprob, chunk.score = None if stop is not None else event.stop_logprob, event.score
         chunk.weight_version = event.weight_version
         chunk.timings = self.timings(now) if reason is not None else None
         return chunk
+
+    def show(self, chunk: Chunk) -> None:
+        """To the reader, unless it has to be seen first which samples are the best."""
+        for shown in [chunk] if self.best_of is None else self.best_of.take(chunk):
+            self.stream.put(shown)
 
     def end(self, sample_index: int, reason: FinishReason, now: float) -> Chunk:
         """The end of a sample that the front-end decides on: what was held back goes out."""
@@ -109,7 +117,7 @@ class Entry:
             num_tokens=len(request.token_ids),
             sampling=request.sampling,
             stopping=request.stopping,
-            token_ids=request.token_ids if request.response.echo or request.score_only else (),
+            token_ids=request.token_ids if request.response.echo or request.wants_tokens else (),
         )
 
 

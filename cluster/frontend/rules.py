@@ -11,8 +11,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from cluster.engine.request import ModelLimits
+from cluster.engine.validation import beam_problems
 from cluster.frontend.calls import Call, FrontendConfig
 from cluster.frontend.errors import Violation
+from cluster.frontend.reading import problems
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ TOP_K = unset_or(whole(1, 2**32, "a whole number of at least 1, or leave it out"
 TOP_P = unset_or(number(1e-9, 1.0, "above 0 and at most 1, or leave it out"))
 MIN_P = unset_or(number(0.0, 1.0, "from 0 to 1, or leave it out"))
 SEED = unset_or(whole(0, 2**63 - 1, "a whole number from 0 to 2^63 - 1, or leave it out"))
+NGRAM = whole(0, 2**32, "a whole number (0: no rule)")
 REPETITION = number(1e-2, 1e2, "from 0.01 to 100 (1: none)")
 PENALTY = number(-1e2, 1e2, "from -100 to 100 (0: none)")
 BIAS = number(-1e4, 1e4, "from -10000 to 10000")
@@ -90,6 +93,28 @@ def _temperature(s: Scope) -> Problem:
 def _n(s: Scope) -> Problem:
     most = min(s.config.max_n, s.limits.max_batch or s.config.max_n)
     return whole(1, most, f"a whole number from 1 to {most}")(s.call.sampling.n)
+
+
+def _best_of(s: Scope) -> Problem:
+    given, least, most = s.call.sampling.best_of, s.call.sampling.n, s.config.max_n
+    most = min(most, s.limits.max_batch or most)
+    return unset_or(whole(least, most, f"a whole number from n = {least} to {most}, or leave it out"))(given)
+
+
+def _beams(s: Scope) -> Iterator[Violation]:
+    """Of a beam search, rules that concern several fields at once."""
+    beam = s.call.sampling.beam
+    if beam is None:
+        return
+    for field, problem in beam_problems(s.call.sampling, beam):
+        yield Violation(f"sampling.{field}", problem)
+    most = s.limits.max_batch
+    if most and beam.width > most:
+        yield Violation("sampling.beam.width", f"is {beam.width}; at most {most} sequences run at once")
+    if s.call.stopping.stop_sequences:
+        yield Violation("stopping.stop_sequences", "are not looked for in beams; use stop_token_ids")
+    if s.call.response.logprobs_temperature != 1.0:
+        yield Violation("response.logprobs_temperature", "is set; with beams log-probabilities are the model's own")
 
 
 def _num_logprobs(value: object, s: Scope) -> Problem:
@@ -156,6 +181,8 @@ GENERATE: tuple[Row, ...] = (
     ("sampling.min_p", lambda s: MIN_P(s.call.sampling.min_p)),
     ("sampling.seed", lambda s: SEED(s.call.sampling.seed)),
     ("sampling.n", _n),
+    ("sampling.best_of", _best_of),
+    ("sampling.no_repeat_ngram_size", lambda s: NGRAM(s.call.sampling.no_repeat_ngram_size)),
     ("sampling.repetition_penalty", lambda s: REPETITION(s.call.sampling.repetition_penalty)),
     ("sampling.presence_penalty", lambda s: PENALTY(s.call.sampling.presence_penalty)),
     ("sampling.frequency_penalty", lambda s: PENALTY(s.call.sampling.frequency_penalty)),
@@ -176,11 +203,16 @@ SCORE: tuple[Row, ...] = (
     ("top_logprobs", lambda s: _num_logprobs(s.call.response.prompt_logprobs, s)),
 )
 
+READ: tuple[Row, ...] = (("sequences", _prompts),)
+
 
 def violations(call: Call, limits: ModelLimits, config: FrontendConfig) -> Iterator[Violation]:
     """Every rule the call breaks, in the order of the table."""
     scope = Scope(call, limits, config)
-    for field, check in SHARED + (SCORE if call.score else GENERATE):
+    if call.reading is not None:
+        yield from problems(call.reading, limits.task, len(call.prompts))
+    for field, check in SHARED + (READ if call.reading else SCORE if call.score else GENERATE):
         problem = check(scope)
         if problem is not None:
             yield Violation(field, problem)
+    yield from _beams(scope)

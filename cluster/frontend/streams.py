@@ -37,9 +37,12 @@ class Chunk:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
+    pooled: tuple[tuple[float, ...], ...] | None = None
     finish_reason: FinishReason | None = None
     stop_sequence: str | None = None
     stop_token_id: int | None = None
+    stop_logprob: float | None = None
+    score: float | None = None
     weight_version: int = 0
     timings: Timings | None = None
     prompt: PromptInfo | None = None
@@ -52,9 +55,12 @@ class Chunk:
         self.logprobs += later.logprobs
         for name in (
             "prompt_logprobs",
+            "pooled",
             "finish_reason",
             "stop_sequence",
             "stop_token_id",
+            "stop_logprob",
+            "score",
             "timings",
             "prompt",
             "error",

@@ -151,6 +151,18 @@ class AsyncClient:
     ) -> inference.ScoreResponse:
         return await self.call(self.inference.Score, score_request(sequences, **fields), timeout)
 
+    async def classify(
+        self, sequences: Sequence[Prompt], *, timeout: float | None = None, **fields: Any
+    ) -> inference.ClassifyResponse:
+        request = inference.ClassifyRequest(sequences=map(prompt_message, sequences), **fields)
+        return await self.call(self.inference.Classify, request, timeout)
+
+    async def embed(
+        self, sequences: Sequence[Prompt], *, timeout: float | None = None, **fields: Any
+    ) -> inference.EmbedResponse:
+        request = inference.EmbedRequest(sequences=map(prompt_message, sequences), **fields)
+        return await self.call(self.inference.Embed, request, timeout)
+
     async def tokenize(self, texts: Sequence[str], timeout: float | None = None) -> inference.TokenizeResponse:
         return await self.call(self.inference.Tokenize, inference.TokenizeRequest(texts=texts), timeout)
 
@@ -244,6 +256,12 @@ class Client:
 
     def score(self, sequences: Sequence[Prompt], **fields: Any) -> inference.ScoreResponse:
         return self._runner.run(self._calls.score(sequences, **fields))
+
+    def classify(self, sequences: Sequence[Prompt], **fields: Any) -> inference.ClassifyResponse:
+        return self._runner.run(self._calls.classify(sequences, **fields))
+
+    def embed(self, sequences: Sequence[Prompt], **fields: Any) -> inference.EmbedResponse:
+        return self._runner.run(self._calls.embed(sequences, **fields))
 
     def tokenize(self, texts: Sequence[str]) -> inference.TokenizeResponse:
         return self._runner.run(self._calls.tokenize(texts))

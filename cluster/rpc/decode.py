@@ -7,13 +7,14 @@ copied.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from google.protobuf.message import Message
 
-from cluster.engine.request import ResponseOptions, SamplingParams, StoppingCriteria
+from cluster.engine.request import BeamParams, Pooling, ResponseOptions, SamplingParams, StoppingCriteria
 from cluster.frontend.calls import Call, FillInMiddle, FrontendConfig, Prompt
 from cluster.frontend.errors import InvalidRequest, NotImplementedField, Violation
+from cluster.frontend.reading import MAX_ANSWER_TOKENS, Reading
 from cluster.rpc.proto import inference_pb2 as pb
 
 T = TypeVar("T")
@@ -57,6 +58,38 @@ def score_call(message: pb.ScoreRequest, config: FrontendConfig, deadline: float
     )
 
 
+def classify_call(message: pb.ClassifyRequest, config: FrontendConfig, deadline: float | None) -> Call:
+    """What a ClassifyRequest asks for."""
+    reading = Reading(
+        num_choices=message.num_choices,
+        marks=_bounded(message.marks, "marks", config.max_prompts_per_call),
+        num_spans=_given(message, "num_spans", 1),
+        max_answer_tokens=_given(message, "max_answer_tokens", MAX_ANSWER_TOKENS),
+    )
+    return _reading_call(message, reading, config, deadline)
+
+
+def embed_call(message: pb.EmbedRequest, config: FrontendConfig, deadline: float | None) -> Call:
+    """What an EmbedRequest asks for."""
+    if message.pooling not in (pb.POOLING_UNSPECIFIED, pb.POOLING_LAST, pb.POOLING_MEAN):
+        raise InvalidRequest.of([Violation("pooling", f"{message.pooling} is unknown; give LAST or MEAN")])
+    rows: Literal["last", "mean"] = "mean" if message.pooling == pb.POOLING_MEAN else "last"
+    pooling = Pooling(rows=rows, head=False, normalize=message.normalize)
+    return _reading_call(message, Reading(pooling=pooling), config, deadline)
+
+
+def _reading_call(
+    message: pb.ClassifyRequest | pb.EmbedRequest, reading: Reading, config: FrontendConfig, deadline: float | None
+) -> Call:
+    return Call(
+        prompts=_prompts(message.sequences, "sequences", config),
+        request_id=message.request_id,
+        priority=message.priority,
+        deadline=_deadline(deadline),
+        reading=reading,
+    )
+
+
 def _prompts(messages: Sequence[pb.Prompt], field: str, config: FrontendConfig) -> tuple[Prompt, ...]:
     return tuple(map(_prompt, _bounded(messages, field, config.max_prompts_per_call)))
 
@@ -65,15 +98,16 @@ def _prompt(message: pb.Prompt) -> Prompt:
     """A prompt that says nothing stays so: it fails alone, at admission."""
     kind = message.WhichOneof("prompt")
     if kind == "fim":
-        return Prompt(fim=FillInMiddle(message.fim.prefix, message.fim.suffix))
+        if message.fim.order not in (pb.FIM_PREFIX_FIRST, pb.FIM_SUFFIX_FIRST):
+            raise InvalidRequest.of([Violation("fim.order", f"{message.fim.order} is none of the orders there are")])
+        first = message.fim.order == pb.FIM_SUFFIX_FIRST
+        return Prompt(fim=FillInMiddle(message.fim.prefix, message.fim.suffix, suffix_first=first))
     if kind == "text":
         return Prompt(text=message.text)
     return Prompt(token_ids=message.token_ids.ids if kind == "token_ids" else None)
 
 
 def _sampling(message: pb.SamplingParams, config: FrontendConfig) -> SamplingParams:
-    if message.HasField("beam"):
-        raise NotImplementedField.of("sampling.beam", "leave it out; sampling.n gives several independent samples")
     ids = config.max_id_list
     words = _bounded(message.bad_word_ids, "sampling.bad_word_ids", config.max_bad_words)
     return SamplingParams(
@@ -89,6 +123,29 @@ def _sampling(message: pb.SamplingParams, config: FrontendConfig) -> SamplingPar
         logit_bias=dict(message.logit_bias) if _count("sampling.logit_bias", len(message.logit_bias), ids) else {},
         allowed_token_ids=_bounded(message.allowed_token_ids, "sampling.allowed_token_ids", ids) or None,
         bad_words=tuple(_bounded(word.ids, "sampling.bad_word_ids", config.max_stop_length) for word in words),
+        no_repeat_ngram_size=message.no_repeat_ngram_size,
+        best_of=_given(message, "best_of", None),
+        beam=_beam(message.beam) if message.HasField("beam") else None,
+    )
+
+
+EARLY_STOPPING: dict[int, bool | Literal["never"]] = {
+    pb.EARLY_STOPPING_FALSE: False,
+    pb.EARLY_STOPPING_TRUE: True,
+    pb.EARLY_STOPPING_NEVER: "never",
+}
+
+
+def _beam(message: pb.Beam) -> BeamParams:
+    if message.early_stopping not in EARLY_STOPPING:
+        wrong = f"{message.early_stopping} is none of the values there are"
+        raise InvalidRequest.of([Violation("sampling.beam.early_stopping", wrong)])
+    return BeamParams(
+        width=message.width,
+        length_penalty=_given(message, "length_penalty", 1.0),
+        early_stopping=EARLY_STOPPING[message.early_stopping],
+        groups=message.groups or 1,
+        diversity_penalty=message.diversity_penalty,
     )
 
 

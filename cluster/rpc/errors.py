@@ -23,9 +23,11 @@ from cluster.frontend.errors import (
     NotImplementedField,
     NoTokenizer,
     QueueFull,
+    ReadingEnded,
     RequestFailed,
     SlowReader,
     Violation,
+    WrongTask,
 )
 from cluster.training.calls import (
     NoSaveRoot,
@@ -70,6 +72,7 @@ TABLE = (
     Row(DuplicateRequest, StatusCode.ALREADY_EXISTS, "REQUEST_ID_IN_USE"),
     Row(QueueFull, StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL", retryable=True),
     Row(CapacityError, StatusCode.RESOURCE_EXHAUSTED, "DOES_NOT_FIT"),
+    Row(WrongTask, StatusCode.FAILED_PRECONDITION, "WRONG_TASK"),
     Row(RequestError, StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST"),
     Row(Draining, StatusCode.UNAVAILABLE, "DRAINING", retryable=True),
     Row(EngineFault, StatusCode.UNAVAILABLE, "ENGINE_FAULT", retryable=True),
@@ -83,6 +86,7 @@ TABLE = (
     Row(StateExists, StatusCode.ALREADY_EXISTS, "STATE_EXISTS"),
     Row(SaveUnderWay, StatusCode.RESOURCE_EXHAUSTED, "SAVE_UNDER_WAY", retryable=True),
     Row(CheckpointError, StatusCode.FAILED_PRECONDITION, "CHECKPOINT_FAILED"),
+    Row(ReadingEnded, StatusCode.ABORTED, "REQUEST_ENDED"),
     Row(SlowReader, StatusCode.ABORTED, "SLOW_READER"),
     Row(RequestFailed, StatusCode.INTERNAL, "REQUEST_FAILED"),
     Row(ConfigError, StatusCode.FAILED_PRECONDITION, "CONFIGURATION"),

@@ -13,6 +13,7 @@ from cluster.frontend.frontend import Frontend, State
 from cluster.frontend.streams import collect, raise_if_all_failed
 from cluster.rpc import decode
 from cluster.rpc.encode import Encoder, texts, token_lists
+from cluster.rpc.encode_readings import classes, embeddings
 from cluster.rpc.limits import ServerLimits
 from cluster.rpc.proto import control_pb2 as control
 from cluster.rpc.proto import inference_pb2 as inference
@@ -50,7 +51,7 @@ class ServiceInfo:
 
 
 class Inference(InferenceServicer):
-    """Generation, scoring and tokenization."""
+    """Generation, scoring, classification, embedding and tokenization."""
 
     def __init__(self, frontend: Frontend, limits: ServerLimits) -> None:
         self._frontend = frontend
@@ -79,6 +80,22 @@ class Inference(InferenceServicer):
         stream = await self._frontend.open(call)
         results = await collect(stream, len(call.prompts))
         return Encoder(call, stream.request_id, self._frontend.codec).scores(results)
+
+    async def Classify(
+        self, request: inference.ClassifyRequest, context: grpc.aio.ServicerContext
+    ) -> inference.ClassifyResponse:
+        call = decode.classify_call(request, self._frontend.config, context.time_remaining())
+        stream = await self._frontend.open(call)
+        results = await collect(stream, len(call.prompts))
+        return classes(call, results, stream.request_id, self._frontend.limits, self._frontend.codec)
+
+    async def Embed(
+        self, request: inference.EmbedRequest, context: grpc.aio.ServicerContext
+    ) -> inference.EmbedResponse:
+        call = decode.embed_call(request, self._frontend.config, context.time_remaining())
+        stream = await self._frontend.open(call)
+        results = await collect(stream, len(call.prompts))
+        return embeddings(results, stream.request_id)
 
     async def Tokenize(
         self, request: inference.TokenizeRequest, context: grpc.aio.ServicerContext

@@ -77,7 +77,7 @@ class Plain(nn.Module):
         self.config: Any = base.config
         self.prefix, self.head = prefix, head
         setattr(self, prefix, base)
-        setattr(self, head, nn.Linear(self.config.hidden_size, width, bias=bias))
+        setattr(self, head, nn.Linear(int(self.config.hidden_size), width, bias=bias))
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         states = getattr(self, self.prefix)(input_ids, attention_mask=attention_mask).last_hidden_state

@@ -49,6 +49,16 @@ class InferenceStub:
                 request_serializer=cluster_dot_rpc_dot_proto_dot_inference__pb2.ScoreRequest.SerializeToString,
                 response_deserializer=cluster_dot_rpc_dot_proto_dot_inference__pb2.ScoreResponse.FromString,
                 _registered_method=True)
+        self.Classify = channel.unary_unary(
+                '/tp_decoders.v1.Inference/Classify',
+                request_serializer=cluster_dot_rpc_dot_proto_dot_inference__pb2.ClassifyRequest.SerializeToString,
+                response_deserializer=cluster_dot_rpc_dot_proto_dot_inference__pb2.ClassifyResponse.FromString,
+                _registered_method=True)
+        self.Embed = channel.unary_unary(
+                '/tp_decoders.v1.Inference/Embed',
+                request_serializer=cluster_dot_rpc_dot_proto_dot_inference__pb2.EmbedRequest.SerializeToString,
+                response_deserializer=cluster_dot_rpc_dot_proto_dot_inference__pb2.EmbedResponse.FromString,
+                _registered_method=True)
         self.Tokenize = channel.unary_unary(
                 '/tp_decoders.v1.Inference/Tokenize',
                 request_serializer=cluster_dot_rpc_dot_proto_dot_inference__pb2.TokenizeRequest.SerializeToString,
@@ -85,6 +95,21 @@ class InferenceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Classify(self, request, context):
+        """What the head of the server's task (--task) makes of each sequence: its label, its tokens' labels, answers in it, or
+        which of several sequences it chooses. FAILED_PRECONDITION where the model has no such head.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Embed(self, request, context):
+        """Final hidden states, normalised by the model's last layer norm, of any model.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Tokenize(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -114,6 +139,16 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.Score,
                     request_deserializer=cluster_dot_rpc_dot_proto_dot_inference__pb2.ScoreRequest.FromString,
                     response_serializer=cluster_dot_rpc_dot_proto_dot_inference__pb2.ScoreResponse.SerializeToString,
+            ),
+            'Classify': grpc.unary_unary_rpc_method_handler(
+                    servicer.Classify,
+                    request_deserializer=cluster_dot_rpc_dot_proto_dot_inference__pb2.ClassifyRequest.FromString,
+                    response_serializer=cluster_dot_rpc_dot_proto_dot_inference__pb2.ClassifyResponse.SerializeToString,
+            ),
+            'Embed': grpc.unary_unary_rpc_method_handler(
+                    servicer.Embed,
+                    request_deserializer=cluster_dot_rpc_dot_proto_dot_inference__pb2.EmbedRequest.FromString,
+                    response_serializer=cluster_dot_rpc_dot_proto_dot_inference__pb2.EmbedResponse.SerializeToString,
             ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Tokenize,
@@ -207,6 +242,60 @@ class Inference:
             '/tp_decoders.v1.Inference/Score',
             cluster_dot_rpc_dot_proto_dot_inference__pb2.ScoreRequest.SerializeToString,
             cluster_dot_rpc_dot_proto_dot_inference__pb2.ScoreResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Classify(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tp_decoders.v1.Inference/Classify',
+            cluster_dot_rpc_dot_proto_dot_inference__pb2.ClassifyRequest.SerializeToString,
+            cluster_dot_rpc_dot_proto_dot_inference__pb2.ClassifyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Embed(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tp_decoders.v1.Inference/Embed',
+            cluster_dot_rpc_dot_proto_dot_inference__pb2.EmbedRequest.SerializeToString,
+            cluster_dot_rpc_dot_proto_dot_inference__pb2.EmbedResponse.FromString,
             options,
             channel_credentials,
             insecure,
