@@ -8,7 +8,8 @@
 Every rank writes its own byte ranges; nothing is gathered over tensor-parallel ranks. A save copies what it needs
 and returns; a thread writes. The folder gets its name when every rank has synced its part, so a kill at any moment
 leaves the last good one. A rank that fails tells the others (agreement.py), and nobody waits for it. Moments are
-stored as full tensors: any layout resumes from them.
+stored as full tensors: any layout resumes from them. Of a model with an adapter only the adapter is saved, in PEFT's
+files.
 """
 
 from __future__ import annotations
