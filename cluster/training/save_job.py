@@ -97,7 +97,8 @@ class SaveJob:
     def run(self) -> Path:
         if self.leads:
             self._lay_out()
-        self._await("laid out", [self.draft / "ready"])
+        if self.dp.rank == 0:  # the others write nothing and nobody waits for them: "ready" may be gone when they look
+            self._await("laid out", [self.draft / "ready"])
         for files, line, suffix, local in self.copies:
             for index, piece in owned_pieces(line.parameter, local, self.tp.rank):
                 transposed = line.name.transposed
