@@ -12,8 +12,9 @@ import torch
 
 from cluster.actors.train_spec import TrainParallel
 from cluster.training.metrics import read_records
-from cluster.training.run_folder import METRICS
+from cluster.training.run_folder import METRICS, claim_folder
 from tests.cluster.actors.train_runs import STEPS, checksums, go, spec_of, weights, write_start
+from tests.ranks import free_address
 
 ALONE = TrainParallel()
 ROUNDING = 2e-4  # six steps at a learning rate of 0.01
@@ -95,3 +96,30 @@ def test_stopped_and_resumed_in_its_own_layout_of_replicas_it_ends_with_the_same
     go(ranks, spec_of(start, tmp_path / "run", layout))
     assert checksums(tmp_path / "run") == checksums(tmp_path / "whole")
     assert torch.equal(losses(tmp_path / "run"), losses(tmp_path / "whole"))
+
+
+def _late_replica(group: Any, spec: Any, address: str) -> Any:
+    """The run, with the writing threads of all replicas but the first a second late."""
+    import time
+
+    from cluster.training.save_job import SaveJob
+    from tests.cluster.actors.train_runs import run_rank
+
+    run = SaveJob.run
+
+    def late(job: Any) -> Path:
+        if job.dp.rank > 0:
+            time.sleep(1.0)
+        return run(job)
+
+    SaveJob.run = late  # type: ignore[assignment,method-assign]
+    try:
+        return run_rank(group, spec, address)
+    finally:
+        SaveJob.run = run  # type: ignore[method-assign]
+
+
+def test_a_replica_that_is_late_to_a_save_finds_it_done(start: Path, tmp_path: Path, ranks: Any) -> None:
+    spec = spec_of(start, tmp_path / "run", TrainParallel(dp=2), start_timeout_s=20.0)
+    claim_folder(Path(spec.out), spec.run())
+    assert [facts.step for facts in ranks(2, _late_replica, spec, free_address())] == [0, 0]

@@ -56,17 +56,17 @@ def spec_of(start: Path, out: Path, layout: TrainParallel, **more: Any) -> Train
 def go(ranks: Any, spec: TrainSpec) -> list[TrainFacts]:
     """Runs to the last step and its checkpoint."""
     claim_folder(Path(spec.out), spec.run())
-    facts: list[TrainFacts] = ranks(spec.parallel.world, _rank, spec, free_address())
+    facts: list[TrainFacts] = ranks(spec.parallel.world, run_rank, spec, free_address())
     return facts
 
 
 def go_here(spec: TrainSpec) -> TrainFacts:
     """The same for a run of one rank, in this process."""
     claim_folder(Path(spec.out), spec.run())
-    return _rank(Group.single(), spec, free_address())
+    return run_rank(Group.single(), spec, free_address())
 
 
-def _rank(group: Group, spec: TrainSpec, address: str) -> TrainFacts:
+def run_rank(group: Group, spec: TrainSpec, address: str) -> TrainFacts:
     place = Place(
         rank=group.rank, world=group.size, node="127.0.0.1", local_rank=group.rank, local_size=64, address=address
     )  # more ranks than cores: none is pinned
