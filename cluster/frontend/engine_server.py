@@ -125,7 +125,9 @@ class EngineServer:
         if isinstance(message, Submit):
             with self._lock:
                 for request in message.requests:
-                    self._open[request.request_id] = set(range(request.sampling.n)) - set(request.finished_samples)
+                    self._open[request.request_id] = set(range(request.sampling.num_samples)) - set(
+                        request.finished_samples
+                    )
             self._loop.submit(message.requests)
         elif isinstance(message, Abort):
             self._loop.abort(message.request_ids, message.samples)

@@ -20,6 +20,7 @@ from functools import partial
 
 from cluster.engine.request import EngineLoad, FinishReason, ModelLimits, Request
 from cluster.frontend.admission import Admission
+from cluster.frontend.best_of import BestOf
 from cluster.frontend.calls import Call, FrontendConfig
 from cluster.frontend.delivery import Delivery
 from cluster.frontend.errors import Draining, EngineFault, InvalidRequest, Violation
@@ -85,7 +86,7 @@ class Frontend:
         admission = self._admission()
         admission.check(call)
         call = replace(call, request_id=call.request_id or uuid.uuid4().hex)
-        self._journal.check_room(call.request_id, len(call.prompts) * call.sampling.n)
+        self._journal.check_room(call.request_id, len(call.prompts) * call.sampling.num_samples)
         made = await admission.requests(call)
         self._check_open()
         failed = [item for item in made if isinstance(item, RequestError)]
@@ -236,9 +237,14 @@ class Frontend:
         request = replace(request, request_id=f"{call_id}/{index}#{self._nonce}{next(self._names)}")
         prefix = self.codec.tokenizer.decode(request.token_ids) if request.response.echo and self.codec else ""
         samples = [
-            SampleState(text=SampleText(self.codec, request.stopping), prefix=prefix) for _ in range(request.sampling.n)
+            SampleState(text=SampleText(self.codec, request.stopping), prefix=prefix)
+            for _ in range(request.sampling.num_samples)
         ]
-        return Entry(request=request, call_id=call_id, prompt_index=index, stream=stream, samples=samples, admitted=now)
+        best_of = None if request.sampling.best_of is None else BestOf(request.sampling.n, len(samples))
+        return Entry(
+            request=request, call_id=call_id, prompt_index=index, stream=stream, samples=samples, admitted=now,
+            best_of=best_of,
+        )  # fmt: skip
 
     # ------------------------------------------------------------ events and faults
 

@@ -21,6 +21,12 @@ REASONS = {
     FinishReason.ERROR: pb.FINISH_REASON_ERROR,
 }
 
+EARLY_STOPPING: dict[bool | str, pb.EarlyStopping] = {
+    False: pb.EARLY_STOPPING_FALSE,
+    True: pb.EARLY_STOPPING_TRUE,
+    "never": pb.EARLY_STOPPING_NEVER,
+}
+
 
 class Encoder:
     """Encodes the answers to one call: what was asked for, and nothing else."""
@@ -42,6 +48,8 @@ class Encoder:
             stop_token_id=chunk.stop_token_id,
         )
         self._add_tokens(message, chunk)
+        if chunk.score is not None:
+            message.score = chunk.score
         if chunk.prompt_logprobs is not None:
             message.prompt_logprobs.extend(map(_token_logprob, chunk.prompt_logprobs))
         if chunk.prompt is not None:
@@ -79,6 +87,7 @@ class Encoder:
             weight_version=chunk.weight_version,
             stop_sequence=chunk.stop_sequence or "",
             stop_token_id=chunk.stop_token_id,
+            score=chunk.score,
         )
         self._add_tokens(message, chunk)
         return message
@@ -129,9 +138,23 @@ def texts(items: Sequence[str | RequestError]) -> pb.DetokenizeResponse:
 
 def _sampling(given: SamplingParams) -> pb.SamplingParams:
     names = ("temperature", "top_k", "top_p", "min_p", "seed", "n", "repetition_penalty", "presence_penalty")
-    return pb.SamplingParams(
-        frequency_penalty=given.frequency_penalty, **{name: getattr(given, name) for name in names}
+    used = pb.SamplingParams(
+        frequency_penalty=given.frequency_penalty,
+        no_repeat_ngram_size=given.no_repeat_ngram_size,
+        best_of=given.best_of,
+        **{name: getattr(given, name) for name in names},
     )
+    if (beam := given.beam) is not None:
+        used.beam.CopyFrom(
+            pb.Beam(
+                width=beam.width,
+                length_penalty=beam.length_penalty,
+                early_stopping=EARLY_STOPPING[beam.early_stopping],
+                groups=beam.groups,
+                diversity_penalty=beam.diversity_penalty,
+            )
+        )
+    return used
 
 
 def _stopping(given: StoppingCriteria) -> pb.StoppingCriteria:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from google.protobuf.message import Message
 
-from cluster.engine.request import ResponseOptions, SamplingParams, StoppingCriteria
-from cluster.frontend.calls import Call, FrontendConfig, Prompt
+from cluster.engine.request import BeamParams, ResponseOptions, SamplingParams, StoppingCriteria
+from cluster.frontend.calls import Call, FillInMiddle, FrontendConfig, Prompt
 from cluster.frontend.errors import InvalidRequest
 from cluster.rpc.decode import generate_call, score_call
 from cluster.rpc.proto import inference_pb2 as pb
@@ -51,6 +51,11 @@ def full_request() -> pb.GenerateRequest:
             "temperature": 0.3, "top_k": 4, "top_p": 0.5, "min_p": 0.6, "seed": 7, "n": 8, "repetition_penalty": 0.9,
             "presence_penalty": 1.1, "frequency_penalty": 1.2, "logit_bias": {3: -1.5}, "allowed_token_ids": [1, 3],
             "bad_words": ["x"], "bad_word_ids": [{"ids": [5, 6]}],
+            "no_repeat_ngram_size": 3, "best_of": 9,
+            "beam": {
+                "width": 6, "length_penalty": 0.7, "early_stopping": "EARLY_STOPPING_NEVER", "groups": 2,
+                "diversity_penalty": 0.1,
+            },
         },
         stopping={
             "max_new_tokens": 10, "min_new_tokens": 2, "stop_sequences": ["s"], "stop_token_ids": [9],
@@ -69,6 +74,8 @@ def test_every_field_of_the_protocol_arrives_where_it_belongs() -> None:
     sampling = SamplingParams(
         temperature=0.3, top_k=4, top_p=0.5, min_p=0.6, seed=7, n=8, repetition_penalty=0.9, presence_penalty=1.1,
         frequency_penalty=1.2, logit_bias={3: -1.5}, allowed_token_ids=(1, 3), bad_words=((5, 6),),
+        no_repeat_ngram_size=3, best_of=9,
+        beam=BeamParams(width=6, length_penalty=0.7, early_stopping="never", groups=2, diversity_penalty=0.1),
     )  # fmt: skip
     stopping = StoppingCriteria(
         max_new_tokens=10, min_new_tokens=2, stop_sequences=("s",), stop_token_ids=(9,), ignore_eos=True,
@@ -87,14 +94,31 @@ def test_every_field_of_the_protocol_arrives_where_it_belongs() -> None:
 def test_the_request_above_sets_every_field_there_is() -> None:
     """So that a field that is added to the protocol and forgotten here is noticed."""
     left = set(unset(full_request(), ""))
-    assert left == {"adapter", "sampling.beam"}, "these are refused, which other tests show"
+    assert left == {"adapter"}, "this is refused, which another test shows"
 
 
 def unset(message: Message, path: str) -> list[str]:
     names = {field.name for field, _ in message.ListFields()}
     missing = [path + field.name for field in message.DESCRIPTOR.fields if field.name not in names]
-    groups = [name for name in ("sampling", "stopping", "response") if name in names]
+    groups = [name for name in ("sampling", "stopping", "response", "beam") if name in names]
     return missing + [name for group in groups for name in unset(getattr(message, group), f"{path}{group}.")]
+
+
+def test_both_orders_of_a_prompt_with_a_hole_arrive_and_no_third() -> None:
+    for order, first in ((None, False), ("FIM_PREFIX_FIRST", False), ("FIM_SUFFIX_FIRST", True)):
+        message = pb.GenerateRequest(prompts=[{"fim": {"prefix": "a", "suffix": "b", "order": order}}])
+        call = generate_call(message, CONFIG, None)
+        assert call.prompts == (Prompt(fim=FillInMiddle("a", "b", suffix_first=first)),)
+    with pytest.raises(InvalidRequest, match="fim.order"):
+        generate_call(pb.GenerateRequest(prompts=[{"fim": {"prefix": "a", "order": 2}}]), CONFIG, None)
+
+
+def test_early_stopping_is_one_of_three() -> None:
+    for sent, meant in ((0, False), (1, True), (2, "never")):
+        call = generate_call(pb.GenerateRequest(sampling={"beam": {"width": 2, "early_stopping": sent}}), CONFIG, None)
+        assert call.sampling.beam == BeamParams(width=2, early_stopping=meant)
+    with pytest.raises(InvalidRequest, match="early_stopping"):
+        generate_call(pb.GenerateRequest(sampling={"beam": {"width": 2, "early_stopping": 3}}), CONFIG, None)
 
 
 def test_no_deadline_and_one_in_the_far_future_are_none() -> None:

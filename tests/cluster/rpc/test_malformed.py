@@ -172,7 +172,7 @@ def bad_ids(rng: random.Random) -> Case:
 def not_served(rng: random.Random) -> Case:
     return rng.choice(
         [
-            (INFERENCE + "Generate", generate(sampling={"beam": {"width": 2}})),
+            (INFERENCE + "Generate", generate(sampling={"beam": {"width": 1}})),
             (INFERENCE + "Generate", generate(adapter="x")),
             (INFERENCE + "Generate", generate(prompts=[{"fim": {"prefix": "a"}}])),
             (INFERENCE + "Embed", generate()),

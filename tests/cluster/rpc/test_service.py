@@ -155,7 +155,14 @@ def test_items_that_fail_have_their_own_status_and_a_call_of_only_such_items_fai
     ("fields", "code", "words"),
     [
         ({"sampling": {"temperature": math.nan}}, "INVALID_ARGUMENT", "sampling.temperature"),
-        ({"sampling": {"beam": {"width": 4}}}, "UNIMPLEMENTED", "sampling.beam"),
+        ({"sampling": {"beam": {"width": 4, "groups": 3}}}, "INVALID_ARGUMENT", "sampling.beam.groups"),
+        ({"sampling": {"beam": {"width": 2}, "n": 3}}, "INVALID_ARGUMENT", "sampling.n"),
+        (
+            {"sampling": {"beam": {"width": 2}}, "stopping": {"stop_sequences": ["a"]}},
+            "INVALID_ARGUMENT",
+            "stop_token_ids",
+        ),
+        ({"sampling": {"n": 3, "best_of": 2}}, "INVALID_ARGUMENT", "sampling.best_of"),
         ({"adapter": "lora"}, "UNIMPLEMENTED", "adapter"),
         ({"prompts": [{"fim": {"prefix": "a", "suffix": "b"}}]}, "INVALID_ARGUMENT", "prompts[0].fim"),
         ({"prompts": [{}]}, "INVALID_ARGUMENT", "prompts[0]"),
@@ -164,7 +171,7 @@ def test_items_that_fail_have_their_own_status_and_a_call_of_only_such_items_fai
         ({"prompts": [{"token_ids": {"ids": [4294967295]}}]}, "INVALID_ARGUMENT", "4294967295"),
         ({"sampling": {"allowed_token_ids": [1] * 70_000}}, "INVALID_ARGUMENT", "70000 entries"),
     ],
-    ids=range(9),
+    ids=range(12),
 )
 def test_an_error_names_its_field_in_text_and_details(fields: dict[str, Any], code: str, words: str) -> None:
     async def main() -> None:
@@ -195,12 +202,16 @@ def test_a_prompt_with_a_hole_is_marked_with_the_models_own_tokens() -> None:
     async def main() -> None:
         async with service(codec=replace(CODEC, fim=FimTokens(prefix=7, suffix=8, middle=9))) as s:
             message = inference_pb2.GenerateRequest(
-                prompts=[{"fim": {"prefix": "ab", "suffix": "c"}}],
+                prompts=[
+                    {"fim": {"prefix": "ab", "suffix": "c"}},
+                    {"fim": {"prefix": "ab", "suffix": "c", "order": "FIM_SUFFIX_FIRST"}},
+                ],
                 stopping={"max_new_tokens": 3},
                 response={"echo": True},
             )
             answer = await s.client.call(s.client.inference.Generate, message)
             assert list(answer.results[0].prompt_token_ids) == [7, 3, 8, 2, 9]
+            assert list(answer.results[1].prompt_token_ids) == [7, 8, 2, 9, 3], "the answer goes on after the prefix"
 
     run(main())
 
