@@ -199,9 +199,15 @@ def test_all_layouts_are_weighed_and_the_best_within_a_node_comes_first() -> Non
     assert "6 heads do not divide by 4: uneven work" in across.reasons
 
 
+def test_a_group_that_does_not_divide_a_node_lies_across_two() -> None:
+    two = next(c for c in make_plan(question(per_node=3)).fitting if c.layout.tp == 2)
+    assert "tp=2 crosses nodes: every layer's sums do" in two.reasons
+
+
 def test_of_two_alike_the_one_that_computes_nothing_twice_comes_first() -> None:
-    order = [c.layout.recompute for c in make_plan(question(ranks=1)).fitting]
-    assert order == ["none", "selective", "full"]
+    fitting = make_plan(question(ranks=1)).fitting
+    assert [c.layout.recompute for c in fitting] == ["none", "selective", "full"]
+    assert fitting[0].seconds < fitting[1].seconds < fitting[2].seconds
 
 
 def test_where_nothing_fits_the_nearest_is_found_with_more_ranks() -> None:
