@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ class Scenario:
     theirs: list[dict[str, Any]]
     head_mask: Tensor | None = None  # applied to the reference by hand
     grad_of: tuple[str, ...] = ()  # inputs whose gradient is compared
-    options: dict[str, Any] = field(default_factory=dict)
+    through_all: bool = False  # gradients not only of the loss but of attentions and hidden states, too
 
 
 def family(case: str) -> str:
@@ -146,6 +146,12 @@ def head_mask(case: str, per_layer: bool) -> Scenario:
     return scenario
 
 
+def through_all(case: str) -> Scenario:
+    scenario = padded(case, "left", **WATCHED)
+    scenario.through_all = True
+    return scenario
+
+
 def embeds(case: str) -> Scenario:
     scenario = padded(case, "right")
     width = MODELS[case]().config.hidden_size
@@ -180,6 +186,7 @@ FEATURES: dict[str, Callable[[str], Scenario]] = {
     "left padding": lambda case: padded(case, "left", **QUIET),
     "gaps in the mask": lambda case: padded(case, "gaps", **WATCHED),
     "attentions, hidden states and cache": lambda case: padded(case, "left", **WATCHED),
+    "gradients through attentions and hidden states": through_all,
     "position_ids": positions,
     "position_ids shared by rows": one_row_of_positions,
     "token_type_ids": token_types,
@@ -224,7 +231,8 @@ def write_scenario(model: Any, case: str, scenario: Scenario, folder: Path) -> N
         for call in scenario.theirs:
             out = model(**{**call, **leaves, **({} if past is None else {"past_key_values": past})})
             past = out.past_key_values
-    out.loss.backward()
+    whole = scenario.ours[-1].get("attention_mask")
+    (total_of(out, whole) if scenario.through_all else out.loss).backward()
     attentions = out.attentions
     if attentions and scenario.head_mask is not None:
         attentions = [a * scenario.head_mask[i][:, None, None] for i, a in enumerate(attentions)]
@@ -233,6 +241,7 @@ def write_scenario(model: Any, case: str, scenario: Scenario, folder: Path) -> N
     content = {
         "calls": scenario.ours,
         "grad_of": scenario.grad_of,
+        "through_all": scenario.through_all,
         "logits": out.logits,
         "loss": out.loss,
         "hidden_states": out.hidden_states,
@@ -242,6 +251,13 @@ def write_scenario(model: Any, case: str, scenario: Scenario, folder: Path) -> N
         "inputs": {name: leaf.grad for name, leaf in leaves.items()},
     }
     torch.save(content, folder / "reference.pt")
+
+
+def total_of(out: Any, mask: Tensor) -> Tensor:
+    """Something that depends on all outputs at the tokens that are there."""
+    states = sum((h * mask[:, :, None]).square().mean() for h in out.hidden_states)
+    weights = sum((a * mask[:, None, :, None] * mask[:, None, None]).square().mean() for a in out.attentions)
+    return out.loss + states + weights  # type: ignore[no-any-return]
 
 
 def run(group: Group, folder: str) -> tuple[Decoder, dict[str, Any], CausalOutput]:
@@ -256,7 +272,7 @@ def run(group: Group, folder: str) -> tuple[Decoder, dict[str, Any], CausalOutpu
         out = padded_model(**call, past_key_values=past)
         past = out.past_key_values
     assert out.loss is not None
-    out.loss.backward()
+    (total_of(out, last["attention_mask"]) if reference["through_all"] else out.loss).backward()
     return model, reference, out
 
 
