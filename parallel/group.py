@@ -46,6 +46,12 @@ class Group:
     def single(numerics: Numerics = "invariant") -> Group:
         return Group(numerics=numerics)
 
+    def reconnect(self, comm: Comm | None) -> None:
+        """The same place among new peers, after the old ones were lost: whatever was built with this group, a whole
+        model say, talks over the new communicator from now on. The one thing about a group that may change.
+        """
+        object.__setattr__(self, "comm", comm)
+
     @property
     def talk(self) -> Comm:
         """The communicator; an error where the group was built for shapes only."""

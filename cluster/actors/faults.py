@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
 
 from cluster.actors.place import Place
-from parallel.errors import CollectiveError, TpError, WorkerError
+from cluster.actors.worker import is_consequence
+from parallel.errors import TpError, WorkerError
 
-LOST_PEER = ("DistNetworkError", "DistStoreError", "DistBackendError")
-"""What torch.distributed raises where another rank went away."""
+
+class NoAnswer(WorkerError):
+    """A rank's process that gives no sign of life, though nothing says that it ended."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +35,9 @@ class Fault:
     @property
     def depth(self) -> int:
         """The smaller, the closer to the root: a dead process, then an error of its own, then one caused by a peer."""
-        if isinstance(self.original, RayActorError):
+        if isinstance(self.original, RayActorError | NoAnswer):
             return 0
-        if isinstance(self.original, CollectiveError) or type(self.original).__name__ in LOST_PEER:
+        if is_consequence(self.original):
             return 2
         return 3 if self.original is None else 1
 

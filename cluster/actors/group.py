@@ -1,8 +1,8 @@
-"""A group of ranks on a Ray cluster: placed, started, watched and ended together.
+"""A group of ranks on a Ray cluster: placed, started, watched, rebuilt after a fault, and ended together.
 
 One actor per rank, one long-running call per actor: when a rank dies its call ends, and `ray.wait` tells within a
-second. Ray carries nothing else: what the ranks do step by step travels over their own collectives. A group that
-failed is closed, never repaired.
+second; one that is frozen is found because it no longer answers (pulse.py). Ray carries nothing else: what the ranks
+do step by step travels over their own collectives. Whether and how often to rebuild is its owner's business.
 """
 
 from __future__ import annotations
@@ -15,22 +15,25 @@ from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError
-from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from cluster.actors.faults import Fault, describe, root_cause
-from cluster.actors.place import Place, PlacementConfig, assign, bundle, bundles_in_rank_order, check_room
-from cluster.actors.worker import MakeProgram, Ready, Worker
-from parallel.errors import ConfigError, WorkerError
+from cluster.actors.bundles import PULSE_S, Bundles, Tell
+from cluster.actors.faults import Fault, NoAnswer, describe, root_cause
+from cluster.actors.place import Place, PlacementConfig, assign
+from cluster.actors.pulse import Pulse, unanswering
+from cluster.actors.worker import MakeProgram, Ready, Worker, is_consequence
+from parallel.errors import WorkerError
 
 log = logging.getLogger(__name__)
 GRACE_S = 1.0
 """After one rank fails the others' failures are awaited this long: the first to arrive is often a consequence."""
-PULSE_S = 0.5
+SETTLE_S = 15.0
+"""How long a surviving rank may take to leave the collective that a lost one broke: its limit, and a little more."""
+ANSWER_S = 5.0
 
 
 class WorkerGroup:
-    """`size` ranks of one program. `start` returns when all are ready; a later failure is told once, to `on_fault`."""
+    """`size` ranks of one program. `start` returns when all are ready; a later failure is told once, to `on_fault`.
+    Then it can be rebuilt, or closed."""
 
     def __init__(
         self, make: MakeProgram, size: int, device: str = "cpu", config: PlacementConfig | None = None
@@ -39,34 +42,75 @@ class WorkerGroup:
         self._make = make
         self._size = size
         self._device = device
-        self._placement: PlacementGroup | None = None
+        self._life = 0
         self._actors: list[Any] = []
         self._places: list[Place] = []
         self._runs: list[ray.ObjectRef] = []
+        self._ready: list[Ready] = []
         self._closing = threading.Event()
+        self._bundles = Bundles(size, device, self.config, self._closing)
+        self._on_fault: Callable[[str], None] | None = None
         self._fault: str | None = None
+        self._silent: list[int] = []
         self._faulted = threading.Event()
         self._watcher: threading.Thread | None = None
 
     def start(self, on_fault: Callable[[str], None] | None = None) -> list[Ready]:
         """Places and starts every rank; on failure nothing is left behind and the error names rank, node and cause."""
+        self._on_fault = on_fault
         try:
-            self._place()
+            self._bundles.reserve()
             self._check_open()
-            self._meet()
-            self._check_open()
-            ready = self._await_ready()
+            self._meet([])
+            self._ready = self._await_ready()
         except BaseException:
             self._end(ask=False)
             raise
-        self._watcher = threading.Thread(target=self._watch, args=(on_fault,), name="worker-group-watch", daemon=True)
-        self._watcher.start()
-        return ready
+        self._begin_watch()
+        return self._ready
+
+    def rebuild(self, tell: Tell = log.warning, make: MakeProgram | None = None, keep: bool = True) -> list[Ready]:
+        """After a fault: ranks that survived it go on with what they hold (unless `keep` is False), the others are
+        started again, where there is room, which is waited for; `tell` is told so. After an error here: once more,
+        with keep=False.
+        """
+        assert self._fault is not None, "only a group that failed is rebuilt"
+        self._make = make or self._make
+        try:
+            self._check_open()
+            kept = self._survivors() if keep else []
+            self._let_go(kept)
+            self._reserve_again(kept, tell)
+            self._check_open()
+            self._life += 1
+            self._meet(kept)
+            self._ready = self._await_ready()
+        except BaseException:
+            if self._closing.is_set():
+                self._end(ask=False)  # what was started meanwhile
+            raise
+        self._fault = None
+        self._faulted.clear()
+        self._begin_watch()
+        log.warning("the group is whole again: ranks %s went on, the others were started again", kept or "none")
+        return self._ready
+
+    def _reserve_again(self, kept: Sequence[int], tell: Tell) -> None:
+        if kept:
+            self._bundles.await_whole(tell)
+        else:
+            self._bundles.release()
+            self._bundles.reserve_patiently(tell)
 
     def wait_fault(self, timeout: float) -> str | None:
         """What ended the group, if anything does within the time."""
         self._faulted.wait(timeout)
         return self._fault
+
+    def give_up(self, cause: str) -> None:
+        """From outside: the ranks seem well but cannot be used; the group counts as failed."""
+        self._fault = self._fault or cause
+        self._faulted.set()
 
     def close(self) -> None:
         """Ends every rank: asked first, killed after `stop_timeout_s`. Harmless when repeated."""
@@ -76,85 +120,56 @@ class WorkerGroup:
         self._closing.set()
         if self._runs and ask:
             for actor in self._actors:
-                actor.stop.remote()
+                actor.stop.remote(self._life)
             ray.wait(self._runs, num_returns=len(self._runs), timeout=self.config.stop_timeout_s, fetch_local=False)
         for actor in self._actors:
             ray.kill(actor)
         if self._runs:
             ray.wait(self._runs, num_returns=len(self._runs), timeout=self.config.stop_timeout_s, fetch_local=False)
-        if self._placement is not None:
-            remove_placement_group(self._placement)
+        self._bundles.release()
         if self._watcher is not None and self._watcher is not threading.current_thread():
             self._watcher.join(self.config.stop_timeout_s)
-        self._actors, self._runs, self._placement = [], [], None
+        self._actors, self._runs = [], []
 
     def _check_open(self) -> None:
         if self._closing.is_set():
             raise WorkerError("the group was closed while it started")
 
-    def _place(self) -> None:
-        """Reserves the ranks' resources, or says what is missing."""
-        config = self.config
-        self._await_room()
-        self._placement = placement_group([bundle(self._device)] * self._size, strategy=config.strategy)
-        deadline = time.monotonic() + config.place_timeout_s
-        while not self._placement.wait(PULSE_S) and not self._closing.is_set():
-            if time.monotonic() < deadline:
-                continue
-            free = ray.available_resources()
-            raise WorkerError(
-                f"{self._size} ranks were not placed within {config.place_timeout_s:g} s: the cluster is large "
-                f"enough but busy ({free.get('CPU', 0):g} CPU cores and {free.get('GPU', 0):g} GPUs are free); "
-                "stop other work or wait longer"
-            )
+    # ------------------------------------------------------------ starting
 
-    def _await_room(self) -> None:
-        """Until the cluster is large enough, if its nodes are given time to join."""
-        deadline = time.monotonic() + self.config.join_timeout_s
-        while True:
-            try:
-                return check_room(ray.nodes(), self._size, self._device, self.config.strategy)
-            except ConfigError:
-                if time.monotonic() >= deadline or self._closing.wait(PULSE_S):
-                    raise
-
-    def _meet(self) -> None:
-        """Starts the actors and calls each one's `run` with its place."""
-        nodes = self._nodes_of_bundles()
-        bundles = bundles_in_rank_order(nodes)
-        nodes = [nodes[index] for index in bundles]
-        actor_class = ray.remote(Worker)
-        for rank in range(self._size):
-            strategy = PlacementGroupSchedulingStrategy(self._placement, placement_group_bundle_index=bundles[rank])
-            options = actor_class.options(
-                num_cpus=1,
-                num_gpus=1 if self._device == "cuda" else 0,
-                max_concurrency=4,  # run, ready, stop, and one question
-                max_restarts=0,
-                scheduling_strategy=strategy,
-            )
-            self._actors.append(options.remote(rank, self.config.log_level))
+    def _meet(self, kept: Sequence[int]) -> None:
+        """Starts the actors that are not kept and calls each one's `run` with its place."""
+        nodes = self._bundles.nodes()
+        self._actors = [
+            self._actors[rank] if rank in kept else self._actor(rank, nodes[rank]) for rank in range(self._size)
+        ]
         try:
             port = ray.get(self._actors[0].free_port.remote(), timeout=self.config.start_timeout_s)
         except (RayActorError, GetTimeoutError) as error:
             raise WorkerError(f"rank 0 on {nodes[0]}: its process did not start: {describe(error)}") from error
-        self._places = assign(nodes, f"tcp://{nodes[0]}:{port}" if self._size > 1 else None)
+        self._places = assign(nodes, f"tcp://{nodes[0]}:{port}" if self._size > 1 else None, self._life)
         self._runs = [
             actor.run.remote(place, self._make) for actor, place in zip(self._actors, self._places, strict=True)
         ]
 
-    def _nodes_of_bundles(self) -> list[str]:
-        assert self._placement is not None, "bundles exist once placed"
-        where = placement_group_table(self._placement)["bundles_to_node_id"]
-        addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
-        return [addresses[where[index]] for index in range(self._size)]
+    def _actor(self, rank: int, node: str) -> Any:
+        log.info("starting rank %d on %s", rank, node)
+        options = ray.remote(Worker).options(
+            num_cpus=1,
+            num_gpus=1 if self._device == "cuda" else 0,
+            max_concurrency=8,  # run, ready, stop, and questions
+            max_restarts=0,
+            scheduling_strategy=self._bundles.strategy(rank),
+        )
+        return options.remote(rank, self.config.log_level)
 
     def _await_ready(self) -> list[Ready]:
         """Every rank's report; the first failure or the time limit ends the wait."""
         deadline = time.monotonic() + self.config.start_timeout_s
-        reports = [actor.ready.remote() for actor in self._actors]
+        reports = [actor.ready.remote(self._life) for actor in self._actors]
         ready: dict[ray.ObjectRef, Ready] = {}
         while len(ready) < self._size:
+            self._check_open()
             waiting = [report for report in reports if report not in ready]
             if time.monotonic() > deadline:
                 raise WorkerError(self._slow(waiting, reports))
@@ -162,48 +177,112 @@ class WorkerGroup:
                 try:
                     ready[report] = ray.get(report)
                 except (WorkerError, RayActorError) as error:
-                    raise self._root_cause().at_start() from error
+                    raise self._root_cause([]).at_start() from error
         return [ready[report] for report in reports]
 
     def _slow(self, waiting: Sequence[ray.ObjectRef], reports: Sequence[ray.ObjectRef]) -> str:
         late = []
         for place, actor, report in zip(self._places, self._actors, reports, strict=True):
             if report in waiting:
-                late.append(f"{place} (in {_ask(actor)})")
+                late.append(f"{place} (in {_ask(actor, self._life)})")
         return (
             f"not ready within {self.config.start_timeout_s:g} s: {'; '.join(late)}; "
             "raise placement.start_timeout_s if the checkpoint is large or the disk slow"
         )
 
-    def _root_cause(self) -> Fault:
+    # ------------------------------------------------------------ what went wrong
+
+    def _root_cause(self, silent: Sequence[int]) -> Fault:
         """Of the ranks that have failed or fail within a moment, the one that the others' failures follow from."""
         ray.wait(self._runs, num_returns=len(self._runs), timeout=GRACE_S)
-        ended, _ = ray.wait(self._runs, num_returns=len(self._runs), timeout=0)
-        faults = []
-        for place, run in zip(self._places, self._runs, strict=True):
-            if run in ended:
-                try:
-                    ray.get(run)
-                    faults.append(Fault(place, None))
-                except Exception as error:  # noqa: BLE001 - a rank may end in any way; the fault carries it on
-                    faults.append(Fault(place, error))
-        return root_cause(faults)
+        ended = self._ended()
+        if not silent and all(is_consequence(fault.original) for fault in ended.values()):  # of a rank that hangs?
+            silent = unanswering({rank: self._actors[rank] for rank in range(self._size) if rank not in ended})
+        self._silent = list(silent)
+        for rank in silent:
+            ended[rank] = Fault(self._places[rank], NoAnswer(self._silence()))
+        if not ended:
+            return Fault(self._places[0], WorkerError("the group failed, and none of its ranks says why"))
+        return root_cause(list(ended.values()))
 
-    def _watch(self, on_fault: Callable[[str], None] | None) -> None:
+    def _ended(self) -> dict[int, Fault]:
+        """How the ranks' calls ended, of those that did."""
+        done, _ = ray.wait(self._runs, num_returns=len(self._runs), timeout=0)
+        places = enumerate(zip(self._places, self._runs, strict=True))
+        return {rank: Fault(place, _outcome(run)) for rank, (place, run) in places if run in done}
+
+    def _silence(self) -> str:
+        return (
+            f"its process gives no sign of life (placement.silence_s is {self.config.silence_s:g}): it is frozen, or "
+            "its node cannot be reached"
+        )
+
+    def _begin_watch(self) -> None:
+        self._watcher = threading.Thread(target=self._watch, name="worker-group-watch", daemon=True)
+        self._watcher.start()
+
+    def _watch(self) -> None:
+        pulse = Pulse(self._actors, self.config.silence_s)
         ended: list[ray.ObjectRef] = []
-        while not ended:
+        silent: list[int] = []
+        while not ended and not silent:
             ended, _ = ray.wait(self._runs, timeout=PULSE_S)
-            if self._closing.is_set():
+            if self._closing.is_set() or self._faulted.is_set():
                 return
-        self._fault = self._root_cause().message()
-        self._faulted.set()
+            silent = pulse.beat()
+        self._fault = self._root_cause(silent).message()
         log.error("%s", self._fault)
-        if on_fault is not None:
-            on_fault(self._fault)
+        self._faulted.set()
+        if self._on_fault is not None:
+            self._on_fault(self._fault)
+
+    # ------------------------------------------------------------ who survived
+
+    def _survivors(self) -> list[int]:
+        """The ranks whose process goes on and keeps what it holds: those that only lost a peer."""
+        self._end_frozen()
+        living = {rank: run for rank, run in enumerate(self._runs) if rank not in self._silent}
+        ray.wait(list(living.values()), num_returns=len(living), timeout=SETTLE_S)
+        asked = {
+            self._actors[rank].kept.remote(): rank
+            for rank, fault in self._ended().items()
+            if rank in living and is_consequence(fault.original)
+        }
+        if not asked:
+            return []
+        answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_S)
+        return sorted(asked[answer] for answer in answered if _outcome(answer) is None and ray.get(answer))
+
+    def _end_frozen(self) -> None:
+        """At once where a rank beside it can do it; the lost rank's peers learn of it so, and Ray."""
+        for rank in self._silent if self._ready else []:
+            place = self._places[rank]
+            for neighbour, actor in enumerate(self._actors):
+                if neighbour not in self._silent and self._places[neighbour].node == place.node:
+                    actor.end_neighbour.remote(self._ready[rank].pid)
+
+    def _let_go(self, kept: Sequence[int]) -> None:
+        self._end_frozen()
+        lost = [rank for rank in range(len(self._actors)) if rank not in kept]
+        for rank in lost:
+            ray.kill(self._actors[rank])
+        runs = [self._runs[rank] for rank in lost]
+        if runs:
+            ray.wait(runs, num_returns=len(runs), timeout=self.config.stop_timeout_s, fetch_local=False)
+        self._silent, self._ready = [], []
 
 
-def _ask(actor: Any) -> str:
+def _outcome(call: ray.ObjectRef) -> BaseException | None:
+    """How a call that has ended did: a rank may end in any way, and the fault carries it on."""
     try:
-        return str(ray.get(actor.phase.remote(), timeout=2.0))
+        ray.get(call)
+    except Exception as error:  # noqa: BLE001
+        return error
+    return None
+
+
+def _ask(actor: Any, life: int) -> str:
+    try:
+        return str(ray.get(actor.phase.remote(life), timeout=2.0))
     except (GetTimeoutError, RayActorError):
         return "an unknown phase: its process does not answer"

@@ -26,11 +26,22 @@ class PlacementConfig:
     place_timeout_s: float = 60.0
     start_timeout_s: float = 600.0
     stop_timeout_s: float = 10.0
+    silence_s: float = 6.0  # a rank that has not answered for this long is lost: frozen, or behind a dead link
+    max_restarts: int = 5  # of a group that serves, within restart_window_s; 0: the first fault ends it
+    restart_window_s: float = 600.0
     log_level: int = logging.WARNING
 
     def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:
             raise ConfigError(f"placement strategy {self.strategy!r} is unknown; choose one of {list(STRATEGIES)}")
+        if self.silence_s < 2.0:
+            raise ConfigError(
+                f"placement.silence_s is {self.silence_s:g}; give at least 2 seconds: a rank answers once a second"
+            )
+        if self.max_restarts < 0:
+            raise ConfigError(f"placement.max_restarts is {self.max_restarts}; give 0 (never) or more")
+        if not self.restart_window_s > 0:
+            raise ConfigError(f"placement.restart_window_s is {self.restart_window_s:g}; give seconds above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +54,7 @@ class Place:
     local_rank: int = 0
     local_size: int = 1
     address: str | None = None  # tcp://HOST:PORT of rank 0
+    life: int = 0  # how often the group was rebuilt before
 
     def __str__(self) -> str:
         return f"rank {self.rank} on {self.node}"
@@ -83,7 +95,7 @@ def bundles_in_rank_order(node_of_bundle: Sequence[str]) -> list[int]:
     )
 
 
-def assign(node_of_rank: Sequence[str], address: str | None) -> list[Place]:
+def assign(node_of_rank: Sequence[str], address: str | None, life: int = 0) -> list[Place]:
     """The ranks' places from the node each was put on: local ranks count up in rank order."""
     seen: dict[str, int] = {}
     places = []
@@ -98,6 +110,7 @@ def assign(node_of_rank: Sequence[str], address: str | None) -> list[Place]:
                 local_rank=local_rank,
                 local_size=node_of_rank.count(node),
                 address=address,
+                life=life,
             )
         )
     return places

@@ -1,12 +1,15 @@
 """A rank that serves: meets the others, loads its shard, sizes its cache, then drives the engine or follows it.
 
 A `Program` (see worker.py), so it runs in one thread and knows no Ray. Rank 0 answers a front-end through an
-EngineServer; when that is stopped it ends the command stream, which ends the other ranks.
+EngineServer; when that is stopped it ends the command stream, which ends the other ranks. A rank that only lost its
+peers keeps its weights and rejoins: everything that knew the peers, and the cache, is made anew.
 """
 
 from __future__ import annotations
 
 import logging
+import os
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,13 +17,14 @@ import torch
 from cluster.actors.cores import claim_cores, free_memory
 from cluster.actors.place import Place
 from cluster.actors.spec import RankFacts, ServeSpec
-from cluster.actors.worker import Phases
+from cluster.actors.worker import MakeProgram, Phases, is_consequence
 from cluster.engine.assembly import build_engine, build_runner
 from cluster.engine.commands import Commands
 from cluster.engine.engine import Engine
 from cluster.engine.executors import follow
 from cluster.engine.runner import ModelRunner
 from cluster.frontend.engine_server import EngineServer
+from cluster.training.calls import RestorePoint
 from cluster.training.lead import TrainLead
 from cluster.training.remote import SaveConfig, TrainSide
 from cluster.training.room import training_room
@@ -45,16 +49,19 @@ class ServeRank:
         self._spec, self._place, self._phases = spec, place, phases
         self._device = torch.device("cuda", 0) if spec.parallel.device == "cuda" else torch.device("cpu")
         self._groups: Groups | None = None
+        self._model: Decoder | None = None
+        self._cores: tuple[int, ...] = ()
         self._runner: ModelRunner | None = None
         self._commands: Commands | None = None
         self._engine: Engine | None = None
         self._server: EngineServer | None = None
         self._training: TrainSide | None = None
         self._training_room = 0
+        self._all_cores = os.sched_getaffinity(0)
 
     def start(self) -> RankFacts:
         parallel, phases = self._spec.parallel, self._phases
-        cores = claim_cores(self._place, parallel.threads, parallel.device)
+        self._cores = claim_cores(self._place, parallel.threads, parallel.device)
         with phases("building the kernels"):  # a minute, once per machine and version
             library.available()
         with phases("meeting the other ranks"):
@@ -64,16 +71,55 @@ class ServeRank:
             model = load(self._spec.model, self._spec.task, self._groups.tp, dtype, self._device)
             if self._spec.adapter is not None:
                 load_merged(model, self._spec.adapter)
+        return self._assemble(model, self._groups)
+
+    def rejoin(self, make: MakeProgram, place: Place, phases: Phases) -> RankFacts:
+        """With new peers: the model as it is, now connected to them; the ranks' collectives are those of a start."""
+        assert isinstance(make, ServeSpec), "a serving rank is made by its spec"
+        assert self._groups is not None and self._model is not None, "a rank that was ready has both"
+        self._spec, self._place, self._phases = make, place, phases
+        os.sched_setaffinity(0, self._all_cores)
+        self._cores = claim_cores(place, make.parallel.threads, make.parallel.device)
+        with phases("meeting the other ranks"):
+            met, known = self._meet(), self._groups.tp
+            known.reconnect(met.tp.comm)  # every layer holds this one
+            self._groups = replace(met, tp=known)
+        return self._assemble(self._model, self._groups)
+
+    def part(self, error: BaseException) -> bool:
+        """Lets go of the peers, cache and engine. Trained ranks are not kept: what they hold is no state that could be
+        completed; nor are GPUs, whose queues may still wait for a peer."""
+        trained = self._training is not None and self._training.began
+        if not is_consequence(error) or trained or self._device.type == "cuda" or self._groups is None:
+            return False
+        self._groups.close()
+        self._engine = self._server = self._runner = self._commands = self._training = None
+        return True
+
+    def _assemble(self, model: Decoder, groups: Groups) -> RankFacts:
+        """What is made anew for every group that the rank is part of, in step with its peers."""
+        spec, phases = self._spec, self._phases
+        self._model = model
+        with phases("waiting for the other ranks"):  # a survivor for the one that loads, say
+            if groups.tp.comm is not None:
+                groups.tp.comm.barrier(spec.start_timeout_s)
         with phases("warming up"):
             warm_up(model)
         with phases("making the key/value cache"):
-            self._runner = build_runner(model, self._spec.engine, self._room_for_cache(model))
-        self._commands = Commands(self._groups.tp.comm, parallel.collective_timeout_s)
-        if self._spec.training.enabled:
-            self._training = self._train_side(self._runner, self._groups)
+            self._runner = build_runner(model, spec.engine, self._room_for_cache(model))
+        self._commands = Commands(groups.tp.comm, spec.parallel.collective_timeout_s)
+        if spec.training.enabled:
+            self._training = self._train_side(self._runner, groups)
+        if spec.restore is not None:
+            with phases("reading the saved state"):
+                self._restore(spec.restore)
         if self._place.rank == 0:
             self._serve_engine(self._runner, self._commands)
-        return self._facts(self._runner, cores)
+        return self._facts(self._runner, self._cores)
+
+    def _restore(self, point: RestorePoint) -> None:
+        assert self._training is not None, "only a server that trains has states to go back to"
+        self._training.restore(point)
 
     def run(self) -> None:
         assert self._runner is not None and self._commands is not None, "start first"

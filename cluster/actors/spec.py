@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 from cluster.actors.place import Place
 from cluster.engine.config import EngineConfig
 from cluster.engine.request import ModelLimits
+from cluster.training.calls import RestorePoint
 from parallel.errors import ConfigError
 from parallel.options import Recompute, check_recompute
 
@@ -89,6 +90,7 @@ class ServeSpec:
     engine: EngineConfig = field(default_factory=EngineConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     start_timeout_s: float = 600.0
+    restore: RestorePoint | None = None  # what the weights were when a group before this one was lost
 
     def __call__(self, place: Place, phases: Phases) -> Program:
         """Makes a rank's program; the imports it needs are made on the rank."""

@@ -2,13 +2,15 @@
 
 Plain Python without Ray: a test runs it in a thread. Everything the program does, from the rendezvous to its last
 step, happens in the one thread that calls `run`, because collectives belong to one thread and a core is pinned per
-thread; `ready`, `phase` and `stop` are called from others meanwhile.
+thread; `ready`, `phase` and `stop` are called from others meanwhile. A program that only lost its peers may be kept,
+with its weights, for the next `run`: a life more of the same process.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 import threading
 import time
@@ -16,10 +18,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from cluster.actors.place import Place
-from parallel.errors import WorkerError
+from parallel.errors import CollectiveError, WorkerError
+
+log = logging.getLogger(__name__)
+LOST_PEER = ("DistNetworkError", "DistStoreError", "DistBackendError")
+"""What torch.distributed raises where another rank went away."""
 
 
 class Phases:
@@ -64,6 +70,24 @@ class Program(Protocol):
 MakeProgram = Callable[[Place, Phases], Program]
 
 
+@runtime_checkable
+class Lasting(Program, Protocol):
+    """A program that can outlive its peers: what it holds itself is good for another group of the same shape."""
+
+    def part(self, error: BaseException) -> bool:
+        """After `run` raised: lets go of the peers; False where nothing is worth keeping, or not safe to keep."""
+        ...
+
+    def rejoin(self, make: MakeProgram, place: Place, phases: Phases) -> Any:
+        """In place of start: the same place among new peers, who are starting. `make` is what they are made by."""
+        ...
+
+
+def is_consequence(error: BaseException | None) -> bool:
+    """Whether a rank failed because of another one: its own process and memory are as good as before."""
+    return isinstance(error, CollectiveError) or type(error).__name__ in LOST_PEER
+
+
 @dataclass(frozen=True)
 class Ready:
     """A rank that can work: what its program reported, where it runs, and where its start-up time went."""
@@ -74,16 +98,25 @@ class Ready:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
+class Life:
+    """One run of a program, from its start to its end."""
+
+    def __init__(self) -> None:
+        self.phases = Phases()
+        self.started = threading.Event()
+        self.stopping = threading.Event()
+        self.program: Program | None = None
+        self.ready: Ready | None = None
+
+
 class Worker:
-    """One rank's process: holds its program and forwards."""
+    """One rank's process: holds its program and forwards. `life` counts the group's lives, of which the first is 0."""
 
     def __init__(self, rank: int, log_level: int = logging.WARNING) -> None:
         self.rank = rank
-        self._phases = Phases()
-        self._program: Program | None = None
-        self._started = threading.Event()
-        self._stopping = threading.Event()
-        self._ready: Ready | None = None
+        self._lives: dict[int, Life] = {}
+        self._lock = threading.Lock()
+        self._kept: Lasting | None = None
         logging.basicConfig(level=log_level, format=f"%(levelname).1s rank {rank} %(name)s: %(message)s")
 
     def __repr__(self) -> str:  # Ray prefixes this actor's output with it
@@ -102,32 +135,57 @@ class Worker:
             return int(probe.getsockname()[1])
 
     def run(self, place: Place, make: MakeProgram) -> None:
-        """The rank's whole life; returns when it was stopped, raises what ended it."""
+        """One life of the rank; returns when it was stopped, raises what ended it."""
+        life = self._life(place.life)
         try:
-            self._program = make(place, self._phases)
+            kept, self._kept = self._kept, None
+            life.program = program = kept or make(place, life.phases)
             try:
-                facts = self._program.start()
-                self._ready = Ready(place, os.getpid(), facts, self._phases.seconds)
-                self._started.set()
-                if not self._stopping.is_set():
-                    self._program.run()
+                facts = kept.rejoin(make, place, life.phases) if kept else program.start()
+                life.ready = Ready(place, os.getpid(), facts, life.phases.seconds)
+                life.started.set()
+                if not life.stopping.is_set():
+                    program.run()
+            except Exception as error:
+                if life.ready is not None and isinstance(program, Lasting) and program.part(error):
+                    self._kept = program
+                raise
             finally:
-                self._program.close()
+                if self._kept is None:
+                    program.close()
         finally:
-            self._started.set()
+            life.started.set()
 
-    def ready(self) -> Ready:
+    def ready(self, life: int = 0) -> Ready:
         """Waits for the start to end; what went wrong is for `run` to say."""
-        self._started.wait()
-        if self._ready is None:
+        current = self._life(life)
+        current.started.wait()
+        if current.ready is None:
             raise WorkerError(f"rank {self.rank} did not start")
-        return self._ready
+        return current.ready
 
-    def phase(self) -> str:
+    def phase(self, life: int = 0) -> str:
         """Which part of the start is under way."""
-        return self._phases.current
+        return self._life(life).phases.current
 
-    def stop(self) -> None:
-        self._stopping.set()
-        if self._program is not None and self._ready is not None:
-            self._program.stop()
+    def kept(self) -> bool:
+        """Whether this process holds a program that can go on with new peers."""
+        return self._kept is not None
+
+    def stop(self, life: int = 0) -> None:
+        current = self._life(life)
+        current.stopping.set()
+        if current.program is not None and current.ready is not None:
+            current.program.stop()
+
+    def end_neighbour(self, pid: int) -> None:
+        """Ends a frozen rank of the same host at once; Ray itself would first wait for it to end in order."""
+        try:
+            if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::"):
+                os.kill(pid, signal.SIGKILL)
+        except (FileNotFoundError, ProcessLookupError, PermissionError) as error:
+            log.debug("process %d was not ended: %s", pid, error)
+
+    def _life(self, number: int) -> Life:
+        with self._lock:
+            return self._lives.setdefault(number, Life())

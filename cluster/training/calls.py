@@ -15,6 +15,8 @@ from typing import Any
 from parallel.errors import TpError
 
 CROSS_ENTROPY, IMPORTANCE_SAMPLING, PPO, DPO = "cross_entropy", "importance_sampling", "ppo", "dpo"
+TASK = "task"
+"""The loss of the head that the model was loaded with."""
 IGNORED_LABEL = -100
 STATE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 RESERVED_NAMES = frozenset({"latest"})
@@ -92,7 +94,8 @@ class Kind(Enum):
 @dataclass(frozen=True, kw_only=True)
 class TrainSequence:
     """One document. An empty tuple of weights means 1 each; of anything else, that it was not given. Labels are one per
-    token, as transformers has them (shifted here, not by the caller): what each token should have been, or -100.
+    token, as transformers has them (shifted here, not by the caller): what each token should have been, or -100. With
+    the loss of a task they are that task's: one class of the sequence, one per token, or start and end of a span.
     """
 
     token_ids: tuple[int, ...]
@@ -101,6 +104,9 @@ class TrainSequence:
     advantages: tuple[float, ...] = ()
     reference_logprobs: tuple[float, ...] = ()
     labels: tuple[int, ...] = ()
+    values: tuple[float, ...] = ()  # of a task whose labels are numbers: one per label
+    chosen: bool = False  # of double heads: the right choice of its question
+    mark: int | None = None  # of double heads, cls_index: the place that stands for the sequence; None: its last token
 
     @property
     def targets(self) -> tuple[int, ...]:
@@ -159,6 +165,14 @@ class TrainAnswer:
     size: int = 0  # bytes written
     saved: tuple[SavedName, ...] = ()
     saving: str = ""  # the name that is being written
+
+
+@dataclass(frozen=True)
+class RestorePoint:
+    """A saved state, and the weight_version by which its weights are to be known."""
+
+    name: str
+    weight_version: int
 
 
 @dataclass(frozen=True)

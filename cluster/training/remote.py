@@ -18,13 +18,25 @@ from torch import Tensor
 
 from cluster.engine.runner import ModelRunner
 from cluster.training import restore
-from cluster.training.calls import DPO, Kind, NotApplied, TrainAnswer, TrainCall, TrainSequence
+from cluster.training.calls import (
+    CROSS_ENTROPY,
+    DPO,
+    TASK,
+    Kind,
+    NotApplied,
+    RestorePoint,
+    TrainAnswer,
+    TrainCall,
+    TrainSequence,
+)
 from cluster.training.checkpoint import Checkpointer
 from cluster.training.losses import LossOptions
+from cluster.training.task_losses import task_targets
 from cluster.training.trainer import PassResult, TrainBatch, Trainer, TrainerConfig
 from parallel.errors import CheckpointError, ConfigError, RequestError, TpError
 from parallel.loss import IGNORE_INDEX
 from parallel.mesh import Groups
+from tp_decoders.task_config import TaskConfig
 
 log = logging.getLogger(__name__)
 TRAIN, DROP_SAVE = "train", "drop save"
@@ -59,6 +71,16 @@ class TrainSide:
     def handlers(self) -> Mapping[str, Callable[..., object]]:
         """What a follower does with each command."""
         return {TRAIN: self.follow, DROP_SAVE: self.drop_save}
+
+    @property
+    def began(self) -> bool:
+        """Whether any call made a trainer here: gradients may wait, weights may have changed."""
+        return self._trainer is not None
+
+    def restore(self, point: RestorePoint) -> None:
+        """On every rank at once, before anything is served: what a group before this one had saved."""
+        self._load(self._ready(), TrainCall(kind=Kind.LOAD, name=point.name))
+        self._runner.weight_version = point.weight_version
 
     def state(self) -> TrainAnswer:
         """Where training stands; makes no trainer."""
@@ -120,7 +142,8 @@ class TrainSide:
         return self._trainer
 
     def _pass(self, trainer: Trainer, call: TrainCall) -> TrainAnswer:
-        batch, options = batch_of(call, self._runner.device), LossOptions(**call.loss_options)
+        options = LossOptions(**call.loss_options)
+        batch = batch_of(call, self._runner.device, self._runner.model.config.task, options)
         if call.kind is Kind.EVALUATE:
             result = trainer.evaluate(batch, call.loss, options)
         else:
@@ -128,7 +151,8 @@ class TrainSide:
         if call.kind is Kind.FORWARD_BACKWARD:
             self._waiting += 1
         return replace(
-            self.state(), loss=result.loss, tokens=result.tokens, logprobs=_by_sequence(result, call.sequences),
+            self.state(), loss=result.loss, tokens=result.tokens,
+            logprobs=_by_sequence(result, call.sequences) if trainer.model.has_vocabulary else (),
             metrics=dict(result.metrics), forward_seconds=result.seconds,
         )  # fmt: skip
 
@@ -172,8 +196,15 @@ class TrainSide:
         )  # fmt: skip
 
 
-def batch_of(call: TrainCall, device: torch.device | str) -> TrainBatch:
-    """The call's sequences, packed: each position holds what concerns the token it predicts."""
+def batch_of(
+    call: TrainCall,
+    device: torch.device | str,
+    task: TaskConfig | None = None,
+    options: LossOptions = LossOptions(),
+) -> TrainBatch:
+    """The call's sequences, packed: each position holds what concerns the token it predicts, or the task's labels."""
+    if call.loss == TASK:
+        return _task_batch(call, device, task, options)
     tokens: list[int] = []
     targets: list[int] = []
     for sequence in call.sequences:
@@ -192,6 +223,25 @@ def batch_of(call: TrainCall, device: torch.device | str) -> TrainBatch:
         old_logprobs=_flat(call.sequences, "old_logprobs", device),
         advantages=_flat(call.sequences, "advantages", device),
         reference_logprobs=_flat(call.sequences, "reference_logprobs", device),
+    )
+
+
+def _task_batch(
+    call: TrainCall, device: torch.device | str, task: TaskConfig | None, options: LossOptions
+) -> TrainBatch:
+    if task is None:
+        raise RequestError("the loss 'task' on a language model; load it with task=... to train a head")
+    targets = task_targets(call.sequences, task, call.normaliser, options, device)
+    if task.has_vocabulary:  # both heads learn
+        return replace(batch_of(replace(call, loss=CROSS_ENTROPY), device), task=targets)
+    tokens = torch.tensor([token for s in call.sequences for token in s.token_ids], dtype=torch.long, device=device)
+    return TrainBatch(
+        token_ids=tokens,
+        targets=torch.full_like(tokens, IGNORE_INDEX),
+        weights=torch.zeros(len(tokens), device=device),
+        lengths=tuple(len(sequence.token_ids) for sequence in call.sequences),
+        normaliser=targets.normaliser,
+        task=targets,
     )
 
 
