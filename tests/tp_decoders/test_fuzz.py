@@ -19,6 +19,8 @@ from tp_decoders.registry import config_from_hf
 CASES = int(os.environ.get("FUZZ_CASES", "30"))
 FIRST = int(os.environ.get("FUZZ_FIRST", "0"))
 TOLERANCE = 1e-4
+NOISE = 10.0
+"""Times the distance of the reference's own float32 from its float64 (of all gradients, the worst) that is forgiven."""
 KNOWN_REFUSALS = ("they turn in pairs", "needs more than 2 rotated elements")
 REFUSED_AT_MOST = 0.3
 """Of all cases; else the walk would prove little."""
@@ -30,9 +32,11 @@ def outcome(case: Case, folder: Path, ranks: Any) -> dict[str, float] | str:
         config_from_hf(hf_config(case))
     except ConfigError as error:
         return str(error)
-    write_drawn(case, folder)
+    noise = write_drawn(case, folder)
     found: list[Deviation] = ranks(case.tp, deviation, str(folder))
-    return {name: error for each in found for name, error in each.beyond(TOLERANCE).items()}
+    suspects = {name: error for each in found for name, error in each.beyond(TOLERANCE).items()}
+    gradients = max(error for name, error in noise.items() if name not in ("logits", "loss"))
+    return {name: error for name, error in suspects.items() if not error <= NOISE * noise.get(name, gradients)}
 
 
 def known(refusal: str) -> bool:
