@@ -82,6 +82,12 @@ def capacity_per_beam(request: Request, limits: ModelLimits) -> int:
 
 def check_capacity(request: Request, limits: ModelLimits) -> None:
     """Refuses what can never fit, with the numbers."""
+    beam = None if request.score_only else request.sampling.beam
+    for field, count in (("n", request.sampling.num_samples), ("beam.width", beam.width if beam else 0)):
+        if limits.max_batch and count > limits.max_batch:
+            raise CapacityError(
+                f"sampling.{field} is {count}; at most engine.max_sequences = {limits.max_batch} run at once"
+            )
     prompt, wanted = len(request.token_ids), request.stopping.max_new_tokens
     new = 0 if request.score_only else max(1, request.stopping.min_new_tokens) if wanted is None else wanted
     if prompt + new - 1 > limits.max_context:
@@ -89,7 +95,6 @@ def check_capacity(request: Request, limits: ModelLimits) -> None:
             f"the prompt's {prompt} tokens and {new} new ones need {prompt + new - 1} positions, the model's context "
             f"holds {limits.max_context}; shorten the prompt or lower max_new_tokens"
         )
-    beam = None if request.score_only else request.sampling.beam
     if beam is not None and prompt + new - 1 > capacity_per_beam(request, limits):
         raise CapacityError(
             f"the prompt's {prompt} tokens and {new} new ones in {beam.width} beams need more than the key/value "
@@ -102,11 +107,6 @@ def check_capacity(request: Request, limits: ModelLimits) -> None:
             f"which has {limits.kv_capacity_tokens}; lower max_new_tokens, or serve with a larger "
             "engine.kv_memory_fraction or more ranks"
         )
-    for field, count in (("n", request.sampling.num_samples), ("beam.width", beam.width if beam else 0)):
-        if limits.max_batch and count > limits.max_batch:
-            raise CapacityError(
-                f"sampling.{field} is {count}; at most engine.max_sequences = {limits.max_batch} run at once"
-            )
 
 
 def _is_number(value: object) -> bool:
@@ -175,7 +175,7 @@ def beam_problems(given: SamplingParams, beam: BeamParams) -> Iterator[tuple[str
         return
     if not (_is_number(beam.length_penalty) and abs(beam.length_penalty) <= MAX_LENGTH_PENALTY):
         yield "beam.length_penalty", f"is {beam.length_penalty!r}; it must be between -20 and 20 (0: none, 1: the mean)"
-    if beam.early_stopping not in (True, False, "never"):
+    if not (isinstance(beam.early_stopping, bool) or beam.early_stopping == "never"):
         yield "beam.early_stopping", f"is {beam.early_stopping!r}; it must be True, False or 'never'"
     if not (type(beam.groups) is int and beam.groups >= 1 and beam.width % beam.groups == 0):
         yield "beam.groups", f"is {beam.groups!r}; it must divide the width of {beam.width}"
