@@ -113,9 +113,9 @@ class Probed:
 
 
 class Encoded:
-    """Attention to encoder states: those of sequence s are `lengths[s]` rows of states_SD. `hidden` says for each
-    sequence which of them its tokens may not see, [1 or Q, C], where there are any. With `past`, keys and values [S, K,
-    H] by layer are taken from there.
+    """Attention to encoder states: those of sequence s are `lengths[s]` rows of states_SD; it brings
+    `query_lengths[s]` tokens, or none. `hidden` says for each sequence which states its tokens may not see, [1 or Q,
+    C]. With `past`, keys and values [S, K, H] by layer are taken from there.
     """
 
     def __init__(

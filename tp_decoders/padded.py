@@ -78,6 +78,8 @@ class FlatPass:
         layers = padded_keys_values(self.padding, self.attend.kept.keys_values, self.call.past)
         if self.attend.encoder is None or self.call.encoder is None:
             return tuple(layers)
+        if self.call.past is not None and len(self.call.past[0]) == 4:
+            return tuple((*kv, *old[2:]) for kv, old in zip(layers, self.call.past, strict=True))
         cross, pad = self.attend.encoder.kept.keys_values, self.call.encoder.pad
         return tuple((*kv, *(pad(x).transpose(1, 2) for x in cross[i])) for i, kv in enumerate(layers))
 
@@ -190,7 +192,7 @@ def _encoded(call: Call, asked: Asked, dropping: Dropping | None) -> Encoded | N
     return Encoded(
         encoder.pack(states),
         encoder.lengths,
-        call.padding.lengths,
+        encoder.query_lengths,
         asked,
         hidden=encoder.hidden,
         dropping=dropping,

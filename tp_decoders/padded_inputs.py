@@ -60,8 +60,7 @@ class Call:
 
     def asks(self, flag: str) -> bool:
         """One of use_cache, output_attentions and output_hidden_states."""
-        value = self.given.get(flag)
-        return bool(self.model.config.hf.get(flag, flag == "use_cache") if value is None else value)
+        return asks(self.model, self.given, flag)
 
     @property
     def past(self) -> KeyValues | None:
@@ -116,6 +115,12 @@ class Call:
                 f"[{config.n_layers}, {config.n_heads}] (pruned heads keep their numbers)"
             )
         return mask.to(torch.float32).expand(config.n_layers, config.n_heads)
+
+
+def asks(model: Decoder, given: Inputs, flag: str) -> bool:
+    """As given, or else as config.json says."""
+    value = given.get(flag)
+    return bool(model.config.hf.get(flag, flag == "use_cache") if value is None else value)
 
 
 def _shape(input_ids: Tensor | None, embeds: Tensor | None, d_model: int) -> tuple[int, int, torch.device]:
@@ -194,7 +199,7 @@ def _encoder(model: Decoder, given: Inputs, padding: Padding) -> EncoderPadding 
         )
     if past is not None and cached:
         checked_cross(model, past, states)
-    return EncoderPadding.of(mask, states.shape[1], padding)
+    return EncoderPadding.of(mask, states.shape[1], padding, whole=asks(model, given, "use_cache") and not cached)
 
 
 def checked_cross(model: Decoder, past: KeyValues, states: Tensor) -> None:

@@ -93,10 +93,11 @@ def gathered_cross_attentions(
     """[B, N, T, S] of every layer. One gather per layer."""
     num_states, padding = states.seen_BQS.shape[2], states.padding
     sizes = Decoder.heads(model, 0).shards.sizes  # pruning leaves these heads alone
-    return tuple(
-        gather_from(padding.pad_weights(weights[layer], states.columns, num_states), model.group, sizes, 1)
-        for layer in sorted(weights)
-    )
+    keys, gathered = [states.columns[row] for row in padding.rows], []
+    for layer in sorted(weights):
+        own = padding.pad_weights([weights[layer][row] for row in padding.rows], keys, num_states)
+        gathered.append(gather_from(own, model.group, sizes, 1))
+    return tuple(gathered)
 
 
 def reorder_cache(past: KeyValues, beam_ids: Tensor) -> KeyValues:

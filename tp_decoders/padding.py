@@ -104,14 +104,16 @@ class Padding:
 @dataclass(frozen=True, eq=False)
 class EncoderPadding:
     """Which states of a padded encoder output [B, S, D] the rows' tokens see: `seen_BQS` has a row for every new column
-    or one for all (Q = 1).
+    or one for all (Q = 1). With `whole`, what nothing sees is computed all the same: a later call of the same cache may
+    see it.
     """
 
     padding: Padding
     seen_BQS: Tensor
+    whole: bool
 
     @staticmethod
-    def of(mask: Tensor | None, num_states: int, padding: Padding) -> EncoderPadding:
+    def of(mask: Tensor | None, num_states: int, padding: Padding, whole: bool) -> EncoderPadding:
         """From encoder_attention_mask, [B, S] or [B, T, S]; without one all states are seen."""
         batch, time = padding.new_BT.shape
         if mask is None:
@@ -120,46 +122,56 @@ class EncoderPadding:
             shape = (batch, time, num_states) if mask.dim() == 3 else (batch, num_states)
             seen = checked_mask("encoder_attention_mask", mask, shape).to(padding.new_BT.device)
             seen = seen if mask.dim() == 3 else seen[:, None]
-        found = EncoderPadding(padding, seen)
-        if any(not bool(own_QS.any(1).all()) for own_QS in found.seen):
+        found = EncoderPadding(padding, seen, whole)
+        if any(not bool(found.seen[row].any(1).all()) for row in padding.rows):
             raise RequestError("encoder_attention_mask hides every encoder state from a token; leave it at least one")
         return found
 
     @cached_property
+    def query_lengths(self) -> list[int]:
+        """New tokens of every row of the batch, those without any among them."""
+        return self.padding.new_BT.sum(1).tolist()
+
+    @cached_property
     def seen(self) -> list[Tensor]:
-        """For each sequence which states its tokens see, [1 or queries, S]."""
-        wide = self.seen_BQS.shape[1] > 1
-        rows = zip(self.padding.rows, self.padding.queries, strict=True)
-        return [self.seen_BQS[row][queries] if wide else self.seen_BQS[row] for row, queries in rows]
+        """For each row of the batch which states its tokens see, [1 or queries, S]."""
+        if self.seen_BQS.shape[1] == 1:
+            return list(self.seen_BQS)
+        return [own_QS[new_T] for own_QS, new_T in zip(self.seen_BQS, self.padding.new_BT, strict=True)]
 
     @cached_property
     def columns(self) -> list[Tensor]:
-        """For each sequence the columns of the states that any of its tokens sees."""
-        return [own_QS.any(0).nonzero()[:, 0] for own_QS in self.seen]
+        """For each row the columns of the states that are computed."""
+        everything = torch.arange(self.seen_BQS.shape[2], device=self.seen_BQS.device)
+        if self.whole:
+            return [everything] * len(self.seen)
+        pairs = zip(self.seen, self.query_lengths, strict=True)
+        return [everything[own_QS.any(0)] if queries else everything[:0] for own_QS, queries in pairs]
 
     @property
     def lengths(self) -> list[int]:
         return [len(columns) for columns in self.columns]
 
     @property
-    def hidden(self) -> list[Tensor] | None:
-        """Of those, [queries, C] which are hidden from which token, where the mask differs by token."""
-        if self.seen_BQS.shape[1] == 1:
-            return None
+    def hidden(self) -> list[Tensor]:
+        """Of those, [1 or queries, C] which are hidden."""
         return [~own_QS[:, columns] for own_QS, columns in zip(self.seen, self.columns, strict=True)]
+
+    @cached_property
+    def index_S(self) -> Tensor:
+        """Where they lie in a padded tensor whose first two axes are one."""
+        num_states = self.seen_BQS.shape[2]
+        return torch.cat([row * num_states + columns for row, columns in enumerate(self.columns)])
 
     def pack(self, x_BS: Tensor) -> Tensor:
         """The flat states [sum of lengths, ...] of a padded tensor [B, S, ...]."""
-        pairs = zip(self.padding.rows, self.columns, strict=True)
-        return torch.cat([x_BS[row].index_select(0, columns) for row, columns in pairs])
+        return x_BS.flatten(0, 1).index_select(0, self.index_S)
 
     def pad(self, x_S: Tensor) -> Tensor:
         """The padded tensor [B, S, ...] of flat states; zeros where nothing is."""
         batch, _, num_states = self.seen_BQS.shape
-        pairs = zip(self.padding.rows, self.columns, strict=True)
-        index = torch.cat([row * num_states + columns for row, columns in pairs])
         whole = x_S.new_zeros((batch * num_states, *x_S.shape[1:]))
-        return whole.index_copy(0, index, x_S).unflatten(0, (batch, num_states))
+        return whole.index_copy(0, self.index_S, x_S).unflatten(0, (batch, num_states))
 
 
 def checked_mask(name: str, mask: Tensor, shape: tuple[int, ...]) -> Tensor:

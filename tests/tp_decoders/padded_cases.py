@@ -26,8 +26,8 @@ from tp_decoders.registry import family_of
 
 SIZES = (1, 2, 3)
 BATCH, TIME, STATES = 3, 7, 5
-WATCHED = {"output_attentions": True, "output_hidden_states": True, "use_cache": True}
-QUIET = {"output_attentions": False, "output_hidden_states": False, "use_cache": False}
+WATCHED: dict[str, Any] = {"output_attentions": True, "output_hidden_states": True, "use_cache": True}
+QUIET: dict[str, Any] = {"output_attentions": False, "output_hidden_states": False, "use_cache": False}
 
 MODELS: dict[str, Callable[[], Any]] = {
     "gpt2": hf("GPT2", GPT2),
@@ -231,8 +231,7 @@ def write_scenario(model: Any, case: str, scenario: Scenario, folder: Path) -> N
         for call in scenario.theirs:
             out = model(**{**call, **leaves, **({} if past is None else {"past_key_values": past})})
             past = out.past_key_values
-    whole = scenario.ours[-1].get("attention_mask")
-    (total_of(out, whole) if scenario.through_all else out.loss).backward()
+    (total_of(out, scenario.ours[-1]["attention_mask"]) if scenario.through_all else out.loss).backward()
     attentions = out.attentions
     if attentions and scenario.head_mask is not None:
         attentions = [a * scenario.head_mask[i][:, None, None] for i, a in enumerate(attentions)]

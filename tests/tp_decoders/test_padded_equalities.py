@@ -1,5 +1,5 @@
-"""What must not change a padded call's results: the side of the padding, the cache, recomputation, how tokens are divided,
-what else is asked for; and dropout, whose masks go with the seed.
+"""What must not change a padded call's results: the side of the padding, the cache, recomputation, how tokens are
+divided, what else is asked for; and dropout, whose masks go with the seed.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from tp_decoders.padded_outputs import CausalOutput, reorder_cache
 # importing transformers' GPT-BigCode warns
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
 
-DROPOUTS = {
+DROPOUTS: dict[str, dict[str, Any]] = {
     "gpt2": {"embd_pdrop": 0.1, "attn_pdrop": 0.3, "resid_pdrop": 0.2},
     "gpt_bigcode": {"embd_pdrop": 0.1, "attn_pdrop": 0.3, "resid_pdrop": 0.2},
     "gpt_neox": {"hidden_dropout": 0.2, "attention_dropout": 0.3},
