@@ -75,4 +75,6 @@ def _why_died(error: RayActorError) -> str:
     text = " ".join(str(error).split())
     if "low on memory" in text:
         return "Ray ended it because its node ran out of memory"
+    if "node has died" in text or "node was terminated" in text:
+        return "its node died or cannot be reached"
     return "killed or crashed" if "SYSTEM_ERROR" in text else text[:200]
