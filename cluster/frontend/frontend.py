@@ -28,7 +28,8 @@ from cluster.frontend.journal import Entry, Journal, SampleState
 from cluster.frontend.link import EngineLink, LinkEvent
 from cluster.frontend.streams import Chunk, Stream
 from cluster.frontend.text import SampleText, TextCodec
-from cluster.frontend.training import TrainingDesk, check
+from cluster.frontend.training import TrainingDesk, check, with_loss
+from cluster.frontend.weights import WeightsRecord
 from cluster.training.calls import TrainAnswer, TrainCall
 from parallel.errors import RequestError
 
@@ -98,6 +99,7 @@ class Frontend:
         """One training call, between two steps of the engine."""
         self._check_open()
         self._check_engine()
+        call = with_loss(call, self.limits)
         check(call, self.limits, self.config)
         return await self._training.train(self._link, call)
 
@@ -160,6 +162,7 @@ class Frontend:
         """Go on with a new engine: every open request is replayed from the journal, its reader sees a pause."""
         self._attach(link)
         old, self._link, self._engine_alive = self._link, link, True
+        self.fault_cause = ""
         self._cancel_recovery()
         if self.state in (State.RECOVERING, State.FAILED):
             self._become(State.SERVING)
@@ -185,6 +188,27 @@ class Frontend:
             self._recovery = self._loop.call_later(self.config.recovery_seconds, self._give_up)
         else:
             self._give_up()
+
+    @property
+    def has_engine(self) -> bool:
+        return self._engine_alive
+
+    def waits_for(self, what: str) -> None:
+        """While there is no engine: what its return waits for, for those who ask for the state."""
+        if not self._engine_alive and self.state is not State.CLOSED:
+            self.fault_cause = what
+
+    def fail(self, cause: str) -> None:
+        """No new engine will come."""
+        self.fault(cause)
+        self._cancel_recovery()
+        if self.state is not State.CLOSED:
+            self._give_up()
+
+    @property
+    def weights(self) -> WeightsRecord:
+        """What training has made of the engine's weights."""
+        return self._training.weights
 
     async def close(self, timeout: float = 10.0) -> None:
         """End everything that is open and let go of the engine."""

@@ -9,20 +9,24 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
+from dataclasses import replace
 from functools import partial
 
 from cluster.engine.request import ModelLimits
 from cluster.frontend.calls import FrontendConfig
 from cluster.frontend.errors import InvalidRequest, Violation
 from cluster.frontend.link import EngineLink
+from cluster.frontend.task_labels import known_losses, task_violations
+from cluster.frontend.weights import WeightsRecord
 from cluster.training.calls import (
     CROSS_ENTROPY,
     DPO,
     IGNORED_LABEL,
     IMPORTANCE_SAMPLING,
     PPO,
+    TASK,
     Kind,
     TrainAnswer,
     TrainCall,
@@ -51,15 +55,21 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "loss_options.clip_high": (0.0, math.inf),
     "loss_options.beta": (5e-324, math.inf),
     "loss_options.label_smoothing": (0.0, 0.5),
+    "loss_options.num_choices": (0, 2**31),
+    "loss_options.questions": (5e-324, math.inf),
+    "loss_options.language_weight": (0.0, math.inf),
+    "loss_options.choice_weight": (0.0, math.inf),
     "normaliser": (5e-324, math.inf),
 }
 """From the first number on, and below the second."""
 
 
 class TrainingDesk:
-    """Calls under way to the engine; all of them end when it does."""
+    """Calls under way to the engine; all of them end when it does. `weights` is what they have done so far."""
 
     def __init__(self) -> None:
+        self.weights = WeightsRecord()
+        self._engine = 0  # how many there were before
         self._waiting: set[asyncio.Future[TrainAnswer]] = set()
         self.quiet = asyncio.Event()
         """Set while no call is under way."""
@@ -67,12 +77,13 @@ class TrainingDesk:
 
     async def train(self, link: EngineLink, call: TrainCall) -> TrainAnswer:
         """Cancelled before its turn, the call is never run."""
+        self.weights.check(call)
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[TrainAnswer] = loop.create_future()
         self._waiting.add(answer)
         self.quiet.clear()
         source = link.train(call)
-        source.add_done_callback(partial(_hand_over, loop, answer))
+        source.add_done_callback(partial(_hand_over, loop, partial(self._settle, call, answer, self._engine)))
         try:
             return await answer
         finally:
@@ -83,29 +94,39 @@ class TrainingDesk:
 
     def fail(self, error: TpError) -> None:
         """The engine is gone, or nobody waits for it any longer: whether the calls were applied is not known."""
+        self._engine += 1
         for answer in [answer for answer in self._waiting if not answer.done()]:
+            answer.set_exception(error)
+
+    def _settle(
+        self, call: TrainCall, answer: asyncio.Future[TrainAnswer], engine: int, source: Future[TrainAnswer]
+    ) -> None:
+        error = source.exception()
+        if error is None and engine == self._engine:  # also where its caller has left
+            self.weights.note(call, source.result())
+        if answer.done():
+            return
+        if error is None:
+            answer.set_result(source.result())
+        else:
             answer.set_exception(error)
 
 
 def _hand_over(
-    loop: asyncio.AbstractEventLoop, answer: asyncio.Future[TrainAnswer], source: Future[TrainAnswer]
+    loop: asyncio.AbstractEventLoop, settle: Callable[[Future[TrainAnswer]], None], source: Future[TrainAnswer]
 ) -> None:
     """Runs in the engine's or the link's thread. What comes after the loop has closed has no reader."""
     if not source.cancelled():
         try:
-            loop.call_soon_threadsafe(_settle, answer, source)
+            loop.call_soon_threadsafe(settle, source)
         except RuntimeError:
             log.debug("dropped the answer to a training call: the event loop is closed")
 
 
-def _settle(answer: asyncio.Future[TrainAnswer], source: Future[TrainAnswer]) -> None:
-    error = source.exception()
-    if answer.done():
-        return
-    if error is None:
-        answer.set_result(source.result())
-    else:
-        answer.set_exception(error)
+def with_loss(call: TrainCall, limits: ModelLimits) -> TrainCall:
+    """With the loss that is meant where none is named: the head's, or language's."""
+    usual = CROSS_ENTROPY if limits.task is None else TASK
+    return call if call.loss or not call.kind.takes_sequences else replace(call, loss=usual)
 
 
 def check(call: TrainCall, limits: ModelLimits, config: FrontendConfig) -> None:
@@ -123,8 +144,9 @@ def _violations(call: TrainCall, limits: ModelLimits, config: FrontendConfig) ->
         yield "name", rule
     if not call.kind.takes_sequences:
         return
-    if call.loss not in NEEDS:
-        yield "loss", f"{call.loss!r} is unknown; choose one of {sorted(NEEDS)}"
+    known = known_losses(limits.task)
+    if call.loss not in known:
+        yield "loss", f"{call.loss!r} is unknown; choose one of {known}"
     if not call.sequences:
         yield "sequences", "none given; give at least one"
     if call.loss == DPO and len(call.sequences) % 2:
@@ -132,6 +154,11 @@ def _violations(call: TrainCall, limits: ModelLimits, config: FrontendConfig) ->
     tokens = sum(len(sequence.token_ids) for sequence in call.sequences)
     if tokens > config.max_train_tokens:
         yield "sequences", f"{tokens} tokens; a call takes at most {config.max_train_tokens}"
+        return
+    if call.loss not in known:
+        return
+    if call.loss == TASK and limits.task is not None:
+        yield from task_violations(call, limits.task, limits)
         return
     for index, sequence in enumerate(call.sequences):
         for field, rule in _sequence(sequence, call.loss, limits):

@@ -9,7 +9,7 @@ from google.protobuf.message import Message
 from cluster.frontend.frontend import Frontend
 from cluster.rpc.proto import training_pb2 as pb
 from cluster.rpc.proto.training_pb2_grpc import TrainingServicer
-from cluster.training.calls import CROSS_ENTROPY, Kind, TrainAnswer, TrainCall, TrainSequence
+from cluster.training.calls import Kind, TrainAnswer, TrainCall, TrainSequence
 
 if TYPE_CHECKING:
     import grpc
@@ -64,7 +64,7 @@ def train_call(kind: Kind, message: Any) -> TrainCall:
     return TrainCall(
         kind=kind,
         sequences=tuple(map(_sequence, message.sequences)) if "sequences" in fields else (),
-        loss=(message.loss if "loss" in fields else "") or CROSS_ENTROPY,
+        loss=message.loss if "loss" in fields else "",
         loss_options=_set_fields(options),
         optimizer=_set_fields(message.optimizer if "optimizer" in fields else None),
         normaliser=_optional(message, "normaliser"),
@@ -83,6 +83,9 @@ def _sequence(message: pb.TrainSequence) -> TrainSequence:
         advantages=tuple(message.advantages),
         reference_logprobs=tuple(message.reference_logprobs),
         labels=tuple(message.labels),
+        values=tuple(message.values),
+        chosen=message.chosen,
+        mark=_optional(message, "mark"),
     )
 
 

@@ -59,7 +59,8 @@ def _matrices(model: Decoder) -> list[tuple[int, bool]]:
     looked_up = {id(model.embed.weight)}
     if model.positions is not None:
         looked_up.add(id(model.positions.weight))
-    looked_up.discard(id(model.head.linear.weight))  # tied: it is looked up and multiplied by
+    if model.has_vocabulary:
+        looked_up.discard(id(model.head.linear.weight))  # tied: it is looked up and multiplied by
     return [
         (math.prod(full_shape_of(parameter)), parameter.requires_grad)
         for parameter in model.parameters()

@@ -120,12 +120,18 @@ class LossTerms:
 
 @dataclass(frozen=True, kw_only=True)
 class LossOptions:
-    """The constants of the losses: PPO's clip range, DPO's beta and label smoothing."""
+    """The constants of the losses: PPO's clip range, DPO's beta and label smoothing; of double heads, how many
+    sequences in turn are the choices of one question (0: all), the global batch's questions, both losses' weights.
+    """
 
     clip_low: float = 0.2
     clip_high: float = 0.2
     beta: float = 0.1
     label_smoothing: float = 0.0
+    num_choices: float = 0
+    questions: float | None = None
+    language_weight: float = 1.0
+    choice_weight: float = 1.0
 
     def __post_init__(self) -> None:
         if not (0.0 <= self.clip_low <= 1.0 and 0.0 <= self.clip_high < math.inf):

@@ -41,4 +41,5 @@ def pass_bytes(model: Decoder, tokens: int, recompute: Recompute) -> int:
     block = tokens * (whole + shared) * width
     spared = {"none": 0.0, "selective": 0.4, "full": 1.0}[recompute]
     kept = round(config.n_layers * (block * (1 - spared) + tokens * config.d_model * width * spared))
-    return kept + 2 * block + LOGIT_COPIES * tokens * -(-config.vocab_size // size) * 4
+    vocabulary = -(-config.vocab_size // size) if model.has_vocabulary else 0
+    return kept + 2 * block + LOGIT_COPIES * tokens * vocabulary * 4

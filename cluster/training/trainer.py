@@ -18,8 +18,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from cluster.training.calls import TASK
 from cluster.training.losses import LossInputs, LossOptions, LossTerms, compute_loss
 from cluster.training.optimizer import OptimizerConfig, ShardedAdamW
+from cluster.training.task_losses import TaskTargets, task_terms
 from parallel.attention import Causal
 from parallel.dropout import Dropping, token_keys
 from parallel.errors import ConfigError
@@ -41,6 +43,7 @@ class TrainBatch:
     old_logprobs: Tensor | None = None  # [T], at the position that predicts the token
     advantages: Tensor | None = None
     reference_logprobs: Tensor | None = None
+    task: TaskTargets | None = None  # of a model with a head, for the loss "task"
     keys: Tensor | None = None  # [T] int64, by which dropout masks are drawn; None: by sequence here and place in it
 
     def parts(self, max_tokens: int | None, sequences_together: int = 1) -> Iterator[TrainBatch]:
@@ -55,13 +58,14 @@ class TrainBatch:
                 if last > first and max_tokens is not None and stop + unit - start > max_tokens:
                     break
                 last, stop = last + sequences_together, stop + unit
-            yield self._cut(start, stop, self.lengths[first:last])
+            yield self._cut(start, stop, slice(first, last))
             first, start = last, stop
 
-    def _cut(self, start: int, stop: int, lengths: tuple[int, ...]) -> TrainBatch:
+    def _cut(self, start: int, stop: int, own: slice) -> TrainBatch:
         names = ("token_ids", "targets", "weights", "old_logprobs", "advantages", "reference_logprobs", "keys")
         cut = {name: None if getattr(self, name) is None else getattr(self, name)[start:stop] for name in names}
-        return TrainBatch(lengths=lengths, normaliser=self.normaliser, **cut)  # type: ignore[arg-type]
+        task = self.task.cut(slice(start, stop), own) if self.task else None
+        return TrainBatch(lengths=self.lengths[own], normaliser=self.normaliser, task=task, **cut)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +159,7 @@ class Trainer:
         started = time.perf_counter()
         total, logprobs = 0.0, []
         metrics: dict[str, float] = {}
-        together = 2 if loss == "dpo" else 1
+        together = batch.task.num_choices if batch.task else 2 if loss == "dpo" else 1
         for part in batch.parts(self.config.micro_batch_tokens, together):
             terms, part_logprobs = self._loss(part, loss, options, dropout_seed)
             if backward:
@@ -176,6 +180,9 @@ class Trainer:
         if dropout_seed is not None and self.model.drops:
             assert part.keys is not None, "made for the whole batch"
             dropping = Dropping(dropout_seed, part.keys)
+        if loss == TASK:
+            attend = Causal(part.lengths, self.config.attention_backend, dropping)
+            return task_terms(self.model, part, attend, options)
         logprobs = self._logprobs(part, dropping)
         weights = torch.where(part.targets == IGNORE_INDEX, torch.zeros_like(part.weights), part.weights)
         inputs = LossInputs(

@@ -74,10 +74,11 @@ class Plain(nn.Module):
 
     def __init__(self, base: nn.Module, prefix: str, head: str, width: int, bias: bool) -> None:
         super().__init__()
-        self.config: Any = base.config
+        config: Any = base.config
+        self.config = config
         self.prefix, self.head = prefix, head
         setattr(self, prefix, base)
-        setattr(self, head, nn.Linear(int(self.config.hidden_size), width, bias=bias))
+        setattr(self, head, nn.Linear(config.hidden_size, width, bias=bias))
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         states = getattr(self, self.prefix)(input_ids, attention_mask=attention_mask).last_hidden_state

@@ -7,32 +7,46 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class TrainSequence(_message.Message):
-    __slots__ = ("token_ids", "loss_weights", "old_logprobs", "advantages", "reference_logprobs", "labels")
+    __slots__ = ("token_ids", "loss_weights", "old_logprobs", "advantages", "reference_logprobs", "labels", "values", "chosen", "mark")
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     LOSS_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     OLD_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     ADVANTAGES_FIELD_NUMBER: _ClassVar[int]
     REFERENCE_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     LABELS_FIELD_NUMBER: _ClassVar[int]
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    CHOSEN_FIELD_NUMBER: _ClassVar[int]
+    MARK_FIELD_NUMBER: _ClassVar[int]
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     loss_weights: _containers.RepeatedScalarFieldContainer[float]
     old_logprobs: _containers.RepeatedScalarFieldContainer[float]
     advantages: _containers.RepeatedScalarFieldContainer[float]
     reference_logprobs: _containers.RepeatedScalarFieldContainer[float]
     labels: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., loss_weights: _Optional[_Iterable[float]] = ..., old_logprobs: _Optional[_Iterable[float]] = ..., advantages: _Optional[_Iterable[float]] = ..., reference_logprobs: _Optional[_Iterable[float]] = ..., labels: _Optional[_Iterable[int]] = ...) -> None: ...
+    values: _containers.RepeatedScalarFieldContainer[float]
+    chosen: bool
+    mark: int
+    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., loss_weights: _Optional[_Iterable[float]] = ..., old_logprobs: _Optional[_Iterable[float]] = ..., advantages: _Optional[_Iterable[float]] = ..., reference_logprobs: _Optional[_Iterable[float]] = ..., labels: _Optional[_Iterable[int]] = ..., values: _Optional[_Iterable[float]] = ..., chosen: _Optional[bool] = ..., mark: _Optional[int] = ...) -> None: ...
 
 class LossOptions(_message.Message):
-    __slots__ = ("clip_low", "clip_high", "beta", "label_smoothing")
+    __slots__ = ("clip_low", "clip_high", "beta", "label_smoothing", "num_choices", "questions", "language_weight", "choice_weight")
     CLIP_LOW_FIELD_NUMBER: _ClassVar[int]
     CLIP_HIGH_FIELD_NUMBER: _ClassVar[int]
     BETA_FIELD_NUMBER: _ClassVar[int]
     LABEL_SMOOTHING_FIELD_NUMBER: _ClassVar[int]
+    NUM_CHOICES_FIELD_NUMBER: _ClassVar[int]
+    QUESTIONS_FIELD_NUMBER: _ClassVar[int]
+    LANGUAGE_WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    CHOICE_WEIGHT_FIELD_NUMBER: _ClassVar[int]
     clip_low: float
     clip_high: float
     beta: float
     label_smoothing: float
-    def __init__(self, clip_low: _Optional[float] = ..., clip_high: _Optional[float] = ..., beta: _Optional[float] = ..., label_smoothing: _Optional[float] = ...) -> None: ...
+    num_choices: int
+    questions: float
+    language_weight: float
+    choice_weight: float
+    def __init__(self, clip_low: _Optional[float] = ..., clip_high: _Optional[float] = ..., beta: _Optional[float] = ..., label_smoothing: _Optional[float] = ..., num_choices: _Optional[int] = ..., questions: _Optional[float] = ..., language_weight: _Optional[float] = ..., choice_weight: _Optional[float] = ...) -> None: ...
 
 class OptimizerOptions(_message.Message):
     __slots__ = ("learning_rate", "beta1", "beta2", "epsilon", "weight_decay", "max_grad_norm")
