@@ -78,7 +78,7 @@ def _local(config: Config) -> Iterator[str]:
 def _rules(config: Config) -> Iterator[str]:
     head, worker = config["head_start_ray_commands"][-1], config["worker_start_ray_commands"][-1]
     for name, command in (("head", head), ("worker", worker)):
-        if f"launch/ray/node.sh {NETWORK[config['provider']['type']]};" not in command:
+        if f"launch/ray/node.sh {NETWORK[config['provider']['type']]} && " not in command:
             yield f"the {name} does not source node.sh: no token is asked for, and no interface is chosen"
     if "--dashboard-host=127.0.0.1" not in head:
         yield "the dashboard is not on loopback"

@@ -10,8 +10,7 @@ BASE=${BASE:?a folder for keys, homes and logs} NET=10.77.0
 
 start() {
   local i=$1 dir=$BASE/hosts/$1 ip=$NET.$((10 + $1))
-  rm -rf "$dir"; mkdir -p "$dir/home" "$dir/tmp"
-  cp -r "$BASE/home/." "$dir/home"
+  mkdir -p "$dir"/tmp; [ -d "$dir/home" ] || cp -r "$BASE/home" "$dir/home"  # a disk outlives a power loss
   sed "s/@IP@/$ip/" "$BASE/sshd_config" > "$dir/sshd_config"
   IP=$ip NAME=host$i DIR=$dir setsid unshare --net --pid --fork --mount --uts --ipc --mount-proc --kill-child \
     "$0" inside </dev/null >"$dir/log" 2>&1 &
