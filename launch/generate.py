@@ -10,14 +10,13 @@ import argparse
 import asyncio
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from parallel.errors import ConfigError, RequestError
 
 if TYPE_CHECKING:
-    from cluster.rpc.client import ServiceError
+    from cluster.rpc.client import Prompt, ServiceError
     from cluster.rpc.proto.inference_pb2 import GenerateChunk
 
 SAMPLING = {
@@ -30,7 +29,16 @@ SAMPLING = {
     "repetition_penalty": (float, "above 1 discourages tokens already there"),
     "presence_penalty": (float, "above 0 discourages tokens already generated, once"),
     "frequency_penalty": (float, "above 0 discourages tokens already generated, each time"),
+    "no_repeat_ngram_size": (int, "no run of this many tokens twice"),
+    "best_of": (int, "draw this many samples and show the n with the likeliest tokens"),
 }
+BEAM = {
+    "length_penalty": (float, "a beam's score is sum(log-probabilities) / length ^ this (default 1)"),
+    "beam_groups": (int, "divide the beams into groups that avoid each other's tokens"),
+    "diversity_penalty": (float, "what a token costs that an earlier group took"),
+}
+EARLY_STOPPING = ("false", "true", "never")
+FIM_ORDERS = {"prefix": "FIM_PREFIX_FIRST", "suffix": "FIM_SUFFIX_FIRST"}
 BAD_INPUT = ("INVALID_ARGUMENT", "FAILED_PRECONDITION", "UNIMPLEMENTED", "ALREADY_EXISTS")
 
 
@@ -48,6 +56,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ignore-eos", action="store_true", help="go on after the end-of-text token")
     for name, (kind, words) in SAMPLING.items():
         parser.add_argument("-n" if name == "n" else f"--{name.replace('_', '-')}", type=kind, dest=name, help=words)
+    parser.add_argument("--beams", type=int, help="search with this many beams instead of drawing; -n shows several")
+    for name, (kind, words) in BEAM.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=words)
+    parser.add_argument("--early-stopping", choices=EARLY_STOPPING, help="end once as many as there are beams have")
+    parser.add_argument("--suffix", metavar="TEXT", help="fill in the middle: what comes after the text to be written")
+    parser.add_argument("--fim-order", choices=list(FIM_ORDERS), help="which part the model reads first")
     parser.add_argument("--timeout", type=float, metavar="SECONDS", help="the request's deadline")
     parser.add_argument("--ids", action="store_true", help="print token ids, not text")
     parser.add_argument("--stats", action="store_true", help="say afterwards how many tokens came how fast")
@@ -55,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     check_address(args.address)
-    prompt = prompt_of(args)
+    prompt = fill_in_middle(args, prompt_of(args))
     return asyncio.run(_stream(args, prompt))
 
 
@@ -63,6 +77,20 @@ def check_address(address: str) -> None:
     host, colon, port = address.rpartition(":")
     if not (colon and host and port.isdigit()):
         raise ConfigError(f"--address is {address!r}; write host:port, as in localhost:50051")
+
+
+def fill_in_middle(args: argparse.Namespace, prompt: str | list[int]) -> Prompt:
+    """The prompt with what comes after the hole, if that was given."""
+    if args.suffix is None:
+        if args.fim_order is not None:
+            raise ConfigError("--fim-order says in which order --suffix is read; give that too")
+        return prompt
+    if not isinstance(prompt, str):
+        raise ConfigError("--suffix goes with a prompt of text, not of token ids")
+    from cluster.rpc.proto.inference_pb2 import Prompt as Message
+
+    order = FIM_ORDERS[args.fim_order or "prefix"]
+    return Message(fim={"prefix": prompt, "suffix": args.suffix, "order": order})
 
 
 def prompt_of(args: argparse.Namespace) -> str | list[int]:
@@ -84,11 +112,23 @@ def parse_ids(text: str) -> list[int]:
 def request_fields(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Only what was asked for: the server's defaults hold for the rest."""
     sampling = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
+    if (beam := beam_fields(args)) is not None:
+        sampling["beam"] = beam
     stopping: dict[str, Any] = {"stop_sequences": args.stop, "ignore_eos": args.ignore_eos}
     for name in ("max_new_tokens", "min_new_tokens"):
         if getattr(args, name) is not None:
             stopping[name] = getattr(args, name)
     return {"sampling": sampling, "stopping": stopping}
+
+
+def beam_fields(args: argparse.Namespace) -> dict[str, Any] | None:
+    """The protocol's Beam, where beams were asked for."""
+    given = {name.removeprefix("beam_"): getattr(args, name) for name in BEAM if getattr(args, name) is not None}
+    if args.early_stopping is not None:
+        given["early_stopping"] = f"EARLY_STOPPING_{args.early_stopping.upper()}"
+    if args.beams is None and given:
+        raise ConfigError("--length-penalty, --early-stopping, --beam-groups and --diversity-penalty need --beams")
+    return None if args.beams is None else {"width": args.beams, **given}
 
 
 @dataclass
@@ -111,12 +151,13 @@ class _Printer:
         if chunk.finish_reason:
             self.reasons.append(chunk.finish_reason)
             if not self.streaming:
-                print(f"--- sample {chunk.sample_index}\n{''.join(self.parts.pop(chunk.sample_index))}")
+                score = f"  score {chunk.score:.4f}" if chunk.HasField("score") else ""
+                print(f"--- sample {chunk.sample_index}{score}\n{''.join(self.parts.pop(chunk.sample_index))}")
             else:
                 print()
 
 
-async def _stream(args: argparse.Namespace, prompt: str | Sequence[int]) -> int:
+async def _stream(args: argparse.Namespace, prompt: Prompt) -> int:
     from cluster.rpc.client import AsyncClient, ServiceError
     from cluster.rpc.proto.inference_pb2 import FinishReason
 

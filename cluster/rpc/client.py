@@ -29,7 +29,7 @@ OPTIONS = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
 )
 
-Prompt = str | Sequence[int]
+Prompt = str | Sequence[int] | inference.Prompt
 Fields = Mapping[str, Any]
 
 
@@ -60,6 +60,9 @@ def _details(error: grpc.RpcError) -> tuple[Message, ...]:
 
 
 def prompt_message(prompt: Prompt) -> inference.Prompt:
+    """Of text, of token ids, or as it is: a prompt with a hole is Prompt(fim={"prefix": ..., "suffix": ...})."""
+    if isinstance(prompt, inference.Prompt):
+        return prompt
     if isinstance(prompt, str):
         return inference.Prompt(text=prompt)
     return inference.Prompt(token_ids=inference.TokenIds(ids=prompt))

@@ -71,6 +71,9 @@ def test_wrong_arguments_exit_with_2(arguments: list[str], capsys: pytest.Captur
         (["generate"], "give the prompt either as text or with --token-ids"),
         (["generate", "--token-ids", "1,x"], "--token-ids is '1,x'; write numbers"),
         (["bench", "serve", "--streams", "0"], "--streams is 0; give at least 1"),
+        (["generate", "hello", "--beam-groups", "2"], "--beam-groups and --diversity-penalty need --beams"),
+        (["generate", "hello", "--fim-order", "suffix"], "--fim-order says in which order --suffix is read"),
+        (["generate", "--token-ids", "1", "--suffix", "x"], "--suffix goes with a prompt of text"),
         (["generate", "hello", "--address", "nonsense"], "--address is 'nonsense'; write host:port"),
     ],
 )

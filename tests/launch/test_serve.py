@@ -125,10 +125,20 @@ def test_several_samples_are_printed_one_after_the_other(server: Server, capsys:
     assert capsys.readouterr().out.count("--- sample") == 2
 
 
+def test_beams_are_printed_best_first_with_their_scores(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    beams = ["--beams", "2", "-n", "2", "--length-penalty", "0.5", "--early-stopping", "never"]
+    ids = ["--token-ids", "2,1,0,1,0,2", "--max-new-tokens", "6"]
+    assert main(["generate", *ids, *beams, "--address", server.address]) == 0
+    heading, tokens, *_ = capsys.readouterr().out.split("--- sample ")[1].split("\n")
+    assert heading.startswith("0  score ") and -0.1 < float(heading.split()[-1]) <= 0
+    assert tokens.split() == ["0", "0", "1", "1", "2", "2"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["hello"], "no tokenizer"),
+        (["--token-ids", "2,1", "--beams", "4", "--beam-groups", "3", "--diversity-penalty", "1"], "must divide"),
         (["--token-ids", "2,1", "--temperature", "-1"], "temperature"),
         (["--token-ids", "2,7"], "7"),
         (["--token-ids", "2,1", "--max-new-tokens", "-5"], "out of range"),
