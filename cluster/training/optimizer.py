@@ -24,6 +24,8 @@ from parallel.group import Group
 
 ALIGN = 64
 """Elements: the widest vector times the unrolling of the element-wise kernels."""
+PIECE = 1 << 24
+"""Elements of a flat buffer that go between replicas at once: bounds what a collective holds beside it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +71,7 @@ class Flat:
         device = next(iter(self.parameters.values())).device
         self.master = torch.zeros(total, dtype=torch.float32, device=device)
         self.grad = torch.zeros_like(self.master)
+        self.waiting: set[str] = set()  # whose gradient holds something; the others' is to be overwritten
         share = total // dp.size
         self.slice = slice(dp.rank * share, (dp.rank + 1) * share)
         for name, parameter in self.parameters.items():
@@ -85,8 +88,11 @@ class Flat:
     def gather(self) -> None:
         """After the update: every dp rank's slice of the masters to all, and the masters to the parameters."""
         if self.dp.size > 1:
-            own = self.master[self.slice].clone()
-            self.master.copy_(self.dp.talk.all_gather(own, [len(own)] * self.dp.size, 0))
+            slices, rank = self.master.view(self.dp.size, -1), self.dp.rank
+            for first in range(0, slices.shape[1], PIECE):
+                piece = slices[:, first : first + PIECE]
+                own = piece[rank].clone()
+                piece.copy_(self.dp.talk.all_gather(own, [len(own)] * self.dp.size, 0).view_as(piece))
         for name, parameter in self.parameters.items():
             with torch.no_grad():
                 if parameter.dtype is not torch.float32:
@@ -161,8 +167,9 @@ class ShardedAdamW:
             ]
 
     def zero_grad(self) -> None:
+        """Forgets the gradients. Nothing is written: whoever comes first overwrites."""
         for flat in self.flats:
-            flat.grad.zero_()
+            flat.waiting.clear()
 
     def grad_norm(self) -> float:
         """The norm of the whole model's gradient, the same float on every rank; after `reduce`."""
@@ -171,10 +178,13 @@ class ShardedAdamW:
         return math.sqrt(squared_norm(parameters, grads, self.tp))
 
     def reduce(self) -> None:
-        """Adds the gradients of all data-parallel ranks."""
-        if self.dp.size > 1:
-            for flat in self.flats:
-                flat.grad.copy_(self.dp.talk.sum(flat.grad))
+        """Adds the gradients of all data-parallel ranks; a parameter that got none has a gradient of zero."""
+        for flat in self.flats:
+            for name in flat.parameters.keys() - flat.waiting:
+                flat.view(flat.grad, name).zero_()
+                flat.waiting.add(name)
+            for piece in flat.grad.split(PIECE) if self.dp.size > 1 else ():
+                piece.copy_(self.dp.talk.sum(piece))
 
     def step(self, config: OptimizerConfig | None = None) -> float:
         """One update with the gradients added since the last; returns their norm before clipping. Not-finite: no
@@ -213,9 +223,14 @@ def _accumulating(flat: Flat) -> Iterator[torch.utils.hooks.RemovableHandle]:
     for name, parameter in flat.parameters.items():
         total = flat.view(flat.grad, name)
 
-        def add(parameter: Tensor, total: Tensor = total) -> None:
-            if parameter.grad is not None:
+        def add(parameter: Tensor, total: Tensor = total, name: str = name) -> None:
+            if parameter.grad is None:
+                return
+            if name in flat.waiting:
                 total.add_(parameter.grad)
-                parameter.grad = None
+            else:
+                total.copy_(parameter.grad)
+                flat.waiting.add(name)
+            parameter.grad = None
 
         yield parameter.register_post_accumulate_grad_hook(add)
