@@ -1,14 +1,15 @@
 """What `serve` does once its configuration is read: Ray, a worker group, front-end, gRPC server, and an orderly end.
 
 One asyncio loop in this process holds front-end and server; the engine runs on rank 0. A signal drains: nothing new is
-admitted, open requests may end within `server.drain_seconds`, a second signal ends them at once. A dead rank ends the
-server with the cause.
+admitted, open requests may end within `server.drain_seconds`, a second signal ends them at once. A lost rank is a
+pause (launch.healing), and only where that is one too many the end, with the cause.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import secrets
 import signal
 import socket
@@ -22,12 +23,14 @@ from cluster.actors.group import WorkerGroup
 from cluster.actors.session import ray_session
 from cluster.actors.spec import RankFacts, ServeSpec, TrainingConfig
 from cluster.actors.worker import Ready
-from cluster.frontend.frontend import Frontend, State
+from cluster.frontend.calls import FrontendConfig
+from cluster.frontend.frontend import Frontend
 from cluster.frontend.socket_link import SocketLink
 from cluster.frontend.text import codec_of
 from cluster.rpc.server import build_server
 from cluster.rpc.servicers import ServiceInfo
 from cluster.training.states import StateFolder
+from launch.healing import Healer
 from parallel.errors import ConfigError, WorkerError
 from tp_decoders.adapter_files import read_adapter_config
 from tp_decoders.registry import read_config
@@ -38,14 +41,13 @@ if TYPE_CHECKING:
     from launch.serve import ServeConfig
 
 log = logging.getLogger(__name__)
-CAUSE_S = 3.0
-"""How long the root cause of a fault is awaited once its effect was seen."""
 CLOSE_GRACE_S = 2.0
 
 
 def serve(config: ServeConfig, model: Path, log_level: int) -> int:
     """Serves until a signal, a Drain call or a fault; the exit status."""
-    check_task(config.task, read_config(model).model_type)  # what is wrong with the checkpoint's description is said before anything starts
+    # what is wrong with the checkpoint's description is said before anything starts
+    check_task(config.task, read_config(model).model_type)
     if config.adapter is not None:
         read_adapter_config(config.adapter)
     check_port(config.server.host, config.server.port)
@@ -74,26 +76,18 @@ def check_port(host: str, port: int) -> None:
 async def _serve(config: ServeConfig, model: Path, log_level: int) -> int:
     loop = asyncio.get_running_loop()
     signals = _Signals(loop)
-    faults: asyncio.Queue[str] = asyncio.Queue()
     spec = _spec(config, model)
     placement = replace(config.placement, log_level=log_level)
-
-    def tell(cause: str) -> None:
-        loop.call_soon_threadsafe(faults.put_nowait, cause)
-
     group = WorkerGroup(spec, config.parallel.tp, config.parallel.device, placement)
     async with AsyncExitStack() as stack:
         stack.push_async_callback(asyncio.to_thread, group.close)
-        start = asyncio.to_thread(group.start, tell)
-        ready = await _unless(signals.stop, start)
+        ready = await _unless(signals.stop, asyncio.to_thread(group.start))
         if ready is None:
             return 0
         frontend, port = await _open(config, model, spec, ready, stack)
+        healer = Healer(group, frontend, spec, ready)
         print(ready_line(config, model, ready, port), flush=True)
-        await _run(frontend, signals, faults)
-        await _unless(signals.again, frontend.drain(config.server.drain_seconds))
-        if frontend.state is State.FAILED:
-            raise WorkerError(f"the engine was lost while open requests ended: {frontend.fault_cause}")
+        await _run(frontend, signals, healer, config.server.drain_seconds)
     return 0
 
 
@@ -107,7 +101,7 @@ async def _open(
         log.info("%s", start_line(rank))
     link = await asyncio.to_thread(SocketLink, facts.engine_address, spec.authkey)
     codec = codec_of(await asyncio.to_thread(load_tokenizer, model))
-    frontend = Frontend(link, codec=codec, config=config.frontend)
+    frontend = Frontend(link, codec=codec, config=_patience(config))
     stack.push_async_callback(frontend.close)
     address = f"{config.server.host}:{config.server.port}"
     server = build_server(frontend, address, config.limits, _service_info(config, model, facts))
@@ -117,19 +111,26 @@ async def _open(
     return frontend, server.port
 
 
-async def _run(frontend: Frontend, signals: _Signals, faults: asyncio.Queue[str]) -> None:
-    """Until there is a reason to stop; a fault is raised, with the cause that the group found."""
-    failed = asyncio.Event()
-    frontend.observe(lambda state: failed.set() if state is State.FAILED else None)
-    fault = asyncio.create_task(faults.get())
-    await _first(signals.stop.wait(), frontend.drained.wait(), failed.wait(), asyncio.shield(fault))
-    if not failed.is_set() and not fault.done():
-        fault.cancel()
-        return
-    await asyncio.wait({fault}, timeout=CAUSE_S)
-    cause = fault.result() if fault.done() else frontend.fault_cause
-    frontend.fault(cause)
-    raise WorkerError(f"the engine is gone: {cause}")
+async def _run(frontend: Frontend, signals: _Signals, healer: Healer, drain_s: float) -> None:
+    """Until there is a reason to stop, and what was open has ended; what cannot be healed is raised."""
+    healing = asyncio.create_task(healer.run())
+    try:
+        await _first(signals.stop.wait(), frontend.drained.wait(), asyncio.shield(healing))
+        if not healing.done():  # a rank that is lost now is a pause of the drain
+            await _first(signals.again.wait(), frontend.drain(drain_s), asyncio.shield(healing))
+        if healing.done():
+            await healing
+    except WorkerError as error:
+        frontend.fail(str(error).removeprefix("the engine is gone: "))
+        raise
+    finally:
+        healing.cancel()
+
+
+def _patience(config: ServeConfig) -> FrontendConfig:
+    """Open requests wait for a new engine as long as one may come, if nothing else was asked for."""
+    waits = math.inf if config.placement.max_restarts > 0 else 0.0
+    return replace(config.frontend, recovery_seconds=config.frontend.recovery_seconds or waits)
 
 
 def ready_line(config: ServeConfig, model: Path, ready: Sequence[Ready], port: int) -> str:

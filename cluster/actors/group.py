@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
 from cluster.actors.bundles import PULSE_S, Bundles, Tell
 from cluster.actors.faults import Fault, NoAnswer, describe, root_cause
@@ -29,6 +29,7 @@ GRACE_S = 1.0
 SETTLE_S = 15.0
 """How long a surviving rank may take to leave the collective that a lost one broke: its limit, and a little more."""
 ANSWER_S = 5.0
+SILENT = "its process gives no sign of life: it is frozen, or its node cannot be reached"
 
 
 class WorkerGroup:
@@ -85,10 +86,11 @@ class WorkerGroup:
             self._life += 1
             self._meet(kept)
             self._ready = self._await_ready()
-        except BaseException:
+        except RayError as error:
+            raise WorkerError(f"the group could not be rebuilt: {describe(error)}") from error
+        finally:
             if self._closing.is_set():
                 self._end(ask=False)  # what was started meanwhile
-            raise
         self._fault = None
         self._faulted.clear()
         self._begin_watch()
@@ -101,6 +103,12 @@ class WorkerGroup:
         else:
             self._bundles.release()
             self._bundles.reserve_patiently(tell)
+
+    def observe(self, on_fault: Callable[[str], None]) -> None:
+        """Be told of each failure, in a foreign thread; at once of one that happened already."""
+        self._on_fault = on_fault
+        if self._fault is not None:
+            on_fault(self._fault)
 
     def wait_fault(self, timeout: float) -> str | None:
         """What ended the group, if anything does within the time."""
@@ -200,7 +208,7 @@ class WorkerGroup:
             silent = unanswering({rank: self._actors[rank] for rank in range(self._size) if rank not in ended})
         self._silent = list(silent)
         for rank in silent:
-            ended[rank] = Fault(self._places[rank], NoAnswer(self._silence()))
+            ended[rank] = Fault(self._places[rank], NoAnswer(SILENT))
         if not ended:
             return Fault(self._places[0], WorkerError("the group failed, and none of its ranks says why"))
         return root_cause(list(ended.values()))
@@ -210,12 +218,6 @@ class WorkerGroup:
         done, _ = ray.wait(self._runs, num_returns=len(self._runs), timeout=0)
         places = enumerate(zip(self._places, self._runs, strict=True))
         return {rank: Fault(place, _outcome(run)) for rank, (place, run) in places if run in done}
-
-    def _silence(self) -> str:
-        return (
-            f"its process gives no sign of life (placement.silence_s is {self.config.silence_s:g}): it is frozen, or "
-            "its node cannot be reached"
-        )
 
     def _begin_watch(self) -> None:
         self._watcher = threading.Thread(target=self._watch, name="worker-group-watch", daemon=True)

@@ -208,7 +208,7 @@ def wait_until_gone(pids: set[int], within: float = 10.0) -> bool:
 
 
 def test_a_killed_rank_ends_streams_with_its_name_and_the_server_with_status_1() -> None:
-    server = Server(ARGUMENTS)
+    server = Server([*ARGUMENTS, "placement.max_restarts=0"])
     server.__enter__()
     family = processes_of(server.pid)
     asyncio.run(expect_fault(server))
