@@ -113,15 +113,15 @@ class Cached:
             )
 
     def __call__(self, spec: AttentionSpec, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
-        layout = self._cache.layout
-        if k_TKH.shape[1] != layout.n_kv_heads and k_TKH.stride(1) == 0:  # a shared head, expanded: stored once
+        layout, n_kv_heads = self._cache.layout, self._cache.layout.heads(spec.layer)
+        if k_TKH.shape[1] != n_kv_heads and k_TKH.stride(1) == 0:  # a shared head, expanded: stored once
             k_TKH, v_TKH = k_TKH[:, :1], v_TKH[:, :1]
         _check_heads(spec, q_TNH, k_TKH, v_TKH, self._meta.num_tokens)
         if q_TNH.shape[1] == 0:
             return q_TNH.new_empty(q_TNH.shape)
-        if k_TKH.shape[1] != layout.n_kv_heads or k_TKH.shape[2] != layout.head_dim or k_TKH.dtype is not layout.dtype:
+        if k_TKH.shape[1] != n_kv_heads or k_TKH.shape[2] != layout.head_dim or k_TKH.dtype is not layout.dtype:
             raise ConfigError(
-                f"keys {list(k_TKH.shape)} of {k_TKH.dtype} for a cache of {layout.n_kv_heads} heads of "
+                f"keys {list(k_TKH.shape)} of {k_TKH.dtype} for a cache of {n_kv_heads} heads of "
                 f"{layout.head_dim} in {layout.dtype}; build the KVLayout from the model's local heads and dtype"
             )
         return self.backend.cached(spec, q_TNH, k_TKH, v_TKH, self._cache, self._meta)

@@ -20,7 +20,9 @@ UNLIMITED_BLOCKS = 2**31 - 1
 
 @dataclass(frozen=True, kw_only=True)
 class KVLayout:
-    """What one rank stores per token: n_kv_heads are its own (0 where it owns no heads)."""
+    """What one rank stores per token: n_kv_heads are its own (0 where it owns no heads), `by_layer` where layers differ
+    (pruned heads).
+    """
 
     n_layers: int
     n_kv_heads: int
@@ -28,6 +30,7 @@ class KVLayout:
     block_size: int
     dtype: torch.dtype
     device: torch.device | str
+    by_layer: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.block_size < 1 or self.block_size % RUN:
@@ -40,10 +43,15 @@ class KVLayout:
                 "head_dim must be at least 1, heads at least 0"
             )
 
+    def heads(self, layer: int) -> int:
+        """This rank's key/value heads of a layer."""
+        return self.n_kv_heads if self.by_layer is None else self.by_layer[layer]
+
     @property
     def bytes_per_block(self) -> int:
         """Of all layers, keys and values."""
-        return 2 * self.n_layers * self.n_kv_heads * self.head_dim * self.block_size * self.dtype.itemsize
+        heads = sum(map(self.heads, range(self.n_layers)))
+        return 2 * heads * self.head_dim * self.block_size * self.dtype.itemsize
 
 
 def num_blocks_that_fit(layout: KVLayout, budget_bytes: int) -> int:
@@ -61,13 +69,13 @@ class KVCache:
         if not 1 <= num_blocks <= UNLIMITED_BLOCKS:
             raise ConfigError(f"a KV cache of {num_blocks} blocks; it needs at least one: give it more memory")
         self.layout, self.num_blocks, self.backend = layout, num_blocks, backend
-        size, heads, dim = layout.block_size, layout.n_kv_heads, layout.head_dim
-        shape = (heads, size // RUN, RUN * dim) if backend == "cpu" else (size, heads, dim)
+        size, dim = layout.block_size, layout.head_dim
+        shapes = [
+            (heads, size // RUN, RUN * dim) if backend == "cpu" else (size, heads, dim)
+            for heads in map(layout.heads, range(layout.n_layers))
+        ]
         self.keys, self.values = (
-            [
-                torch.zeros((num_blocks, *shape), dtype=layout.dtype, device=layout.device)
-                for _ in range(layout.n_layers)
-            ]
+            [torch.zeros((num_blocks, *shape), dtype=layout.dtype, device=layout.device) for shape in shapes]
             for _ in range(2)
         )
 

@@ -27,16 +27,18 @@ log = logging.getLogger(__name__)
 
 
 def heads_of(model: Decoder) -> HeadLayout:
-    config = model.config
-    return HeadLayout.of(model.group, config.n_heads, config.n_kv_heads, config.head_dim)
+    """Those of the first layer."""
+    return model.heads(0)
 
 
 def kv_layout(model: Decoder, config: EngineConfig) -> KVLayout:
     """What this rank stores per token."""
     weight = next(model.parameters())
+    by_layer = tuple(model.heads(layer).n_local_kv for layer in range(model.config.n_layers))
     return KVLayout(
         n_layers=model.config.n_layers,
-        n_kv_heads=heads_of(model).n_local_kv,
+        n_kv_heads=by_layer[0],
+        by_layer=by_layer,
         head_dim=model.config.head_dim,
         block_size=config.block_size,
         dtype=weight.dtype,

@@ -52,7 +52,7 @@ class Scenario:
 
     ours: list[dict[str, Any]]
     theirs: list[dict[str, Any]]
-    head_mask: Tensor | None = None  # applied to the reference by hand
+    head_masks: list[Tensor] | None = None  # by layer, applied to the reference by hand
     grad_of: tuple[str, ...] = ()  # inputs whose gradient is compared
     through_all: bool = False  # gradients not only of the loss but of attentions and hidden states, too
 
@@ -140,9 +140,10 @@ def head_mask(case: str, per_layer: bool) -> Scenario:
     mask = mask if per_layer else mask[0]
     scenario = padded(case, "left", **WATCHED)
     scenario.ours[0]["head_mask"] = mask
-    scenario.head_mask = mask.expand(2, heads)
-    if family(case) in ("gpt2", "gpt_bigcode", "gpt_neox_japanese"):  # the others: see `masked_heads`
-        scenario.theirs[0]["head_mask"], scenario.head_mask = mask, None
+    if family(case) in ("gpt2", "gpt_bigcode", "gpt_neox_japanese"):
+        scenario.theirs[0]["head_mask"] = mask
+    else:
+        scenario.head_masks = list(mask.expand(2, heads))
     return scenario
 
 
@@ -204,17 +205,16 @@ ONLY = {
 
 
 @contextmanager
-def masked_heads(model: Any, case: str, mask: Tensor | None) -> Iterator[None]:
+def masked_heads(model: Any, case: str, masks: list[Tensor] | None) -> Iterator[None]:
     """Heads scaled where they enter the output projection, which is the same as scaling their probabilities.
 
     transformers 4.57 reads no head_mask for MPT, and turns GPT-NeoX's into an additive mask that its eager attention
     then multiplies with. The files that this project takes for its reference multiply.
     """
     handles = []
-    for layer in range(0 if mask is None else len(mask)):
-        assert mask is not None
+    for layer, mask in enumerate(masks or ()):
         module = model.get_submodule(OUT_PROJECTIONS[family(case)].format(layer))
-        scales = mask[layer].repeat_interleave(model.config.hidden_size // mask.shape[1])
+        scales = mask.repeat_interleave(model.config.hidden_size // model.config.num_attention_heads)
         handles.append(module.register_forward_pre_hook(lambda _, args, scales=scales: (args[0] * scales,)))
     yield
     for handle in handles:
@@ -227,14 +227,14 @@ def write_scenario(model: Any, case: str, scenario: Scenario, folder: Path) -> N
     model.zero_grad()
     leaves = {name: scenario.theirs[-1][name].clone().requires_grad_() for name in scenario.grad_of}
     past: Any = None
-    with masked_heads(model, case, scenario.head_mask):
+    with masked_heads(model, case, scenario.head_masks):
         for call in scenario.theirs:
             out = model(**{**call, **leaves, **({} if past is None else {"past_key_values": past})})
             past = out.past_key_values
     (total_of(out, scenario.ours[-1]["attention_mask"]) if scenario.through_all else out.loss).backward()
     attentions = out.attentions
-    if attentions and scenario.head_mask is not None:
-        attentions = [a * scenario.head_mask[i][:, None, None] for i, a in enumerate(attentions)]
+    if attentions and scenario.head_masks is not None:
+        attentions = [a * mask[:, None, None] for a, mask in zip(attentions, scenario.head_masks, strict=True)]
     past = getattr(past, "self_attention_cache", past)
     cache = [(layer.keys, layer.values) for layer in past.layers] if scenario.ours[-1].get("use_cache") else None
     content = {
@@ -311,8 +311,8 @@ def cache_errors(model: Decoder, out: CausalOutput, cache: list[Any], whole: Ten
     errors = {}
     for layer, (kv, full) in enumerate(zip(out.past_key_values or (), cache, strict=True)):
         heads = model.heads(layer)
-        own = [0] if heads.shares_kv else list(heads.local_ids)
-        for name, a, b in zip("kv", kv, full, strict=True):
+        own = slice(0, 1) if heads.shares_kv else slice(heads.first, heads.first + heads.n_local)
+        for name, a, b in zip("kv", kv[:2], full, strict=True):
             if heads.n_local:
                 errors[f"cache {layer} {name}"] = padded_error(a, b[:, own], whole[:, None, :, None])
     return errors

@@ -15,7 +15,6 @@ import torch
 from cluster.training.optimizer import Flat
 from parallel.attention import AttentionSpec
 from parallel.group import Group
-from parallel.heads import HeadLayout
 from parallel.kv_cache import KVLayout
 from parallel.linear import ColumnLinear, RowLinear
 from parallel.native.gemm import PANEL
@@ -128,8 +127,8 @@ def _rows(model: Decoder) -> list[RowLinear]:
 def cache_layout(model: Decoder, block_size: int) -> KVLayout:
     """What this rank stores per block of tokens while it serves."""
     config, weight = model.config, next(model.parameters())
-    heads = HeadLayout.of(model.group, config.n_heads, config.n_kv_heads, config.head_dim)
+    by_layer = tuple(model.heads(layer).n_local_kv for layer in range(config.n_layers))
     return KVLayout(
-        n_layers=config.n_layers, n_kv_heads=heads.n_local_kv, head_dim=config.head_dim, block_size=block_size,
-        dtype=weight.dtype, device="meta",
+        n_layers=config.n_layers, n_kv_heads=by_layer[0], by_layer=by_layer, head_dim=config.head_dim,
+        block_size=block_size, dtype=weight.dtype, device="meta",
     )  # fmt: skip
