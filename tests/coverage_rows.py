@@ -1,0 +1,160 @@
+"""What docs/coverage.md says: family x task, input, output, option; the test that shows it, or why there is none.
+
+`python -m tests.coverage_rows > docs/coverage.md` writes the page; tests/test_coverage.py checks that every named test
+exists and that the page is this table.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+FAMILIES = ("gpt2", "gpt_neox", "gpt_neox_japanese", "mpt", "gpt_bigcode")
+SHORT = {"gpt_neox_japanese": "japanese", "gpt_neox": "neox", "gpt_bigcode": "bigcode"}
+HERE = "tests/tp_decoders/"
+PARITY = HERE + "test_parity.py::test_logits_loss_and_all_gradients_equal_the_reference"
+PADDED = HERE + "test_padded.py::test_outputs_loss_and_gradients_equal_transformers"
+EQUALITIES = HERE + "test_padded_equalities.py::test_results_do_not_depend_on"
+TASKS = HERE + "test_tasks.py::test_outputs_losses_and_all_gradients_equal_the_reference"
+NOT_AN_OPTION = "not an option of this family"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line. `ids` maps a family to the bracketed part of the test's id; "" where the test has none."""
+
+    area: str
+    what: str
+    test: str
+    ids: dict[str, str]
+    why: dict[str, str] = field(default_factory=dict)  # why a family has no test here
+    otherwise: str = NOT_AN_OPTION
+
+    def tests(self) -> list[str]:
+        return [f"{self.test}[{i}]" if i else self.test for i in self.ids.values()]
+
+    def cell(self, family: str) -> str:
+        return "yes" if family in self.ids else self.why.get(family, self.otherwise)
+
+
+def every(pattern: str) -> dict[str, str]:
+    """{f} is the family, {s} its short name."""
+    return {family: pattern.format(f=family, s=SHORT.get(family, family)) for family in FAMILIES}
+
+
+def only(**ids: str) -> dict[str, str]:
+    return ids
+
+
+def _padded(what: str, feature: str, **why: str) -> Row:
+    ids = {family: i for family, i in every(f"{{f}}-{feature}").items() if family not in why}
+    return Row("inputs and outputs", what, PADDED, ids, why)
+
+
+def _option(what: str, otherwise: str = NOT_AN_OPTION, **cases: str) -> Row:
+    return Row("options", what, PARITY, cases, {}, otherwise)
+
+
+NO_TOKEN_TYPES = "the reference takes none"
+NO_POSITIONS = "the reference takes none: ALiBi is a function of distance"
+NO_CROSS = "the reference has no cross-attention"
+NO_CLASS = "the reference gives GPT-2 alone this head"
+ROWS = (
+    Row("tasks", "causal language model: logits, loss, every gradient", PARITY, every("{s}")),
+    Row("tasks", "the same, computed in padded batches", PADDED, every("{f}-right padding")),
+    Row("tasks", "generation: greedy = generate", "tests/cluster/engine/test_generation.py::"
+        "test_greedy_generation_equals_transformers_token_for_token", every("plain-{f}")),
+    Row("tasks", "sequence classification: single label, multi-label, regression", TASKS, every("{f}")),
+    Row("tasks", "token classification", TASKS, every("{f}")),
+    Row("tasks", "span question answering", TASKS, every("{f}")),
+    Row("tasks", "double heads, every summary_type and projection option", TASKS, only(gpt2="gpt2"), {}, NO_CLASS),
+    Row("tasks", "task checkpoints: save, transformers, load", HERE + "test_tasks.py::"
+        "test_what_is_saved_opens_in_transformers_and_heads_cost_no_collective", every("{f}")),
+    _padded("attention_mask, left padding", "left padding"),
+    _padded("attention_mask, right padding", "right padding"),
+    _padded("attention_mask with gaps", "gaps in the mask"),
+    _padded("position_ids", "position_ids", mpt=NO_POSITIONS),
+    _padded("token_type_ids", "token_type_ids", gpt_neox=NO_TOKEN_TYPES, gpt_neox_japanese=NO_TOKEN_TYPES,
+            mpt=NO_TOKEN_TYPES),
+    _padded("head_mask per layer", "head_mask per layer"),
+    _padded("head_mask shared by layers", "head_mask shared by layers"),
+    _padded("inputs_embeds", "inputs_embeds"),
+    _padded("past key/values in and out, left padding", "past, left padding"),
+    _padded("past key/values in and out, right padding", "past, right padding"),
+    _padded("output_attentions, output_hidden_states, use_cache", "attentions, hidden states and cache"),
+    _padded("gradients through attentions and hidden states", "gradients through attentions and hidden states"),
+    Row("inputs and outputs", "left-padded = right-padded = unpadded", EQUALITIES,
+        every("left-padded = right-padded = unpadded-{f}")),
+    Row("inputs and outputs", "cached = uncached", EQUALITIES, every("cached = uncached-{f}")),
+    Row("inputs and outputs", "both input_ids and inputs_embeds is refused",
+        HERE + "test_padded_refusals.py::test_is_refused_by_every_family", every("both inputs-{f}")),
+    Row("inputs and outputs", "encoder_hidden_states, encoder_attention_mask (cross-attention)",
+        HERE + "test_cross_attention.py::test_cross_attention_equals_the_reference",
+        only(gpt2="encoder_attention_mask by state, left padding-gpt2",
+             gpt_bigcode="encoder_attention_mask by state, left padding-gpt_bigcode"), {}, NO_CROSS),
+    Row("inputs and outputs", "packed documents = documents alone",
+        HERE + "test_packed.py::test_a_packed_row_is_its_documents_alone", every("{s}-2")),
+    _option("scale_attn_weights off", gpt2="gpt2 unscaled", gpt_bigcode="bigcode unscaled"),
+    _option("scale_attn_by_inverse_layer_idx", gpt2="gpt2 inverse layer scale"),
+    _option("reorder_and_upcast_attn", gpt2="gpt2 upcast"),
+    _option("attention_softmax_in_fp32, scale_attention_softmax_in_fp32", gpt_bigcode="bigcode softmax flags"),
+    _option("multi_query off / multi-query on", gpt_bigcode="bigcode multi-head", mpt="mpt multi-query"),
+    _option("odd width of the MLP", "fixed multiple of the width", gpt2="gpt2 odd mlp", gpt_bigcode="bigcode unscaled",
+            mpt="mpt expansion", gpt_neox="neox"),
+    _option("sequential residual", "always sequential", gpt_neox="neox sequential"),
+    _option("attention_bias off", gpt_neox="neox no attention bias"),
+    _option("rotary_pct and base", gpt_neox="neox full rotary", gpt_neox_japanese="japanese narrow"),
+    _option("tied or untied head", mpt="mpt untied", gpt2="gpt2 untied", gpt_neox="neox tied", gpt_bigcode="bigcode untied",
+            gpt_neox_japanese="japanese untied"),
+    _option("ALiBi off, learned positions", mpt="mpt learned positions"),
+    _option("no_bias off, logit_scale", mpt="mpt biases"),
+    _option("qk_ln, clip_qkv", mpt="mpt query-key norm"),
+    _option("head counts that do not divide (3 heads)", gpt2="gpt2 3 heads", gpt_neox="neox 3 heads",
+            gpt_bigcode="bigcode 3 heads", mpt="mpt 3 heads", gpt_neox_japanese="japanese 3 heads"),
+    _option("linear and dynamic rope scaling", gpt_neox="neox dynamic scaling",
+            gpt_neox_japanese="japanese linear scaling"),
+    Row("options", "drawn at random: every option, activation and head count together",
+        HERE + "test_fuzz.py::test_no_drawn_configuration_is_silently_different", every("")),
+    Row("options", "head pruning", HERE + "test_pruning.py::test_a_checkpoint_with_pruned_heads_equals_transformers",
+        only(gpt2="gpt2-past"), {}, "the reference prunes GPT-2's heads alone"),
+    Row("options", "dropout everywhere the reference has it",
+        HERE + "test_dropout.py::test_loss_and_gradients_equal_transformers_under_the_same_masks", every("{f}")),
+    Row("options", "initialisation by the family's rule",
+        HERE + "test_initialise.py::test_every_tensor_has_the_spread_that_transformers_gives_it", every("{f}")),
+    Row("options", "gradient checkpointing, sequence parallelism",
+        HERE + "test_padded_equalities.py::"
+        "test_gradients_and_outputs_do_not_depend_on_recomputation_or_division", every("{f}")),
+    Row("options", "LoRA adapters, to PEFT",
+        HERE + "test_lora.py::test_an_adapter_written_here_gives_peft_the_same_logits", every("{f}")),
+    Row("options", "LoRA adapters, from PEFT", HERE + "test_lora.py::"
+        "test_an_adapter_written_by_peft_gives_the_same_logits_here_beside_the_weights_and_merged", every("{f}")),
+    Row("options", "beams = transformers' beams (families are drawn)", "tests/cluster/engine/test_beams.py::"
+        "test_a_random_search_equals_transformers_token_for_token_and_in_score", every("0")),
+    Row("options", "original TensorFlow checkpoints",
+        HERE + "test_gpt2_tensorflow.py::test_the_logits_are_those_that_tensorflow_computed", only(gpt2=""), {},
+        "GPT-2 alone was published in this format"),
+    Row("options", "original DeepSpeed checkpoints", HERE + "test_deepspeed.py::"
+        "test_the_parts_make_the_model_they_were_cut_from", only(gpt_neox="{}-3"), {},
+        "GPT-NeoX alone was published in this format"),
+)  # fmt: skip
+
+
+def page() -> str:
+    """The whole of docs/coverage.md."""
+    lines = [
+        "# What is covered",
+        "",
+        "Written by `python -m tests.coverage_rows > docs/coverage.md` and checked by `make test`: every test that is",
+        "named here exists; sizes run from one to three ranks where a model is divided. A cell without `yes` says why",
+        "there is nothing to show.",
+    ]
+    for area in dict.fromkeys(row.area for row in ROWS):
+        lines += ["", f"## {area.capitalize()}", ""]
+        lines += ["| | " + " | ".join(FAMILIES) + " | test |", "| --- " * (len(FAMILIES) + 2) + "|"]
+        for row in (row for row in ROWS if row.area == area):
+            cells = " | ".join(row.cell(family) for family in FAMILIES)
+            lines.append(f"| {row.what} | {cells} | `{row.test.removeprefix('tests/')}` |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(page(), end="")
