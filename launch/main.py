@@ -57,6 +57,11 @@ COMMANDS = {
         "say whether a model fits on a number of ranks, and how it is best spread over them",
         "tp-decoders plan --model gpt-neox-20b --gpus 16 --gpu-memory 80GiB",
     ),
+    "preflight": Command(
+        "launch.preflight",
+        "compare a cluster's nodes and measure the links between them, and name the odd one out",
+        "tp-decoders preflight --ranks 16 --device cuda --model /shared/weights/gpt-neox-20b",
+    ),
     "demo": Command(
         "launch.demo", "train a small model on two CPU ranks, serve it and show it; a few minutes", "tp-decoders demo"
     ),

@@ -44,6 +44,11 @@ class Command:
     def seconds(self) -> float:
         return time.monotonic() - self._began
 
+    @property
+    def text(self) -> str:
+        """All that it has said."""
+        return "\n".join(line for _, line in self.lines)
+
     def wait(self, limit: float) -> int:
         """Its exit status; ended and a failure where it takes longer."""
         try:

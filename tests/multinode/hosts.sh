@@ -5,6 +5,7 @@
 #   hosts.sh up 2           host 2, at 10.77.0.12, with a home and a /tmp of its own and the folder $BASE shared with all
 #   hosts.sh off 2          power loss: the link goes, then every process
 #   hosts.sh link 2 down    the cable alone (up: plugged in again)
+#   hosts.sh slow 2         200 Mbit/s on that cable (fast: as before)
 set -euo pipefail
 BASE=${BASE:?a folder for keys, homes and logs} NET=10.77.0
 
@@ -59,6 +60,8 @@ bridge)
 up) start "$2" ;;
 inside) inside ;;
 off) off "$2" ;;
+slow) tc qdisc add dev "host$2" root tbf rate 200mbit burst 256kbit latency 400ms ;;
+fast) tc qdisc del dev "host$2" root ;;
 link) ip link set "host$2" "$3" ;;
-*) sed -n 2,8p "$0"; exit 2 ;;
+*) sed -n 2,9p "$0"; exit 2 ;;
 esac

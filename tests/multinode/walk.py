@@ -3,8 +3,8 @@
 `ray up` with launch/ray/own-machines.yaml over ssh, a small GPT-NeoX fine-tuned with its tensor-parallel ranks on two
 hosts, a host lost and the same command going on, the result served through an ssh tunnel, another host lost, `ray
 down`. The hosts are namespaces (hosts.sh) inside namespaces of the walk's own, so nothing is left behind however it
-ends. Needs root, sshd, ssh, rsync and ip. Prints every command, what it said and how long it took; exits with 1 where a
-step fails.
+ends. Needs root, sshd, ssh, rsync, ip and tc. Prints every command, what it said and how long it took; exits with 1
+where a step fails.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TREE = ("parallel", "tp_decoders", "cluster", "launch", "configs")
 FILES = ("pyproject.toml", "constraints.txt", "README.md", "LICENSE")
 DATA = ("tests/multinode", "tests/data/tokenizers/gpt-neox-20b", "tests/data/text")
-TOOLS = ("unshare", "ip", "ssh", "ssh-keygen", "rsync", "sshd")
+TOOLS = ("unshare", "ip", "tc", "ssh", "ssh-keygen", "rsync", "sshd")
 OWN_NAMESPACES = ("--net", "--mount", "--pid", "--fork", "--kill-child", "--uts", "--ipc", "--mount-proc")
 
 SSHD = """Port 22
