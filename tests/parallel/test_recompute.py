@@ -22,8 +22,8 @@ class Block(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.norm = LayerNorm(32, 1e-5)
-        torch.nn.init.ones_(self.norm.weight)
-        torch.nn.init.zeros_(self.norm.bias)
+        for parameter, value in zip(self.norm.parameters(), (1.0, 0.0), strict=True):
+            torch.nn.init.constant_(parameter, value)
         self.up, self.down = (torch.nn.Parameter(torch.randn(32, 32)) for _ in range(2))
         self.watched: dict[str, StorageWeakRef] = {}
 
