@@ -4,10 +4,10 @@ one run.
     python bench/training.py --models DIR --model gpt2 --dtype float32 --engines tp2,hf
 
 A step is forward, backward, clipping to norm 1 (ours; the other side runs without) and a fused AdamW update over 4
-sequences of 256 tokens, dropout 0. tp2: two processes of one thread, pinned; hf: one process of two threads. bfloat16 is
-autocast over float32 weights there, bfloat16 weights with float32 masters here. Engines take turns. Prints one JSON line
-per engine (median, minimum and maximum rate, loss of the first and of the last step), then ratios. `--profile` prints
-where a step of rank 0 spends its time.
+sequences of 256 tokens, dropout 0. tp2: two processes of one thread, pinned; hf: one process of two threads. bfloat16
+is autocast over float32 weights there, bfloat16 weights with float32 masters here. Engines take turns. Prints one JSON
+line per engine (median, minimum and maximum rate, loss of the first and of the last step), then ratios. `--profile`
+prints where a step of rank 0 spends its time.
 """
 
 from __future__ import annotations
