@@ -63,8 +63,7 @@ class SummaryHead(nn.Module):
 
 def replicated_linear(d_in: int, d_out: int, group: Group, bias: bool, place: Place) -> ColumnLinear:
     """A linear layer that every rank holds whole and computes alone."""
-    alone = Group.single(group.numerics)
-    return ColumnLinear(d_in, (Part(d_out),), group=alone, bias=bias, **place)
+    return ColumnLinear(d_in, (Part(d_out),), group=group, bias=bias, **place)
 
 
 def task_head(config: DecoderConfig, group: Group, place: Place) -> LabelHead | SummaryHead | None:

@@ -87,6 +87,20 @@ def test_answers_are_the_same_bits_however_prompts_are_cut_and_set_aside(tmp_pat
     assert [len(rows[0]) for rows in found[0][:2] if rows] == [48, 3]
 
 
+def test_a_prompt_half_read_when_the_weights_change_is_read_again_whole(tmp_path: Path) -> None:
+    engine = engine_of(save_tiny("gpt2", tmp_path), "causal-lm")
+    requests = [pooled(4, "all", head=False), pooled(2, "mean", head=False)]
+    expected = [answer.pooled for (answer,) in generate(engine, requests)]
+    for request in requests:
+        engine.submit(replace(request, request_id=f"{request.request_id} again"))
+    assert engine.step() == []
+    engine.weights_changed()
+    events = []
+    while not engine.idle:
+        events += engine.step()
+    assert sorted([event.pooled for event in events], key=len, reverse=True) == expected
+
+
 def served(group: Group, folder: str) -> list[Any] | None:
     """The answers of a group's rank 0."""
     runner = build_runner(load(folder, task="sequence-classification", group=group), CONFIG, 1 << 28)
