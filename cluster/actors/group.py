@@ -242,8 +242,9 @@ class WorkerGroup:
 
     def _survivors(self) -> list[int]:
         """The ranks whose process goes on and keeps what it holds: those that only lost a peer."""
-        self._end_frozen()
-        living = {rank: run for rank, run in enumerate(self._runs) if rank not in self._silent}
+        own = [rank for rank, fault in self._ended().items() if not is_consequence(fault.original)]
+        self._kill([*own, *self._silent])  # first of all: their peers learn of it, and leave the collective
+        living = {rank: run for rank, run in enumerate(self._runs) if rank not in (*own, *self._silent)}
         ray.wait(list(living.values()), num_returns=len(living), timeout=SETTLE_S)
         asked = {
             self._actors[rank].kept.remote(): rank
@@ -255,19 +256,19 @@ class WorkerGroup:
         answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_S)
         return sorted(asked[answer] for answer in answered if _outcome(answer) is None and ray.get(answer))
 
-    def _end_frozen(self) -> None:
-        """At once where a rank beside it can do it; the lost rank's peers learn of it so, and Ray."""
-        for rank in self._silent if self._ready else []:
-            place = self._places[rank]
-            for neighbour, actor in enumerate(self._actors):
-                if neighbour not in self._silent and self._places[neighbour].node == place.node:
-                    actor.end_neighbour.remote(self._ready[rank].pid)
+    def _kill(self, ranks: Sequence[int]) -> None:
+        """Ends their processes; a frozen one at once, where a rank beside it can do that."""
+        for rank in ranks:
+            if rank in self._silent and self._ready:
+                node, pid = self._places[rank].node, self._ready[rank].pid
+                for neighbour, actor in enumerate(self._actors):
+                    if neighbour not in self._silent and self._places[neighbour].node == node:
+                        actor.end_neighbour.remote(pid)
+            ray.kill(self._actors[rank])
 
     def _let_go(self, kept: Sequence[int]) -> None:
-        self._end_frozen()
         lost = [rank for rank in range(len(self._actors)) if rank not in kept]
-        for rank in lost:
-            ray.kill(self._actors[rank])
+        self._kill(lost)
         runs = [self._runs[rank] for rank in lost]
         if runs:
             ray.wait(runs, num_returns=len(runs), timeout=self.config.stop_timeout_s, fetch_local=False)

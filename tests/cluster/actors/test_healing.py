@@ -1,0 +1,141 @@
+"""Groups that are rebuilt after a fault, on a real local Ray: who stays, who comes anew, and what is waited for."""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import ray
+from ray.util.placement_group import placement_group, remove_placement_group
+
+from cluster.actors.group import WorkerGroup
+from cluster.actors.place import PlacementConfig
+from cluster.actors.worker import Ready
+from parallel.errors import CheckpointError, ConfigError, WorkerError
+from tests.cluster.actors.lasting_program import MakeLasting
+from tests.cluster.actors.test_group import gone
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
+QUICK = PlacementConfig(silence_s=2.0, place_timeout_s=4.0, start_timeout_s=30.0)
+
+
+@pytest.fixture
+def started(tmp_path: Path) -> Iterator[Callable[..., tuple[WorkerGroup, list[Ready]]]]:
+    """Starts groups of two lasting programs, and closes them."""
+    groups: list[WorkerGroup] = []
+
+    def start(**plan: object) -> tuple[WorkerGroup, list[Ready]]:
+        group = WorkerGroup(MakeLasting(str(tmp_path), **plan), 2, config=QUICK)  # type: ignore[arg-type]
+        groups.append(group)
+        return group, group.start()
+
+    yield start
+    for group in groups:
+        group.close()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_comes_anew_and_its_peer_goes_on_in_its_process(started: Callable, rank: int) -> None:
+    group, ready = started()
+    os.kill(ready[rank].pid, signal.SIGKILL)
+    assert group.wait_fault(10).startswith(f"rank {rank} on {ready[0].place.node}: its process died")
+    again = group.rebuild()
+    other = 1 - rank
+    assert again[other].pid == ready[other].pid and again[other].facts["lives"] == 2
+    assert again[rank].pid != ready[rank].pid and again[rank].facts["lives"] == 1
+    assert again[0].place.address != ready[0].place.address, "they met again elsewhere"
+    assert group.wait_fault(0.0) is None
+    os.kill(again[other].pid, signal.SIGKILL)
+    assert group.wait_fault(10).startswith(f"rank {other} on "), "a rebuilt group is watched"
+
+
+def test_a_frozen_rank_is_named_ended_and_replaced(started: Callable) -> None:
+    group, ready = started()
+    time.sleep(0.5)
+    os.kill(ready[1].pid, signal.SIGSTOP)
+    began = time.monotonic()
+    fault = group.wait_fault(10)
+    assert 1.5 < time.monotonic() - began < 8, "after silence_s, and the second in which others may fail"
+    assert fault.startswith(f"rank 1 on {ready[1].place.node}: its process gives no sign of life: it is frozen")
+    began = time.monotonic()
+    again = group.rebuild()
+    assert [r.pid == before.pid for r, before in zip(again, ready, strict=True)] == [True, False]
+    assert gone(ready[1].pid, 1.0)
+
+
+def test_a_rank_with_an_error_of_its_own_is_not_kept(started: Callable) -> None:
+    group, ready = started(error_after=0.3)
+    assert group.wait_fault(10).endswith("RuntimeError: an error of its own")
+    assert group.rebuild()[1].pid != ready[1].pid
+
+
+def test_all_are_started_anew_where_nobody_is_to_be_kept(started: Callable) -> None:
+    group, ready = started()
+    os.kill(ready[0].pid, signal.SIGKILL)
+    group.wait_fault(10)
+    again = group.rebuild(keep=False)
+    assert not {r.pid for r in again} & {r.pid for r in ready} and gone(ready[1].pid)
+
+
+def test_after_a_failed_attempt_the_next_one_starts_all_anew(started: Callable) -> None:
+    group, ready = started(fail_life=1)
+    os.kill(ready[1].pid, signal.SIGKILL)
+    group.wait_fault(10)
+    with pytest.raises(CheckpointError, match="rank 1 on .* did not start: no checkpoint in this life"):
+        group.rebuild()
+    assert [r.facts["lives"] for r in group.rebuild(keep=False)] == [1, 1]
+
+
+def test_a_group_without_room_says_so_and_takes_up_when_there_is(started: Callable) -> None:
+    group, ready = started()
+    rival = placement_group([{"CPU": 2}])  # waits: one core is free
+    os.kill(ready[0].pid, signal.SIGKILL)
+    group.wait_fault(10)
+    said: queue.Queue[str] = queue.Queue()
+    outcome: queue.Queue[list[Ready]] = queue.Queue()
+    work = threading.Thread(target=lambda: outcome.put(group.rebuild(said.put, keep=False)), daemon=True)
+    work.start()
+    try:
+        words = said.get(timeout=20)
+        assert words.startswith("waiting for room: the cluster is large enough but busy (1 CPU cores and 0 GPUs are")
+        ray.get(rival.ready(), timeout=5)
+        assert work.is_alive()
+    finally:
+        remove_placement_group(rival)
+    assert len(outcome.get(timeout=20)) == 2
+    work.join(5)
+
+
+def test_closing_ends_a_rebuild_and_leaves_no_process(started: Callable, tmp_path: Path) -> None:
+    group, ready = started()
+    os.kill(ready[0].pid, signal.SIGKILL)
+    group.wait_fault(10)
+    outcome: queue.Queue[Exception] = queue.Queue()
+
+    def rebuild() -> None:
+        try:
+            group.rebuild(make=MakeLasting(str(tmp_path), start_seconds=3.0))
+        except WorkerError as error:
+            outcome.put(error)
+
+    threading.Thread(target=rebuild, daemon=True).start()
+    time.sleep(1.5)
+    group.close()
+    outcome.get(timeout=10)
+    assert gone(ready[1].pid)
+    limit = time.monotonic() + 10
+    while ray.available_resources().get("CPU") != 3 and time.monotonic() < limit:
+        time.sleep(0.1)
+    assert ray.available_resources().get("CPU") == 3, "something still holds a core"
+
+
+@pytest.mark.parametrize(("field", "value"), [("silence_s", 1.0), ("max_restarts", -1), ("restart_window_s", 0.0)])
+def test_limits_that_cannot_work_are_refused(field: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=f"placement.{field} is {value:g}"):
+        PlacementConfig(**{field: value})  # type: ignore[arg-type]
