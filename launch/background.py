@@ -72,6 +72,11 @@ class Server:
         return self._process.wait(timeout_s)
 
     @property
+    def said(self) -> str:
+        """Everything it wrote to stderr so far."""
+        return "".join(self._last_words)
+
+    @property
     def complaint(self) -> str:
         """What it said last on stderr."""
         return " ".join(line.strip() for line in self._last_words[-5:]) or "it said nothing"

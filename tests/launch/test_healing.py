@@ -1,0 +1,192 @@
+"""The real command loses ranks while it streams: killed and frozen ones, the first and the last, with and without
+trained weights. Nobody loses, doubles or changes a token; health tells the truth; restarts have an end."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import signal
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from cluster.rpc.client import AsyncClient, ServiceError
+from launch.background import Server
+from parallel.native import library
+from tests.cluster.engine.tiny_models import save_tiny
+from tests.launch.test_serve import processes_of, wait_until_gone
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+STREAMS, TOKENS, BEFORE = 6, 900, 100
+SERVING, NOT_SERVING = 1, 2
+NAMES = {value: name for name, value in health_pb2.HealthCheckResponse.ServingStatus.items()}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    library.available()  # compiled here if need be, outside the limits below
+    return save_tiny("gpt_neox", tmp_path_factory.mktemp("neox") / "model", max_position_embeddings=2048)
+
+
+def server_of(model: Path, *more: str) -> Server:
+    sizes = ["--preset", "small", "--cluster", "cpu-2", "engine.kv_blocks=512", "placement.silence_s=4"]
+    return Server(["--model", str(model), *sizes, *more, "-v"])
+
+
+@pytest.fixture(scope="module")
+def server(model: Path) -> Iterator[Server]:
+    """Three faults are healed, the fourth ends it: the tests of this server run in their order."""
+    running = server_of(model, "placement.max_restarts=3")
+    running.__enter__()
+    try:
+        yield running
+    finally:
+        running.stop()
+
+
+async def told(server: Server, words: str, count: int, seconds: float = 20.0) -> None:
+    """Waits until the server has said so that often."""
+    limit = time.monotonic() + seconds
+    while server.said.count(words) < count:
+        assert time.monotonic() < limit, server.said[-3000:]
+        await asyncio.sleep(0.05)
+
+
+def process_of(server: Server, rank: int) -> int:
+    """The rank's present process, by what it said when it was ready."""
+    return int(re.findall(rf"\(rank {rank} pid=(\d+)\)[^\n]* key/value cache", server.said)[-1])
+
+
+class Streams:
+    """Several streams read side by side; `count` is what the slowest one got."""
+
+    def __init__(self, client: AsyncClient) -> None:
+        self.tokens: list[list[int]] = [[] for _ in range(STREAMS)]
+        self.tasks = [asyncio.create_task(self._read(client, index)) for index in range(STREAMS)]
+
+    async def _read(self, client: AsyncClient, index: int) -> None:
+        stopping = {"max_new_tokens": TOKENS, "ignore_eos": True}
+        async for chunk in client.stream([[index, 3, 5]], sampling={"seed": index}, stopping=stopping):
+            self.tokens[index] += chunk.token_ids
+
+    async def under_way(self) -> None:
+        while min(map(len, self.tokens)) < BEFORE:
+            await asyncio.sleep(0.005)
+
+    async def all(self) -> list[list[int]]:
+        await asyncio.gather(*self.tasks)
+        return self.tokens
+
+
+@asynccontextmanager
+async def health_of(server: Server) -> AsyncIterator[list[str]]:
+    """Every status that a watcher is told."""
+    seen: list[str] = []
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+
+        async def follow() -> None:
+            async for answer in watch:
+                seen.append(NAMES[answer.status])
+
+        task = asyncio.create_task(follow())
+        yield seen
+        task.cancel()
+
+
+@pytest.mark.parametrize(
+    ("fault", "rank", "number"), [(signal.SIGKILL, 1, 1), (signal.SIGKILL, 0, 2), (signal.SIGSTOP, 1, 3)]
+)
+def test_streams_end_with_the_tokens_of_an_undisturbed_run(
+    server: Server, fault: signal.Signals, rank: int, number: int
+) -> None:
+    async def main() -> None:
+        async with AsyncClient(server.address) as client, health_of(server) as health:
+            undisturbed = await Streams(client).all()
+            assert all(len(tokens) == TOKENS for tokens in undisturbed)
+            streams = Streams(client)
+            await streams.under_way()
+            lost, kept = process_of(server, rank), process_of(server, 1 - rank)
+            os.kill(lost, fault)
+            struck = time.monotonic()
+            hurried = asyncio.create_task(client.generate([[1]], stopping={"max_new_tokens": 1500}, timeout=0.7))
+            assert await streams.all() == undisturbed
+            await ended_in_time(hurried, fault)
+            await told(server, "serving again", number)
+            assert time.monotonic() - struck < 30
+            assert health == ["SERVING", "NOT_SERVING", "SERVING"]
+            assert (await client.server_info()).fault == ""
+            assert process_of(server, 1 - rank) == kept and process_of(server, rank) != lost
+
+    asyncio.run(asyncio.wait_for(main(), 80))
+    cause = "its process died" if fault == signal.SIGKILL else "its process gives no sign of life"
+    assert re.search(rf"rank {rank} on [\d.]+: {cause}", server.said)
+    assert f"ranks [{1 - rank}] went on, the others were started again" in server.said
+
+
+async def ended_in_time(call: asyncio.Task[Any], fault: signal.Signals) -> None:
+    """A caller with a deadline has its answer by then, whatever the group is busy with."""
+    if fault == signal.SIGSTOP:
+        with pytest.raises(ServiceError) as late:
+            await call
+        assert late.value.code.name == "DEADLINE_EXCEEDED"
+    else:
+        await asyncio.wait({call})
+        assert call.exception() is None or isinstance(call.exception(), ServiceError)
+
+
+def test_one_fault_too_many_ends_the_server_with_the_cause(server: Server) -> None:
+    family = processes_of(server.pid)
+    os.kill(process_of(server, 0), signal.SIGKILL)
+    assert server.wait(30) == 1
+    assert re.search(r"the engine is gone: rank 0 on \S+: its process died .*; 3 restarts within 600 s", server.said)
+    assert wait_until_gone(family)
+
+
+def test_trained_weights_come_back_as_they_were_saved_and_what_was_not_is_said_to_be_lost(
+    model: Path, tmp_path: Path
+) -> None:
+    with server_of(model, "--train", "--save-root", str(tmp_path / "states")) as server:
+        asyncio.run(asyncio.wait_for(train_and_lose(server), 90))
+    assert "back at the state 'two', step 2: what was done to step 3 is lost" in server.said
+
+
+async def train_and_lose(server: Server) -> None:
+    async with AsyncClient(server.address) as client:
+        rate: dict[str, Any] = {"optimizer": {"learning_rate": 1e-2}}
+        for step in range(2):
+            await client.train_step([[5, 9, 2, 7]], expected_step=step, **rate)
+        await client.save_state("two")
+        saved = await scores(client)
+        undisturbed = await Streams(client).all()
+        streams = Streams(client)
+        await streams.under_way()
+        os.kill(process_of(server, 1), signal.SIGKILL)
+        assert await streams.all() == undisturbed, "the weights were those of the state"
+        assert await scores(client) == saved
+        state = await client.train_state()
+        assert (state.step, state.weight_version) == (2, 2)
+        with pytest.raises(ServiceError, match="give expected_step"):
+            await client.train_step([[5, 9]], idempotency_key="new", **rate)
+        assert (await client.train_step([[5, 9]], expected_step=2, **rate)).weight_version == 3
+
+        assert await scores(client) != saved
+        os.kill(process_of(server, 0), signal.SIGKILL)
+        await told(server, "serving again", 2)
+        assert await scores(client) == saved
+        with pytest.raises(ServiceError, match="what was done to step 3 is lost; ask GetTrainState"):
+            await client.train_step([[5, 9]], expected_step=2, **rate)
+        state = await client.train_state()
+        assert (state.step, state.weight_version) == (2, 4), "other weights than those of version 3"
+        assert (await client.train_step([[5, 9]], expected_step=2, **rate)).step == 3
+
+
+async def scores(client: AsyncClient) -> list[list[float]]:
+    return [list(result.logprobs) for result in (await client.score([[5, 9, 2, 7, 11]])).results]
