@@ -3,6 +3,7 @@
 # make test   lint, types, import contracts, tests
 # make lint   the first three only
 # make fuzz   300 drawn configurations against their references (30 in make test); FUZZ_CASES, FUZZ_FIRST to walk on
+# make walk   docs/multi-node.md on three hosts of this machine (root, sshd, rsync): ray up, train, lose a host, serve; five minutes
 # make proto  regenerate the gRPC code from its .proto files
 
 PYTHON ?= python3.11
@@ -11,7 +12,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PYTEST_ARGS ?=
 
-.PHONY: demo families test lint style contracts types tests format proto setup clean
+.PHONY: demo families test lint style contracts types tests walk format proto setup clean
 
 setup: $(STAMP)
 
@@ -45,6 +46,9 @@ tests: $(STAMP)
 
 fuzz: $(STAMP)
 	FUZZ_CASES=$${FUZZ_CASES:-300} $(BIN)/python -m pytest -q tests/tp_decoders/test_fuzz.py $(PYTEST_ARGS)
+
+walk: $(STAMP)
+	$(BIN)/python -m tests.multinode.walk
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -82,7 +82,8 @@ def look(args: argparse.Namespace, log_level: int = logging.WARNING) -> list[Rep
 
     model = str(Path(args.model).expanduser()) if args.model else None
     spec = PreflightSpec(model=model, device=args.device, whole_files=args.whole_files)
-    placement = PlacementConfig(strategy=args.strategy, join_timeout_s=args.wait, log_level=log_level)
+    quiet = logging.ERROR if log_level == logging.WARNING else log_level  # every slow transport is measured anyway
+    placement = PlacementConfig(strategy=args.strategy, join_timeout_s=args.wait, log_level=quiet)
     address = None if args.ray_address == "local" else args.ray_address
     with ray_session(address, args.ranks if address is None else None):
         group = WorkerGroup(spec, args.ranks, args.device, placement)

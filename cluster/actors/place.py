@@ -95,6 +95,21 @@ def bundles_in_rank_order(node_of_bundle: Sequence[str]) -> list[int]:
     )
 
 
+def split_replicas(node_of_rank: Sequence[str], tp: int) -> list[str]:
+    """A sentence for each tensor-parallel group that has ranks on several nodes."""
+    sentences = []
+    for first in range(0, len(node_of_rank), tp):
+        nodes = node_of_rank[first : first + tp]
+        if len(set(nodes)) > 1:
+            spread = " + ".join(f"{nodes.count(node)} on {node}" for node in dict.fromkeys(nodes))
+            sentences.append(
+                f"the {tp} tensor-parallel ranks {first}-{first + tp - 1} are spread over nodes ({spread}): the sums "
+                f"of every layer cross the network; where that is not meant, use nodes with a multiple of {tp} ranks each "
+                "or lower parallel.tp"
+            )
+    return sentences
+
+
 def assign(node_of_rank: Sequence[str], address: str | None, life: int = 0) -> list[Place]:
     """The ranks' places from the node each was put on: local ranks count up in rank order."""
     seen: dict[str, int] = {}

@@ -72,17 +72,9 @@ class Command:
             time.sleep(0.05)
         raise Failed(f"nothing like {pattern!r} within {limit:g} s")
 
-    def stop(self) -> None:
-        """As Ctrl-C does."""
-        if self._process.poll() is None:
-            self._process.terminate()
-            try:
-                self._process.wait(10)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-
-    def running(self) -> bool:
-        return self._process.poll() is None
+    @property
+    def ended_well(self) -> bool:
+        return self._process.poll() == 0
 
     def _read(self) -> None:
         assert self._process.stdout is not None, "a pipe"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cluster.actors.place import PlacementConfig, assign, bundles_in_rank_order, check_room
+from cluster.actors.place import PlacementConfig, assign, bundles_in_rank_order, check_room, split_replicas
 from parallel.errors import ConfigError
 
 
@@ -59,3 +59,13 @@ def test_neighbouring_ranks_share_a_node_however_the_bundles_were_dealt() -> Non
 def test_the_fullest_node_holds_the_first_ranks() -> None:
     dealt = ["a", "b", "b", "a", "b", "b"]
     assert [dealt[index] for index in bundles_in_rank_order(dealt)] == ["b"] * 4 + ["a"] * 2
+
+
+def test_replicas_that_fit_their_nodes_are_not_spoken_of() -> None:
+    assert split_replicas(["a"] * 8 + ["b"] * 8, 8) == []
+    assert split_replicas(["a"] * 8 + ["b"] * 8, 4) == []
+
+
+def test_on_uneven_nodes_the_replica_that_is_cut_in_two_is_named() -> None:
+    (sentence,) = split_replicas(["a"] * 8 + ["b"] * 5 + ["c"] * 3, 8)
+    assert sentence.startswith("the 8 tensor-parallel ranks 8-15 are spread over nodes (5 on b + 3 on c)")
