@@ -104,8 +104,8 @@ def split_replicas(node_of_rank: Sequence[str], tp: int) -> list[str]:
             spread = " + ".join(f"{nodes.count(node)} on {node}" for node in dict.fromkeys(nodes))
             sentences.append(
                 f"the {tp} tensor-parallel ranks {first}-{first + tp - 1} are spread over nodes ({spread}): the sums "
-                f"of every layer cross the network; where that is not meant, use nodes with a multiple of {tp} ranks each "
-                "or lower parallel.tp"
+                f"of every layer cross the network; where that is not meant, use nodes with a multiple of {tp} ranks "
+                "each, or lower parallel.tp"
             )
     return sentences
 
