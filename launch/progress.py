@@ -103,11 +103,13 @@ def progress_line(
     """How far a run is; speed, utilisation and time left by its last few steps."""
     seconds = sum(record["seconds"] for record in recent)
     step = int(recent[-1]["step"])
+    right = [record["eval_accuracy"] for record in recent if "eval_accuracy" in record]  # of held-out labels
     parts = [
         f"step {step}/{steps}",
         *([_bar(step / steps)] if bar else []),
         f"loss {recent[-1]['loss']:.4f}",
         *([] if held_out is None else [f"eval {held_out:.4f}"]),
+        *([f"right {100 * right[-1]:.0f} %"] if right else []),
         f"{sum(record['tokens'] for record in recent) / seconds:.0f} tokens/s",
         f"MFU {100 * sum(record['mfu'] * record['seconds'] for record in recent) / seconds:.1f} %",
         f"ETA {_clock((steps - step) * seconds / len(recent))}",

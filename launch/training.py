@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from cluster.actors.group import WorkerGroup
-from cluster.actors.place import PlacementConfig
+from cluster.actors.place import PlacementConfig, split_replicas
 from cluster.actors.session import ray_session
 from cluster.actors.train_spec import CorpusConfig, SampleConfig, TrainParallel, TrainSpec
 from cluster.training.checkpoint import latest_checkpoint, read_state
+from cluster.training.data.labelled import LabelConfig
 from cluster.training.metrics import check_tensorboard, read_records
 from cluster.training.optimizer import OptimizerConfig
 from cluster.training.plots import can_plot, plot_loss
@@ -36,6 +37,7 @@ from parallel.options import Recompute
 from tp_decoders import build as build_model
 from tp_decoders.lora import LoraConfig, targeted
 from tp_decoders.registry import config_from_hf, read_config
+from tp_decoders.task_config import CAUSAL
 from tp_decoders.tokenizer import load_tokenizer
 
 
@@ -58,6 +60,8 @@ class TrainConfig:
     corpus: CorpusConfig
     schedule: Schedule
     steps: int
+    task: str = CAUSAL
+    labels: LabelConfig = field(default_factory=LabelConfig)
     save_every: int = 100
     keep: int = 2
     model: str | None = None
@@ -176,7 +180,10 @@ def train(config: TrainConfig, spec: TrainSpec, log_level: int) -> int:
             placement = replace(config.placement, log_level=log_level)
             group = WorkerGroup(spec, spec.parallel.world, spec.parallel.device, placement)
             try:
-                facts = group.start()[0].facts
+                ready = group.start()
+                for sentence in split_replicas([rank.place.node for rank in ready], spec.parallel.tp):
+                    print(f"note: {sentence}", flush=True)
+                facts = ready[0].facts
                 print(header(spec, facts), flush=True)
                 watch(spec, facts.step, group.wait_fault, stop)
             finally:

@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 from cluster.actors.place import Place
 from cluster.actors.spec import Device, Dtype, Numerics, ParallelConfig, Transport
 from cluster.engine.request import SamplingParams
+from cluster.training.data.labelled import LabelConfig
 from cluster.training.data.split import SplitRule
 from cluster.training.optimizer import OptimizerConfig
 from cluster.training.schedule import Schedule
 from parallel.errors import ConfigError
 from parallel.options import Recompute, check_recompute
 from tp_decoders.lora import LoraConfig
+from tp_decoders.task_config import CAUSAL, SEQUENCES
 
 if TYPE_CHECKING:
     from cluster.actors.worker import Phases, Program
@@ -101,6 +103,8 @@ class TrainSpec:
     corpus: CorpusConfig
     schedule: Schedule
     steps: int
+    task: str = CAUSAL
+    labels: LabelConfig = field(default_factory=LabelConfig)  # of sequence-classification
     save_every: int = 100
     keep: int = 2
     micro_batch_tokens: int | None = None  # of one forward and backward, per replica; None: all of its share at once
@@ -135,6 +139,7 @@ class TrainSpec:
         if self.lora is not None and self.lora.dropout and not self.dropout:
             raise ConfigError("lora.dropout has no effect where dropout is false; leave out the one or the other")
         self._check_evaluation()
+        self._check_task()
 
     def _check_evaluation(self) -> None:
         if self.eval_every is None:
@@ -145,6 +150,18 @@ class TrainSpec:
                 "eval_every is set, but nothing is held out and nothing is asked; set corpus.split.eval_fraction, as "
                 "in 0.05, or samples.prompts"
             )
+
+    def _check_task(self) -> None:
+        """A job learns language, or classes of texts."""
+        if self.task not in (CAUSAL, SEQUENCES):
+            raise ConfigError(f"task {self.task!r} is not a job's; choose {CAUSAL} or {SEQUENCES}, or train over gRPC")
+        if self.task == CAUSAL and self.labels != LabelConfig():
+            raise ConfigError(f"labels are set, but task is {CAUSAL}; set task={SEQUENCES}, or leave them out")
+        if self.task == SEQUENCES:
+            prompts, separator = self.samples.prompts, self.corpus.separator
+            unfit = {"samples.prompts": prompts, "lora": self.lora, "corpus.separator": separator}
+            for name in (name for name, value in unfit.items() if value):
+                raise ConfigError(f"{name} is not for task {self.task}; leave it out")
 
     def __call__(self, place: Place, phases: Phases) -> Program:
         """Makes a rank's program; the imports it needs are made on the rank."""
@@ -165,6 +182,8 @@ class TrainSpec:
             "dropout": self.dropout,
             "lora": None if self.lora is None else asdict(self.lora),
         }
+        if self.task != CAUSAL:
+            decided |= {"task": self.task, "labels": asdict(self.labels)}
         return dict(json.loads(json.dumps(decided)))
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import shutil
 import threading
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import IO
@@ -22,14 +23,15 @@ from cluster.actors.train_records import RunRecords
 from cluster.actors.train_spec import TrainFacts, TrainSpec
 from cluster.actors.worker import Phases
 from cluster.training.checkpoint import Checkpointer, SavedState, latest_checkpoint, read_state, restore_optimizer
-from cluster.training.data.loader import Loader
+from cluster.training.data.labelled import LabelledDataset, LabelledStore, store_labelled
+from cluster.training.data.loader import Loader, RowDataset
 from cluster.training.data.packed import PackedDataset
 from cluster.training.data.sources import SourceOptions, open_source
 from cluster.training.data.state import DataState
 from cluster.training.data.store import TokenStore
 from cluster.training.data.tokenize import tokenize_corpus
 from cluster.training.flops import ModelFlops, num_parameters, product_ceiling, product_name
-from cluster.training.packed_steps import Speed, held_out_loss, summed, take_step
+from cluster.training.packed_steps import Speed, held_out, summed, take_step
 from cluster.training.run_folder import TOKENS, check_run, lock
 from cluster.training.samples import Prompts, sample_live
 from cluster.training.trainer import Trainer, TrainerConfig
@@ -38,10 +40,14 @@ from parallel.mesh import Groups, Wiring, init_groups
 from parallel.native import library
 from tp_decoders import load
 from tp_decoders.adapter_files import load_adapter
+from tp_decoders.fields import Fields
 from tp_decoders.lora import attach
+from tp_decoders.registry import read_config
+from tp_decoders.task_config import CAUSAL, SINGLE_LABEL, label_names, task_of
 from tp_decoders.tokenizer import Tokenizer, load_tokenizer
 
 log = logging.getLogger(__name__)
+Store = TokenStore | LabelledStore
 
 
 class TrainRank:
@@ -142,33 +148,47 @@ class TrainRank:
             raise ConfigError(f"{self._spec.model} has no tokenizer; put its files beside the weights")
         return tokenizer
 
-    def _tokens(self, tokenizer: Tokenizer) -> TokenStore:
+    def _tokens(self, tokenizer: Tokenizer) -> Store:
         """The corpus in tokens: made by rank 0, awaited by the others."""
-        corpus, folder = self._spec.corpus, self._out / TOKENS
+        folder = self._out / TOKENS
         if self._place.rank != 0:
             self._tell(b"")
-            return TokenStore.open(folder)
+            return TokenStore.open(folder) if self._spec.task == CAUSAL else LabelledStore.open(folder)
         for draft in self._out.glob(".step-*.part"):  # of a killed save: the next one must not meet it
             shutil.rmtree(draft)
-        store = tokenize_corpus(open_source(corpus.path, SourceOptions(separator=corpus.separator)), tokenizer, folder)
+        store = self._tokenized(tokenizer, folder)
         self._tell(b"tokenized")
         return store
 
-    def _dataset(self, store: TokenStore, part: str) -> PackedDataset:
+    def _tokenized(self, tokenizer: Tokenizer, folder: Path) -> Store:
         corpus = self._spec.corpus
+        if self._spec.task != CAUSAL:
+            hf = read_config(self._spec.model).hf
+            known = label_names(Fields(hf, "config.json")) if task_of(hf) == self._spec.task else ()
+            labels = replace(self._spec.labels, names=self._spec.labels.names or known)
+            return store_labelled(Path(corpus.path), labels, tokenizer, folder)
+        return tokenize_corpus(open_source(corpus.path, SourceOptions(separator=corpus.separator)), tokenizer, folder)
+
+    def _dataset(self, store: Store, part: str) -> RowDataset:
+        corpus = self._spec.corpus
+        if isinstance(store, LabelledStore):
+            return LabelledDataset(
+                store, max_tokens=corpus.tokens_per_sample, seed=corpus.seed, split=corpus.split, part=part,
+                shuffle=part == "train",
+            )  # fmt: skip
         return PackedDataset(
             store, tokens_per_sample=corpus.tokens_per_sample, seed=corpus.seed, split=corpus.split, part=part,
             shuffle=part == "train",
         )  # fmt: skip
 
-    def _resume(self, store: TokenStore, groups: Groups) -> None:
+    def _resume(self, store: Store, groups: Groups) -> None:
         """Model, optimiser and place in the data: the newest checkpoint's, or a beginning."""
         spec = self._spec
         newest = latest_checkpoint(self._out)
         saved = read_state(newest) if newest else None
         if saved is not None:
             check_run(saved.folder, spec.run(), saved.extra.get("run", {}))
-        self._trainer = self._make_trainer(saved, groups)
+        self._trainer = self._make_trainer(saved, groups, store.names if isinstance(store, LabelledStore) else None)
         state = DataState.from_json(saved.extra.get("data")) if saved else None
         self._loader = Loader(
             self._dataset(store, "train"), state, batch_size=spec.corpus.batch_size, dp_rank=groups.dp.rank,
@@ -178,12 +198,13 @@ class TrainRank:
         self._held_out = self._dataset(store, "eval") if holds_out else None
         self._checkpointer = Checkpointer(self._out, groups, keep=spec.keep, timeout_s=spec.start_timeout_s)
 
-    def _make_trainer(self, saved: SavedState | None, groups: Groups) -> Trainer:
+    def _make_trainer(self, saved: SavedState | None, groups: Groups, labels: Sequence[str] | None) -> Trainer:
         """The model and its optimiser, as a checkpoint or the first weights have them."""
         spec = self._spec
         dtype = getattr(torch, spec.parallel.dtype) if spec.parallel.dtype else None
         whole = saved.folder if saved and spec.lora is None else spec.model  # an adapter's checkpoints hold no base
-        model = load(whole, group=groups.tp, dtype=dtype, device=self._device)
+        problem = None if labels is None else SINGLE_LABEL
+        model = load(whole, spec.task, groups.tp, dtype, self._device, labels=labels, problem=problem)
         model.source = Path(spec.model)  # whose tokenizer goes into every checkpoint: the newest will be pruned
         if spec.lora is not None and saved is not None:
             load_adapter(model, saved.folder, trainable=True)
@@ -223,7 +244,7 @@ class TrainRank:
         if self._held_out is None:
             return {}
         batch_size = spec.corpus.batch_size
-        return {"eval_loss": held_out_loss(self._trainer, self._held_out, batch_size, spec.eval_batches)}
+        return held_out(self._trainer, self._held_out, batch_size, spec.eval_batches)
 
     def _save(self) -> int:
         extra = {"run": self._spec.run(), "data": self._loader.state.to_json()}

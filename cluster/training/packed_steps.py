@@ -13,10 +13,11 @@ from itertools import islice
 
 import torch
 
+from cluster.training.calls import CROSS_ENTROPY, TASK
 from cluster.training.data.batch import Batch
-from cluster.training.data.loader import Loader
-from cluster.training.data.packed import PackedDataset
+from cluster.training.data.loader import Loader, RowDataset
 from cluster.training.flops import ModelFlops
+from cluster.training.task_losses import class_targets
 from cluster.training.trainer import TrainBatch, Trainer
 from parallel.dropout import token_keys
 from parallel.group import Group
@@ -41,7 +42,13 @@ def train_batch(batch: Batch, device: torch.device, normaliser: float) -> TrainB
         token_ids=batch.token_ids.to(device), targets=batch.targets.to(device),
         weights=batch.loss_weights.to(device), lengths=batch.lengths, normaliser=normaliser,
         keys=token_keys(document_numbers(batch), batch.lengths).to(device),
+        task=None if batch.labels is None else class_targets(batch.labels.to(device), normaliser),
     )  # fmt: skip
+
+
+def loss_of(batch: Batch) -> str:
+    """What is learned from it."""
+    return CROSS_ENTROPY if batch.labels is None else TASK
 
 
 def document_numbers(batch: Batch) -> list[int]:
@@ -62,28 +69,36 @@ def take_step(
     began = time.perf_counter()
     device = next(trainer.model.parameters()).device
     own = train_batch(batch, device, float(batch.global_weight))
-    passed = trainer.forward_backward(own, dropout_seed=dropout_seed)
+    passed = trainer.forward_backward(own, loss_of(batch), dropout_seed=dropout_seed)
     done = trainer.optim_step(rate)
-    loss, flops = summed([passed.loss, float(speed.flops(own.lengths))], trainer.groups.dp, device)
+    sums = [passed.loss, float(speed.flops(own.lengths)), *passed.metrics.values()]
+    loss, flops, *metrics = summed(sums, trainer.groups.dp, device)
     seconds = time.perf_counter() - began
     return {
         "step": done.step, "loss": loss, "grad_norm": done.grad_norm, "learning_rate": rate,
         "tokens": batch.global_tokens, "seconds": seconds, "tokens_per_s": batch.global_tokens / seconds,
-        "mfu": flops / seconds / speed.peak,
+        "mfu": flops / seconds / speed.peak, **dict(zip(passed.metrics, metrics, strict=True)),
     }  # fmt: skip
 
 
-def held_out_loss(trainer: Trainer, dataset: PackedDataset, batch_size: int, batches: int) -> float:
-    """Nats per token over the first batches of the held-out part, the same ones every time."""
+def held_out_loss(trainer: Trainer, dataset: RowDataset, batch_size: int, batches: int) -> float:
+    """Nats per token, or per label, over the first batches of the held-out part, the same ones every time."""
+    return held_out(trainer, dataset, batch_size, batches)["eval_loss"]
+
+
+def held_out(trainer: Trainer, dataset: RowDataset, batch_size: int, batches: int) -> dict[str, float]:
+    """The same, and of labels the share that is right."""
     groups, device = trainer.groups, next(trainer.model.parameters()).device
     loader = Loader(dataset, batch_size=batch_size, dp_rank=groups.dp.rank, dp_size=groups.dp.size, epochs=1)
-    total, weight = 0.0, 0
+    total, right, weight = 0.0, 0.0, 0
     for batch in islice(loader, batches):
         if batch.num_tokens:  # a replica's share of the last batch may be empty
-            total += trainer.evaluate(train_batch(batch, device, normaliser=1.0)).loss
+            found = trainer.evaluate(train_batch(batch, device, normaliser=1.0), loss_of(batch))
+            total, right = total + found.loss, right + found.metrics.get("accuracy", 0.0)
         weight += batch.global_weight
-    (total,) = summed([total], groups.dp, device)
-    return total / max(1, weight)
+    total, right = summed([total, right], groups.dp, device)
+    record = {"eval_loss": total / max(1, weight)}
+    return record | ({"eval_accuracy": right / max(1, weight)} if trainer.model.config.task else {})
 
 
 def summed(values: Sequence[float], group: Group, device: torch.device) -> list[float]:

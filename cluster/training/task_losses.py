@@ -108,6 +108,11 @@ def task_targets(
     return TaskTargets(labels=labels, weights=weights, normaliser=total, per_token=task.name == TOKENS)
 
 
+def class_targets(labels_S: Tensor, normaliser: float) -> TaskTargets:
+    """Of whole texts with a class each."""
+    return TaskTargets(labels=labels_S, weights=torch.ones_like(labels_S, dtype=torch.float32), normaliser=normaliser)
+
+
 def _labels(sequences: Sequence[TrainSequence], task: TaskConfig) -> Tensor:
     if any(sequence.values for sequence in sequences):
         return torch.tensor([sequence.values for sequence in sequences], dtype=torch.float32)

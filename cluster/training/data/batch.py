@@ -29,6 +29,7 @@ class Batch:
     global_samples: int  # of the batch all dp ranks share: its samples, tokens and sum of loss weights
     global_tokens: int
     global_weight: int
+    labels: Tensor | None = None  # [documents] int64: the class of each, where texts are classified
 
     @property
     def num_samples(self) -> int:
@@ -56,6 +57,7 @@ class Batch:
             global_samples=self.global_samples,
             global_tokens=self.global_tokens,
             global_weight=self.global_weight,
+            labels=None if self.labels is None else self.labels[first:last],
         )
 
     def split(self, samples_each: int) -> list[Batch]:

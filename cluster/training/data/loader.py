@@ -8,12 +8,22 @@ Ranks of one tp group pass the same dp_rank and get the same. Nothing is communi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Protocol
 
 from cluster.training.data.batch import Batch
-from cluster.training.data.packed import PackedDataset, Row
-from cluster.training.data.state import DataState
+from cluster.training.data.packed import Row
+from cluster.training.data.state import Dataset, DataState
 from parallel.errors import ConfigError
+
+
+class RowDataset(Dataset, Protocol):
+    """Rows in the order of an epoch, and what is in some of them."""
+
+    def rows(self, epoch: int, start: int, count: int) -> list[Row]: ...
+
+    def read(self, rows: Sequence[Row], first_sample: int, all_rows: Sequence[Row]) -> Batch: ...
 
 
 class Loader:
@@ -25,7 +35,7 @@ class Loader:
 
     def __init__(
         self,
-        dataset: PackedDataset,
+        dataset: RowDataset,
         state: DataState | None = None,
         *,
         batch_size: int,

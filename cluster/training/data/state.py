@@ -5,16 +5,36 @@ of how it is dealt out. The same state continues the same sequence of samples on
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 from cluster.training.data.document import DataError
-from cluster.training.data.packed import PackedDataset
 
 REASONS = {
     "tokenizer": "its tokens are another tokenizer's",
     "corpus": "its tokens are not the same (files were added, removed or changed)",
     "tokens_per_sample": "its rows are of another length",
 }
+
+
+class Folder(Protocol):
+    """Where a dataset's tokens lie."""
+
+    @property
+    def folder(self) -> Path: ...
+
+
+class Dataset(Protocol):
+    """What a place in the data asks of them: what decides their order, and how many pieces an epoch has."""
+
+    @property
+    def identity(self) -> dict[str, Any]: ...
+
+    @property
+    def num_pieces(self) -> int: ...
+
+    @property
+    def store(self) -> Folder: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +50,7 @@ class DataState:
     batches: int = 0
 
     @staticmethod
-    def start(dataset: PackedDataset) -> DataState:
+    def start(dataset: Dataset) -> DataState:
         return DataState(identity=dict(dataset.identity))
 
     def to_json(self) -> dict[str, Any]:
@@ -52,7 +72,7 @@ class DataState:
                 )
         return DataState(**value)
 
-    def check(self, dataset: PackedDataset) -> None:
+    def check(self, dataset: Dataset) -> None:
         """An error unless this is a place in `dataset`."""
         for name, mine in dataset.identity.items():
             saved = self.identity.get(name)

@@ -98,7 +98,8 @@ def test_a_prompt_half_read_when_the_weights_change_is_read_again_whole(tmp_path
     events = []
     while not engine.idle:
         events += engine.step()
-    assert sorted([event.pooled for event in events], key=len, reverse=True) == expected
+    found = {event.request_id: event.pooled for event in events}
+    assert [found[f"{request.request_id} again"] for request in requests] == expected
 
 
 def served(group: Group, folder: str) -> list[Any] | None:
