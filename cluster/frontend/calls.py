@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from cluster.engine.request import ResponseOptions, SamplingParams, StoppingCriteria
 from cluster.frontend.reading import Reading
@@ -34,6 +35,16 @@ class Prompt:
         return len(self.text or "") + (len(self.fim.prefix) + len(self.fim.suffix) if self.fim else 0)
 
 
+class Account(Protocol):
+    """Whose call it is, and the tokens it may have in flight."""
+
+    def reserve(self, tokens: int) -> None:
+        """Raises where these are too many."""
+
+    def release(self, tokens: int) -> None:
+        """Gives them back."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Call:
     """Prompts to be continued, or only scored (`score`), or read and answered (`reading`). `bad_words` are texts,
@@ -50,6 +61,7 @@ class Call:
     deadline: float | None = None
     score: bool = False
     reading: Reading | None = None
+    account: Account | None = None
 
     @property
     def prompts_field(self) -> str:

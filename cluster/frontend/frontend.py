@@ -251,6 +251,7 @@ class Frontend:
                 stream.put(Chunk(prompt_index=index, error=item))
             else:
                 entries.append(self._entry(item, index, stream, now))
+                entries[-1].account = call.account
         self._delivery.begin(entries)
         if self._engine_alive:
             self._link.submit([entry.request for entry in entries])

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from cluster.engine.request import FinishReason, Request, Timings, TokenEvent
 from cluster.frontend.best_of import BestOf
+from cluster.frontend.calls import Account
 from cluster.frontend.errors import DuplicateRequest, QueueFull
 from cluster.frontend.streams import Chunk, PromptInfo, Stream
 from cluster.frontend.text import SampleText
@@ -42,6 +43,17 @@ class Entry:
     prompt_logprobs_seen: bool = False
     announced: bool = False
     best_of: BestOf | None = None
+    account: Account | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Those it reads and those it may write."""
+        return len(self.request.token_ids) + len(self.samples) * self._most_new
+
+    @property
+    def _most_new(self) -> int:
+        reads_only = self.request.score_only or self.request.pooling is not None
+        return 0 if reads_only else self.request.stopping.max_new_tokens or 0
 
     @property
     def done(self) -> bool:
@@ -157,12 +169,16 @@ class Journal:
         if entries:
             count = sum(len(entry.samples) for entry in entries)
             self.check_room(entries[0].call_id, count)
+            if (account := entries[0].account) is not None:
+                account.reserve(sum(entry.num_tokens for entry in entries))
             self._num_samples += count
             self._entries.update((entry.request.request_id, entry) for entry in entries)
             self._calls[entries[0].call_id] = [entry.request.request_id for entry in entries]
 
     def remove(self, entry: Entry) -> None:
         self._entries.pop(entry.request.request_id)
+        if entry.account is not None:
+            entry.account.release(entry.num_tokens)
         self._num_samples -= len(entry.samples)
         ids = self._calls[entry.call_id]
         ids.remove(entry.request.request_id)

@@ -15,12 +15,14 @@ from google.protobuf.message import Message
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 
+from cluster.rpc.auth_config import Access
 from cluster.rpc.proto import control_pb2 as control
 from cluster.rpc.proto import inference_pb2 as inference
 from cluster.rpc.proto import training_pb2 as training
 from cluster.rpc.proto.control_pb2_grpc import ControlStub
 from cluster.rpc.proto.inference_pb2_grpc import InferenceStub
 from cluster.rpc.proto.training_pb2_grpc import TrainingStub
+from cluster.rpc.tls import call_metadata, channel
 from parallel.errors import TpError
 
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
@@ -98,10 +100,14 @@ def train_sequences(sequences: Sequence[Sequence[int] | Fields]) -> list[trainin
 
 
 class AsyncClient:
-    """Calls of one server, from one event loop. `timeout` is the call's deadline in seconds."""
+    """Calls of one server, from one event loop. `timeout` is the call's deadline in seconds; calls made through the
+    stubs directly take `metadata=client.metadata`.
+    """
 
-    def __init__(self, address: str) -> None:
-        self.channel = grpc.aio.insecure_channel(address, options=OPTIONS)
+    def __init__(self, address: str, access: Access | None = None) -> None:
+        access = access or Access()
+        self.metadata = call_metadata(access)
+        self.channel = channel(address, access, OPTIONS)
         self.inference = InferenceStub(self.channel)
         self.control = ControlStub(self.channel)
         self.training = TrainingStub(self.channel)
@@ -127,7 +133,7 @@ class AsyncClient:
     async def call(self, method: Any, request: Message, timeout: float | None = None) -> Any:
         """Any unary method of the stubs."""
         try:
-            return await method(request, timeout=timeout)
+            return await method(request, timeout=timeout, metadata=self.metadata)
         except grpc.RpcError as error:
             raise ServiceError.of(error) from error
 
@@ -140,7 +146,8 @@ class AsyncClient:
         self, prompts: Sequence[Prompt], *, timeout: float | None = None, **fields: Any
     ) -> AsyncGenerator[inference.GenerateChunk]:
         """Chunks as they come; leaving the loop early cancels the call."""
-        call = self.inference.GenerateStream(generate_request(prompts, **fields), timeout=timeout)
+        request = generate_request(prompts, **fields)
+        call = self.inference.GenerateStream(request, timeout=timeout, metadata=self.metadata)
         try:
             async for chunk in call:
                 yield chunk
@@ -229,9 +236,9 @@ class AsyncClient:
 class Client:
     """The same calls, blocking: for command lines and scripts. Not for use inside an event loop."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, access: Access | None = None) -> None:
         self._runner = asyncio.Runner()
-        self._calls = self._runner.run(_make(address))
+        self._calls = self._runner.run(_make(address, access))
 
     def __enter__(self) -> Self:
         return self
@@ -314,9 +321,9 @@ class Client:
         return self._runner.run(self._calls.drain(grace_seconds))
 
 
-async def _make(address: str) -> AsyncClient:
+async def _make(address: str, access: Access | None) -> AsyncClient:
     """The channel belongs to the loop it is made in."""
-    return AsyncClient(address)
+    return AsyncClient(address, access)
 
 
 async def _next(chunks: AsyncIterator[inference.GenerateChunk]) -> inference.GenerateChunk | None:

@@ -29,6 +29,14 @@ from cluster.frontend.errors import (
     Violation,
     WrongTask,
 )
+from cluster.rpc.auth_errors import (
+    NotAuthenticated,
+    NotPermitted,
+    OverQuota,
+    RateLimited,
+    TokensInFlight,
+    TooManyCalls,
+)
 from cluster.training.calls import (
     NoSaveRoot,
     NoSuchState,
@@ -66,6 +74,12 @@ class Row:
 
 
 TABLE = (
+    Row(NotAuthenticated, StatusCode.UNAUTHENTICATED, "NOT_AUTHENTICATED"),
+    Row(NotPermitted, StatusCode.PERMISSION_DENIED, "NOT_PERMITTED"),
+    Row(RateLimited, StatusCode.RESOURCE_EXHAUSTED, "RATE_LIMITED", retryable=True),
+    Row(TokensInFlight, StatusCode.RESOURCE_EXHAUSTED, "TOKENS_IN_FLIGHT", retryable=True),
+    Row(TooManyCalls, StatusCode.RESOURCE_EXHAUSTED, "TOO_MANY_CALLS", retryable=True),
+    Row(OverQuota, StatusCode.RESOURCE_EXHAUSTED, "OVER_QUOTA"),
     Row(InvalidRequest, StatusCode.INVALID_ARGUMENT, "INVALID_FIELDS"),
     Row(NotImplementedField, StatusCode.UNIMPLEMENTED, "NOT_IMPLEMENTED"),
     Row(NoTokenizer, StatusCode.FAILED_PRECONDITION, "NO_TOKENIZER"),

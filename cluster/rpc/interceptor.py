@@ -1,21 +1,29 @@
-"""Around every method of this protocol: bytes are parsed strictly, what is raised becomes a status by the one table.
+"""Around every method: who calls is known before a message is read, how much a client may have open is counted; bytes
+are parsed strictly, and what is raised becomes a status by the one table.
 
 A method therefore only decodes, calls and encodes. Cancellation is not an error and passes through: it ends the
-method's stream, which ends the request in the engine.
+method's stream, which ends the request in the engine. Health and reflection pass the gate and are counted, the rest
+of them is their own.
 """
 
 from __future__ import annotations
 
+import inspect
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import grpc
 from google.protobuf.message import Message
 
+from cluster.rpc.auth import Gate
+from cluster.rpc.auth_limits import CALLER, Account, OpenCalls
 from cluster.rpc.errors import row_of, status_of
+from cluster.rpc.limits import ServerLimits
 from cluster.rpc.proto import control_pb2, inference_pb2, training_pb2
 from cluster.rpc.strict import parse
+from parallel.errors import TpError
 
 log = logging.getLogger(__name__)
 
@@ -29,25 +37,98 @@ REQUEST_KINDS: dict[str, type[Message]] = {
     for service in SERVICES
     for method in service.methods
 }
+Call = Callable[[Any, grpc.aio.ServicerContext], Any]
 
 
 class Boundary(grpc.aio.ServerInterceptor):
-    """Applies to this protocol's methods; health and reflection keep their own ways."""
+    """Strictness and the table of errors apply to this protocol's methods, the gate and the counting to all."""
+
+    def __init__(self, gate: Gate | None = None, open_calls: OpenCalls | None = None) -> None:
+        self._gate = gate or Gate(None)
+        self._open = open_calls or OpenCalls(ServerLimits().max_calls_per_client)
 
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler:
+        method = handler_call_details.method
         handler = await continuation(handler_call_details)
-        kind = REQUEST_KINDS.get(handler_call_details.method)
-        if handler is None or kind is None:
+        if handler is None:
             return handler
-        if handler.response_streaming:
-            method: Any = bounded(handler.unary_stream, kind)
-            return grpc.unary_stream_rpc_method_handler(method, response_serializer=handler.response_serializer)
-        method = bounded(handler.unary_unary, kind)
-        return grpc.unary_unary_rpc_method_handler(method, response_serializer=handler.response_serializer)
+        try:
+            account = self._gate.enter(method, handler_call_details.invocation_metadata)
+        except TpError as error:
+            log.info("%s was refused: %s", method, error)
+            return refusal(error)
+        kind = REQUEST_KINDS.get(method)
+        inner: Call = _function(handler) if kind is None else bounded(_function(handler), kind)
+        return _like(handler, self._counted(inner, account), None if kind else handler.request_deserializer)
+
+    def _counted(self, inner: Call, account: Account | None) -> Call:
+        """The method, as one of its client's open calls."""
+
+        async def call(request: Any, context: grpc.aio.ServicerContext) -> Any:
+            CALLER.set(account)
+            try:
+                with self._place(account, context):
+                    return await inner(request, context)
+            except TpError as error:
+                await fail(context, error)
+
+        async def stream(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
+            try:
+                with self._place(account, context):
+                    async for answer in inner(request, context):
+                        yield answer
+            except TpError as error:
+                await fail(context, error)
+
+        return stream if inspect.isasyncgenfunction(inner) else call
+
+    def _place(self, account: Account | None, context: grpc.aio.ServicerContext) -> AbstractContextManager[None]:
+        if account is not None:
+            return self._open.one_of(f"token {account.grant.name!r}", account.grant.calls)
+        return self._open.one_of(_client(context))
+
+
+def _client(context: Any) -> str:
+    """Whom a call without a token comes from: the name in its certificate, else its address without the port."""
+    names = list(context.auth_context().get("x509_common_name", ())) if context.peer_identities() else []
+    if names:
+        return f"certificate {names[0].decode(errors='replace')!r}"
+    peer: str = context.peer()
+    return peer.rpartition(":")[0] or peer
+
+
+def _function(handler: Any) -> Call:
+    kind = (handler.request_streaming, handler.response_streaming)
+    names = {
+        (False, False): "unary_unary", (False, True): "unary_stream",
+        (True, False): "stream_unary", (True, True): "stream_stream",
+    }  # fmt: skip
+    found: Call = getattr(handler, names[kind])
+    return found
+
+
+def _like(handler: Any, function: Any, deserializer: Any) -> grpc.RpcMethodHandler:
+    """A handler of the same kind with another function."""
+    make = {
+        (False, False): grpc.unary_unary_rpc_method_handler, (False, True): grpc.unary_stream_rpc_method_handler,
+        (True, False): grpc.stream_unary_rpc_method_handler, (True, True): grpc.stream_stream_rpc_method_handler,
+    }[handler.request_streaming, handler.response_streaming]  # fmt: skip
+    made: grpc.RpcMethodHandler = make(function, deserializer, handler.response_serializer)  # type: ignore[operator]
+    return made
+
+
+def refusal(error: TpError) -> grpc.RpcMethodHandler:
+    """Answers with the error. As a stream that nobody reads, so that not even the message is taken in."""
+
+    async def call(requests: Any, context: grpc.aio.ServicerContext) -> None:
+        await fail(context, error)
+
+    function: Any = call
+    return grpc.stream_unary_rpc_method_handler(function)
 
 
 def bounded(method: Any, kind: type[Message]) -> Callable[[bytes, grpc.aio.ServicerContext], Awaitable[Any]]:

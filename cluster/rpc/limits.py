@@ -12,10 +12,11 @@ class ServerLimits:
     max_message_bytes: int = 64 * 1024 * 1024
     max_concurrent_rpcs: int = 4096
     max_streams_per_connection: int = 2048
+    max_calls_per_client: int = 1024  # a client: a token, else a client certificate's name, else an address
     keepalive_seconds: float = 30.0  # a client that vanished is noticed after this and the next
     keepalive_timeout_seconds: float = 20.0
     write_seconds: float = 120.0  # a streaming client that reads nothing for so long is dropped
-    reflection: bool = True
+    reflection: bool | None = None  # None: where only this machine can reach the server
 
     def options(self) -> list[tuple[str, int]]:
         """As gRPC channel arguments."""

@@ -1,4 +1,4 @@
-"""The gRPC server over a front-end: services, health, reflection, limits, graceful stop.
+"""The gRPC server over a front-end: services, TLS, tokens, health, reflection, limits, graceful stop.
 
 Health follows the front-end: `Inference` and `Training` (and the whole server, "") serve while new requests are
 admitted; `Control` until the end.
@@ -14,10 +14,15 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from cluster.frontend.frontend import Frontend, State
+from cluster.rpc.auth import Gate
+from cluster.rpc.auth_config import Security, is_loopback
+from cluster.rpc.auth_limits import OpenCalls
+from cluster.rpc.auth_tokens import TokenFile
 from cluster.rpc.interceptor import SERVICES, Boundary
 from cluster.rpc.limits import ServerLimits
 from cluster.rpc.proto import control_pb2_grpc, inference_pb2_grpc, training_pb2_grpc
 from cluster.rpc.servicers import Control, Inference, ServiceInfo
+from cluster.rpc.tls import ServerCertificates
 from cluster.rpc.training import Training
 from parallel.errors import ConfigError
 
@@ -27,13 +32,15 @@ INFERENCE, CONTROL, TRAINING = (service.full_name for service in SERVICES)
 class Server:
     """Make it with `build_server`; `start`, then `stop`."""
 
-    def __init__(self, server: grpc.aio.Server, frontend: Frontend, address: str) -> None:
+    def __init__(
+        self, server: grpc.aio.Server, frontend: Frontend, address: str, certificates: ServerCertificates | None = None
+    ) -> None:
         self._server = server
         self._health = _health_servicer()
         self._tasks: set[asyncio.Task[None]] = set()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         try:
-            self.port = server.add_insecure_port(address)
+            self.port = _add_port(server, address, certificates)
         except RuntimeError as error:
             raise ConfigError(f"cannot listen on {address}: {error}; give a free port, or 0 for any") from error
         frontend.observe(self._follow)
@@ -64,23 +71,51 @@ class Server:
             await self._health.set(name, status)
 
 
+def _add_port(server: grpc.aio.Server, address: str, certificates: ServerCertificates | None) -> int:
+    if certificates is None:
+        return server.add_insecure_port(address)
+    return server.add_secure_port(address, certificates.credentials())
+
+
 def _health_servicer() -> Any:
     """health.aio is made when grpc.aio is there, which no stub knows."""
     return vars(health)["aio"].HealthServicer()
 
 
 def build_server(
-    frontend: Frontend, address: str, limits: ServerLimits | None = None, info: ServiceInfo | None = None
+    frontend: Frontend,
+    address: str,
+    limits: ServerLimits | None = None,
+    info: ServiceInfo | None = None,
+    security: Security | None = None,
 ) -> Server:
     """A server over a front-end, bound to `address` ("host:port", port 0: any; see `.port`) and not yet started."""
-    limits = limits or ServerLimits()
+    limits, security = limits or ServerLimits(), security or Security()
+    tokens = None if security.token_file is None else TokenFile(security.token_file)
+    certificates = None if security.tls is None else ServerCertificates(security.tls)
     server = grpc.aio.server(
-        interceptors=[Boundary()], options=limits.options(), maximum_concurrent_rpcs=limits.max_concurrent_rpcs
+        interceptors=[Boundary(Gate(tokens), OpenCalls(limits.max_calls_per_client))],
+        options=limits.options(),
+        maximum_concurrent_rpcs=limits.max_concurrent_rpcs,
     )
     inference_pb2_grpc.add_InferenceServicer_to_server(Inference(frontend, limits), server)
     control_pb2_grpc.add_ControlServicer_to_server(Control(frontend, limits, info or ServiceInfo()), server)
     training_pb2_grpc.add_TrainingServicer_to_server(Training(frontend), server)
-    if limits.reflection:
+    if _reflects(limits, address):
         names = (INFERENCE, CONTROL, TRAINING, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)
-    return Server(server, frontend, address)
+    return Server(server, frontend, address, certificates)
+
+
+def check_security(security: Security) -> None:
+    """Reads the files once, so that what is wrong with them is said before a model is loaded."""
+    if security.token_file is not None:
+        TokenFile(security.token_file)
+    if security.tls is not None:
+        ServerCertificates(security.tls)
+
+
+def _reflects(limits: ServerLimits, address: str) -> bool:
+    if limits.reflection is not None:
+        return limits.reflection
+    return is_loopback(address.rpartition(":")[0].strip("[]"))

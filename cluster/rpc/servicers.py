@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from typing import TYPE_CHECKING
 
+from cluster.frontend.calls import Call
 from cluster.frontend.errors import InvalidRequest, SlowReader, Violation
 from cluster.frontend.frontend import Frontend, State
-from cluster.frontend.streams import collect, raise_if_all_failed
+from cluster.frontend.streams import Stream, collect, raise_if_all_failed
 from cluster.rpc import decode
+from cluster.rpc.auth_limits import CALLER
 from cluster.rpc.encode import Encoder, texts, token_lists
 from cluster.rpc.encode_readings import classes, embeddings
 from cluster.rpc.limits import ServerLimits
@@ -61,13 +63,13 @@ class Inference(InferenceServicer):
         self, request: inference.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> inference.GenerateResponse:
         call = decode.generate_call(request, self._frontend.config, context.time_remaining())
-        stream = await self._frontend.open(call)
+        stream = await self._open(call)
         results = await collect(stream, len(call.prompts))
         return Encoder(call, stream.request_id, self._frontend.codec).response(results)
 
     async def GenerateStream(self, request: inference.GenerateRequest, context: grpc.aio.ServicerContext) -> None:
         call = decode.generate_call(request, self._frontend.config, context.time_remaining())
-        async with await self._frontend.open(call) as stream:
+        async with await self._open(call) as stream:
             encoder = Encoder(call, stream.request_id, self._frontend.codec)
             async for chunk in stream:
                 await self._write(context, encoder.chunk(chunk))
@@ -77,7 +79,7 @@ class Inference(InferenceServicer):
         self, request: inference.ScoreRequest, context: grpc.aio.ServicerContext
     ) -> inference.ScoreResponse:
         call = decode.score_call(request, self._frontend.config, context.time_remaining())
-        stream = await self._frontend.open(call)
+        stream = await self._open(call)
         results = await collect(stream, len(call.prompts))
         return Encoder(call, stream.request_id, self._frontend.codec).scores(results)
 
@@ -85,7 +87,7 @@ class Inference(InferenceServicer):
         self, request: inference.ClassifyRequest, context: grpc.aio.ServicerContext
     ) -> inference.ClassifyResponse:
         call = decode.classify_call(request, self._frontend.config, context.time_remaining())
-        stream = await self._frontend.open(call)
+        stream = await self._open(call)
         results = await collect(stream, len(call.prompts))
         return classes(call, results, stream.request_id, self._frontend.limits, self._frontend.codec)
 
@@ -93,7 +95,7 @@ class Inference(InferenceServicer):
         self, request: inference.EmbedRequest, context: grpc.aio.ServicerContext
     ) -> inference.EmbedResponse:
         call = decode.embed_call(request, self._frontend.config, context.time_remaining())
-        stream = await self._frontend.open(call)
+        stream = await self._open(call)
         results = await collect(stream, len(call.prompts))
         return embeddings(results, stream.request_id)
 
@@ -106,6 +108,9 @@ class Inference(InferenceServicer):
         self, request: inference.DetokenizeRequest, context: grpc.aio.ServicerContext
     ) -> inference.DetokenizeResponse:
         return texts(self._frontend.detokenize([sequence.ids for sequence in request.sequences]))
+
+    async def _open(self, call: Call) -> Stream:
+        return await self._frontend.open(replace(call, account=CALLER.get()))
 
     async def _write(self, context: grpc.aio.ServicerContext, chunk: inference.GenerateChunk) -> None:
         limit = self._limits.write_seconds

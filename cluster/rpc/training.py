@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from google.protobuf.message import Message
 
 from cluster.frontend.frontend import Frontend
+from cluster.rpc.auth_limits import CALLER
 from cluster.rpc.proto import training_pb2 as pb
 from cluster.rpc.proto.training_pb2_grpc import TrainingServicer
 from cluster.training.calls import Kind, TrainAnswer, TrainCall, TrainSequence
@@ -22,39 +24,44 @@ class Training(TrainingServicer):
         self._frontend = frontend
 
     async def TrainStep(self, request: pb.TrainStepRequest, context: grpc.aio.ServicerContext) -> pb.TrainStepResponse:
-        answer = await self._frontend.train(train_call(Kind.TRAIN_STEP, request))
+        answer = await self._train(Kind.TRAIN_STEP, request)
         return pb.TrainStepResponse(**_place(answer), **_pass(answer), **_step(answer), replayed=answer.replayed)
 
     async def ForwardBackward(
         self, request: pb.ForwardBackwardRequest, context: grpc.aio.ServicerContext
     ) -> pb.ForwardBackwardResponse:
-        answer = await self._frontend.train(train_call(Kind.FORWARD_BACKWARD, request))
+        answer = await self._train(Kind.FORWARD_BACKWARD, request)
         return pb.ForwardBackwardResponse(**_place(answer), **_pass(answer), replayed=answer.replayed)
 
     async def OptimStep(self, request: pb.OptimStepRequest, context: grpc.aio.ServicerContext) -> pb.OptimStepResponse:
-        answer = await self._frontend.train(train_call(Kind.OPTIM_STEP, request))
+        answer = await self._train(Kind.OPTIM_STEP, request)
         return pb.OptimStepResponse(**_place(answer), **_step(answer), replayed=answer.replayed)
 
     async def Evaluate(self, request: pb.EvaluateRequest, context: grpc.aio.ServicerContext) -> pb.EvaluateResponse:
-        answer = await self._frontend.train(train_call(Kind.EVALUATE, request))
+        answer = await self._train(Kind.EVALUATE, request)
         return pb.EvaluateResponse(**_place(answer), **_pass(answer))
 
     async def GetTrainState(self, request: pb.GetTrainStateRequest, context: grpc.aio.ServicerContext) -> pb.TrainState:
-        answer = await self._frontend.train(train_call(Kind.STATE, request))
+        answer = await self._train(Kind.STATE, request)
         counts = {"step": answer.step, "weight_version": answer.weight_version}
         saved = [pb.SavedState(name=state.name, bytes=state.size, step=state.step) for state in answer.saved]
         return pb.TrainState(**counts, waiting_calls=answer.waiting_calls, saved=saved, saving=answer.saving)
 
     async def SaveState(self, request: pb.SaveStateRequest, context: grpc.aio.ServicerContext) -> pb.SaveStateResponse:
-        answer = await self._frontend.train(train_call(Kind.SAVE, request))
+        answer = await self._train(Kind.SAVE, request)
         return pb.SaveStateResponse(**_state(answer), bytes=answer.size)
 
     async def LoadState(self, request: pb.LoadStateRequest, context: grpc.aio.ServicerContext) -> pb.LoadStateResponse:
-        return pb.LoadStateResponse(**_state(await self._frontend.train(train_call(Kind.LOAD, request))))
+        return pb.LoadStateResponse(**_state(await self._train(Kind.LOAD, request)))
 
     async def Export(self, request: pb.ExportRequest, context: grpc.aio.ServicerContext) -> pb.ExportResponse:
-        answer = await self._frontend.train(train_call(Kind.EXPORT, request))
+        answer = await self._train(Kind.EXPORT, request)
         return pb.ExportResponse(**_state(answer), bytes=answer.size)
+
+    async def _train(self, kind: Kind, request: Any) -> TrainAnswer:
+        call, account = train_call(kind, request), CALLER.get()
+        with account.hold(sum(len(sequence.token_ids) for sequence in call.sequences)) if account else nullcontext():
+            return await self._frontend.train(call)
 
 
 def train_call(kind: Kind, message: Any) -> TrainCall:
