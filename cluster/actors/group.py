@@ -29,6 +29,8 @@ GRACE_S = 1.0
 SETTLE_S = 15.0
 """How long a surviving rank may take to leave the collective that a lost one broke: its limit, and a little more."""
 ANSWER_S = 5.0
+STAFF_TRIES = 4
+"""How often processes are asked for in one rebuild: Ray takes a while to know that a node is lost."""
 SILENT = "its process gives no sign of life: it is frozen, or its node cannot be reached"
 
 
@@ -62,7 +64,8 @@ class WorkerGroup:
         try:
             self._bundles.reserve()
             self._check_open()
-            self._meet([])
+            self._staff([])
+            self._meet()
             self._ready = self._await_ready()
         except BaseException:
             self._end(ask=False)
@@ -82,9 +85,8 @@ class WorkerGroup:
             kept = self._survivors() if keep else []
             self._let_go(kept)
             self._reserve_again(kept, tell)
-            self._check_open()
             self._life += 1
-            self._meet(kept)
+            self._meet()
             self._ready = self._await_ready()
         except RayError as error:
             raise WorkerError(f"the group could not be rebuilt: {describe(error)}") from error
@@ -98,11 +100,21 @@ class WorkerGroup:
         return self._ready
 
     def _reserve_again(self, kept: Sequence[int], tell: Tell) -> None:
-        if kept:
-            self._bundles.await_whole(tell)
-        else:
+        """Room and a living process for every rank. Ray may still offer a node that is lost: then once more."""
+        if not kept:
             self._bundles.release()
             self._bundles.reserve_patiently(tell)
+        for tries_left in range(STAFF_TRIES - 1, -1, -1):
+            self._bundles.await_whole(tell)
+            self._check_open()
+            try:
+                return self._staff(kept)
+            except WorkerError as error:
+                if not tries_left or self._closing.is_set():
+                    raise
+                tell(f"waiting for room: {error}")
+                self._kill([rank for rank in range(self._size) if rank not in kept])
+        raise AssertionError("the last try returns or raises")
 
     def observe(self, on_fault: Callable[[str], None]) -> None:
         """Be told of each failure, in a foreign thread; at once of one that happened already."""
@@ -145,14 +157,29 @@ class WorkerGroup:
 
     # ------------------------------------------------------------ starting
 
-    def _meet(self, kept: Sequence[int]) -> None:
-        """Starts the actors that are not kept and calls each one's `run` with its place."""
+    def _staff(self, kept: Sequence[int]) -> None:
+        """A process that answers for every rank; those that are not kept are started."""
         nodes = self._bundles.nodes()
         self._actors = [
             self._actors[rank] if rank in kept else self._actor(rank, nodes[rank]) for rank in range(self._size)
         ]
+        waiting = {actor.pid.remote(): rank for rank, actor in enumerate(self._actors)}
+        deadline = time.monotonic() + self.config.start_timeout_s
+        while waiting and time.monotonic() < deadline:
+            self._check_open()
+            for answer in ray.wait(list(waiting), timeout=PULSE_S)[0]:
+                rank, error = waiting.pop(answer), _outcome(answer)
+                if error is not None:
+                    raise WorkerError(f"rank {rank} on {nodes[rank]}: its process did not start: {describe(error)}")
+        if waiting:
+            late = ", ".join(f"rank {rank} on {nodes[rank]}" for rank in waiting.values())
+            raise WorkerError(f"{late}: no process within {self.config.start_timeout_s:g} s")
+
+    def _meet(self) -> None:
+        """Calls each rank's `run` with its place."""
+        nodes = self._bundles.nodes()
         try:
-            port = ray.get(self._actors[0].free_port.remote(), timeout=self.config.start_timeout_s)
+            port = ray.get(self._actors[0].free_port.remote(), timeout=ANSWER_S)
         except (RayActorError, GetTimeoutError) as error:
             raise WorkerError(f"rank 0 on {nodes[0]}: its process did not start: {describe(error)}") from error
         self._places = assign(nodes, f"tcp://{nodes[0]}:{port}" if self._size > 1 else None, self._life)

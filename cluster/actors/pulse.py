@@ -7,10 +7,11 @@ been silent for the limit. Only time in which the asking process itself ran is c
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ray
+from ray.exceptions import GetTimeoutError, RayError
 
 MOST_S = 1.0
 """What one look counts at most: a process that was itself held up does not take it for its ranks' silence."""
@@ -42,10 +43,17 @@ class Pulse:
         return set(ray.wait(self._asked, num_returns=len(self._asked), timeout=0, fetch_local=False)[0])
 
 
-def unanswering(actors: dict[int, Any], timeout_s: float = PROBE_S) -> list[int]:
-    """Those of some ranks that do not answer now: one of them is why the others' collective failed."""
-    if not actors:
-        return []
+def unanswering(actors: Mapping[int, Any], timeout_s: float = PROBE_S) -> list[int]:
+    """Those of some ranks that do not answer now, or can no longer be asked."""
     asked = {actor.pid.remote(): rank for rank, actor in actors.items()}
-    _, open_questions = ray.wait(list(asked), num_returns=len(asked), timeout=timeout_s, fetch_local=False)
-    return [asked[question] for question in open_questions]
+    if asked:
+        ray.wait(list(asked), num_returns=len(asked), timeout=timeout_s)
+    return [rank for question, rank in asked.items() if not _is_answered(question)]
+
+
+def _is_answered(question: ray.ObjectRef) -> bool:
+    try:
+        ray.get(question, timeout=0)
+    except (GetTimeoutError, RayError):
+        return False
+    return True

@@ -1,0 +1,59 @@
+"""A node is lost under the real command: it waits for another one, says so, and goes on when that joins. The nodes are
+raylets of one machine, each with one core."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from ray.cluster_utils import Cluster
+
+from cluster.rpc.client import AsyncClient, ServiceError
+from tests.launch.test_healing import Streams, model, process_of, server_of, told
+
+__all__ = ["model"]
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+CHECKS = {
+    "health_check_initial_delay_ms": 2000, "health_check_period_ms": 1000, "health_check_timeout_ms": 1000,
+    "health_check_failure_threshold": 3,
+}  # fmt: skip
+"""As docs/serving.md has them."""
+NODE = {"num_cpus": 1, "object_store_memory": 80_000_000}
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    nodes = Cluster(initialize_head=True, head_node_args={"include_dashboard": False, "_system_config": CHECKS, **NODE})
+    try:
+        yield nodes
+    finally:
+        nodes.shutdown()
+
+
+def test_a_lost_node_is_waited_for_and_streams_go_on_when_one_joins(cluster: Cluster, model: Path) -> None:
+    lost = cluster.add_node(**NODE)
+    cluster.wait_for_nodes()
+
+    async def main() -> None:
+        async with AsyncClient(server.address) as client:
+            undisturbed = await Streams(client).all()
+            streams = Streams(client)
+            await streams.under_way()
+            ranks = {process_of(server, 0), process_of(server, 1)}
+            cluster.remove_node(lost, allow_graceful=False)
+            await told(server, "waiting for room: a node was lost, and no other one has room for its ranks", 1)
+            assert "RECOVERING" in str(info := await client.server_info()) and "waiting for room" in info.fault
+            with pytest.raises(ServiceError) as late:
+                await client.generate([[1]], stopping={"max_new_tokens": 1}, timeout=1.0)
+            assert late.value.code.name == "DEADLINE_EXCEEDED"
+            cluster.add_node(**NODE)
+            assert await streams.all() == undisturbed
+            assert len({process_of(server, 0), process_of(server, 1)} & ranks) == 1, "the survivor went on"
+
+    options = ["ray.num_cpus=null", "placement.strategy=STRICT_SPREAD", "--ray-address", cluster.address]
+    with server_of(model, *options) as server:
+        asyncio.run(asyncio.wait_for(main(), 90))
+    assert not any(os.path.exists(f"/proc/{process_of(server, rank)}") for rank in (0, 1))
