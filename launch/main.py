@@ -57,10 +57,20 @@ COMMANDS = {
         "say whether a model fits on a number of ranks, and how it is best spread over them",
         "tp-decoders plan --model gpt-neox-20b --gpus 16 --gpu-memory 80GiB",
     ),
+    "token": Command(
+        "launch.token",
+        "make a token for a client and add its digest to a server's token file",
+        "tp-decoders token alice --roles generate --add-to tokens.toml",
+    ),
     "preflight": Command(
         "launch.preflight",
         "compare a cluster's nodes and measure the links between them, and name the odd one out",
         "tp-decoders preflight --ranks 16 --device cuda --model /shared/weights/gpt-neox-20b",
+    ),
+    "flight": Command(
+        "launch.flight",
+        "read what the ranks' flight recorders left after a fault: which rank fell out of step, in which command",
+        "tp-decoders flight /tmp/tp-decoders-flight-1000",
     ),
     "demo": Command(
         "launch.demo", "train a small model on two CPU ranks, serve it and show it; a few minutes", "tp-decoders demo"

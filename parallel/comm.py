@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from parallel.errors import CollectiveError
+from parallel.flight import COLLECTIVE, Flight
 from parallel.tree import ReductionTree
 
 KINDS = ("none", "tree_sum", "sum", "all_reduce_max", "all_gather", "gather", "broadcast_bytes", "barrier")
@@ -23,12 +24,14 @@ KINDS = ("none", "tree_sum", "sum", "all_reduce_max", "all_gather", "gather", "b
 
 
 class Comm(Protocol):
-    """A rank's handle on its group's collectives. `counts` and `byte_counts`: how many it issued, how much it gave."""
+    """A rank's handle on its group's collectives. `counts` and `byte_counts`: how many it issued, how much it gave;
+    `flight`: the last of them."""
 
     rank: int
     size: int
     counts: Counter[str]
     byte_counts: Counter[str]
+    flight: Flight
     broken: str | None  # why it refuses work, if it does
 
     def tree_sum(
@@ -84,6 +87,7 @@ class Traffic:
         self.size = size
         self.counts: Counter[str] = Counter()
         self.byte_counts: Counter[str] = Counter()
+        self.flight = Flight()
         self.sequence = 0
         self.broken: str | None = None
 
@@ -96,6 +100,7 @@ class Traffic:
         self.sequence += 1
         self.counts[kind] += 1
         self.byte_counts[kind] += nbytes
+        self.flight.note(COLLECTIVE, kind, self.sequence, nbytes)
 
 
 def check_nodes(nodes: Tensor, tree: ReductionTree, rank: int) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 from parallel.comm import Comm
 from parallel.errors import CollectiveError
+from parallel.flight import COMMAND, Flight
 
 Command = tuple[Any, ...]
 
@@ -31,13 +32,17 @@ class Commands:
 
     def __init__(self, comm: Comm | None, silence_s: float = 10.0, clock: Callable[[], float] = time.monotonic) -> None:
         self.comm, self.silence_s, self.clock = comm, silence_s, clock
+        self.flight = Flight() if comm is None else comm.flight
+        self.number = 0
         self._last = clock()
 
     def issue(self, *command: Any) -> None:
         """Rank 0: the next command for all other ranks."""
         self._last = self.clock()
+        payload = b"" if self.comm is None else pickle.dumps(command, protocol=5)
+        self._note(command[0], len(payload))
         if self.comm is not None:
-            self.comm.broadcast_bytes(pickle.dumps(command, protocol=5), self.silence_s)
+            self.comm.broadcast_bytes(payload, self.silence_s)
 
     def keep_alive(self) -> None:
         """Rank 0, often while idle: sends a sign of life when one is due."""
@@ -56,4 +61,9 @@ class Commands:
                 f"{KEEP_ALIVE_S:g} s and is given up after {self.silence_s:g} s: {error}"
             ) from error
         command: Command = pickle.loads(payload)
+        self._note(command[0], len(payload))
         return command
+
+    def _note(self, name: str, nbytes: int) -> None:
+        self.number += 1
+        self.flight.note(COMMAND, name, self.number, nbytes)

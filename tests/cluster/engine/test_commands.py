@@ -18,6 +18,7 @@ from cluster.engine.engine import generate
 from cluster.engine.executors import GroupExecutor, follow
 from cluster.engine.request import FinishReason, Request, ResponseOptions, SamplingParams, StoppingCriteria
 from parallel.errors import CollectiveError, ConfigError
+from parallel.flight import Flight
 from parallel.group import Group
 from tests.cluster.engine.fake_executor import Clock
 from tests.cluster.engine.tiny_models import save_tiny
@@ -82,6 +83,7 @@ class Recorder:
 
     def __init__(self) -> None:
         self.sent = 0
+        self.flight = Flight()
 
     def broadcast_bytes(self, payload: bytes | None, timeout: float | None = None) -> bytes:
         self.sent += 1
