@@ -17,7 +17,7 @@ torch's default generator, which must be in the same state on all ranks.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -123,6 +123,31 @@ class PaddedModel:
             attentions=flat.attentions(),
             cross_attentions=flat.cross_attentions(),
         )
+
+    def embeddings(self, input_ids: Tensor) -> Tensor:
+        """[B, T, D]: the tokens' embeddings without positions, to be changed and handed in as inputs_embeds."""
+        ids = checked_ids("input_ids", input_ids, tuple(input_ids.shape))
+        flat = in_vocabulary("input_ids", ids.flatten(), self.model.config.vocab_size)
+        return self.model.embed(flat).unflatten(0, ids.shape)  # type: ignore[no-any-return]
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **inputs: Unpack[Inputs]) -> dict[str, Any]:
+        """The next call of a loop that appends tokens to input_ids and attention_mask: what is not in the past yet,
+        at the positions that the mask leaves. inputs_embeds stand for the first call's input_ids.
+        """
+        past, mask, types = (inputs.get(k) for k in ("past_key_values", "attention_mask", "token_type_ids"))
+        call: dict[str, Any] = {**inputs}
+        embeds = call.pop("inputs_embeds", None)
+        if past is not None:
+            columns = past[0][0].shape[2]  # type: ignore[index]
+            input_ids = input_ids[:, columns if input_ids.shape[1] > columns else -1 :]
+        new = input_ids.shape[1] if embeds is None or past is not None else embeds.shape[1]
+        call |= {"input_ids": input_ids} if embeds is None or past is not None else {"inputs_embeds": embeds}
+        if isinstance(types, Tensor):
+            call["token_type_ids"] = types[:, -new:]
+        takes_positions = self.model.positions is not None or hasattr(self.model, "rotary")
+        if isinstance(mask, Tensor) and inputs.get("position_ids") is None and takes_positions:
+            call["position_ids"] = (mask.long().cumsum(-1) - 1).masked_fill(mask == 0, 1)[:, -new:]
+        return call
 
     def flat_pass(self, input_ids: Tensor | None = None, **inputs: Unpack[Inputs]) -> FlatPass:
         """The call without its padding, as heads want it."""

@@ -1,0 +1,74 @@
+"""A loop over padded calls, as transformers' generate is one: the same tokens, from a batch padded on either side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from parallel.group import Group
+from tests.tp_decoders.padded_cases import MODELS, SIZES, batch_ids, masks, reference_model
+from tp_decoders import load
+from tp_decoders.padded import PaddedModel
+
+# importing transformers' GPT-BigCode warns
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+
+NEW = 8
+
+
+def greedy(group: Group, folder: str, mask: Tensor, from_embeddings: bool) -> Tensor:
+    with torch.no_grad():
+        return continued(PaddedModel(load(folder, group=group)), mask, from_embeddings)
+
+
+def continued(padded: PaddedModel, mask: Tensor, from_embeddings: bool) -> Tensor:
+    ids, past = batch_ids(), None
+    embeds = padded.embeddings(ids) if from_embeddings else None
+    for _ in range(NEW):
+        call = padded.prepare_inputs_for_generation(
+            ids, attention_mask=mask, past_key_values=past, inputs_embeds=embeds
+        )
+        out = padded(**call, use_cache=True)
+        past = out.past_key_values
+        places = (mask[:, -out.logits.shape[1] :].cumsum(1)).argmax(1)  # the row's last token
+        ids = torch.cat([ids, out.logits[torch.arange(len(ids)), places].argmax(-1, keepdim=True)], 1)
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+    return ids[:, -NEW:]
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_a_loop_over_padded_calls_generates_what_transformers_does(
+    case: str, ranks: Callable[..., list[Any]], tmp_path: Path
+) -> None:
+    model = reference_model(case)
+    model.save_pretrained(tmp_path)
+    left = masks()["left"]
+    expected = model.generate(
+        batch_ids(), attention_mask=left, do_sample=False, max_new_tokens=NEW, eos_token_id=40, pad_token_id=0
+    )[:, -NEW:]
+    for size in SIZES:
+        for from_embeddings in (False, True):
+            for found in ranks(size, greedy, str(tmp_path), left, from_embeddings):
+                assert torch.equal(found, expected), size
+
+
+@pytest.mark.parametrize("case", [case for case in MODELS if case != "mpt"])
+def test_prompts_padded_on_the_right_are_continued_alike(
+    case: str, ranks: Callable[..., list[Any]], tmp_path: Path
+) -> None:
+    """What follows stands behind the gap; positions count tokens. (ALiBi counts the columns of the gap, too.)"""
+    model = reference_model(case)
+    model.save_pretrained(tmp_path)
+    right = masks()["right"]
+    for row, length in enumerate(right.sum(1).tolist()):
+        prompt = batch_ids()[row : row + 1, :length]
+        alone = model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=NEW, eos_token_id=40,
+            pad_token_id=0,
+        )[0, -NEW:]  # fmt: skip
+        assert torch.equal(ranks(2, greedy, str(tmp_path), right, False)[0][row], alone), row
