@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from launch import access
 from launch.generate import check_address
 from launch.latency import StreamTimes, summarise, table
 from parallel.errors import ConfigError, WorkerError
@@ -31,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--new-tokens", type=int, default=64, help="per request (default 64)")
     parser.add_argument("--seed", type=int, default=0, help="of the random prompts (default 0)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    access.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -52,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
 async def _measure(args: argparse.Namespace) -> list[StreamTimes]:
     from cluster.rpc.client import AsyncClient, ServiceError
 
-    async with AsyncClient(args.address) as client:
+    async with AsyncClient(args.address, access.access_of(args)) as client:
         try:
             info = await client.model_info(timeout=10.0)
         except ServiceError as error:

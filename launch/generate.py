@@ -13,6 +13,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from launch import access
 from parallel.errors import ConfigError, RequestError
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--timeout", type=float, metavar="SECONDS", help="the request's deadline")
     parser.add_argument("--ids", action="store_true", help="print token ids, not text")
     parser.add_argument("--stats", action="store_true", help="say afterwards how many tokens came how fast")
+    access.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -162,7 +164,7 @@ async def _stream(args: argparse.Namespace, prompt: Prompt) -> int:
     from cluster.rpc.proto.inference_pb2 import FinishReason
 
     began = time.monotonic()
-    async with AsyncClient(args.address) as client:
+    async with AsyncClient(args.address, access.access_of(args)) as client:
         try:
             fields = request_fields(args)
             info = await client.model_info(timeout=10.0)

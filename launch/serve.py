@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 from dataclasses import dataclass, field
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from cluster.actors.place import PlacementConfig
 from cluster.actors.spec import ParallelConfig, TrainingConfig
 from cluster.engine.config import EngineConfig
 from cluster.frontend.calls import FrontendConfig
+from cluster.rpc.auth_config import Security, TlsConfig, check_exposure
 from cluster.rpc.limits import ServerLimits
 from launch import logs
 from launch.presets import Layer, build, find, overrides, read
@@ -35,6 +37,12 @@ FLAGS = {
     "ray_address": "ray.address",
     "train": "training.enabled",
     "save_root": "training.save_root",
+    "tls_cert": "server.tls.cert",
+    "tls_key": "server.tls.key",
+    "tls_client_ca": "server.tls.client_ca",
+    "token_file": "server.token_file",
+    "reflection": "limits.reflection",
+    "insecure_listen_anywhere": "server.insecure_listen_anywhere",
 }
 """Which setting a flag stands for."""
 ENVIRONMENT = {
@@ -56,15 +64,24 @@ class RayConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ServerConfig:
-    """Where the gRPC server listens, and how long a stopping one waits for open requests."""
+    """Where the gRPC server listens, who may call it, and how long a stopping one waits for open requests."""
 
     host: str = "127.0.0.1"
     port: int = 50051
     drain_seconds: float = 30.0
+    tls: TlsConfig | None = None
+    token_file: str | None = None
+    insecure_listen_anywhere: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 65536:
             raise ConfigError(f"server.port is {self.port}; give 1 to 65535, or 0 for any free one")
+
+    @property
+    def security(self) -> Security:
+        """With paths that need no shell."""
+        tls = self.tls and TlsConfig(**{name: path and expanduser(path) for name, path in vars(self.tls).items()})
+        return Security(tls=tls, token_file=self.token_file and expanduser(self.token_file))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +114,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: the checkpoint's own)")
     parser.add_argument("--host", help="address to listen on (default 127.0.0.1: this machine only)")
     parser.add_argument("--port", type=int, help="port to listen on (default 50051; 0: any free one)")
+    _add_security(parser)
     parser.add_argument("--kv-blocks", type=int, help="size of the key/value cache (default: from free memory)")
     parser.add_argument(
         "--ray-address", help="a standing Ray cluster, as in auto or HOST:6379 (default: start one here)"
@@ -113,6 +131,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     logs.add_arguments(parser)
 
 
+def _add_security(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tls-cert", metavar="FILE", help="the server's certificate chain (PEM): encrypt connections")
+    parser.add_argument("--tls-key", metavar="FILE", help="its key; both are read again when they change")
+    parser.add_argument("--tls-client-ca", metavar="FILE", help="let in only clients with a certificate of this CA")
+    parser.add_argument("--token-file", metavar="FILE", help="who may call and for what; see tp-decoders token --help")
+    parser.add_argument(
+        "--reflection", action=argparse.BooleanOptionalAction, help="gRPC reflection (default: on loopback only)"
+    )
+    parser.add_argument(
+        "--insecure-listen-anywhere", action="store_const", const=True,
+        help="listen where others can reach it even without TLS or without knowing who calls",
+    )  # fmt: skip
+
+
 def configuration(args: argparse.Namespace) -> ServeConfig:
     """Presets, then flags, then overrides; later ones win."""
     layers = [read(find(name, "engine")) for name in args.preset]
@@ -120,6 +152,7 @@ def configuration(args: argparse.Namespace) -> ServeConfig:
         layers.append(read(find(args.cluster, "cluster")))
     config = build(ServeConfig, [*layers, _flags(args), overrides(args.overrides)])
     assert isinstance(config, ServeConfig), "build makes what it was asked for"
+    check_exposure(config.server.host, config.server.security, config.server.insecure_listen_anywhere)
     return config
 
 

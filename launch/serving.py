@@ -27,7 +27,8 @@ from cluster.frontend.calls import FrontendConfig
 from cluster.frontend.frontend import Frontend
 from cluster.frontend.socket_link import SocketLink
 from cluster.frontend.text import codec_of
-from cluster.rpc.server import build_server
+from cluster.rpc.auth_config import Security
+from cluster.rpc.server import build_server, check_security
 from cluster.rpc.servicers import ServiceInfo
 from cluster.training.states import StateFolder
 from launch.healing import Healer
@@ -51,6 +52,7 @@ def serve(config: ServeConfig, model: Path, log_level: int) -> int:
     if config.adapter is not None:
         read_adapter_config(config.adapter)
     check_port(config.server.host, config.server.port)
+    check_security(config.server.security)
     if config.training.save_root is not None:
         StateFolder(Path(config.training.save_root).expanduser())
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the loop takes over
@@ -103,8 +105,9 @@ async def _open(
     codec = codec_of(await asyncio.to_thread(load_tokenizer, model))
     frontend = Frontend(link, codec=codec, config=_patience(config))
     stack.push_async_callback(frontend.close)
-    address = f"{config.server.host}:{config.server.port}"
-    server = build_server(frontend, address, config.limits, _service_info(config, model, facts))
+    host = f"[{config.server.host}]" if ":" in config.server.host else config.server.host
+    info = _service_info(config, model, facts)
+    server = build_server(frontend, f"{host}:{config.server.port}", config.limits, info, config.server.security)
     frontend.start()
     await server.start()
     stack.push_async_callback(server.stop, CLOSE_GRACE_S)
@@ -144,7 +147,18 @@ def ready_line(config: ServeConfig, model: Path, ready: Sequence[Ready], port: i
         + f"tp={config.parallel.tp} on {config.parallel.device} ({facts.transport}, attention {facts.attention})  "
         f"KV cache {tokens} tokens ({facts.kv_blocks} blocks of {facts.block_size}, {size:.1f} MB)"
         + ("  training on" if config.training.enabled else "")
+        + _protection(config.server.security)
     )
+
+
+def _protection(security: Security) -> str:
+    given = {
+        "TLS": security.tls,
+        "client certificates": security.tls and security.tls.client_ca,
+        "tokens": security.token_file,
+    }
+    words = ", ".join(word for word, value in given.items() if value)
+    return f"  {words}" if words else ""
 
 
 def start_line(rank: Ready) -> str:

@@ -104,12 +104,15 @@ def _version(path: str) -> tuple[int, ...]:
 
 
 def read_grants(path: str) -> tuple[Grant, ...]:
-    """All grants of a file, or what is wrong with it, in words that hold no secret."""
+    """All grants of a file that nobody else can read or change."""
+    return parse_grants(read_secret(path, WHAT), path)
+
+
+def parse_grants(data: bytes, path: str) -> tuple[Grant, ...]:
+    """All grants in the bytes of a file, or what is wrong with it, in words that hold no secret."""
     try:
-        entries = tomllib.loads(read_secret(path, WHAT).decode())
+        entries = tomllib.loads(data.decode())
     except ValueError as error:
-        if isinstance(error, ConfigError):
-            raise
         place = re.search(r"\(at [^)]*\)", str(error))  # the rest of the message may quote the file
         raise ConfigError(f"{WHAT} {path} is not valid TOML {place.group() if place else ''}".rstrip()) from None
     grants = tuple(_grant(name, values, f"{WHAT} {path}: [{name}]") for name, values in entries.items())
