@@ -22,7 +22,7 @@ from cluster.actors.spec import RankFacts, ServeSpec
 from cluster.actors.worker import Ready
 from cluster.frontend.frontend import Frontend, State
 from cluster.frontend.socket_link import SocketLink
-from cluster.training.calls import RestorePoint
+from cluster.training.calls import Kind, RestorePoint, TrainCall
 from parallel.errors import TpError, WorkerError
 
 log = logging.getLogger(__name__)
@@ -131,6 +131,12 @@ class Healer:
             log.error("the engine cannot be reached: %s", error)
             return False
         await self._frontend.reattach(link)
+        if self._spec.training.enabled:  # what was under way may have been applied unheard
+            asked = asyncio.wrap_future(link.train(TrainCall(kind=Kind.STATE)))
+            try:
+                self._frontend.weights.seen(await asyncio.wait_for(asked, CAUSE_S))
+            except TimeoutError:
+                return False
         log.warning("the connection to rank 0 was lost and made again")
         return True
 

@@ -132,7 +132,7 @@ class EngineServer:
         elif isinstance(message, Abort):
             self._loop.abort(message.request_ids, message.samples)
         elif isinstance(message, AskLoad):
-            self._loop.ask_load().add_done_callback(lambda done: self._answer_load(message.tag, done))
+            self._loop.ask_load(message.prove).add_done_callback(lambda done: self._answer_load(message.tag, done))
         elif isinstance(message, Train):
             self._trainings[message.tag] = future = self._loop.train(message.call)
             asker = self._wire  # a tag means nothing to the next front-end
@@ -149,6 +149,15 @@ class EngineServer:
         for begun in list(self._trainings.values()):
             begun.cancel()  # those that had their turn are finished
         wire.close()
+        self._await_ends()
+
+    def _await_ends(self) -> None:
+        """Until the engine has ended what was left: the next front-end may give requests of the same names, and must
+        not take the old ones' ends for theirs."""
+        for _ in range(2):  # the first answer follows the order to end them, the second what was told of that
+            answer = self._loop.ask_load()
+            while not (answer.done() or self._stopping.wait(0.01)):
+                continue
 
     # ------------------------------------------------------------ in the engine's thread
 

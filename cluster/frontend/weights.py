@@ -36,13 +36,15 @@ class WeightsRecord:
         self._asked |= call.kind is Kind.STATE
         if answer.replayed:
             return
-        stand = Stand(answer.step, answer.weight_version)
+        self.seen(answer)
         if call.kind in (Kind.SAVE, Kind.LOAD):
-            self._saved = call.name, stand
-        elif call.kind is Kind.FORWARD_BACKWARD:
-            self._gradients = True
-        if call.kind.changes_weights:
-            self._now, self._gradients = stand, False
+            self._saved = call.name, Stand(answer.step, answer.weight_version)
+        self._gradients = call.kind is Kind.FORWARD_BACKWARD or (self._gradients and not call.kind.changes_weights)
+
+    def seen(self, answer: TrainAnswer) -> None:
+        """Where an engine says that it stands. What it was asked before an answer to another may be told after it."""
+        if answer.weight_version > self._now.version:
+            self._now = Stand(answer.step, answer.weight_version)
 
     def restore_point(self) -> RestorePoint | None:
         """What a new engine's weights have to be; None where they are the checkpoint's, as when it first started.

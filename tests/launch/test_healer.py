@@ -1,0 +1,193 @@
+"""The healer's decisions, over a real link to a fake engine and a group that only plays what it is told."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from contextlib import ExitStack
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from cluster.actors.place import PlacementConfig
+from cluster.actors.spec import ServeSpec
+from cluster.engine.request import StoppingCriteria
+from cluster.frontend.calls import FrontendConfig
+from cluster.frontend.frontend import Frontend, State
+from cluster.training.calls import Kind, TrainAnswer, TrainCall
+from launch import healing
+from launch.healing import Healer, Restarts, Unhealable
+from parallel.errors import WorkerError
+from tests.cluster.frontend.fakes import CODEC, FakeEngine, tokens_of
+from tests.cluster.frontend.harness import answer, call, run, until
+from tests.cluster.frontend.test_socket_link import KEY, ServedEngine
+
+CAUSE = "rank 1 on node-b: its process died (killed or crashed)"
+
+
+class PlayedGroup:
+    """A WorkerGroup whose rebuilds fail as often as told, and then give the next engine."""
+
+    def __init__(self, engines: list[ServedEngine], failures: int = 0, **config: Any) -> None:
+        self.config = PlacementConfig(**config)
+        self.engines, self.failures = engines, failures
+        self.fault: str | None = None
+        self.kept: list[bool] = []
+        self.specs: list[ServeSpec] = []
+        self.tell_fault: Callable[[str], None]
+
+    def observe(self, on_fault: Callable[[str], None]) -> None:
+        self.tell_fault = on_fault
+
+    def wait_fault(self, timeout: float) -> str | None:
+        return self.fault
+
+    def give_up(self, cause: str) -> None:
+        self.fault = self.fault or cause
+
+    def fail(self, cause: str = CAUSE) -> None:
+        self.fault = cause
+        self.tell_fault(cause)
+
+    def rebuild(self, tell: Callable[[str], None], spec: ServeSpec, keep: bool) -> list[Any]:
+        self.kept.append(keep)
+        self.specs.append(spec)
+        if self.failures:
+            self.failures -= 1
+            tell("waiting for room: somebody else has it")
+            raise WorkerError(f"rank 0 on node-a did not start: trial {len(self.kept)}")
+        self.fault = None
+        return ready_of(self.engines.pop(0))
+
+
+def ready_of(served: ServedEngine) -> list[Any]:
+    return [SimpleNamespace(facts=SimpleNamespace(engine_address=served.server.address, kv_blocks=77))]
+
+
+async def healed_by(group: PlayedGroup, first: ServedEngine) -> tuple[Frontend, asyncio.Task[None]]:
+    link = await asyncio.to_thread(first.link)
+    frontend = Frontend(link, codec=CODEC, config=FrontendConfig(recovery_seconds=60.0))
+    frontend.start()
+    healer = Healer(group, frontend, ServeSpec(model="m", authkey=KEY), ready_of(first))  # type: ignore[arg-type]
+    return frontend, asyncio.create_task(healer.run())
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(healing, "FIRST_DELAY_S", 0.01)
+
+
+def long_call(prompt: list[int]) -> Any:
+    return call(prompt, stopping=StoppingCriteria(max_new_tokens=150))
+
+
+def with_engines(count: int, main: Callable[..., Any]) -> None:
+    with ExitStack() as stack:
+        run(main(*(stack.enter_context(ServedEngine(FakeEngine(step_seconds=0.005))) for _ in range(count))))
+
+
+def test_the_first_attempt_keeps_survivors_the_next_ones_start_anew_with_the_cache_of_before() -> None:
+    async def main(first: ServedEngine, second: ServedEngine) -> None:
+        group = PlayedGroup([second], failures=2)
+        frontend, healing_task = await healed_by(group, first)
+        states: list[State] = []
+        frontend.observe(states.append)
+        asked = asyncio.create_task(answer(frontend, long_call([4])))
+        await until(lambda: first.engine.steps > 5)
+        group.fail()
+        (result,) = await asked
+        assert result.samples[0].token_ids == tokens_of([4], 1, 0, 150)
+        assert group.kept == [True, False, False]
+        assert {spec.engine.kv_blocks for spec in group.specs} == {77} and group.specs[0].restore is None
+        assert states == [State.SERVING, State.RECOVERING, State.SERVING]
+        healing_task.cancel()
+        await frontend.close()
+
+    with_engines(2, main)
+
+
+def test_what_is_waited_for_can_be_asked_while_it_lasts() -> None:
+    async def main(first: ServedEngine) -> None:
+        group = PlayedGroup([], failures=1)
+        frontend, healing_task = await healed_by(group, first)
+        told: list[str] = []
+        waits_for = frontend.waits_for
+        frontend.waits_for = lambda what: (told.append(what), waits_for(what))[1]  # type: ignore[method-assign]
+        group.fail()
+        await until(lambda: len(told) == 2)
+        assert told == ["waiting for room: somebody else has it", "rank 0 on node-a did not start: trial 1"]
+        assert frontend.fault_cause == told[1]
+        healing_task.cancel()
+        await frontend.close()
+
+    with_engines(1, main)
+
+
+def test_a_lost_connection_alone_is_made_again_and_no_rank_is_touched() -> None:
+    async def main(first: ServedEngine) -> None:
+        group = PlayedGroup([])
+        frontend, healing_task = await healed_by(group, first)
+        asked = asyncio.create_task(answer(frontend, long_call([5])))
+        await until(lambda: first.engine.steps > 5)
+        frontend._link._wire._hang_up()  # type: ignore[attr-defined]
+        (result,) = await asked
+        assert result.samples[0].token_ids == tokens_of([5], 1, 0, 150)
+        assert group.kept == [] and frontend.state is State.SERVING
+        healing_task.cancel()
+        await frontend.close()
+
+    with_engines(1, main)
+
+
+def test_attempts_within_the_window_have_an_end_that_names_the_fault_and_the_last_failure() -> None:
+    async def main(first: ServedEngine) -> None:
+        group = PlayedGroup([], failures=9, max_restarts=3, restart_window_s=60.0)
+        frontend, healing_task = await healed_by(group, first)
+        group.fail()
+        with pytest.raises(Unhealable) as ended:
+            await healing_task
+        assert str(ended.value) == (
+            f"the engine is gone: {CAUSE}; the last attempt to rebuild the group failed: rank 0 on node-a did not "
+            "start: trial 3; 3 restarts within 60 s are the limit (placement.max_restarts)"
+        )
+        await frontend.close()
+
+    with_engines(1, main)
+
+
+def test_weights_that_were_trained_and_never_saved_end_the_server_instead_of_being_replaced() -> None:
+    async def main(first: ServedEngine) -> None:
+        group = PlayedGroup([])
+        frontend, healing_task = await healed_by(group, first)
+        frontend.weights.note(TrainCall(kind=Kind.TRAIN_STEP), TrainAnswer(step=2, weight_version=2))
+        group.fail()
+        with pytest.raises(Unhealable, match="its process died .*; 2 training steps were never saved"):
+            await healing_task
+        assert group.kept == []
+        await frontend.close()
+
+    with_engines(1, main)
+
+
+def test_waits_between_attempts_double_and_old_ones_are_forgotten() -> None:
+    now = [0.0]
+    restarts = Restarts(PlacementConfig(max_restarts=4, restart_window_s=100.0), lambda: now[0])
+    assert [restarts.next_delay() for _ in range(5)] == [0.0, 0.01, 0.02, 0.04, None]
+    now[0] = 101.0
+    assert restarts.next_delay() == 0.0 and restarts.total == 5
+
+
+def test_an_attempt_is_logged_with_the_time_it_took(caplog: pytest.LogCaptureFixture) -> None:
+    async def main(first: ServedEngine, second: ServedEngine) -> None:
+        group = PlayedGroup([second])
+        frontend, healing_task = await healed_by(group, first)
+        with caplog.at_level(logging.WARNING):
+            group.fail()
+            await until(lambda: "serving again" in caplog.text)
+        assert f"s after the fault was seen: {CAUSE}" in caplog.text
+        healing_task.cancel()
+        await frontend.close()
+
+    with_engines(2, main)
