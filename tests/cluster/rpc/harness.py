@@ -13,6 +13,7 @@ from google.rpc.error_details_pb2 import ErrorInfo
 
 from cluster.frontend.frontend import Frontend
 from cluster.frontend.text import TextCodec
+from cluster.rpc.auth_config import Access, Security
 from cluster.rpc.client import AsyncClient, ServiceError
 from cluster.rpc.limits import ServerLimits
 from cluster.rpc.server import Server, build_server
@@ -49,15 +50,17 @@ async def service(
     engine: FakeEngine | None = None,
     codec: TextCodec | None = CODEC,
     limits: ServerLimits | None = None,
+    security: Security | None = None,
+    access: Access | None = None,
     **config: Any,
 ) -> AsyncIterator[Service]:
     engine = engine or FakeEngine()
     async with serving(engine, codec, **config) as frontend:
         info = ServiceInfo(model_id="fake", family="none", tensor_parallel_size=2)
-        server = build_server(frontend, "127.0.0.1:0", limits, info)
+        server = build_server(frontend, "127.0.0.1:0", limits, info, security)
         await server.start()
         try:
-            async with AsyncClient(f"127.0.0.1:{server.port}") as client:
+            async with AsyncClient(f"127.0.0.1:{server.port}", access) as client:
                 await client.ready()
                 yield Service(engine, frontend, server, client)
         finally:
