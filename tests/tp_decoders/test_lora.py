@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import torch
 import transformers
 from torch import Tensor
 
+import tests.cluster.engine.tiny_models as tiny
 import tp_decoders
 from parallel.attention import Causal
 from parallel.errors import CheckpointError, ConfigError
@@ -32,15 +31,6 @@ pytestmark = [
 ]
 
 
-def _module(path: Path, name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None, path
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-tiny = _module(Path(__file__).parents[1] / "cluster" / "engine" / "tiny_models.py", "lora_tiny_models")
 FAMILIES = sorted(tiny.CONFIGS)
 LENGTHS = (9, 4)
 TOKENS = torch.randint(tiny.VOCAB, (sum(LENGTHS),), generator=torch.Generator().manual_seed(5))

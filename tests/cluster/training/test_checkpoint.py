@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,28 +9,14 @@ import pytest
 import torch
 import transformers
 
+import tests.cluster.engine.tiny_models as tiny
+import tests.cluster.training.steps as steps
 import tp_decoders
 from cluster.training.checkpoint import Checkpointer, latest_checkpoint, read_state, restore_optimizer, verify
 from parallel.errors import CheckpointError
 from parallel.group import Group
 from parallel.mesh import Groups, init_groups
 from tests.ranks import free_address
-
-HERE = Path(__file__).parent
-
-
-def _module(path: Path, name: str) -> Any:
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None, path
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-steps = _module(HERE / "steps.py", "training_steps")
-tiny = _module(HERE.parent / "engine" / "tiny_models.py", "training_tiny_models")
 
 
 def _run(group: Group, folder: str, root: str, layout: Any, until: int, address: str, dtype: torch.dtype) -> str | None:

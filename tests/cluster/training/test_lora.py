@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,8 @@ import pytest
 import torch
 import transformers
 
+import tests.cluster.engine.tiny_models as tiny
+import tests.cluster.training.steps as steps
 import tp_decoders
 from cluster.training.checkpoint import Checkpointer, latest_checkpoint, restore_optimizer, verify
 from cluster.training.trainer import Trainer, TrainerConfig
@@ -28,21 +28,6 @@ from tp_decoders.weights import full_tensor
 # importing transformers' GPT-BigCode warns
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
 
-HERE = Path(__file__).parent
-
-
-def _module(path: Path, name: str) -> Any:
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None, path
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-steps = _module(HERE / "steps.py", "training_steps")
-tiny = _module(HERE.parent / "engine" / "tiny_models.py", "training_tiny_models")
 FAMILIES = sorted(tiny.CONFIGS)
 CONFIG = LoraConfig(rank=4, alpha=8.0, targets="all-linear")
 

@@ -4,8 +4,6 @@ layout.
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,21 +11,10 @@ from typing import Any
 import pytest
 import torch
 
+import tests.cluster.engine.tiny_models as tiny
+import tests.cluster.training.steps as steps
 from tests.ranks import free_address
 
-HERE = Path(__file__).parent
-
-
-def _module(path: Path, name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None, path
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-steps = _module(HERE / "steps.py", "training_steps")
-tiny = _module(HERE.parent / "engine" / "tiny_models.py", "training_tiny_models")
 FAMILIES = sorted(tiny.CONFIGS)
 PLAIN = steps.Layout()
 DIVIDED = [
