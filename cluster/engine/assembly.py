@@ -11,6 +11,7 @@ from collections.abc import Sequence as Many
 
 import torch
 
+from cluster.engine.canary import Canary
 from cluster.engine.commands import Commands
 from cluster.engine.config import EngineConfig, num_kv_blocks
 from cluster.engine.engine import Engine
@@ -104,4 +105,5 @@ def build_engine(
 ) -> Engine:
     """Rank 0's engine; `commands` reaches the other ranks, which run `executors.follow`."""
     executor = LocalExecutor(runner) if commands is None else GroupExecutor(runner, commands)
-    return Engine(executor, limits_of(runner.model, eos_token_ids), config, runner.cache.num_blocks)
+    limits = limits_of(runner.model, eos_token_ids)
+    return Engine(executor, limits, config, runner.cache.num_blocks, canary=Canary(runner, commands))

@@ -38,6 +38,11 @@ class BlockPool:
     def num_free(self) -> int:
         return len(self._free) + len(self._kept)
 
+    @property
+    def num_remembered(self) -> int:
+        """Free ones that still hold the start of some sequence."""
+        return len(self._kept)
+
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that hold the keys and values of this many tokens."""
         return -(-num_tokens // self.block_size)

@@ -1,7 +1,8 @@
 """The one ordered stream of commands: rank 0 issues, every other rank executes the same in the same order.
 
     (STEP, plan)    one engine step        (KEEP_ALIVE,)    rank 0 is there and has nothing to do
-    (STOP,)         the end of the stream  (name, ...)      whatever else the group was taught (training, saving, ...)
+    (STOP,)         the end of the stream  (CANARY,)        a decode that proves every rank (see canary.py)
+    (name, ...)     whatever else the group was taught (training, saving, ...)
 
 Commands are plain tuples, pickled by rank 0, which is trusted: the transport is the group's own collective, never an
 open socket. While idle rank 0 sends a keep-alive every second; a follower that hears nothing for `silence_s` fails,
@@ -24,6 +25,7 @@ Command = tuple[Any, ...]
 STEP = "step"
 KEEP_ALIVE = "keep_alive"
 STOP = "stop"
+CANARY = "canary"
 KEEP_ALIVE_S = 1.0
 
 

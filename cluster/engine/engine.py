@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from cluster.engine.best_of import best_places, mean_logprob
 from cluster.engine.blocks import BlockPool
@@ -19,6 +19,9 @@ from cluster.engine.config import EngineConfig
 from cluster.engine.plan import StepPlan, StepResult
 from cluster.engine.request import EngineLoad, FinishReason, ModelLimits, Request, TokenEvent, TokenLogprobs
 from cluster.engine.scheduler import Scheduler
+
+if TYPE_CHECKING:
+    from cluster.engine.canary import Canary
 
 
 class Executor(Protocol):
@@ -33,6 +36,24 @@ class Executor(Protocol):
     def close(self) -> None: ...
 
 
+@dataclass
+class StepSeconds:
+    """Where the time of steps went; the rest of step_seconds is telling the ranks and making the model's inputs."""
+
+    step_seconds: float = 0.0
+    schedule_seconds: float = 0.0
+    forward_seconds: float = 0.0
+    sample_seconds: float = 0.0
+    commit_seconds: float = 0.0
+
+    def add(self, started: float, scheduled: float, executed: float, committed: float, result: StepResult) -> None:
+        self.step_seconds += committed - started
+        self.schedule_seconds += scheduled - started
+        self.forward_seconds += result.forward_seconds
+        self.sample_seconds += result.sample_seconds
+        self.commit_seconds += committed - executed
+
+
 class Engine:
     """Requests in, token events out, one step at a time."""
 
@@ -43,15 +64,15 @@ class Engine:
         config: EngineConfig,
         num_blocks: int,
         clock: Callable[[], float] = time.monotonic,
+        canary: Canary | None = None,
     ) -> None:
         capacity = num_blocks * config.block_size
         self.limits = replace(
             limits, kv_capacity_tokens=capacity, max_batch=config.max_sequences, block_size=config.block_size
         )
-        self.config, self.executor = config, executor
+        self.config, self.executor, self.canary = config, executor, canary
         self.scheduler = Scheduler(config, self.limits, BlockPool(num_blocks, config.block_size), clock)
-        self._step_seconds = 0.0
-        self._forward_seconds = 0.0
+        self._seconds = StepSeconds()
 
     @property
     def idle(self) -> bool:
@@ -77,10 +98,11 @@ class Engine:
         if plan is None:
             self.executor.keep_alive()
             return self.scheduler.take_events()
+        scheduled = time.perf_counter()
         result = self.executor.execute(plan)
+        executed = time.perf_counter()
         events = self.scheduler.commit(plan, result)
-        self._step_seconds += time.perf_counter() - started
-        self._forward_seconds += result.forward_seconds
+        self._seconds.add(started, scheduled, executed, time.perf_counter(), result)
         return events
 
     def keep_alive(self) -> None:
@@ -92,8 +114,20 @@ class Engine:
         self.scheduler.forget_cache()
 
     def load(self) -> EngineLoad:
-        """A snapshot of the counters; step_seconds and forward_seconds are totals."""
-        return replace(self.scheduler.load(), step_seconds=self._step_seconds, forward_seconds=self._forward_seconds)
+        """A snapshot of the counters; seconds are totals."""
+        load = replace(self.scheduler.load(), **vars(self._seconds))
+        if self.canary is None:
+            return load
+        return replace(
+            load, canaries=self.canary.count, canary_fault=self.canary.fault, ranks=self.canary.reports,
+            collectives=self.canary.traffic(),
+        )  # fmt: skip
+
+    def prove(self) -> EngineLoad:
+        """A canary through every rank, between two steps; the counters, with what it found."""
+        if self.canary is not None:
+            self.canary.sing()
+        return self.load()
 
     def close(self) -> None:
         self.executor.close()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from cluster.engine.commands import KEEP_ALIVE, STEP, STOP, Commands
+from cluster.engine.canary import Canary
+from cluster.engine.commands import CANARY, KEEP_ALIVE, STEP, STOP, Commands
 from cluster.engine.plan import StepPlan, StepResult
 from cluster.engine.runner import ModelRunner
 from parallel.errors import CollectiveError
@@ -56,12 +57,15 @@ class GroupExecutor:
 
 def follow(runner: ModelRunner, commands: Commands, handlers: Mapping[str, Handler] | None = None) -> None:
     """Every other rank: execute rank 0's commands until it says stop."""
+    canary = Canary(runner)
     while True:
         name, *arguments = commands.receive()
         if name == STEP:
             runner.run(StepPlan.from_wire(arguments[0]))
         elif name == STOP:
             return
+        elif name == CANARY:
+            canary.follow()
         elif handlers and name in handlers:
             handlers[name](*arguments)
         elif name != KEEP_ALIVE:

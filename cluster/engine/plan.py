@@ -85,6 +85,7 @@ class StepResult:
     pools: list[Rows | str | None] = field(default_factory=list)
     weight_version: int = 0
     forward_seconds: float = 0.0
+    sample_seconds: float = 0.0
 
 
 class PlanBuilder:

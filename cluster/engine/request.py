@@ -192,6 +192,19 @@ class ModelLimits:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RankReport:
+    """What one rank said of itself with its last canary."""
+
+    rank: int
+    node: str
+    pid: int
+    memory_bytes: int  # resident, of its process
+    device_memory_bytes: int = 0  # allocated on its GPU
+    collectives: int = 0  # since its group was built
+    collective_bytes: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class EngineLoad:
     """A snapshot of the engine's counters."""
 
@@ -208,3 +221,13 @@ class EngineLoad:
     weight_version: int = 0
     step_seconds: float = 0.0
     forward_seconds: float = 0.0
+    schedule_seconds: float = 0.0
+    sample_seconds: float = 0.0
+    commit_seconds: float = 0.0
+    prefix_tokens_looked_up: int = 0  # of prompts that were admitted
+    prefix_tokens_reused: int = 0  # of these, found in the cache
+    kv_blocks_cached: int = 0  # of the free ones, remembered for prompts to come
+    canaries: int = 0
+    canary_fault: str = ""  # what the last one found
+    ranks: tuple[RankReport, ...] = ()  # as of the last one
+    collectives: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # rank 0's, by kind: count and bytes

@@ -22,6 +22,7 @@ class Residents:
     def __init__(self, pool: BlockPool, max_sequences: int, prefix_caching: bool = False) -> None:
         self.pool, self.prefix_caching = pool, prefix_caching
         self.running: list[Sequence] = []
+        self.looked_up = self.reused = 0  # tokens of sequences that were admitted; of these, found in the cache
         self._slots = list(range(max_sequences - 1, -1, -1))
         self._tables: list[TableChange] = []
         self._copies: dict[int, int] = {}  # target: source
@@ -42,6 +43,8 @@ class Residents:
         self.pool.share(found)
         seq.blocks = found + self.pool.allocate(needed - len(found))
         seq.computed = len(found) * self.pool.block_size
+        self.looked_up += seq.target
+        self.reused += seq.computed
         seq.chain, seq.chained = chain, len(found)
         self._tables.append((seq.slot, 0, list(seq.blocks)))  # type: ignore[arg-type]
         insort(self.running, seq, key=by_order)

@@ -44,12 +44,13 @@ class ModelRunner:
         started = time.perf_counter()
         x_TD = self.model.hidden(*inputs[:3])
         logits_local = self.model.logits(x_TD, inputs[3]) if plan.rows else None
-        forward_seconds = time.perf_counter() - started
+        forwarded = time.perf_counter()
         result = self._choose(plan, logits_local)
         if result is not None and plan.pools:
             result.pools = self.pooler.answers(plan.pools, x_TD)
         if result is not None:
-            result.weight_version, result.forward_seconds = self.weight_version, forward_seconds
+            result.weight_version, result.forward_seconds = self.weight_version, forwarded - started
+            result.sample_seconds = time.perf_counter() - forwarded
         return result
 
     def _follow_tables(self, plan: StepPlan) -> None:

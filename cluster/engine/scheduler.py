@@ -263,6 +263,7 @@ class Scheduler:
             waiting=len(self.waiting),
             kv_blocks_total=pool.num_blocks,
             kv_blocks_free=pool.num_free,
+            kv_blocks_cached=pool.num_remembered,
             preemptions=counters.preemptions,
             steps=counters.steps,
             generated_tokens=counters.generated_tokens,
@@ -270,4 +271,6 @@ class Scheduler:
             finished_requests=counters.finished_requests,
             aborted_requests=counters.aborted_requests,
             weight_version=counters.weight_version,
+            prefix_tokens_looked_up=self.residents.looked_up,
+            prefix_tokens_reused=self.residents.reused,
         )

@@ -56,6 +56,8 @@ class Frontend:
         self.config = config or FrontendConfig()
         self.codec = codec
         self.fault_cause = ""
+        self.restarts = 0
+        """How often another engine, or another connection to it, took over."""
         self.state = State.STARTING
         self._link = link
         self._generation = 0
@@ -135,10 +137,10 @@ class Frontend:
         self._observers.append(observer)
         observer(self.state)
 
-    async def load(self, timeout: float = 5.0) -> EngineLoad:
-        """The engine's counters."""
+    async def load(self, timeout: float = 5.0, prove: bool = False) -> EngineLoad:
+        """The engine's counters; to `prove`, after a canary through every rank."""
         self._check_engine()
-        return await asyncio.to_thread(self._link.load, timeout)
+        return await asyncio.to_thread(self._link.load, timeout, prove)
 
     async def drain(self, grace: float) -> int:
         """Admit nothing more, wait for what is open, end what is left after `grace` seconds; returns how many that
@@ -163,6 +165,7 @@ class Frontend:
         self._attach(link)
         old, self._link, self._engine_alive = self._link, link, True
         self.fault_cause = ""
+        self.restarts += 1
         self._cancel_recovery()
         if self.state in (State.RECOVERING, State.FAILED):
             self._become(State.SERVING)
@@ -188,6 +191,11 @@ class Frontend:
             self._recovery = self._loop.call_later(self.config.recovery_seconds, self._give_up)
         else:
             self._give_up()
+
+    @property
+    def training_under_way(self) -> bool:
+        """Whether a training call has not been answered yet."""
+        return not self._training.quiet.is_set()
 
     @property
     def has_engine(self) -> bool:

@@ -43,10 +43,10 @@ class LocalLink:
     def train(self, call: TrainCall) -> Future[TrainAnswer]:
         return self._started().train(call)
 
-    def load(self, timeout: float = 5.0) -> EngineLoad:
+    def load(self, timeout: float = 5.0, prove: bool = False) -> EngineLoad:
         """Raises WorkerError where the engine does not answer in time."""
         try:
-            return self._started().ask_load().result(timeout)
+            return self._started().ask_load(prove).result(timeout)
         except TimeoutError as error:
             raise WorkerError(
                 f"the engine did not answer within {timeout:g} s; it is in a long step, or its thread has ended"

@@ -39,6 +39,10 @@ class EngineSurface(Protocol):
 
     def load(self) -> EngineLoad: ...
 
+    def prove(self) -> EngineLoad:
+        """A canary through every rank, then the counters."""
+        ...
+
     def keep_alive(self) -> None:
         """Called while there is nothing to do, so that other ranks know that rank 0 lives."""
         ...
@@ -76,10 +80,10 @@ class EngineLoop:
     def abort(self, request_ids: Sequence[str], samples: Sequence[SampleId] = ()) -> None:
         self._post(partial(self._abort, tuple(request_ids), tuple(samples)))
 
-    def ask_load(self) -> Future[EngineLoad]:
-        """The engine's counters as they are between two steps."""
+    def ask_load(self, prove: bool = False) -> Future[EngineLoad]:
+        """The engine's counters as they are between two steps; to `prove`, after a canary through every rank."""
         answer: Future[EngineLoad] = Future()
-        self._post(partial(self._answer_load, answer))
+        self._post(partial(self._answer_load, answer, prove))
         return answer
 
     def train(self, call: TrainCall) -> Future[TrainAnswer]:
@@ -140,9 +144,9 @@ class EngineLoop:
         if samples:
             self._engine.abort_samples(samples)
 
-    def _answer_load(self, answer: Future[EngineLoad]) -> None:
+    def _answer_load(self, answer: Future[EngineLoad], prove: bool) -> None:
         if answer.set_running_or_notify_cancel():
-            answer.set_result(self._engine.load())
+            answer.set_result(self._engine.prove() if prove else self._engine.load())
 
     def _train(self, call: TrainCall, answer: Future[TrainAnswer]) -> None:
         if answer.set_running_or_notify_cancel():

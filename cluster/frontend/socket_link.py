@@ -78,11 +78,11 @@ class SocketLink:
         if done.cancelled():
             self._wire.send(CancelTrain(tag))
 
-    def load(self, timeout: float = 5.0) -> EngineLoad:
+    def load(self, timeout: float = 5.0, prove: bool = False) -> EngineLoad:
         """Raises WorkerError where the engine does not answer in time."""
         tag, answer = next(self._tags), Future[EngineLoad]()
         self._loads[tag] = answer
-        self._wire.send(AskLoad(tag))
+        self._wire.send(AskLoad(tag, prove))
         try:
             return answer.result(timeout)
         except TimeoutError as error:

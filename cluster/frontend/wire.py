@@ -49,6 +49,7 @@ class Abort:
 @dataclass(frozen=True)
 class AskLoad:
     tag: int
+    prove: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The gRPC server over a front-end: services, TLS, tokens, health, reflection, limits, graceful stop.
 
 Health follows the front-end: `Inference` and `Training` (and the whole server, "") serve while new requests are
-admitted; `Control` until the end.
+admitted and the last canary came back (readiness); `Control` until the end (liveness).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from cluster.frontend.frontend import Frontend, State
+from cluster.frontend.readiness import Readiness
 from cluster.rpc.auth import Gate
 from cluster.rpc.auth_config import Security, is_loopback
 from cluster.rpc.auth_limits import OpenCalls
@@ -33,7 +34,12 @@ class Server:
     """Make it with `build_server`; `start`, then `stop`."""
 
     def __init__(
-        self, server: grpc.aio.Server, frontend: Frontend, address: str, certificates: ServerCertificates | None = None
+        self,
+        server: grpc.aio.Server,
+        frontend: Frontend,
+        address: str,
+        certificates: ServerCertificates | None = None,
+        readiness: Readiness | None = None,
     ) -> None:
         self._server = server
         self._health = _health_servicer()
@@ -43,7 +49,10 @@ class Server:
             self.port = _add_port(server, address, certificates)
         except RuntimeError as error:
             raise ConfigError(f"cannot listen on {address}: {error}; give a free port, or 0 for any") from error
+        self._state, self._ready = frontend.state, readiness is None
         frontend.observe(self._follow)
+        if readiness is not None:
+            readiness.observe(self._follow_readiness)
 
     async def start(self) -> None:
         await self._server.start()
@@ -58,14 +67,22 @@ class Server:
         await self._server.wait_for_termination()
 
     def _follow(self, state: State) -> None:
+        self._state = state
+        self._tell_health()
+
+    def _follow_readiness(self, ready: bool) -> None:
+        self._ready = ready
+        self._tell_health()
+
+    def _tell_health(self) -> None:
         """Health answers soon after the front-end changes state; changes keep their order."""
-        task = asyncio.get_running_loop().create_task(self._set_health(state))
+        task = asyncio.get_running_loop().create_task(self._set_health(self._state, self._ready))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _set_health(self, state: State) -> None:
+    async def _set_health(self, state: State, ready: bool) -> None:
         kinds = health_pb2.HealthCheckResponse
-        admits = kinds.SERVING if state is State.SERVING else kinds.NOT_SERVING
+        admits = kinds.SERVING if state is State.SERVING and ready else kinds.NOT_SERVING
         answers = kinds.NOT_SERVING if state is State.CLOSED else kinds.SERVING
         for name, status in (("", admits), (INFERENCE, admits), (TRAINING, admits), (CONTROL, answers)):
             await self._health.set(name, status)
@@ -88,8 +105,11 @@ def build_server(
     limits: ServerLimits | None = None,
     info: ServiceInfo | None = None,
     security: Security | None = None,
+    readiness: Readiness | None = None,
 ) -> Server:
-    """A server over a front-end, bound to `address` ("host:port", port 0: any; see `.port`) and not yet started."""
+    """A server over a front-end, bound to `address` ("host:port", port 0: any; see `.port`) and not yet started.
+    Without `readiness` it counts as ready while it serves.
+    """
     limits, security = limits or ServerLimits(), security or Security()
     tokens = None if security.token_file is None else TokenFile(security.token_file)
     certificates = None if security.tls is None else ServerCertificates(security.tls)
@@ -99,12 +119,12 @@ def build_server(
         maximum_concurrent_rpcs=limits.max_concurrent_rpcs,
     )
     inference_pb2_grpc.add_InferenceServicer_to_server(Inference(frontend, limits), server)
-    control_pb2_grpc.add_ControlServicer_to_server(Control(frontend, limits, info or ServiceInfo()), server)
+    control_pb2_grpc.add_ControlServicer_to_server(Control(frontend, limits, info or ServiceInfo(), readiness), server)
     training_pb2_grpc.add_TrainingServicer_to_server(Training(frontend), server)
     if _reflects(limits, address):
         names = (INFERENCE, CONTROL, TRAINING, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)
-    return Server(server, frontend, address, certificates)
+    return Server(server, frontend, address, certificates, readiness)
 
 
 def check_security(security: Security) -> None:

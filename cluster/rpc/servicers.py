@@ -8,9 +8,11 @@ from dataclasses import dataclass, replace
 from importlib import metadata
 from typing import TYPE_CHECKING
 
+from cluster.engine.request import EngineLoad
 from cluster.frontend.calls import Call
 from cluster.frontend.errors import InvalidRequest, SlowReader, Violation
 from cluster.frontend.frontend import Frontend, State
+from cluster.frontend.readiness import Readiness
 from cluster.frontend.streams import Stream, collect, raise_if_all_failed
 from cluster.rpc import decode
 from cluster.rpc.auth_limits import CALLER
@@ -124,8 +126,11 @@ class Inference(InferenceServicer):
 class Control(ControlServicer):
     """What runs, how busy it is, and how to stop things."""
 
-    def __init__(self, frontend: Frontend, limits: ServerLimits, info: ServiceInfo) -> None:
+    def __init__(
+        self, frontend: Frontend, limits: ServerLimits, info: ServiceInfo, readiness: Readiness | None = None
+    ) -> None:
         self._frontend = frontend
+        self._readiness = readiness
         self._limits = limits
         self._info = info
         self._started = time.monotonic()
@@ -134,6 +139,7 @@ class Control(ControlServicer):
         self, request: control.GetServerInfoRequest, context: grpc.aio.ServicerContext
     ) -> control.ServerInfo:
         info, config = self._info, self._frontend.config
+        serving = self._frontend.state is State.SERVING
         return control.ServerInfo(
             server_version=_version(),
             api_version=API_VERSION,
@@ -148,6 +154,9 @@ class Control(ControlServicer):
             max_n=config.max_n,
             max_logprobs=config.max_logprobs,
             max_message_bytes=self._limits.max_message_bytes,
+            ready=serving if self._readiness is None else self._readiness.ready,
+            not_ready="" if self._readiness is None else self._readiness.reason,
+            restarts=self._frontend.restarts,
         )
 
     async def GetModelInfo(
@@ -169,8 +178,7 @@ class Control(ControlServicer):
         )
 
     async def GetLoad(self, request: control.GetLoadRequest, context: grpc.aio.ServicerContext) -> control.Load:
-        load = await self._frontend.load()
-        return control.Load(**vars(load), open_requests=self._frontend.num_open)
+        return load_message(await self._frontend.load(), self._frontend.num_open)
 
     async def Abort(self, request: control.AbortRequest, context: grpc.aio.ServicerContext) -> control.AbortResponse:
         return control.AbortResponse(aborted=self._frontend.abort(request.request_ids))
@@ -181,6 +189,18 @@ class Control(ControlServicer):
             rule = f"{grace!r} is not allowed; give seconds from 0 to {MAX_GRACE_SECONDS:g}"
             raise InvalidRequest.of([Violation("grace_seconds", rule)])
         return control.DrainResponse(aborted=await self._frontend.drain(grace))
+
+
+def load_message(load: EngineLoad, open_requests: int) -> control.Load:
+    """The engine's counters, and what the front-end holds."""
+    nested = {
+        "ranks": [control.RankReport(**vars(report)) for report in load.ranks],
+        "collectives": [
+            control.CollectiveCount(kind=kind, count=count, bytes=nbytes)
+            for kind, (count, nbytes) in sorted(load.collectives.items())
+        ],
+    }
+    return control.Load(**{**vars(load), **nested}, open_requests=open_requests)
 
 
 def _version() -> str:

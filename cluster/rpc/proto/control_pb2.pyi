@@ -27,7 +27,7 @@ class GetServerInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class ServerInfo(_message.Message):
-    __slots__ = ("server_version", "api_version", "state", "parallelism", "uptime_seconds", "fault", "max_open_requests", "max_prompts_per_call", "max_n", "max_logprobs", "max_message_bytes")
+    __slots__ = ("server_version", "api_version", "state", "parallelism", "uptime_seconds", "fault", "max_open_requests", "max_prompts_per_call", "max_n", "max_logprobs", "max_message_bytes", "ready", "not_ready", "restarts")
     SERVER_VERSION_FIELD_NUMBER: _ClassVar[int]
     API_VERSION_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -39,6 +39,9 @@ class ServerInfo(_message.Message):
     MAX_N_FIELD_NUMBER: _ClassVar[int]
     MAX_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     MAX_MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    READY_FIELD_NUMBER: _ClassVar[int]
+    NOT_READY_FIELD_NUMBER: _ClassVar[int]
+    RESTARTS_FIELD_NUMBER: _ClassVar[int]
     server_version: str
     api_version: str
     state: ServingState
@@ -50,7 +53,10 @@ class ServerInfo(_message.Message):
     max_n: int
     max_logprobs: int
     max_message_bytes: int
-    def __init__(self, server_version: _Optional[str] = ..., api_version: _Optional[str] = ..., state: _Optional[_Union[ServingState, str]] = ..., parallelism: _Optional[_Union[ParallelismInfo, _Mapping]] = ..., uptime_seconds: _Optional[float] = ..., fault: _Optional[str] = ..., max_open_requests: _Optional[int] = ..., max_prompts_per_call: _Optional[int] = ..., max_n: _Optional[int] = ..., max_logprobs: _Optional[int] = ..., max_message_bytes: _Optional[int] = ...) -> None: ...
+    ready: bool
+    not_ready: str
+    restarts: int
+    def __init__(self, server_version: _Optional[str] = ..., api_version: _Optional[str] = ..., state: _Optional[_Union[ServingState, str]] = ..., parallelism: _Optional[_Union[ParallelismInfo, _Mapping]] = ..., uptime_seconds: _Optional[float] = ..., fault: _Optional[str] = ..., max_open_requests: _Optional[int] = ..., max_prompts_per_call: _Optional[int] = ..., max_n: _Optional[int] = ..., max_logprobs: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., ready: _Optional[bool] = ..., not_ready: _Optional[str] = ..., restarts: _Optional[int] = ...) -> None: ...
 
 class ParallelismInfo(_message.Message):
     __slots__ = ("tensor_parallel_size", "data_parallel_size")
@@ -95,7 +101,7 @@ class GetLoadRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("running", "waiting", "kv_blocks_total", "kv_blocks_free", "preemptions", "steps", "generated_tokens", "prompt_tokens", "finished_requests", "aborted_requests", "weight_version", "step_seconds", "forward_seconds", "open_requests")
+    __slots__ = ("running", "waiting", "kv_blocks_total", "kv_blocks_free", "preemptions", "steps", "generated_tokens", "prompt_tokens", "finished_requests", "aborted_requests", "weight_version", "step_seconds", "forward_seconds", "open_requests", "schedule_seconds", "sample_seconds", "commit_seconds", "prefix_tokens_looked_up", "prefix_tokens_reused", "kv_blocks_cached", "canaries", "canary_fault", "ranks", "collectives")
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
     KV_BLOCKS_TOTAL_FIELD_NUMBER: _ClassVar[int]
@@ -110,6 +116,16 @@ class Load(_message.Message):
     STEP_SECONDS_FIELD_NUMBER: _ClassVar[int]
     FORWARD_SECONDS_FIELD_NUMBER: _ClassVar[int]
     OPEN_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    SCHEDULE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    SAMPLE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    COMMIT_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_TOKENS_LOOKED_UP_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_TOKENS_REUSED_FIELD_NUMBER: _ClassVar[int]
+    KV_BLOCKS_CACHED_FIELD_NUMBER: _ClassVar[int]
+    CANARIES_FIELD_NUMBER: _ClassVar[int]
+    CANARY_FAULT_FIELD_NUMBER: _ClassVar[int]
+    RANKS_FIELD_NUMBER: _ClassVar[int]
+    COLLECTIVES_FIELD_NUMBER: _ClassVar[int]
     running: int
     waiting: int
     kv_blocks_total: int
@@ -124,7 +140,45 @@ class Load(_message.Message):
     step_seconds: float
     forward_seconds: float
     open_requests: int
-    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., kv_blocks_free: _Optional[int] = ..., preemptions: _Optional[int] = ..., steps: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., finished_requests: _Optional[int] = ..., aborted_requests: _Optional[int] = ..., weight_version: _Optional[int] = ..., step_seconds: _Optional[float] = ..., forward_seconds: _Optional[float] = ..., open_requests: _Optional[int] = ...) -> None: ...
+    schedule_seconds: float
+    sample_seconds: float
+    commit_seconds: float
+    prefix_tokens_looked_up: int
+    prefix_tokens_reused: int
+    kv_blocks_cached: int
+    canaries: int
+    canary_fault: str
+    ranks: _containers.RepeatedCompositeFieldContainer[RankReport]
+    collectives: _containers.RepeatedCompositeFieldContainer[CollectiveCount]
+    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., kv_blocks_free: _Optional[int] = ..., preemptions: _Optional[int] = ..., steps: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., finished_requests: _Optional[int] = ..., aborted_requests: _Optional[int] = ..., weight_version: _Optional[int] = ..., step_seconds: _Optional[float] = ..., forward_seconds: _Optional[float] = ..., open_requests: _Optional[int] = ..., schedule_seconds: _Optional[float] = ..., sample_seconds: _Optional[float] = ..., commit_seconds: _Optional[float] = ..., prefix_tokens_looked_up: _Optional[int] = ..., prefix_tokens_reused: _Optional[int] = ..., kv_blocks_cached: _Optional[int] = ..., canaries: _Optional[int] = ..., canary_fault: _Optional[str] = ..., ranks: _Optional[_Iterable[_Union[RankReport, _Mapping]]] = ..., collectives: _Optional[_Iterable[_Union[CollectiveCount, _Mapping]]] = ...) -> None: ...
+
+class RankReport(_message.Message):
+    __slots__ = ("rank", "node", "pid", "memory_bytes", "device_memory_bytes", "collectives", "collective_bytes")
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    COLLECTIVES_FIELD_NUMBER: _ClassVar[int]
+    COLLECTIVE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    rank: int
+    node: str
+    pid: int
+    memory_bytes: int
+    device_memory_bytes: int
+    collectives: int
+    collective_bytes: int
+    def __init__(self, rank: _Optional[int] = ..., node: _Optional[str] = ..., pid: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., device_memory_bytes: _Optional[int] = ..., collectives: _Optional[int] = ..., collective_bytes: _Optional[int] = ...) -> None: ...
+
+class CollectiveCount(_message.Message):
+    __slots__ = ("kind", "count", "bytes")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    kind: str
+    count: int
+    bytes: int
+    def __init__(self, kind: _Optional[str] = ..., count: _Optional[int] = ..., bytes: _Optional[int] = ...) -> None: ...
 
 class AbortRequest(_message.Message):
     __slots__ = ("request_ids",)

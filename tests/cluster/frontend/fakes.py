@@ -10,7 +10,7 @@ import codecs
 import time
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from cluster.engine.request import (
     EngineLoad,
@@ -113,6 +113,8 @@ class FakeEngine:
     steps: int = 0
     submitted: int = 0
     kept_alive: int = 0
+    canaries: int = 0
+    canary_fault: str = ""
 
     @property
     def idle(self) -> bool:
@@ -160,6 +162,10 @@ class FakeEngine:
         return EngineLoad(
             running=len(self.live), kv_blocks_total=1 << 16, kv_blocks_free=(1 << 16) - used, steps=self.steps
         )
+
+    def prove(self) -> EngineLoad:
+        self.canaries += 1
+        return replace(self.load(), canaries=self.canaries, canary_fault=self.canary_fault)
 
     def keep_alive(self) -> None:
         self.kept_alive += 1

@@ -87,7 +87,7 @@ class PlayedLink:
     def train(self, call: TrainCall) -> Future[TrainAnswer]:
         return Future()
 
-    def load(self, timeout: float = 5.0) -> EngineLoad:
+    def load(self, timeout: float = 5.0, prove: bool = False) -> EngineLoad:
         return EngineLoad()
 
     def close(self, timeout: float = 10.0) -> None:
