@@ -14,11 +14,15 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cluster.actors.place import Place
 from launch import logs
 from launch.serve import ENVIRONMENT
 from parallel.errors import ConfigError
+
+if TYPE_CHECKING:
+    from cluster.actors.preflight import Link
 
 SLOW, MUCH_LATER = 0.5, 4.0
 """A link is slow below this part of the best bandwidth of its kind, or above four times the lowest latency."""
@@ -52,16 +56,6 @@ def run(args: argparse.Namespace) -> int:
     return 1 if odd else 0
 
 
-@dataclass(frozen=True)
-class Measured:
-    """A link, and the nodes at its ends."""
-
-    ranks: tuple[int, ...]
-    nodes: tuple[str, ...]
-    latency_us: float
-    gigabytes_s: float
-
-
 @dataclass(frozen=True, kw_only=True)
 class Report:
     """What one rank found."""
@@ -70,7 +64,7 @@ class Report:
     software: dict[str, str]
     clock_offset_s: float
     free_bytes: int
-    links: tuple[Measured, ...] = ()
+    links: tuple[Link, ...] = ()
 
 
 def look(args: argparse.Namespace, log_level: int = logging.WARNING) -> list[Report]:
@@ -80,7 +74,7 @@ def look(args: argparse.Namespace, log_level: int = logging.WARNING) -> list[Rep
     from cluster.actors.preflight import PreflightSpec
     from cluster.actors.session import ray_session
 
-    model = str(Path(args.model).expanduser()) if args.model else None
+    model = str(Path(args.model).expanduser().absolute()) if args.model else None
     spec = PreflightSpec(model=model, device=args.device, whole_files=args.whole_files)
     quiet = logging.ERROR if log_level == logging.WARNING else log_level  # every slow transport is measured anyway
     placement = PlacementConfig(strategy=args.strategy, join_timeout_s=args.wait, log_level=quiet)
@@ -97,9 +91,7 @@ def look(args: argparse.Namespace, log_level: int = logging.WARNING) -> list[Rep
             software=rank.facts.software,
             clock_offset_s=rank.facts.clock_s - rank.facts.rank0_clock_s,
             free_bytes=rank.facts.free_bytes,
-            links=tuple(
-                Measured(link.ranks, link.nodes, link.latency_us, link.gigabytes_s) for link in rank.facts.links
-            ),
+            links=rank.facts.links,
         )
         for rank in ready
     ]
@@ -163,7 +155,7 @@ def _odd_memory(reports: Sequence[Report]) -> list[str]:
     ]
 
 
-def _odd_links(links: Sequence[Measured]) -> list[str]:
+def _odd_links(links: Sequence[Link]) -> list[str]:
     """Slow ones of their kind; where all slow links between nodes meet in one node, that node."""
     found: list[str] = []
     pairs = [link for link in links if len(link.ranks) == 2]
@@ -182,12 +174,12 @@ def _odd_links(links: Sequence[Measured]) -> list[str]:
     return found
 
 
-def _slow(link: Measured, kind: Sequence[Measured]) -> bool:
+def _slow(link: Link, kind: Sequence[Link]) -> bool:
     best = max(other.gigabytes_s for other in kind)
     quickest = min(other.latency_us for other in kind)
     return link.gigabytes_s < SLOW * best or link.latency_us > MUCH_LATER * quickest
 
 
-def _figures(links: Sequence[Measured]) -> str:
+def _figures(links: Sequence[Link]) -> str:
     latency = statistics.median(link.latency_us for link in links)
     return f"{latency:.0f} us, {statistics.median(link.gigabytes_s for link in links):.2f} GB/s"

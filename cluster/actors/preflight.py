@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import platform
-import statistics
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from itertools import combinations
 from pathlib import Path
@@ -47,8 +46,13 @@ class Link:
 
     ranks: tuple[int, ...]
     nodes: tuple[str, ...]
-    latency_us: float  # median of an all-reduce of 16 KB
-    gigabytes_s: float  # bytes of a large tensor over the median time of its all-reduce
+    latency_us: float  # of an all-reduce of 16 KB
+    gigabytes_s: float  # bytes of a large tensor over the time of its all-reduce
+
+    def better(self, other: Link) -> Link:
+        """The best of two measurements: what disturbs one is rarely there for the other."""
+        latency, bandwidth = min(self.latency_us, other.latency_us), max(self.gigabytes_s, other.gigabytes_s)
+        return replace(self, latency_us=latency, gigabytes_s=bandwidth)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,24 +141,30 @@ class PreflightRank:
         return float(clock), float(all_clocks[0])
 
     def _links(self) -> list[Link]:
-        """Every link, in an order all ranks share; those of others are waited for."""
+        """Every link, twice, in an order all ranks share; those of others are waited for."""
         assert self._groups is not None and self._groups.store is not None, "the ranks have met"
-        talk, store, rank = self._groups.tp.talk, self._groups.store, self.place.rank
-        nodes = [note.decode() for note in _notes(store, rank, self.place.world, self.place.node)]
-        links = []
-        for pair in pairs(nodes):
-            measured = torch.zeros(2, dtype=torch.float64, device=self._device)
-            if rank in pair:
-                prefix = dist.PrefixStore(f"link-{pair[0]}-{pair[1]}", store)
-                group = connect(prefix, pair.index(rank), 2, self._wiring(self.place.node))
-                measured[:] = torch.tensor(measure(group.talk, self._device), dtype=torch.float64)
-                group.talk.close()
-            talk.barrier(self.spec.start_timeout_s)
-            figures = talk.all_gather(measured, [2] * self.place.world, 0).view(-1, 2)[pair[0]].tolist()
-            links.append(_link(pair, nodes, figures))
-        if self.place.world > 2:
-            links.append(_link(tuple(range(self.place.world)), nodes, measure(talk, self._device)))
-        return links
+        nodes = [
+            note.decode() for note in _notes(self._groups.store, self.place.rank, self.place.world, self.place.node)
+        ]
+        everyone = tuple(range(self.place.world))
+        wanted = [*pairs(nodes), *([everyone] if len(everyone) > 2 else [])]
+        first, second = ([self._link(ranks, nodes, turn) for ranks in wanted] for turn in range(2))
+        return [link.better(again) for link, again in zip(first, second, strict=True)]
+
+    def _link(self, ranks: tuple[int, ...], nodes: list[str], turn: int) -> Link:
+        """One link, with all other ranks waiting; the first of its ranks tells the figures to everybody."""
+        assert self._groups is not None and self._groups.store is not None, "the ranks have met"
+        talk, rank, world = self._groups.tp.talk, self.place.rank, self.place.world
+        figures = torch.zeros(2, dtype=torch.float64, device=self._device)
+        if rank in ranks:
+            prefix = dist.PrefixStore(f"link-{turn}-{'-'.join(map(str, ranks))}", self._groups.store)
+            group = connect(prefix, ranks.index(rank), len(ranks), self._wiring(self.place.node))
+            figures[:] = torch.tensor(measure(group.talk, self._device), dtype=torch.float64)
+            group.talk.close()
+        talk.barrier(self.spec.start_timeout_s)
+        latency, bandwidth = talk.all_gather(figures, [2] * world, 0).view(-1, 2)[ranks[0]].tolist()
+        where = tuple(dict.fromkeys(nodes[rank] for rank in ranks))
+        return Link(ranks=ranks, nodes=where, latency_us=latency, gigabytes_s=bandwidth)
 
 
 def pairs(nodes: list[str]) -> list[tuple[int, int]]:
@@ -175,8 +185,8 @@ def measure(talk: Comm, device: torch.device) -> tuple[float, float]:
     large = torch.ones(LARGE[device.type], device=device)
     for warm in (small, large):
         talk.sum(warm)
-    latency = _median_seconds(talk, small, ROUNDS)
-    return latency * 1e6, large.nbytes / _median_seconds(talk, large, LARGE_ROUNDS) / 1e9
+    latency = _least_seconds(talk, small, ROUNDS)
+    return latency * 1e6, large.nbytes / _least_seconds(talk, large, LARGE_ROUNDS) / 1e9
 
 
 def checkpoint_digest(folder: str, whole_files: bool) -> str:
@@ -228,13 +238,8 @@ def tree_digest(root: Path = TREE) -> str:
     return digest.hexdigest()[:12]
 
 
-def _link(ranks: tuple[int, ...], nodes: list[str], figures: list[float] | tuple[float, float]) -> Link:
-    where = tuple(dict.fromkeys(nodes[rank] for rank in ranks))
-    return Link(ranks=ranks, nodes=where, latency_us=figures[0], gigabytes_s=figures[1])
-
-
-def _median_seconds(talk: Comm, x: torch.Tensor, rounds: int) -> float:
-    """Of an all-reduce; the GPU's work is waited for."""
+def _least_seconds(talk: Comm, x: torch.Tensor, rounds: int) -> float:
+    """Of an all-reduce, the quickest of all: what a link can do. The GPU's work is waited for."""
     seconds = []
     for _ in range(rounds):
         began = time.perf_counter()
@@ -242,7 +247,7 @@ def _median_seconds(talk: Comm, x: torch.Tensor, rounds: int) -> float:
         if x.is_cuda:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds)
+    return min(seconds)
 
 
 def _notes(store: dist.Store, rank: int, world: int, note: str) -> list[bytes]:

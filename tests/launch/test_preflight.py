@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from cluster.actors.place import assign
-from cluster.actors.preflight import checkpoint_digest, driver, pairs, tree_digest
+from cluster.actors.preflight import Link, checkpoint_digest, driver, pairs, tree_digest
 from launch.main import main
-from launch.preflight import Measured, Report, oddities
+from launch.preflight import Report, oddities
 from parallel.errors import CheckpointError
 
 ROOT = Path(__file__).parents[2]
@@ -21,7 +21,7 @@ NANO = ROOT / "tests/data/gpt-nano-sort"
 GIB = 1 << 30
 
 
-def cluster(nodes: Sequence[str], links: Sequence[Measured] = ()) -> list[Report]:
+def cluster(nodes: Sequence[str], links: Sequence[Link] = ()) -> list[Report]:
     """Ranks on nodes that are all alike."""
     same = {"torch": "2.13.0", "driver": "570.1"}
     reports = [
@@ -31,8 +31,8 @@ def cluster(nodes: Sequence[str], links: Sequence[Measured] = ()) -> list[Report
     return [replace(reports[0], links=tuple(links)), *reports[1:]]
 
 
-def link(a: int, b: int, nodes: str, latency_us: float = 30.0, gigabytes_s: float = 10.0) -> Measured:
-    return Measured((a, b), tuple(nodes), latency_us, gigabytes_s)
+def link(a: int, b: int, nodes: str, latency_us: float = 30.0, gigabytes_s: float = 10.0) -> Link:
+    return Link(ranks=(a, b), nodes=tuple(nodes), latency_us=latency_us, gigabytes_s=gigabytes_s)
 
 
 def test_nodes_that_are_alike_are_not_complained_of() -> None:
@@ -76,10 +76,14 @@ def test_a_node_whose_links_are_all_slow_is_named_not_its_neighbours() -> None:
 
 
 @pytest.mark.parametrize("slow", [link(2, 3, "b", gigabytes_s=2.0), link(2, 3, "b", latency_us=500.0)])
-def test_a_slow_link_inside_a_node_is_measured_against_its_like(slow: Measured) -> None:
+def test_a_slow_link_inside_a_node_is_measured_against_its_like(slow: Link) -> None:
     links = [link(0, 1, "a"), slow, link(0, 2, "ab", 900.0, 0.5)]
     (found,) = oddities(cluster("aabb", links))
     assert found.startswith("ranks 2 - 3 (b): ") and found.endswith("others of its kind 30 us, 10.00 GB/s")
+
+
+def test_of_two_measurements_the_best_counts() -> None:
+    assert link(0, 1, "ab", 900.0, 9.0).better(link(0, 1, "ab", 30.0, 0.1)) == link(0, 1, "ab", 30.0, 9.0)
 
 
 def test_every_node_is_linked_to_every_other_and_each_rank_to_its_neighbour() -> None:
