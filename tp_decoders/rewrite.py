@@ -22,6 +22,7 @@ from parallel.shard import full_shape_of
 from tp_decoders.config import DecoderConfig
 from tp_decoders.registry import family_of, read_config
 from tp_decoders.save_files import COMPANIONS, FolderWriter, TensorPlan
+from tp_decoders.task_config import task_of, with_task
 from tp_decoders.tensor_files import Checkpoint, open_checkpoint
 from tp_decoders.weights import MAX_SHARD_SIZE, build, match_tensors
 
@@ -95,12 +96,16 @@ class HuggingFaceSource:
     def __init__(self, folder: Path, stack: ExitStack) -> None:
         """The files stay open until `stack` closes."""
         self.folder = folder
-        self.config = read_config(folder)
+        config = read_config(folder)
+        self.config = with_task(config, task_of(config.hf))  # a head is carried along, never made
         self._checkpoint: Checkpoint = stack.enter_context(open_checkpoint(folder))
         names = family_of(self.config.model_type).names
         found = match_tensors(build(self.config, device="meta"), self._checkpoint, names)
         self._stored: Mapping[str, str] = {names.theirs(ours)[1]: stored for ours, (stored, _) in found.items()}
         self.dtype = self._checkpoint.dtype
+        lost = sorted(set(tensor_shapes(self.config)) - set(self._stored))
+        if lost:
+            raise CheckpointError(f"{folder} holds no {', '.join(lost)}, which its architectures promise; mend it")
 
     def read(self, name: str) -> Tensor:
         stored = self._stored[name]

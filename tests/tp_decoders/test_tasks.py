@@ -6,6 +6,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from tests.tp_decoders.task_cases import (
 from tp_decoders import load, save
 from tp_decoders.decoder import Decoder
 from tp_decoders.registry import family_of
+from tp_decoders.rewrite import HuggingFaceSource, rewrite
 from tp_decoders.task_config import CHOICES, SEQUENCES, SPANS, TOKENS
 from tp_decoders.tasks import (
     TaskOutputs,
@@ -185,6 +187,21 @@ def test_a_language_model_gets_a_new_head_and_says_so(
         load(tmp_path / "out")
     with pytest.raises(ConfigError, match="no vocabulary head"):
         model(torch.tensor([1, 2]), torch.arange(2), Causal((2,)))
+
+
+def test_a_checkpoint_with_a_head_is_converted_with_it(tmp_path: Path) -> None:
+    make("gpt_neox_japanese", Case(TOKENS, {"num_labels": 3})).save_pretrained(tmp_path / "japanese")
+    make("gpt2", Case(CHOICES)).save_pretrained(tmp_path / "gpt2")
+    for name, task in (("gpt2", CHOICES), ("japanese", TOKENS)):
+        if name == "japanese":  # no class of transformers writes its architecture
+            save(load(tmp_path / name, task=task), tmp_path / f"{name} named")
+        source = tmp_path / (name if name == "gpt2" else f"{name} named")
+        with ExitStack() as stack:
+            read = HuggingFaceSource(source, stack)
+            rewrite(read, read.config, tmp_path / f"{name} converted", max_shard_size=5000)
+        before, after = load(source, task=task), load(tmp_path / f"{name} converted", task=task)
+        for (key, ours), (_, theirs) in zip(before.named_parameters(), after.named_parameters(), strict=True):
+            assert torch.equal(ours, theirs), key
 
 
 def test_what_cannot_be_is_refused_with_what_to_do(tmp_path: Path) -> None:

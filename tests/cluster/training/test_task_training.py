@@ -19,6 +19,7 @@ from parallel.dropout import HEAD, Dropping, Odds, token_keys
 from parallel.errors import ConfigError, RequestError
 from parallel.group import Group
 from parallel.mesh import Groups
+from parallel.options import Recompute
 from parallel.shard import rule_of
 from tests.tp_decoders.parity import TOLERANCE, error
 from tests.tp_decoders.task_cases import MARKS, Case, cases_of, num_choices, write_case
@@ -88,6 +89,29 @@ def test_losses_and_gradients_in_parts_equal_the_reference(ranks: Any, tmp_path:
         write_case("gpt2", name, tmp_path / name)
     for size, tokens in ((1, None), (1, 6), (2, 13)):
         assert ranks(size, deviations, str(tmp_path), tokens) == [{}] * size, (size, tokens)
+
+
+def shared_out(group: Group, root: str, recompute: Recompute) -> dict[str, tuple[float, float]]:
+    """Losses and gradient norms of a step with dropout, tokens divided over the ranks."""
+    found, group = {}, replace(group, sequence_parallel=True)
+    for name in CASES:
+        case, folder = cases_of("gpt2")[name], Path(root) / name
+        model = load(folder, task=case.task, group=group)
+        trainer = Trainer(model, Groups(group, Group.single()), TrainerConfig(recompute=recompute))
+        call = call_of(case, torch.load(folder / "reference.pt"))
+        options = LossOptions(**call.loss_options)
+        batch = batch_of(call, "cpu", task_config(model), options)
+        done = trainer.forward_backward(batch, TASK, options, dropout_seed=3)
+        found[name] = done.loss, trainer.optim_step(1e-3).grad_norm
+    return found
+
+
+def test_tokens_divided_over_ranks_and_recomputed_give_the_same_bits(ranks: Any, tmp_path: Path) -> None:
+    for name in CASES:
+        write_case("gpt2", name, tmp_path / name)
+    (one,) = ranks(1, shared_out, str(tmp_path), "none")
+    assert ranks(2, shared_out, str(tmp_path), "full") == [one, one]
+    assert ranks(3, shared_out, str(tmp_path), "selective") == [one, one, one]
 
 
 def learned(group: Group, folder: str, task: str) -> list[float]:
