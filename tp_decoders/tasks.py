@@ -65,10 +65,21 @@ def task_outputs(
     if task.name == SEQUENCES:
         rows = last_rows(tokens_T, lengths, task.pad_token_id)
         return TaskOutputs(head(model.final(x_TD, rows), _of(attend, rows)))
-    states_TD = model.final(x_TD)
+    return head_outputs(model, model.final(x_TD), attend, lengths, marks_S)
+
+
+def head_outputs(
+    model: Decoder, states_TD: Tensor, attend: Attend, lengths: Sequence[int], marks_S: Tensor | None = None
+) -> TaskOutputs:
+    """The head's outputs for normalised states, of every token or of each sequence's marked one (its last if not
+    given).
+    """
+    task, head = task_config(model), head_of(model)
+    rows = _starts(lengths, states_TD.device) + marks_of(lengths, marks_S, states_TD.device)
+    if task.name == SEQUENCES:
+        return TaskOutputs(head(states_TD[rows], _of(attend, rows)))
     if task.name != CHOICES:
         return TaskOutputs(head(states_TD, attend.dropping))
-    rows = _starts(lengths, tokens_T.device) + marks_of(lengths, marks_S, tokens_T.device)
     summary_SD = summaries(task, states_TD, lengths, rows)
     return TaskOutputs(model.head(states_TD), head(summary_SD, _of(attend, rows)))
 
