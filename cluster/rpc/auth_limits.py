@@ -97,7 +97,8 @@ class OpenCalls:
             if not self._open[client]:
                 del self._open[client]
 
-    def __len__(self) -> int:
+    @property
+    def num_open(self) -> int:
         return self._open.total()
 
 

@@ -44,8 +44,8 @@ class Boundary(grpc.aio.ServerInterceptor):
     """Strictness and the table of errors apply to this protocol's methods, the gate and the counting to all."""
 
     def __init__(self, gate: Gate | None = None, open_calls: OpenCalls | None = None) -> None:
-        self._gate = gate or Gate(None)
-        self._open = open_calls or OpenCalls(ServerLimits().max_calls_per_client)
+        self._gate = Gate(None) if gate is None else gate
+        self._open = OpenCalls(ServerLimits().max_calls_per_client) if open_calls is None else open_calls
 
     async def intercept_service(
         self,

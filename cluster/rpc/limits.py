@@ -26,6 +26,7 @@ class ServerLimits:
             ("grpc.max_concurrent_streams", self.max_streams_per_connection),
             ("grpc.keepalive_time_ms", int(self.keepalive_seconds * 1000)),
             ("grpc.keepalive_timeout_ms", int(self.keepalive_timeout_seconds * 1000)),
+            ("grpc.http2.ping_timeout_ms", int(self.keepalive_timeout_seconds * 1000)),  # else gRPC waits 60 s longer
             ("grpc.keepalive_permit_without_calls", 1),
             ("grpc.http2.min_ping_interval_without_data_ms", 5000),
             ("grpc.so_reuseport", 0),  # two servers on one port would share its clients without a word
