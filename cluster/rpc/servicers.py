@@ -23,6 +23,7 @@ from cluster.rpc.proto import control_pb2 as control
 from cluster.rpc.proto import inference_pb2 as inference
 from cluster.rpc.proto.control_pb2_grpc import ControlServicer
 from cluster.rpc.proto.inference_pb2_grpc import InferenceServicer
+from tp_decoders.task_config import CAUSAL
 
 if TYPE_CHECKING:
     import grpc
@@ -175,6 +176,8 @@ class Control(ControlServicer):
             eos_token_ids=limits.eos_token_ids,
             supports_text_input=self._frontend.codec is not None,
             supports_token_ids_input=True,
+            task=limits.task.name if limits.task else CAUSAL,
+            labels=limits.task.labels if limits.task else (),
         )
 
     async def GetLoad(self, request: control.GetLoadRequest, context: grpc.aio.ServicerContext) -> control.Load:

@@ -157,6 +157,8 @@ def test_options_of_each_task_and_what_is_refused(tmp_path: Path) -> None:
 
     async def sequences() -> None:
         async with serving(str(tmp_path / "s"), SEQUENCES, max_prompts_per_call=6) as client:
+            model = await client.model_info()
+            assert model.task == SEQUENCES and list(model.labels) == ["LABEL_0", "LABEL_1", "LABEL_2"]
             padded = await client.classify([[5, 9, 2], [5, 9, 2, 0, 0], [0, 5, 9, 2], [0]])
             rows = [list(result.scores.logits) for result in padded.results]
             assert rows[0] == rows[1] and rows[0] != rows[2], "what follows the last token that is no padding is cut"
@@ -188,6 +190,7 @@ def test_options_of_each_task_and_what_is_refused(tmp_path: Path) -> None:
     async def language() -> None:
         async with serving(str(tmp_path / "l"), CAUSAL) as client:
             await refused(client.classify([[5]]), wrong, "start it with --task")
+            assert (await client.model_info()).task == CAUSAL
             assert len((await client.embed([[5]])).results[0].values) == 48
 
     reference(SEQUENCES, tmp_path / "s", num_labels=3, problem_type="multi_label_classification")
