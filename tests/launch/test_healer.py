@@ -88,10 +88,13 @@ def with_engines(count: int, main: Callable[..., Any]) -> None:
         run(main(*(stack.enter_context(ServedEngine(FakeEngine(step_seconds=0.005))) for _ in range(count))))
 
 
-def test_the_first_attempt_keeps_survivors_the_next_ones_start_anew_with_the_cache_of_before() -> None:
+def test_the_first_attempt_keeps_survivors_the_next_ones_start_anew_with_the_cache_of_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     async def main(first: ServedEngine, second: ServedEngine) -> None:
         group = PlayedGroup([second], failures=2)
         frontend, healing_task = await healed_by(group, first)
+        monkeypatch.setattr(Healer, "_reconnected", None)  # not to be thought of: the group has said what happened
         states: list[State] = []
         frontend.observe(states.append)
         asked = asyncio.create_task(answer(frontend, long_call([4])))
@@ -102,6 +105,8 @@ def test_the_first_attempt_keeps_survivors_the_next_ones_start_anew_with_the_cac
         assert group.kept == [True, False, False]
         assert {spec.engine.kv_blocks for spec in group.specs} == {77} and group.specs[0].restore is None
         assert states == [State.SERVING, State.RECOVERING, State.SERVING]
+        await asyncio.sleep(0.1)
+        assert not healing_task.done(), "it waits for the next fault, not for news of this one"
         healing_task.cancel()
         await frontend.close()
 
