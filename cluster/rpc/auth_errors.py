@@ -34,3 +34,7 @@ class TooManyCalls(QueueFull):
 
 class OverQuota(CapacityError):
     """One call alone is more than the caller's token may ever have in flight."""
+
+
+class SlowSender(TpError, RuntimeError):
+    """A client opened a call and did not send its message."""

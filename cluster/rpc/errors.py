@@ -34,6 +34,7 @@ from cluster.rpc.auth_errors import (
     NotPermitted,
     OverQuota,
     RateLimited,
+    SlowSender,
     TokensInFlight,
     TooManyCalls,
 )
@@ -101,6 +102,7 @@ TABLE = (
     Row(SaveUnderWay, StatusCode.RESOURCE_EXHAUSTED, "SAVE_UNDER_WAY", retryable=True),
     Row(CheckpointError, StatusCode.FAILED_PRECONDITION, "CHECKPOINT_FAILED"),
     Row(ReadingEnded, StatusCode.ABORTED, "REQUEST_ENDED"),
+    Row(SlowSender, StatusCode.ABORTED, "SLOW_SENDER"),
     Row(SlowReader, StatusCode.ABORTED, "SLOW_READER"),
     Row(RequestFailed, StatusCode.INTERNAL, "REQUEST_FAILED"),
     Row(ConfigError, StatusCode.FAILED_PRECONDITION, "CONFIGURATION"),

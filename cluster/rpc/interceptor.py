@@ -8,6 +8,7 @@ of them is their own.
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -18,12 +19,13 @@ import grpc
 from google.protobuf.message import Message
 
 from cluster.rpc.auth import Gate
+from cluster.rpc.auth_errors import SlowSender
 from cluster.rpc.auth_limits import CALLER, Account, OpenCalls
 from cluster.rpc.errors import row_of, status_of
 from cluster.rpc.limits import ServerLimits
 from cluster.rpc.proto import control_pb2, inference_pb2, training_pb2
 from cluster.rpc.strict import parse
-from parallel.errors import TpError
+from parallel.errors import RequestError, TpError
 
 log = logging.getLogger(__name__)
 
@@ -43,9 +45,11 @@ Call = Callable[[Any, grpc.aio.ServicerContext], Any]
 class Boundary(grpc.aio.ServerInterceptor):
     """Strictness and the table of errors apply to this protocol's methods, the gate and the counting to all."""
 
-    def __init__(self, gate: Gate | None = None, open_calls: OpenCalls | None = None) -> None:
+    def __init__(self, gate: Gate | None = None, limits: ServerLimits | None = None) -> None:
+        limits = limits or ServerLimits()
         self._gate = Gate(None) if gate is None else gate
-        self._open = OpenCalls(ServerLimits().max_calls_per_client) if open_calls is None else open_calls
+        self._open = OpenCalls(limits.max_calls_per_client)
+        self._receive_seconds = limits.receive_seconds
 
     async def intercept_service(
         self,
@@ -62,8 +66,11 @@ class Boundary(grpc.aio.ServerInterceptor):
             log.info("%s was refused: %s", method, error)
             return refusal(error)
         kind = REQUEST_KINDS.get(method)
-        inner: Call = _function(handler) if kind is None else bounded(_function(handler), kind)
-        return _like(handler, self._counted(inner, account), None if kind else handler.request_deserializer)
+        if kind is None:
+            function = self._counted(_function(handler), account)
+            return _handler(handler.request_streaming, handler, function, handler.request_deserializer)
+        inner = received(bounded(_function(handler), kind), self._receive_seconds)
+        return _handler(True, handler, self._counted(inner, account))  # a stream, to be counted before it is read
 
     def _counted(self, inner: Call, account: Account | None) -> Call:
         """The method, as one of its client's open calls."""
@@ -111,13 +118,13 @@ def _function(handler: Any) -> Call:
     return found
 
 
-def _like(handler: Any, function: Any, deserializer: Any) -> grpc.RpcMethodHandler:
-    """A handler of the same kind with another function."""
-    make = {
+def _handler(request_streaming: bool, like: Any, function: Any, deserializer: Any = None) -> grpc.RpcMethodHandler:
+    """Another function in the place of a handler's. What streams looks the same on the wire."""
+    make: Any = {
         (False, False): grpc.unary_unary_rpc_method_handler, (False, True): grpc.unary_stream_rpc_method_handler,
         (True, False): grpc.stream_unary_rpc_method_handler, (True, True): grpc.stream_stream_rpc_method_handler,
-    }[handler.request_streaming, handler.response_streaming]  # fmt: skip
-    made: grpc.RpcMethodHandler = make(function, deserializer, handler.response_serializer)  # type: ignore[operator]
+    }[request_streaming, like.response_streaming]  # fmt: skip
+    made: grpc.RpcMethodHandler = make(function, deserializer, like.response_serializer)
     return made
 
 
@@ -129,6 +136,22 @@ def refusal(error: TpError) -> grpc.RpcMethodHandler:
 
     function: Any = call
     return grpc.stream_unary_rpc_method_handler(function)
+
+
+def received(method: Call, seconds: float) -> Call:
+    """The method over the one message of a call, for which the client has so many seconds."""
+
+    async def call(messages: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> Any:
+        try:
+            async with asyncio.timeout(seconds):
+                data = await anext(aiter(messages), None)
+        except TimeoutError as error:
+            raise SlowSender(f"no message came within {seconds:g} s; send it, then wait for the answer") from error
+        if data is None:
+            raise RequestError("the call ended without a message; send one, even if it is empty")
+        return await method(data, context)
+
+    return call
 
 
 def bounded(method: Any, kind: type[Message]) -> Callable[[bytes, grpc.aio.ServicerContext], Awaitable[Any]]:

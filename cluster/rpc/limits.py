@@ -15,6 +15,7 @@ class ServerLimits:
     max_calls_per_client: int = 1024  # a client: a token, else a client certificate's name, else an address
     keepalive_seconds: float = 30.0  # a client that vanished is noticed after this and the next
     keepalive_timeout_seconds: float = 20.0
+    receive_seconds: float = 60.0  # a client that opens a call has so long to send its message
     write_seconds: float = 120.0  # a streaming client that reads nothing for so long is dropped
     reflection: bool | None = None  # None: where only this machine can reach the server
 

@@ -17,7 +17,6 @@ from cluster.frontend.frontend import Frontend, State
 from cluster.frontend.readiness import Readiness
 from cluster.rpc.auth import Gate
 from cluster.rpc.auth_config import Security, is_loopback
-from cluster.rpc.auth_limits import OpenCalls
 from cluster.rpc.auth_tokens import TokenFile
 from cluster.rpc.interceptor import SERVICES, Boundary
 from cluster.rpc.limits import ServerLimits
@@ -114,7 +113,7 @@ def build_server(
     tokens = None if security.token_file is None else TokenFile(security.token_file)
     certificates = None if security.tls is None else ServerCertificates(security.tls)
     server = grpc.aio.server(
-        interceptors=[Boundary(Gate(tokens), OpenCalls(limits.max_calls_per_client))],
+        interceptors=[Boundary(Gate(tokens), limits)],
         options=limits.options(),
         maximum_concurrent_rpcs=limits.max_concurrent_rpcs,
     )

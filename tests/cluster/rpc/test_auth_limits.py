@@ -27,7 +27,7 @@ from cluster.rpc.limits import ServerLimits
 from tests.cluster.frontend.fakes import FakeEngine
 from tests.cluster.frontend.harness import run, until
 from tests.cluster.rpc.certificates import Authority, Pair
-from tests.cluster.rpc.harness import Service, info, refused, service
+from tests.cluster.rpc.harness import INFERENCE, Service, info, refused, service
 from tests.cluster.rpc.tokens import TOKENS, access, security
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -225,6 +225,25 @@ def test_without_tokens_an_address_is_a_client_and_health_streams_count_too() ->
                 assert caught.value.code() is EXHAUSTED
             await asyncio.sleep(0.1)
             await s.client.model_info()
+
+    run(main())
+
+
+def test_a_call_counts_before_its_message_has_come_and_ends_if_none_does() -> None:
+    async def main() -> None:
+        limits = ServerLimits(max_calls_per_client=2, receive_seconds=1.0)
+        async with service(limits=limits) as s:
+            channel: Any = s.client.channel
+            silent = [channel.stream_unary(INFERENCE + "Generate")() for _ in range(2)]  # never send anything
+            await asyncio.sleep(0.3)
+            await refused(s.client.model_info(), EXHAUSTED, "has 2 calls open")
+            for call in silent:
+                assert await call.code() is grpc.StatusCode.ABORTED
+                assert "no message came within 1 s" in await call.details()
+            await s.client.model_info()
+            nothing = channel.stream_unary(INFERENCE + "Generate")(iter(()))
+            assert await nothing.code() is grpc.StatusCode.INVALID_ARGUMENT
+            assert s.engine.submitted == 0
 
     run(main())
 

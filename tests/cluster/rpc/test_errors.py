@@ -9,6 +9,7 @@ import pytest
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 
 import cluster.frontend.errors as frontend_errors
+import cluster.rpc.auth_errors as auth_errors
 import parallel.errors as base_errors
 from cluster.frontend.errors import EngineFault, InvalidRequest, NotImplementedField, QueueFull, Violation
 from cluster.rpc.errors import TABLE, row_of, status_of
@@ -17,7 +18,7 @@ from parallel.errors import CapacityError, RequestError, TpError
 ALL = sorted(
     {
         kind
-        for module in (base_errors, frontend_errors)
+        for module in (base_errors, frontend_errors, auth_errors)
         for kind in vars(module).values()
         if isinstance(kind, type) and issubclass(kind, TpError)
     },
