@@ -20,6 +20,7 @@ from cluster.frontend.calls import FrontendConfig
 from cluster.rpc.auth_config import Security, TlsConfig, check_exposure
 from cluster.rpc.limits import ServerLimits
 from launch import logs
+from launch.observe import ObserveConfig
 from launch.presets import Layer, build, find, overrides, read
 from parallel.errors import ConfigError
 
@@ -34,6 +35,7 @@ FLAGS = {
     "host": "server.host",
     "port": "server.port",
     "kv_blocks": "engine.kv_blocks",
+    "metrics_port": "observe.metrics_port",
     "ray_address": "ray.address",
     "train": "training.enabled",
     "save_root": "training.save_root",
@@ -99,6 +101,7 @@ class ServeConfig:
     server: ServerConfig = field(default_factory=ServerConfig)
     placement: PlacementConfig = field(default_factory=PlacementConfig)
     ray: RayConfig = field(default_factory=RayConfig)
+    observe: ObserveConfig = field(default_factory=ObserveConfig)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -116,6 +119,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--port", type=int, help="port to listen on (default 50051; 0: any free one)")
     _add_security(parser)
     parser.add_argument("--kv-blocks", type=int, help="size of the key/value cache (default: from free memory)")
+    parser.add_argument("--metrics-port", type=int, help="give Prometheus metrics there, to this machine (default: no)")
     parser.add_argument(
         "--ray-address", help="a standing Ray cluster, as in auto or HOST:6379 (default: start one here)"
     )

@@ -21,10 +21,11 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.actors.group import WorkerGroup
 from cluster.actors.session import ray_session
-from cluster.actors.spec import RankFacts, ServeSpec, TrainingConfig
+from cluster.actors.spec import FlightSpec, RankFacts, ServeSpec, TrainingConfig
 from cluster.actors.worker import Ready
 from cluster.frontend.calls import FrontendConfig
 from cluster.frontend.frontend import Frontend
+from cluster.frontend.readiness import Readiness
 from cluster.frontend.socket_link import SocketLink
 from cluster.frontend.text import codec_of
 from cluster.rpc.auth_config import Security
@@ -32,6 +33,7 @@ from cluster.rpc.server import build_server, check_security
 from cluster.rpc.servicers import ServiceInfo
 from cluster.training.states import StateFolder
 from launch.healing import Healer
+from launch.metrics import MetricsServer, ServeMetrics, check_host
 from parallel.errors import ConfigError, WorkerError
 from tp_decoders.adapter_files import read_adapter_config
 from tp_decoders.registry import read_config
@@ -53,6 +55,9 @@ def serve(config: ServeConfig, model: Path, log_level: int) -> int:
         read_adapter_config(config.adapter)
     check_port(config.server.host, config.server.port)
     check_security(config.server.security)
+    if config.observe.metrics_port is not None:
+        check_host(config.observe.metrics_host, config.server.security, config.server.insecure_listen_anywhere)
+        check_port(config.observe.metrics_host, config.observe.metrics_port)
     if config.training.save_root is not None:
         StateFolder(Path(config.training.save_root).expanduser())
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the loop takes over
@@ -86,17 +91,17 @@ async def _serve(config: ServeConfig, model: Path, log_level: int) -> int:
         ready = await _unless(signals.stop, asyncio.to_thread(group.start))
         if ready is None:
             return 0
-        frontend, port = await _open(config, model, spec, ready, stack)
+        frontend, port, watched = await _open(config, model, spec, ready, stack)
         healer = Healer(group, frontend, spec, ready)
-        print(ready_line(config, model, ready, port), flush=True)
+        print(ready_line(config, model, ready, port) + watched, flush=True)
         await _run(frontend, signals, healer, config.server.drain_seconds)
     return 0
 
 
 async def _open(
     config: ServeConfig, model: Path, spec: ServeSpec, ready: Sequence[Ready], stack: AsyncExitStack
-) -> tuple[Frontend, int]:
-    """Front-end and server over the ranks' engine; the stack closes them."""
+) -> tuple[Frontend, int, str]:
+    """Front-end and server over the ranks' engine, its port, and where its metrics are; the stack closes them."""
     facts: RankFacts = ready[0].facts
     assert facts.engine_address is not None, "rank 0 has an engine"
     for rank in ready:
@@ -107,11 +112,33 @@ async def _open(
     stack.push_async_callback(frontend.close)
     host = f"[{config.server.host}]" if ":" in config.server.host else config.server.host
     info = _service_info(config, model, facts)
-    server = build_server(frontend, f"{host}:{config.server.port}", config.limits, info, config.server.security)
+    readiness = Readiness(frontend, config.observe.canary_every_s, config.observe.canary_timeout_s)
+    address = f"{host}:{config.server.port}"
+    server = build_server(frontend, address, config.limits, info, config.server.security, readiness)
     frontend.start()
+    watched = await _observe(config, frontend, readiness, info, stack)
     await server.start()
     stack.push_async_callback(server.stop, CLOSE_GRACE_S)
-    return frontend, server.port
+    return frontend, server.port, watched
+
+
+async def _observe(
+    config: ServeConfig, frontend: Frontend, readiness: Readiness, info: ServiceInfo, stack: AsyncExitStack
+) -> str:
+    """The first canary, those to come, and the metrics; what the ready line says of them."""
+    await readiness.prove()
+    canaries = asyncio.create_task(readiness.run())
+    stack.callback(canaries.cancel)
+    observe, server = config.observe, config.server
+    if observe.metrics_port is None:
+        return ""
+    labels = {name: str(value) for name, value in vars(info).items()}
+    metrics = MetricsServer(
+        ServeMetrics(frontend, readiness, asyncio.get_running_loop(), labels),
+        observe.metrics_host, observe.metrics_port, server.security, server.insecure_listen_anywhere,
+    )  # fmt: skip
+    stack.push_async_callback(asyncio.to_thread, metrics.close)
+    return f"  metrics {observe.metrics_host}:{metrics.port}"
 
 
 async def _run(frontend: Frontend, signals: _Signals, healer: Healer, drain_s: float) -> None:
@@ -179,7 +206,12 @@ def _spec(config: ServeConfig, model: Path) -> ServeSpec:
         engine=config.engine,
         training=_training(config.training),
         start_timeout_s=config.placement.start_timeout_s,
+        flight=FlightSpec(secrets.token_hex(4), _folder(config.observe.flight_dir)),
     )
+
+
+def _folder(path: str | None) -> str | None:
+    return None if path is None else str(Path(path).expanduser().resolve())
 
 
 def _training(config: TrainingConfig) -> TrainingConfig:

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from cluster.actors.cores import claim_cores, free_memory
+from cluster.actors.flight import write_dump
 from cluster.actors.place import Place
 from cluster.actors.spec import RankFacts, ServeSpec
 from cluster.actors.worker import MakeProgram, Phases, is_consequence
@@ -122,6 +123,13 @@ class ServeRank:
         self._training.restore(point)
 
     def run(self) -> None:
+        try:
+            self._work()
+        except Exception as error:
+            self._dump(error)
+            raise
+
+    def _work(self) -> None:
         assert self._runner is not None and self._commands is not None, "start first"
         if self._server is None or self._engine is None:
             follow(self._runner, self._commands, self._training.handlers if self._training else {})
@@ -130,6 +138,13 @@ class ServeRank:
             self._engine.close()  # after a failure there is nobody to tell: not in a `finally`
         if self._training is not None:
             self._training.close()
+
+    def _dump(self, error: Exception) -> None:
+        """What this rank was in when it failed, to a file."""
+        if self._commands is not None:
+            flight, comm = self._spec.flight, self._commands.comm
+            folder = None if flight.folder is None else Path(flight.folder)
+            write_dump(folder, self._commands.flight, flight.group, self._place, error, comm)
 
     def stop(self) -> None:
         if self._server is not None:

@@ -78,6 +78,14 @@ class TrainingConfig:
             raise ConfigError(f"training.save_timeout_s is {self.save_timeout_s}; give seconds above 0")
 
 
+@dataclass(frozen=True)
+class FlightSpec:
+    """What the dumps of one group of ranks are known by, and the folder they go to (None: the usual one)."""
+
+    group: str = "unnamed"
+    folder: str | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class ServeSpec:
     """A model served by one group. `authkey` is what a front-end must prove it knows."""
@@ -90,6 +98,7 @@ class ServeSpec:
     engine: EngineConfig = field(default_factory=EngineConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     start_timeout_s: float = 600.0
+    flight: FlightSpec = FlightSpec()
     restore: RestorePoint | None = None  # what the weights were when a group before this one was lost
 
     def __call__(self, place: Place, phases: Phases) -> Program:

@@ -15,6 +15,7 @@ from cluster.engine.request import FinishReason, Request, TokenEvent
 from cluster.frontend.errors import RequestFailed
 from cluster.frontend.journal import Entry, Journal
 from cluster.frontend.link import LinkEvent, Rejected, SampleId
+from cluster.frontend.meters import Meters
 from cluster.frontend.streams import Stream
 from parallel.errors import TpError
 
@@ -31,6 +32,7 @@ class Delivery:
         self._loop = loop
         self._abort = abort
         self._deadlines: dict[str, asyncio.TimerHandle] = {}
+        self.meters = Meters()
         self.quiet = asyncio.Event()
         """Set while nothing is open."""
         self.quiet.set()
@@ -72,6 +74,7 @@ class Delivery:
             for index, sample in enumerate(entry.samples):
                 if not sample.done:
                     entry.show(entry.end(index, reason, now))
+                    self.meters.ended(reason)
             self._forget(entry)
 
     def fail(self, entry: Entry, error: TpError) -> None:
@@ -79,6 +82,7 @@ class Delivery:
         chunk = entry.chunk(0)
         chunk.error = error
         entry.stream.put(chunk)
+        self.meters.failed_with(error)
         self._forget(entry)
 
     def leave(self, stream: Stream) -> None:
@@ -99,12 +103,16 @@ class Delivery:
         try:
             chunk = entry.take(event, now)
         except Exception as error:
-            log.exception("request %s: its tokens could not be turned into an answer", event.request_id)
+            log.exception(
+                "request %s: its tokens could not be turned into an answer", event.request_id,
+                extra={"request_id": entry.call_id},
+            )  # fmt: skip
             self._abort([event.request_id], ())
             self.fail(
                 entry, RequestFailed(f"the tokens could not be turned into text: {type(error).__name__}: {error}")
             )
             return
+        self.meters.took(entry, chunk, now)
         entry.show(chunk)
         if chunk.finish_reason is not None and event.finish_reason is None:
             self._stop_sample(entry, event.sample_index)
@@ -125,10 +133,19 @@ class Delivery:
         for index, sample in enumerate(entry.samples):
             if not (sample.done or not entry.request.continues or most is None or len(sample.token_ids) < most):
                 entry.show(entry.end(index, FinishReason.LENGTH, now))
+                self.meters.ended(FinishReason.LENGTH)
         if entry.done:
             self._forget(entry)
 
     def _forget(self, entry: Entry) -> None:
+        now = time.monotonic()
+        self.meters.over(entry, now)
+        if log.isEnabledFor(logging.INFO):
+            log.info(
+                "request %s: prompt %d of %d tokens is over after %.3f s, with %d tokens", entry.call_id,
+                entry.prompt_index, len(entry.request.token_ids), now - entry.admitted,
+                sum(len(sample.token_ids) for sample in entry.samples), extra={"request_id": entry.call_id},
+            )  # fmt: skip
         self._journal.remove(entry)
         timer = self._deadlines.pop(entry.request.request_id, None)
         if timer is not None:

@@ -26,6 +26,7 @@ from cluster.frontend.delivery import Delivery
 from cluster.frontend.errors import Draining, EngineFault, InvalidRequest, Violation
 from cluster.frontend.journal import Entry, Journal, SampleState
 from cluster.frontend.link import EngineLink, LinkEvent
+from cluster.frontend.meters import Meters
 from cluster.frontend.streams import Chunk, Stream
 from cluster.frontend.text import SampleText, TextCodec
 from cluster.frontend.training import TrainingDesk, check, with_loss
@@ -69,7 +70,7 @@ class Frontend:
         self._observers: list[Callable[[State], None]] = []
         self._recovery: asyncio.TimerHandle | None = None
         self._delivery = Delivery(self._journal, self._loop, lambda ids, samples: self._link.abort(ids, samples))
-        self._training = TrainingDesk()
+        self._training = TrainingDesk(self.meters.train)
         self.drained = asyncio.Event()
         """Set when a drain has ended: whoever runs the server may stop it then."""
 
@@ -191,6 +192,11 @@ class Frontend:
             self._recovery = self._loop.call_later(self.config.recovery_seconds, self._give_up)
         else:
             self._give_up()
+
+    @property
+    def meters(self) -> Meters:
+        """What was measured of requests and training calls."""
+        return self._delivery.meters
 
     @property
     def training_under_way(self) -> bool:

@@ -25,6 +25,7 @@ class SampleState:
     text: SampleText
     prefix: str = ""  # text to send before the first piece (echo)
     token_ids: list[int] = field(default_factory=list)
+    last: float | None = None  # when its last token came
     done: bool = False
 
 

@@ -18,6 +18,7 @@ from cluster.engine.request import ModelLimits
 from cluster.frontend.calls import FrontendConfig
 from cluster.frontend.errors import InvalidRequest, Violation
 from cluster.frontend.link import EngineLink
+from cluster.frontend.meters import TrainMeters
 from cluster.frontend.task_labels import known_losses, task_violations
 from cluster.frontend.weights import WeightsRecord
 from cluster.training.calls import (
@@ -67,8 +68,9 @@ RANGES: Mapping[str, tuple[float, float]] = {
 class TrainingDesk:
     """Calls under way to the engine; all of them end when it does. `weights` is what they have done so far."""
 
-    def __init__(self) -> None:
+    def __init__(self, meters: TrainMeters | None = None) -> None:
         self.weights = WeightsRecord()
+        self._meters = meters or TrainMeters()
         self._engine = 0  # how many there were before
         self._waiting: set[asyncio.Future[TrainAnswer]] = set()
         self.quiet = asyncio.Event()
@@ -104,6 +106,7 @@ class TrainingDesk:
         error = source.exception()
         if error is None and engine == self._engine:  # also where its caller has left
             self.weights.note(call, source.result())
+            self._meters.note(call, source.result())
         if answer.done():
             return
         if error is None:

@@ -1,0 +1,242 @@
+"""Prometheus metrics of a server: the numbers of engine and front-end under their public names, on an HTTP port.
+
+The one module that knows the metric library. Nothing is measured here: each scrape asks the front-end's loop once,
+which asks the engine between two steps. While there is no engine its last numbers stay, and `engine_answers` is 0.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import CancelledError
+from dataclasses import dataclass
+from typing import Any
+
+from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from cluster.engine.request import EngineLoad
+from cluster.frontend.frontend import Frontend, State
+from cluster.frontend.meters import Histogram, Meters, TrainMeters
+from cluster.frontend.readiness import Readiness
+from cluster.rpc.auth_config import Security, is_loopback
+from parallel.errors import ConfigError, TpError
+
+log = logging.getLogger(__name__)
+PREFIX = "tp_decoders_"
+ANSWER_S = 4.0
+"""How long a scrape waits for the engine; Prometheus gives up after 10 seconds."""
+
+ENGINE_GAUGES = {
+    "running": ("requests_running", "Sequences in the batch."),
+    "waiting": ("requests_waiting", "Sequences that wait for a place in the batch."),
+    "kv_blocks_total": ("kv_blocks", "Blocks of the key/value cache."),
+    "kv_blocks_free": ("kv_blocks_free", "Blocks that no sequence holds."),
+    "kv_blocks_cached": ("kv_blocks_cached", "Free blocks that still hold the start of some sequence."),
+    "weight_version": ("weight_version", "Version of the weights that the last step used."),
+}
+ENGINE_COUNTERS = {
+    "steps": ("steps", "Steps of the engine."),
+    "preemptions": ("preemptions", "Sequences that gave their blocks back to be computed again."),
+    "generated_tokens": ("generated_tokens", "Tokens that the engine generated."),
+    "prompt_tokens": ("prompt_tokens", "Tokens of prompts that the engine began."),
+    "finished_requests": ("engine_requests_finished", "Requests that the engine ended by itself."),
+    "aborted_requests": ("engine_requests_aborted", "Requests that were ended from outside."),
+    "prefix_tokens_looked_up": ("prefix_tokens_looked_up", "Tokens looked up in the cache of prefixes."),
+    "prefix_tokens_reused": ("prefix_tokens_reused", "Of these, tokens found there."),
+    "canaries": ("canaries", "Canaries that came back from every rank."),
+}
+STEP_PARTS = ("schedule", "forward", "sample", "commit")
+HISTOGRAMS = {
+    "first_token": ("time_to_first_token_seconds", "From admission to the first token."),
+    "between_tokens": ("inter_token_seconds", "Between two tokens of a sample."),
+    "queued": ("queue_seconds", "From admission to a place in the batch."),
+    "whole": ("request_seconds", "From admission to the end of a prompt."),
+}
+TRAIN_GAUGES = {
+    "step": ("training_step", "Optimiser steps applied to the weights that serve."),
+    "loss": ("training_loss", "Loss of the last batch."),
+    "grad_norm": ("training_grad_norm", "Norm of the gradient at the last step."),
+    "learning_rate": ("training_learning_rate", "Learning rate of the last step."),
+}
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Everything of one scrape. `answers`: whether the engine did."""
+
+    load: EngineLoad
+    answers: bool
+
+
+class ServeMetrics(Collector):
+    """What a registry asks at each scrape, in a thread of its own; `info` are labels that never change."""
+
+    def __init__(
+        self,
+        frontend: Frontend,
+        readiness: Readiness,
+        loop: asyncio.AbstractEventLoop,
+        info: Mapping[str, str] | None = None,
+    ) -> None:
+        self._frontend, self._readiness, self._loop = frontend, readiness, loop
+        self._info = dict(info or {})
+        self._last = EngineLoad()
+
+    def collect(self) -> Iterable[Metric]:
+        """In the scrape's thread; the numbers are taken in the front-end's loop."""
+        taken = asyncio.run_coroutine_threadsafe(self.take(), self._loop)
+        try:
+            return taken.result(ANSWER_S + 2.0)
+        except (TimeoutError, CancelledError):
+            log.warning("a scrape of the metrics was not answered: the server is busy or stopping")
+            return []
+
+    def describe(self) -> Iterable[Metric]:
+        return []  # nothing is collected merely to be registered
+
+    async def take(self) -> list[Metric]:
+        """All families, of one moment."""
+        try:
+            self._last = await self._frontend.load(ANSWER_S)
+            snapshot = Snapshot(self._last, True)
+        except TpError:
+            snapshot = Snapshot(self._last, False)
+        return [
+            *self._server(snapshot),
+            *engine_metrics(snapshot.load),
+            *request_metrics(self._frontend.meters),
+            *training_metrics(self._frontend.meters.train),
+        ]
+
+    def _server(self, snapshot: Snapshot) -> Iterator[Metric]:
+        frontend = self._frontend
+        info = gauge("info", "What is served; always 1.", labels=list(self._info))
+        info.add_metric(list(self._info.values()), 1)
+        state = gauge("state", "1 for the state that the server is in.", labels=["state"])
+        for each in State:
+            state.add_metric([each.value], each is frontend.state)
+        yield from (info, state)
+        yield gauge("ready", "Whether the last canary went through every rank.", self._readiness.ready)
+        yield gauge("engine_answers", "Whether the engine gave its numbers for this scrape.", snapshot.answers)
+        yield gauge("requests_open", "Prompts in the journal: waiting, running or paused.", frontend.num_open)
+        yield counter("restarts", "How often another engine, or a new connection to it, took over.", frontend.restarts)
+        yield counter("canary_failures", "Canaries that failed or found a fault.", self._readiness.failures)
+
+
+def engine_metrics(load: EngineLoad) -> Iterator[Metric]:
+    for field, (name, words) in ENGINE_GAUGES.items():
+        yield gauge(name, words, getattr(load, field))
+    for field, (name, words) in ENGINE_COUNTERS.items():
+        yield counter(name, words, getattr(load, field))
+    used = 1.0 - load.kv_blocks_free / load.kv_blocks_total if load.kv_blocks_total else 0.0
+    yield gauge("kv_usage_ratio", "Part of the cache's blocks that sequences hold.", used)
+    seconds = counter("step_seconds", "Time of steps, by part; other: telling the ranks, inputs.", labels=["part"])
+    rest = load.step_seconds
+    for part in STEP_PARTS:
+        value = getattr(load, f"{part}_seconds")
+        seconds.add_metric([part], value)
+        rest -= value
+    seconds.add_metric(["other"], max(0.0, rest))
+    yield seconds
+    yield from _collectives(load)
+
+
+def _collectives(load: EngineLoad) -> Iterator[Metric]:
+    count = counter("collectives", "Collectives that rank 0 issued, by kind.", labels=["kind"])
+    size = counter("collective_bytes", "Bytes that rank 0 gave to collectives, by kind.", labels=["kind"])
+    for kind, (number, nbytes) in load.collectives.items():
+        count.add_metric([kind], number)
+        size.add_metric([kind], nbytes)
+    memory = gauge("rank_memory_bytes", "Memory of each rank, as of the last canary.", labels=["rank", "node", "kind"])
+    for rank in load.ranks:
+        memory.add_metric([str(rank.rank), rank.node, "host"], rank.memory_bytes)
+        memory.add_metric([str(rank.rank), rank.node, "device"], rank.device_memory_bytes)
+    yield from (count, size, memory)
+
+
+def request_metrics(meters: Meters) -> Iterator[Metric]:
+    for field, (name, words) in HISTOGRAMS.items():
+        yield histogram(name, words, getattr(meters, field))
+    finished = counter("samples_finished", "Samples that ended, by reason.", labels=["reason"])
+    for reason, number in meters.finished.items():
+        finished.add_metric([reason], number)
+    failed = counter("prompts_failed", "Prompts that ended with an error, by kind.", labels=["error"])
+    for error, number in meters.failed.items():
+        failed.add_metric([error], number)
+    yield from (finished, failed)
+    yield counter("delivered_tokens", "Tokens handed to streams.", meters.delivered_tokens)
+
+
+def training_metrics(train: TrainMeters) -> Iterator[Metric]:
+    for field, (name, words) in TRAIN_GAUGES.items():
+        yield gauge(name, words, getattr(train, field))
+    calls = counter("training_calls", "Training calls that were answered, by kind.", labels=["kind"])
+    for kind, number in train.calls.items():
+        calls.add_metric([kind], number)
+    seconds = counter("training_seconds", "Time of training calls, by part.", labels=["part"])
+    seconds.add_metric(["forward_backward"], train.forward_seconds)
+    seconds.add_metric(["optimizer"], train.optimizer_seconds)
+    yield from (calls, seconds)
+    yield counter("training_tokens", "Tokens that were trained on.", train.tokens)
+
+
+def gauge(name: str, words: str, value: float | None = None, labels: list[str] | None = None) -> GaugeMetricFamily:
+    value = None if value is None else float(value)
+    return GaugeMetricFamily(PREFIX + name, words, value=value, labels=labels)
+
+
+def counter(name: str, words: str, value: float | None = None, labels: list[str] | None = None) -> CounterMetricFamily:
+    """The library adds `_total` to the name."""
+    value = None if value is None else float(value)
+    return CounterMetricFamily(PREFIX + name, words, value=value, labels=labels)
+
+
+def histogram(name: str, words: str, values: Histogram) -> HistogramMetricFamily:
+    buckets, below = [], 0
+    for bound, count in zip((*values.bounds, float("inf")), values.counts, strict=True):
+        below += count
+        buckets.append(("+Inf" if bound == float("inf") else repr(bound), below))
+    return HistogramMetricFamily(PREFIX + name, words, buckets=buckets, sum_value=values.total)
+
+
+def check_host(host: str, security: Security, insecure: bool) -> None:
+    """The rule of the gRPC port, for a port that knows no tokens: others reach it with a certificate or not at all."""
+    certified = security.tls is not None and security.tls.client_ca is not None
+    if not (certified or insecure or is_loopback(host)):
+        raise ConfigError(
+            f"observe.metrics_host is {host!r}, which other machines can reach, and there are no client certificates "
+            "(--tls-client-ca): anybody could read the metrics. Give them, use 127.0.0.1, or say "
+            "--insecure-listen-anywhere if something else guards the port"
+        )
+
+
+class MetricsServer:
+    """An HTTP port that answers /metrics, until `close`."""
+
+    def __init__(
+        self, collector: Collector, host: str, port: int, security: Security | None = None, insecure: bool = False
+    ) -> None:
+        security = security or Security()
+        check_host(host, security, insecure)
+        registry = CollectorRegistry(auto_describe=False)
+        registry.register(collector)
+        tls: dict[str, Any] = {}
+        if security.tls is not None:
+            ca = security.tls.client_ca
+            tls = {"certfile": security.tls.cert, "keyfile": security.tls.key}
+            tls |= {"client_cafile": ca, "client_auth_required": True} if ca else {}
+        try:
+            self._server, self._thread = start_http_server(port, host, registry, **tls)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise ConfigError(f"cannot give metrics on {host}:{port}: {reason}; choose another port") from error
+        self.port: int = self._server.server_port
+        log.info("metrics on %s:%d/metrics", host, self.port)
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join(5.0)

@@ -1,0 +1,27 @@
+"""How a server is watched: where Prometheus finds its metrics, how often a canary is sent, where faults leave their
+dumps. Values only; launch.metrics and launch.serving act on them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from parallel.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObserveConfig:
+    """Metrics are off unless a port is given, and then for this machine alone unless a host is."""
+
+    metrics_host: str = "127.0.0.1"
+    metrics_port: int | None = None
+    canary_every_s: float = 10.0
+    canary_timeout_s: float = 20.0  # what a canary may wait for, a long step included
+    flight_dir: str | None = None  # None: a folder of the user's among the system's temporary files, on each node
+
+    def __post_init__(self) -> None:
+        if self.metrics_port is not None and not 0 <= self.metrics_port < 65536:
+            raise ConfigError(f"observe.metrics_port is {self.metrics_port}; give 1 to 65535, or 0 for any free one")
+        for name in ("canary_every_s", "canary_timeout_s"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"observe.{name} is {getattr(self, name)!r}; give seconds above 0")

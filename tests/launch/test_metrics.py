@@ -1,0 +1,138 @@
+"""Metrics scraped over HTTP from a real server match what was served; the dashboard asks for none that is not there."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import urllib.request
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from cluster.engine.assembly import build_engine, build_runner
+from cluster.engine.config import EngineConfig
+from cluster.engine.engine import Engine
+from cluster.frontend.frontend import Frontend
+from cluster.frontend.local_link import LocalLink
+from cluster.frontend.readiness import Readiness
+from cluster.rpc.auth_config import Security
+from cluster.rpc.client import AsyncClient
+from cluster.rpc.server import build_server
+from launch.metrics import MetricsServer, ServeMetrics, check_host
+from launch.observe import ObserveConfig
+from parallel.errors import ConfigError
+from tests.cluster.engine.tiny_models import save_tiny
+from tests.cluster.frontend.fakes import FakeEngine
+from tp_decoders import load
+
+DASHBOARD = Path(__file__).resolve().parents[2] / "launch" / "grafana" / "tp-decoders.json"
+Samples = dict[str, float]
+
+
+@pytest.fixture(scope="module")
+def engine_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny("gpt2", tmp_path_factory.mktemp("gpt2"))
+
+
+def engine_of(folder: Path) -> Engine:
+    config = EngineConfig(kv_blocks=32, max_sequences=4, max_step_tokens=64)
+    return build_engine(build_runner(load(str(folder)), config, 0), config)
+
+
+def scrape(port: int) -> Samples:
+    """Every sample by its name and labels."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+        text = answer.read().decode()
+    found = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            labels = ",".join(f"{name}={value}" for name, value in sorted(sample.labels.items()))
+            found[f"{sample.name}{{{labels}}}" if labels else sample.name] = sample.value
+    return found
+
+
+async def served(engine: Engine | FakeEngine, prompts: list[list[int]], new_tokens: int) -> tuple[Samples, Samples]:
+    """Metrics before and after prompts went through a real gRPC server."""
+    frontend = Frontend(LocalLink(engine))
+    readiness = Readiness(frontend)
+    server = build_server(frontend, "127.0.0.1:0", readiness=readiness)
+    frontend.start()
+    await readiness.prove()
+    await server.start()
+    loop = asyncio.get_running_loop()
+    try:
+        metrics = MetricsServer(ServeMetrics(frontend, readiness, loop, {"model_id": "tiny"}), "127.0.0.1", 0)
+        with closing(metrics):
+            before = await asyncio.to_thread(scrape, metrics.port)
+            async with AsyncClient(f"127.0.0.1:{server.port}") as client:
+                for prompt in prompts:
+                    await client.generate(
+                        [prompt], sampling={"temperature": 0.0},
+                        stopping={"max_new_tokens": new_tokens, "ignore_eos": True},
+                    )  # fmt: skip
+            return before, await asyncio.to_thread(scrape, metrics.port)
+    finally:
+        await server.stop(1.0)
+        await frontend.close()
+
+
+def test_what_is_scraped_is_what_was_served(engine_folder: Path) -> None:
+    prompts = [list(range(1, 41)), list(range(1, 41)), [5, 6, 7]]
+    before, after = asyncio.run(served(engine_of(engine_folder), prompts, 12))
+    name = "tp_decoders_"
+    assert before[name + "generated_tokens_total"] == 0 and before[name + "ready"] == 1
+    expected = {
+        "generated_tokens_total": 36, "delivered_tokens_total": 36, "prompt_tokens_total": 83,
+        "prefix_tokens_looked_up_total": 83, "prefix_tokens_reused_total": 32,  # two full blocks of 16 of the second
+        "requests_running": 0, "requests_waiting": 0, "requests_open": 0, "kv_blocks": 32, "kv_usage_ratio": 0,
+        "samples_finished_total{reason=length}": 3, "time_to_first_token_seconds_count": 3,
+        "inter_token_seconds_count": 33, "request_seconds_count": 3, "engine_answers": 1, "canaries_total": 1,
+        "state{state=serving}": 1, "info{model_id=tiny}": 1, "weight_version": 0, "restarts_total": 0,
+    }  # fmt: skip
+    assert {key: after[name + key] for key in expected} == expected
+    assert after[name + "steps_total"] == 36
+    parts = {part: after[f"{name}step_seconds_total{{part={part}}}"] for part in ("schedule", "forward", "commit")}
+    assert all(seconds > 0 for seconds in parts.values()) and max(parts, key=lambda part: parts[part]) == "forward"
+    assert after[name + "time_to_first_token_seconds_bucket{le=+Inf}"] == 3
+    assert after[name + "request_seconds_sum"] > after[name + "inter_token_seconds_sum"] > 0
+    memory = [value for key, value in after.items() if "rank_memory_bytes" in key and "kind=host" in key]
+    assert len(memory) == 1 and memory[0] > 50_000_000
+
+
+def test_a_canary_that_finds_a_fault_makes_the_server_not_ready_and_says_so_in_the_metrics() -> None:
+    before, _ = asyncio.run(served(FakeEngine(canary_fault="rank 1 computes nonsense"), [], 1))
+    assert before["tp_decoders_ready"] == 0 and before["tp_decoders_canary_failures_total"] == 1
+
+
+def test_every_query_of_the_dashboard_names_a_metric_that_exists(engine_folder: Path) -> None:
+    _, after = asyncio.run(served(engine_of(engine_folder), [[1, 2, 3]], 2))
+    known = {key.partition("{")[0] for key in after}
+    known |= {"tp_decoders_" + name for name in LABELLED}
+    dashboard = json.loads(DASHBOARD.read_text())
+    queries = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])]
+    named = {name for query in queries for name in re.findall(r"tp_decoders_\w+", query)}
+    assert len(queries) >= 15 and named <= known, named - known
+    assert all(re.search(r"tp_decoders_\w+", query) for query in queries), "each asks for one of ours"
+    panels = dashboard["panels"]
+    assert len({panel["id"] for panel in panels}) == len(panels)
+
+
+LABELLED = ("collectives_total", "collective_bytes_total", "prompts_failed_total", "training_calls_total")
+"""Families that have no sample before something of their kind happened."""
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
+def test_metrics_that_others_could_read_are_refused_unless_it_is_said_in_words(host: str) -> None:
+    with pytest.raises(ConfigError, match="metrics_host.*insecure-listen-anywhere"):
+        check_host(host, Security(token_file="tokens"), insecure=False)
+    check_host(host, Security(), insecure=True)
+    check_host("127.0.0.1", Security(), insecure=False)
+
+
+def test_metrics_are_off_and_on_loopback_unless_asked_for() -> None:
+    assert ObserveConfig().metrics_port is None and ObserveConfig().metrics_host == "127.0.0.1"
+    with pytest.raises(ConfigError, match="metrics_port"):
+        ObserveConfig(metrics_port=70000)
