@@ -52,6 +52,7 @@ async def service(
     limits: ServerLimits | None = None,
     security: Security | None = None,
     access: Access | None = None,
+    ready: bool = True,
     **config: Any,
 ) -> AsyncIterator[Service]:
     engine = engine or FakeEngine()
@@ -61,7 +62,8 @@ async def service(
         await server.start()
         try:
             async with AsyncClient(f"127.0.0.1:{server.port}", access) as client:
-                await client.ready()
+                if ready:  # a client without what the server asks for never is
+                    await client.ready()
                 yield Service(engine, frontend, server, client)
         finally:
             await server.stop(1.0)
