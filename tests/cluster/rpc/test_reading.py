@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -17,14 +18,15 @@ from cluster.engine.commands import Commands
 from cluster.engine.config import EngineConfig
 from cluster.engine.executors import follow
 from cluster.frontend.calls import FrontendConfig
-from cluster.frontend.frontend import Frontend
+from cluster.frontend.frontend import Frontend, State
 from cluster.frontend.local_link import LocalLink
 from cluster.rpc.client import AsyncClient
 from cluster.rpc.proto import inference_pb2 as pb
 from cluster.rpc.server import build_server
 from parallel.group import Group
-from tests.cluster.frontend.harness import run
+from tests.cluster.frontend.harness import run, until
 from tests.cluster.rpc.harness import info, refused
+from tests.cluster.rpc.test_real_model import MortalEngine, serving_model
 from tp_decoders import load
 from tp_decoders.task_config import CAUSAL, CHOICES, SEQUENCES, SPANS, TOKENS
 
@@ -150,6 +152,29 @@ def test_choices_equal_transformers(ranks: Any, tmp_path: Path) -> None:
     (choice,) = found.choices
     close(choice.probabilities, logits.softmax(0))
     assert choice.best == int(logits.argmax()) and choice.first_sequence == 0
+
+
+def test_what_was_asked_of_an_engine_that_died_is_answered_by_the_next(tmp_path: Path) -> None:
+    reference(TOKENS, tmp_path, num_labels=5)
+
+    def engine_of() -> MortalEngine:
+        engine = build_engine(build_runner(load(tmp_path, task=TOKENS), CONFIG, 1 << 28), CONFIG)
+        engine.__class__ = MortalEngine
+        assert isinstance(engine, MortalEngine)
+        return engine
+
+    async def main() -> None:
+        async with serving_model(engine_of()) as (client, _):
+            quiet = (await client.classify(PROMPTS, request_id="c")).SerializeToString()
+        first = engine_of()
+        first.steps_left = 2  # the longest prompt takes three steps
+        async with serving_model(first) as (client, frontend):
+            asked = asyncio.create_task(client.classify(PROMPTS, request_id="c"))
+            await until(lambda: frontend.state is State.RECOVERING)
+            await frontend.reattach(LocalLink(engine_of()))
+            assert (await asked).SerializeToString() == quiet
+
+    run(main(), 60)
 
 
 def test_options_of_each_task_and_what_is_refused(tmp_path: Path) -> None:

@@ -84,6 +84,10 @@ def learns(group: Group, folder: str, root: str) -> list[float]:
             }
             assert judged.metrics["accuracy"] == 1.0 and not done.logprobs
             await client.export("trained")
+            await client.save_state("here", expected_step=15)
+            again = (await client.train_step(labelled(), optimizer=RATE, expected_step=15)).loss
+            await client.load_state("here", expected_step=16)
+            assert (await client.train_step(labelled(), optimizer=RATE, expected_step=15)).loss == again
             return [*seen, *after.results[3].scores.logits]
 
     found: list[float] = run(main(), 60)

@@ -160,6 +160,24 @@ def test_dropout_before_the_classifier_is_drawn_by_token_and_left_out_without_a_
         task_outputs(model.train(), tokens, places, Causal((7,)), (7,))
 
 
+def test_both_dropouts_of_a_summary_are_drawn_by_the_row_that_stands_for_the_sequence(tmp_path: Path) -> None:
+    options = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "summary_proj_to_labels": False}
+    drops = {"summary_first_dropout": 0.4, "summary_last_dropout": 0.3, "summary_activation": "tanh"}
+    config = transformers.GPT2Config(vocab_size=31, n_positions=32, n_embd=24, n_layer=2, n_head=3, **options, **drops)
+    reference = transformers.GPT2DoubleHeadsModel(config).eval()
+    reference.save_pretrained(tmp_path)
+    model, tokens, places = load(tmp_path, task=CHOICES), torch.arange(1, 8), torch.arange(7)
+    dropping = Dropping(5, token_keys([0], [7]))
+    first, last = (
+        Odds(p).factors(dropping.site_keys(layer, HEAD)[4:5], torch.arange(24)) for p, layer in ((0.4, 2), (0.3, 3))
+    )
+    states = reference.transformer(tokens[None]).last_hidden_state[0, 4:5]
+    expected = torch.tanh(reference.multiple_choice_head.summary(states * first)) * last
+    found = task_outputs(model, tokens, places, Causal((7,), dropping=dropping), (7,), torch.tensor([4]))
+    assert found.choices is not None
+    torch.testing.assert_close(found.choices, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_a_head_has_its_own_loss_and_a_language_model_none(tmp_path: Path) -> None:
     config = transformers.GPT2Config(vocab_size=31, n_positions=32, n_embd=24, n_layer=1, n_head=3)
     transformers.GPT2ForQuestionAnswering(config).save_pretrained(tmp_path)
