@@ -16,9 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cluster.actors.place import Place
+from cluster.actors.place import Place, PlacementConfig
 from launch import logs
-from launch.serve import ENVIRONMENT
 from parallel.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -44,6 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from launch.serve import ENVIRONMENT
+
     level = logs.configure(args.verbose)
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -70,7 +71,6 @@ class Report:
 def look(args: argparse.Namespace, log_level: int = logging.WARNING) -> list[Report]:
     """Every rank's report, in rank order."""
     from cluster.actors.group import WorkerGroup
-    from cluster.actors.place import PlacementConfig
     from cluster.actors.preflight import PreflightSpec
     from cluster.actors.session import ray_session
 

@@ -25,7 +25,8 @@ def test_help_lists_every_command() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "launch", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert all(f"    {command} " in done.stdout for command in COMMANDS)
+    listed = {line.split()[0] for line in done.stdout.splitlines() if line.startswith("    ") and line[4:5].strip()}
+    assert set(COMMANDS) <= listed
 
 
 @pytest.mark.parametrize("command", COMMANDS)
