@@ -67,6 +67,11 @@ COMMANDS = {
         "compare a cluster's nodes and measure the links between them, and name the odd one out",
         "tp-decoders preflight --ranks 16 --device cuda --model /shared/weights/gpt-neox-20b",
     ),
+    "status": Command(
+        "launch.status",
+        "show what a server does: health, requests, memory, ranks; --watch keeps showing it",
+        "tp-decoders status --address localhost:50051 --watch",
+    ),
     "flight": Command(
         "launch.flight",
         "read what the ranks' flight recorders left after a fault: which rank fell out of step, in which command",

@@ -14,6 +14,7 @@ import grpc
 from google.protobuf.message import Message
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cluster.rpc.auth_config import Access
 from cluster.rpc.proto import control_pb2 as control
@@ -220,6 +221,12 @@ class AsyncClient:
 
     async def model_info(self, timeout: float | None = None) -> control.ModelInfo:
         return await self.call(self.control.GetModelInfo, control.GetModelInfoRequest(), timeout)
+
+    async def health(self, service: str = "", timeout: float | None = None) -> str:
+        """What grpc.health.v1 says of a service, as in SERVING."""
+        request = health_pb2.HealthCheckRequest(service=service)
+        answer = await self.call(health_pb2_grpc.HealthStub(self.channel).Check, request, timeout)
+        return str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
 
     async def load(self, timeout: float | None = None) -> control.Load:
         return await self.call(self.control.GetLoad, control.GetLoadRequest(), timeout)
