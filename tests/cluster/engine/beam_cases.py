@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import transformers
@@ -45,12 +45,12 @@ def drawn_case(number: int) -> Case:
         groups=groups,
         diversity_penalty=rng.choice((0.3, 2.0)) if groups > 1 else 0.0,
     )
-    words = [tuple(rng.randrange(1, VOCAB) for _ in range(length)) for length in (1, 1, 2)]
+    chosen = [tuple(rng.randrange(1, VOCAB) for _ in range(length)) for length in (1, 1, 2)]
     sampling = SamplingParams(
         n=rng.randint(1, width),
         repetition_penalty=rng.choice((1.0, 1.0, 1.0, 1.4, 0.8)),
         no_repeat_ngram_size=rng.choice((0, 0, 0, 1, 2, 3)),
-        bad_words=tuple(words) if rng.random() < 0.25 else (),
+        bad_words=tuple(chosen) if rng.random() < 0.25 else (),
         logit_bias={rng.randrange(1, VOCAB): 1.5, rng.randrange(1, VOCAB): -2.0} if rng.random() < 0.15 else {},
         beam=beam,
     )
@@ -62,6 +62,8 @@ def drawn_case(number: int) -> Case:
         ignore_eos=True,
         include_stop_sequence=True,
     )
+    words = tuple(word for word in sampling.bad_words if word[0] not in stops or len(word) > 1)
+    sampling = replace(sampling, bad_words=words)  # one that is a stop token is no bad word to transformers
     prompt = tuple(rng.randrange(1, VOCAB) for _ in range(rng.choice((1, 5, 15, 16, 17, 33))))
     request = Request(request_id=f"{number}", token_ids=prompt, sampling=sampling, stopping=stopping)
     return Case(list(CONFIGS)[number % len(CONFIGS)], request)

@@ -31,7 +31,8 @@ from tests.cluster.engine.beam_cases import comparable, drawn_case, expected
 from tests.cluster.engine.tiny_models import CONFIGS, VOCAB, save_tiny, tiny_model
 from tp_decoders import load
 
-CASES = [drawn_case(number) for number in range(50)]
+CASES = [drawn_case(number) for number in (*range(50), 58, 774)]
+"""The first fifty, one whose end is decided by a finished continuation, one where an ended group's token counts."""
 
 
 def engine_over(folder: Path | str, **sizes: Any) -> Engine:
