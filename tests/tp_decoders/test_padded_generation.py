@@ -12,6 +12,7 @@ from torch import Tensor
 
 from parallel.group import Group
 from tests.tp_decoders.padded_cases import MODELS, SIZES, batch_ids, masks, reference_model
+from tests.tp_decoders.parity import TOLERANCE
 from tp_decoders import load
 from tp_decoders.padded import PaddedModel
 
@@ -21,13 +22,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWa
 NEW = 8
 
 
-def greedy(group: Group, folder: str, mask: Tensor, from_embeddings: bool) -> Tensor:
+def greedy(group: Group, folder: str, mask: Tensor, from_embeddings: bool) -> tuple[Tensor, Tensor]:
+    """The new tokens, and the logits that each was taken from."""
     with torch.no_grad():
         return continued(PaddedModel(load(folder, group=group)), mask, from_embeddings)
 
 
-def continued(padded: PaddedModel, mask: Tensor, from_embeddings: bool) -> Tensor:
-    ids, past = batch_ids(), None
+def continued(padded: PaddedModel, mask: Tensor, from_embeddings: bool) -> tuple[Tensor, Tensor]:
+    ids, past, seen = batch_ids(), None, []
     embeds = padded.embeddings(ids) if from_embeddings else None
     for _ in range(NEW):
         call = padded.prepare_inputs_for_generation(
@@ -36,9 +38,24 @@ def continued(padded: PaddedModel, mask: Tensor, from_embeddings: bool) -> Tenso
         out = padded(**call, use_cache=True)
         past = out.past_key_values
         places = (mask[:, -out.logits.shape[1] :].cumsum(1)).argmax(1)  # the row's last token
-        ids = torch.cat([ids, out.logits[torch.arange(len(ids)), places].argmax(-1, keepdim=True)], 1)
+        seen.append(out.logits[torch.arange(len(ids)), places])
+        ids = torch.cat([ids, seen[-1].argmax(-1, keepdim=True)], 1)
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
-    return ids[:, -NEW:]
+    return ids[:, -NEW:], torch.stack(seen, 1)
+
+
+def generated(model: Any, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The same of transformers."""
+    out = model.generate(
+        ids, attention_mask=mask, do_sample=False, max_new_tokens=NEW, eos_token_id=40, pad_token_id=0,
+        return_dict_in_generate=True, output_logits=True,
+    )  # fmt: skip
+    return out.sequences[:, -NEW:], torch.stack(out.logits, 1)
+
+
+def assert_same(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], size: int) -> None:
+    assert torch.equal(found[0], expected[0]), size
+    assert (found[1] - expected[1]).abs().max() <= TOLERANCE * expected[1].abs().max(), size
 
 
 @pytest.mark.parametrize("case", MODELS)
@@ -48,13 +65,11 @@ def test_a_loop_over_padded_calls_generates_what_transformers_does(
     model = reference_model(case)
     model.save_pretrained(tmp_path)
     left = masks()["left"]
-    expected = model.generate(
-        batch_ids(), attention_mask=left, do_sample=False, max_new_tokens=NEW, eos_token_id=40, pad_token_id=0
-    )[:, -NEW:]
+    expected = generated(model, batch_ids(), left)
     for size in SIZES:
         for from_embeddings in (False, True):
             for found in ranks(size, greedy, str(tmp_path), left, from_embeddings):
-                assert torch.equal(found, expected), size
+                assert_same(found, expected, size)
 
 
 @pytest.mark.parametrize("case", [case for case in MODELS if case != "mpt"])
@@ -65,10 +80,8 @@ def test_prompts_padded_on_the_right_are_continued_alike(
     model = reference_model(case)
     model.save_pretrained(tmp_path)
     right = masks()["right"]
+    tokens, logits = ranks(2, greedy, str(tmp_path), right, False)[0]
     for row, length in enumerate(right.sum(1).tolist()):
         prompt = batch_ids()[row : row + 1, :length]
-        alone = model.generate(
-            prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=NEW, eos_token_id=40,
-            pad_token_id=0,
-        )[0, -NEW:]  # fmt: skip
-        assert torch.equal(ranks(2, greedy, str(tmp_path), right, False)[0][row], alone), row
+        expected = generated(model, prompt, torch.ones_like(prompt))
+        assert_same((tokens[row : row + 1], logits[row : row + 1]), expected, row)
