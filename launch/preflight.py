@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from launch.serve import ENVIRONMENT
 
-    level = logs.configure(args.verbose)
+    level = logs.configure(args.verbose, args.log_json)
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if args.ranks < 1:

@@ -36,6 +36,7 @@ FLAGS = {
     "port": "server.port",
     "kv_blocks": "engine.kv_blocks",
     "metrics_port": "observe.metrics_port",
+    "log_json": "placement.log_json",
     "ray_address": "ray.address",
     "train": "training.enabled",
     "save_root": "training.save_root",
@@ -161,7 +162,7 @@ def configuration(args: argparse.Namespace) -> ServeConfig:
 
 
 def run(args: argparse.Namespace) -> int:
-    level = logs.configure(args.verbose)
+    level = logs.configure(args.verbose, args.log_json)
     config = configuration(args)
     for name, value in ENVIRONMENT.items():  # before Ray is imported, which reads some of them then
         os.environ.setdefault(name, value)

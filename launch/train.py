@@ -9,7 +9,7 @@ import argparse
 import os
 
 from launch import logs
-from launch.presets import find, overrides, read
+from launch.presets import Layer, find, overrides, read
 from launch.serve import ENVIRONMENT
 
 
@@ -22,8 +22,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    level = logs.configure(args.verbose)
+    level = logs.configure(args.verbose, args.log_json)
     layers = [read(find(args.config, "training")), overrides(args.overrides)]
+    if args.log_json:
+        layers.append(Layer("command line", {"placement": {"log_json": True}}))
     for name, value in ENVIRONMENT.items():  # before Ray is imported, which reads some of them then
         os.environ.setdefault(name, value)
     from launch.training import configuration, prepare, train

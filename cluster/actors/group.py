@@ -196,7 +196,7 @@ class WorkerGroup:
             max_restarts=0,
             scheduling_strategy=self._bundles.strategy(rank),
         )
-        return options.remote(rank, self.config.log_level)
+        return options.remote(rank, self.config.log_level, self.config.log_json)
 
     def _await_ready(self) -> list[Ready]:
         """Every rank's report; the first failure or the time limit ends the wait."""

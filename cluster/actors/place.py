@@ -30,6 +30,7 @@ class PlacementConfig:
     max_restarts: int = 5  # of a group that serves, within restart_window_s; 0: the first fault ends it
     restart_window_s: float = 600.0
     log_level: int = logging.WARNING
+    log_json: bool = False  # the ranks' log as lines of JSON
 
     def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:

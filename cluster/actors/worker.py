@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from cluster.actors.place import Place
+from cluster.json_lines import JsonLines
 from parallel.errors import CollectiveError, WorkerError
 
 log = logging.getLogger(__name__)
@@ -112,12 +113,15 @@ class Life:
 class Worker:
     """One rank's process: holds its program and forwards. `life` counts the group's lives, of which the first is 0."""
 
-    def __init__(self, rank: int, log_level: int = logging.WARNING) -> None:
+    def __init__(self, rank: int, log_level: int = logging.WARNING, log_json: bool = False) -> None:
         self.rank = rank
         self._lives: dict[int, Life] = {}
         self._lock = threading.Lock()
         self._kept: Lasting | None = None
-        logging.basicConfig(level=log_level, format=f"%(levelname).1s rank {rank} %(name)s: %(message)s")
+        handler = logging.StreamHandler()
+        plain = logging.Formatter(f"%(levelname).1s rank {rank} %(name)s: %(message)s")
+        handler.setFormatter(JsonLines(rank) if log_json else plain)
+        logging.basicConfig(level=log_level, handlers=[handler])
 
     def __repr__(self) -> str:  # Ray prefixes this actor's output with it
         return f"rank {self.rank}"

@@ -6,10 +6,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from cluster.engine.request import ResponseOptions, SamplingParams, StoppingCriteria
-from cluster.frontend.reading import Reading
+
+if TYPE_CHECKING:
+    from cluster.frontend.reading import Reading  # which brings in torch
 
 
 @dataclass(frozen=True)

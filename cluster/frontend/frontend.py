@@ -31,6 +31,7 @@ from cluster.frontend.streams import Chunk, Stream
 from cluster.frontend.text import SampleText, TextCodec
 from cluster.frontend.training import TrainingDesk, check, with_loss
 from cluster.frontend.weights import WeightsRecord
+from cluster.json_lines import REQUEST
 from cluster.training.calls import TrainAnswer, TrainCall
 from parallel.errors import RequestError
 
@@ -90,6 +91,7 @@ class Frontend:
         admission = self._admission()
         admission.check(call)
         call = replace(call, request_id=call.request_id or uuid.uuid4().hex)
+        REQUEST.set(call.request_id)
         self._journal.check_room(call.request_id, len(call.prompts) * call.sampling.num_samples)
         made = await admission.requests(call)
         self._check_open()
