@@ -146,8 +146,16 @@ ROWS = (
         HERE + "test_lora.py::test_an_adapter_written_here_gives_peft_the_same_logits", every("{f}")),
     Row("options", "LoRA adapters, from PEFT", HERE + "test_lora.py::"
         "test_an_adapter_written_by_peft_gives_the_same_logits_here_beside_the_weights_and_merged", every("{f}")),
-    Row("options", "beams = transformers' beams (families are drawn)", "tests/cluster/engine/test_beams.py::"
-        "test_a_random_search_equals_transformers_token_for_token_and_in_score", every("0")),
+    Row("options", "beams = transformers' beams, groups included: 52 random searches",
+        "tests/cluster/engine/test_beams.py::"
+        "test_a_random_search_equals_transformers_token_for_token_and_in_score",
+        only(gpt2="gpt2-0", gpt_neox="gpt_neox-1", gpt_neox_japanese="gpt_neox_japanese-2", mpt="mpt-3",
+             gpt_bigcode="gpt_bigcode-4")),
+    Row("options", "beams on two ranks, bit for bit", "tests/cluster/engine/test_beams.py::"
+        "test_the_random_searches_have_the_same_bits_on_two_ranks", every("{f}")),
+    Row("options", "fill-in-the-middle prompts, both orders", "tests/cluster/rpc/test_beams.py::"
+        "test_a_hole_is_filled_as_transformers_continues_the_same_tokens_in_both_orders", only(gpt_bigcode=""), {},
+        "GPT-BigCode alone has the tokens that mark a hole"),
     Row("options", "original TensorFlow checkpoints",
         HERE + "test_gpt2_tensorflow.py::test_the_logits_are_those_that_tensorflow_computed", only(gpt2=""), {},
         "GPT-2 alone was published in this format"),

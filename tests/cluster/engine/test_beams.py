@@ -74,7 +74,7 @@ def found(folders: dict[str, Path]) -> dict[str, list[Result]]:
     return answers
 
 
-@pytest.mark.parametrize("number", range(len(CASES)))
+@pytest.mark.parametrize("number", range(len(CASES)), ids=[f"{c.family}-{c.request.request_id}" for c in CASES])
 def test_a_random_search_equals_transformers_token_for_token_and_in_score(
     found: dict[str, list[Result]], number: int
 ) -> None:
