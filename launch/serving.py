@@ -37,7 +37,7 @@ from launch.metrics import MetricsServer, ServeMetrics, check_host
 from parallel.errors import ConfigError, WorkerError
 from tp_decoders.adapter_files import read_adapter_config
 from tp_decoders.registry import read_config
-from tp_decoders.task_config import CAUSAL, check_task
+from tp_decoders.task_config import CAUSAL, check_task, task_of
 from tp_decoders.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ CLOSE_GRACE_S = 2.0
 def serve(config: ServeConfig, model: Path, log_level: int) -> int:
     """Serves until a signal, a Drain call or a fault; the exit status."""
     # what is wrong with the checkpoint's description is said before anything starts
-    check_task(config.task, read_config(model).model_type)
+    check_checkpoint(config.task, model)
     if config.adapter is not None:
         read_adapter_config(config.adapter)
     check_port(config.server.host, config.server.port)
@@ -66,6 +66,15 @@ def serve(config: ServeConfig, model: Path, log_level: int) -> int:
             return asyncio.run(_serve(config, model, log_level))
     except SystemExit as ended:  # Ray's own handler of SIGTERM, while Ray starts
         raise KeyboardInterrupt from ended
+
+
+def check_checkpoint(task: str, model: Path) -> None:
+    """Refuses a checkpoint whose description is wrong, or a task that it cannot have."""
+    described = read_config(model)
+    check_task(task, described.model_type)
+    made_for = task_of(described.hf)
+    if task == CAUSAL and made_for != CAUSAL:
+        raise ConfigError(f"{model} was made for {made_for} and holds that head; add --task {made_for}")
 
 
 def check_port(host: str, port: int) -> None:

@@ -18,7 +18,7 @@ from cluster.engine.executors import follow
 from cluster.engine.request import FinishReason, Pooling, Request, SamplingParams, StoppingCriteria
 from parallel.errors import RequestError
 from parallel.group import Group
-from tests.cluster.engine.tiny_models import save_tiny, tiny_model
+from tests.cluster.engine.tiny_models import CONFIGS, save_tiny, tiny_model
 from tp_decoders import load
 
 PROMPTS = [tuple(1 + (7 * i + 3 * j) % 90 for j in range(length)) for i, length in enumerate((1, 5, 40, 17, 64, 33))]
@@ -41,7 +41,7 @@ def states(family: str) -> list[torch.Tensor]:
         return [model(torch.tensor([prompt])).last_hidden_state[0] for prompt in PROMPTS]
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "mpt"])
+@pytest.mark.parametrize("family", CONFIGS)
 def test_embeddings_equal_transformers_beside_running_generation(family: str, tmp_path: Path) -> None:
     engine = engine_of(save_tiny(family, tmp_path), "causal-lm")
     writing = [
