@@ -146,6 +146,22 @@ def test_a_lost_connection_alone_is_made_again_and_no_rank_is_touched() -> None:
     with_engines(1, main)
 
 
+def test_a_drain_waits_for_what_is_replayed() -> None:
+    async def main(first: ServedEngine, second: ServedEngine) -> None:
+        group = PlayedGroup([second])
+        frontend, healing_task = await healed_by(group, first)
+        asked = asyncio.create_task(answer(frontend, long_call([6])))
+        await until(lambda: first.engine.steps > 5)
+        group.fail()
+        assert await frontend.drain(20.0) == 0
+        assert (await asked)[0].samples[0].token_ids == tokens_of([6], 1, 0, 150)
+        assert group.kept == [True]
+        healing_task.cancel()
+        await frontend.close()
+
+    with_engines(2, main)
+
+
 def test_attempts_within_the_window_have_an_end_that_names_the_fault_and_the_last_failure() -> None:
     async def main(first: ServedEngine) -> None:
         group = PlayedGroup([], failures=9, max_restarts=3, restart_window_s=60.0)
