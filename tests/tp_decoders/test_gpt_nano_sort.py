@@ -25,6 +25,9 @@ TOLERANCE = 2e-5  # of the largest value of a stage
 class Recording:
     """An `attend` that keeps what the first layer's attention takes and gives."""
 
+    dropping = None
+    encoder = None
+
     def __init__(self, lengths: list[int]) -> None:
         self.attend = Causal(lengths)
         self.seen: dict[str, Tensor] = {}

@@ -16,7 +16,7 @@ from parallel.errors import CheckpointError
 from parallel.group import Group
 from tests.tp_decoders.test_load import MODELS, assert_same, full, write
 from tp_decoders import build, initialise, load, save
-from tp_decoders.registry import FAMILIES, config_from_hf
+from tp_decoders.registry import FAMILIES, config_from_hf, family_of
 from tp_decoders.save_files import TensorPlan, divide
 from tp_decoders.weights import full_tensor
 
@@ -136,7 +136,9 @@ def test_fresh_weights_are_the_same_at_every_size(family: str, ranks: Callable[.
     one = ranks(1, fresh, hf, 7)[0]
     assert_same(ranks(3, fresh, hf, 7)[0], one)
     assert any(not torch.equal(tensor, one[name]) for name, tensor in ranks(1, fresh, hf, 8)[0].items())
+    config, std_of = config_from_hf(hf), family_of(family).init_std
     for name, tensor in one.items():
-        assert (
-            abs(tensor.std().item() - 0.05) < 0.01 if tensor.dim() == 2 else (tensor == ("bias" not in name)).all()
-        ), name
+        if tensor.dim() == 2:
+            assert abs(tensor.std().item() - std_of(config, name)) < 0.01, name
+        else:
+            assert (tensor == ("bias" not in name)).all(), name
