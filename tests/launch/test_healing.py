@@ -36,7 +36,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def server_of(model: Path, *more: str) -> Server:
-    sizes = ["--preset", "small", "--cluster", "cpu-2", "engine.kv_blocks=512", "placement.silence_s=4"]
+    sizes = ["--preset", "small", "--cluster", "cpu-2", "engine.kv_blocks=512", "placement.silence_s=3"]
     return Server(["--model", str(model), *sizes, *more, "-v"])
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from cluster.actors.place import Place
-from cluster.actors.worker import Worker
-from parallel.errors import CheckpointError, WorkerError
-from tests.cluster.actors.fake_program import MakeFake
+from cluster.actors.worker import MakeProgram, Phases, Worker, is_consequence
+from parallel.errors import CheckpointError, CollectiveError, WorkerError
+from tests.cluster.actors.fake_program import FakeProgram, MakeFake
 
 PLACE = Place(rank=0, world=1, node="here")
 
@@ -56,3 +57,56 @@ def test_the_phase_under_way_is_named() -> None:
     assert worker.phase().startswith("reading weights, for 0.")
     worker.stop()
     thread.join(5)
+
+
+class Remembering(FakeProgram):
+    """Loses its peers in its first life, and remembers."""
+
+    def __init__(self, place: Place, error: Exception) -> None:
+        super().__init__(MakeFake(), place, Phases())
+        self.error, self.lives = error, 1
+
+    def run(self) -> None:
+        if self.lives == 1:
+            raise self.error
+        super().run()
+
+    def part(self, error: BaseException) -> bool:
+        return is_consequence(error)
+
+    def rejoin(self, make: MakeProgram, place: Place, phases: Phases) -> dict[str, int]:
+        self.lives += 1
+        self.thread = threading.get_ident()
+        return {"lives": self.lives}
+
+
+def test_a_program_that_only_lost_its_peers_lives_on_in_the_next_run() -> None:
+    worker = Worker(0)
+    made: list[Remembering] = []
+
+    def make(place: Place, phases: Phases) -> Remembering:
+        made.append(Remembering(place, CollectiveError("rank 1 died")))
+        return made[-1]
+
+    with pytest.raises(CollectiveError):
+        worker.run(PLACE, make)
+    assert worker.kept()
+    thread = threading.Thread(target=worker.run, args=(replace(PLACE, life=1), make), daemon=True)
+    thread.start()
+    assert worker.ready(1).facts == {"lives": 2} and worker.ready(0).facts["rank"] == 0
+    assert len(made) == 1 and not worker.kept()
+    worker.stop(1)
+    thread.join(5)
+    assert not thread.is_alive()
+
+
+def test_a_program_with_an_error_of_its_own_is_made_anew() -> None:
+    worker = Worker(0)
+
+    def make(place: Place, phases: Phases) -> Remembering:
+        return Remembering(place, RuntimeError("out of memory"))
+
+    for life in (0, 1):
+        with pytest.raises(RuntimeError, match="out of memory"):
+            worker.run(replace(PLACE, life=life), make)
+        assert not worker.kept()
