@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -12,8 +14,12 @@ from transformers import LogitsProcessorList
 from transformers.generation import logits_process
 from transformers.generation.beam_search import BeamSearchScorer
 
-from cluster.engine.request import BeamParams, Request, SamplingParams, StoppingCriteria
+from cluster.engine.assembly import build_engine, build_runner
+from cluster.engine.config import EngineConfig
+from cluster.engine.engine import Engine
+from cluster.engine.request import BeamParams, Request, ResponseOptions, SamplingParams, StoppingCriteria
 from tests.cluster.engine.tiny_models import CONFIGS, VOCAB
+from tp_decoders import load
 
 Answers = list[tuple[list[int], float]]
 """Tokens, with the stop token that ended them, and score of each sequence, best first."""
@@ -163,3 +169,47 @@ def _grouped(model: transformers.PreTrainedModel, case: Case) -> tuple[torch.Ten
         ids = torch.cat([ids[parents], taken[:, None]], 1)
     done = scorer.finalize(ids, totals, taken, parents, max_length=longest, decoder_prompt_len=start, **ends)
     return done["sequences"], done["sequence_scores"]
+
+
+# ---------------------------------------------------------------------------------------------- long searches
+
+RNG = random.Random(8)
+PROMPTS = [tuple(RNG.randrange(1, VOCAB) for _ in range(length)) for length in (20, 33, 16, 40)]
+SEARCHES = tuple(
+    Request(
+        request_id=f"search {i}",
+        token_ids=PROMPTS[i],
+        sampling=sampling,
+        stopping=StoppingCriteria(max_new_tokens=40, stop_token_ids=(5, 6), min_new_tokens=30, ignore_eos=True),
+        response=ResponseOptions(logprobs=3, prompt_logprobs=1),
+    )
+    for i, sampling in enumerate(
+        (
+            SamplingParams(n=4, beam=BeamParams(width=4)),
+            SamplingParams(n=3, repetition_penalty=1.2, beam=BeamParams(width=4, length_penalty=0.0)),
+            SamplingParams(n=4, beam=BeamParams(width=4, groups=2, diversity_penalty=0.5)),
+            SamplingParams(n=2, no_repeat_ngram_size=2, beam=BeamParams(width=3, groups=3, diversity_penalty=1.0)),
+        )
+    )
+)
+COMPANY = tuple(
+    Request(
+        request_id=f"drawn {i}",
+        token_ids=PROMPTS[i][: 5 + i],
+        sampling=SamplingParams(seed=i, n=2),
+        stopping=StoppingCriteria(max_new_tokens=25 + i, ignore_eos=True),
+    )
+    for i in range(4)
+)
+
+
+def engine_over(folder: Path | str, **sizes: Any) -> Engine:
+    config = EngineConfig(**{"kv_blocks": 128, "max_sequences": 24, "max_step_tokens": 96, **sizes})
+    return build_engine(build_runner(load(str(folder)), config, 0), config)
+
+
+def check_all_free(engine: Engine) -> None:
+    residents = engine.scheduler.residents
+    residents.check()
+    assert residents.pool.num_free == residents.pool.num_blocks and not residents.running
+    assert len(residents._slots) == engine.config.max_sequences and not engine.scheduler.beams
