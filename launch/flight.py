@@ -12,11 +12,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from launch.flight_reading import RankRecord, judge, read_rank
+from launch.flight_reading import RankRecord, judge, read_ranks
 from parallel.errors import ConfigError
 
 FORMAT = 1
-NEEDED = ("group", "life", "rank", "world", "node", "error", "consequence", "forgotten", "records")
+NEEDED = ("group", "life", "rank", "world", "node", "time", "error", "consequence", "forgotten", "records")
 Dump = Mapping[str, Any]
 
 
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     dumps = of_one_fault([load(path) for path in paths(args.dumps)])
-    ranks = [read_rank(dump) for dump in dumps]
+    ranks = read_ranks(dumps)
     verdict = judge(ranks)
     if args.json:
         print(json.dumps({"ranks": verdict.ranks, "command": verdict.command, "verdict": verdict.text}))
@@ -63,7 +63,7 @@ def load(path: Path) -> Dump:
 
 def of_one_fault(dumps: Sequence[Dump]) -> list[Dump]:
     """Those of the newest fault, one per rank."""
-    newest = max(dumps, key=lambda dump: dump.get("time", 0.0))
+    newest = max(dumps, key=lambda dump: float(dump["time"]))
     same = [dump for dump in dumps if (dump["group"], dump["life"]) == (newest["group"], newest["life"])]
     return sorted({dump["rank"]: dump for dump in same}.values(), key=lambda dump: int(dump["rank"]))
 

@@ -81,10 +81,24 @@ class Verdict:
     text: str
 
 
-def read_rank(dump: Mapping[str, Any]) -> RankRecord:
-    """A dump as a record of commands."""
+def read_ranks(dumps: Sequence[Mapping[str, Any]]) -> list[RankRecord]:
+    """The dumps of one fault as records of commands, up to the moment when the first rank failed."""
+    commanded = any(record[1] == COMMAND for dump in dumps for record in dump["records"])
+    return [_read(dump, commanded) for dump in _until_the_first_failed(dumps)]
+
+
+def _until_the_first_failed(dumps: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    """Without what ranks of the same node, and so of the same clock, began after the first of them had given up."""
+    first = min(dumps, key=lambda dump: float(dump["time"]))
+    for dump in dumps:
+        later = dump["time"] - first["time"]
+        same_clock = dump["node"] == first["node"]
+        yield {**dump, "records": [one for one in dump["records"] if not same_clock or one[0] >= later]}
+
+
+def _read(dump: Mapping[str, Any], commanded: bool) -> RankRecord:
     spans: dict[int, Span] = {}
-    for span in _spans(dump["records"], first=dump["rank"] == 0):
+    for span in _spans(dump["records"], dump["rank"] == 0, commanded):
         if span.number in spans:  # a new stream of commands over the same communicator
             spans.clear()
         spans[span.number] = span
@@ -97,10 +111,9 @@ def read_rank(dump: Mapping[str, Any]) -> RankRecord:
     )  # fmt: skip
 
 
-def _spans(records: Sequence[Sequence[Any]], first: bool) -> Iterator[Span]:
+def _spans(records: Sequence[Sequence[Any]], first: bool, commanded: bool) -> Iterator[Span]:
     """Rank 0 notes a command before it sends it; the others wait for it, then note it."""
     span, sent = Span(0, STREAM), True
-    commanded = any(what == COMMAND for _, what, *_ in records)
     for _, what, name, number, nbytes in records:
         if what == COMMAND:
             span.ended = True

@@ -116,6 +116,9 @@ class ServeRank:
                 self._restore(spec.restore)
         if self._place.rank == 0:
             self._serve_engine(self._runner, self._commands)
+        with phases("waiting for rank 0"):  # which reads a tokenizer, and gives signs of life only once it serves
+            if groups.tp.comm is not None:
+                groups.tp.comm.barrier(spec.start_timeout_s)
         return self._facts(self._runner, self._cores)
 
     def _restore(self, point: RestorePoint) -> None:

@@ -127,9 +127,8 @@ class EngineLoop:
 
     def _rest(self) -> None:
         with self._wake:
-            woken = self._wake.wait_for(lambda: self._inbox or self._train_inbox or self._stopping, self._idle_seconds)
-        if not woken:
-            self._engine.keep_alive()
+            self._wake.wait_for(lambda: self._inbox or self._train_inbox or self._stopping, self._idle_seconds)
+        self._engine.keep_alive()  # also when woken: questions that come often leave no other time for it
 
     def _submit(self, requests: Sequence[Request]) -> None:
         for request in requests:

@@ -113,6 +113,9 @@ class SocketLink:
 
     def _read(self, events: EventSink, fault: FaultSink) -> None:
         cause = self._read_until_lost(events)
+        for answer in list(self._loads.values()):  # nobody will answer these
+            if not answer.done():
+                answer.set_exception(WorkerError(cause))
         if not self._closing:
             fault(cause)
         self._wire.close()

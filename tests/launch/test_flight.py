@@ -18,7 +18,7 @@ from cluster.engine.config import EngineConfig
 from cluster.engine.engine import generate
 from cluster.engine.executors import follow
 from cluster.engine.request import Request, SamplingParams, StoppingCriteria
-from launch.flight_reading import judge, read_rank
+from launch.flight_reading import judge, read_ranks
 from launch.main import main
 from parallel.errors import CollectiveError
 from parallel.flight import COLLECTIVE, COMMAND, Flight
@@ -107,13 +107,13 @@ def test_a_rank_that_hangs_in_a_command_is_behind_the_others() -> None:
         rank_record(1, 3, FOLLOW + FOLLOW[:3], late),
         rank_record(2, 3, FOLLOW * 2, late),
     ]
-    verdict = judge([read_rank(dump) for dump in dumps])
+    verdict = judge(read_ranks(dumps))
     assert verdict.ranks == (1,) and verdict.command == 2
     assert "rank 1 is behind" in verdict.text and "in command 2 (step), last began tree_sum" in verdict.text
 
 
 def test_a_rank_without_a_dump_is_the_one_that_was_killed() -> None:
-    verdict = judge([read_rank(rank_record(0, 2, LEAD, CollectiveError("rank 1 died")))])
+    verdict = judge(read_ranks([rank_record(0, 2, LEAD, CollectiveError("rank 1 died"))]))
     assert verdict.ranks == (1,) and "left no dump" in verdict.text and "command 1 (step)" in verdict.text
 
 
@@ -122,13 +122,26 @@ def test_a_rank_with_an_error_of_its_own_is_named_with_it() -> None:
         rank_record(0, 2, LEAD, CollectiveError("rank 1 closed its end")),
         rank_record(1, 2, FOLLOW[:3], ZeroDivisionError("by zero")),
     ]
-    verdict = judge([read_rank(dump) for dump in dumps])
+    verdict = judge(read_ranks(dumps))
     assert verdict.ranks == (1,) and "ZeroDivisionError: by zero" in verdict.text
+
+
+def test_a_rank_0_that_was_silent_for_too_long_is_behind_though_it_went_on_later() -> None:
+    """The follower gives up; rank 0 sends commands into the void until it learns of it."""
+    start = [(COLLECTIVE, "barrier"), (COLLECTIVE, "all_gather")]
+    late = CollectiveError("rank 0 did not arrive")
+    lead, follower = rank_record(0, 2, [*start, *LEAD], late), rank_record(1, 2, [*start, SEND], late)
+    lead["node"], follower["time"] = follower["node"], lead["time"] - 10.0
+    for record in lead["records"][:2]:
+        record[0] = 30.0
+    verdict = judge(read_ranks([lead, follower]))
+    assert verdict.ranks == (0,) and "last began all_gather number 2" in verdict.text
+    assert "rank 1 was after no command, waiting for the next one" in verdict.text
 
 
 def test_where_nothing_tells_which_of_two_ranks_is_odd_none_is_accused() -> None:
     dumps = [rank_record(0, 2, LEAD), rank_record(1, 2, [SEND, CALL, SUM, MAXIMUM, SEND])]
-    verdict = judge([read_rank(dump) for dump in dumps])
+    verdict = judge(read_ranks(dumps))
     assert verdict.ranks == () and verdict.command == 1 and "nothing tells which" in verdict.text
 
 

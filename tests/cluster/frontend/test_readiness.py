@@ -1,0 +1,119 @@
+"""Readiness follows canaries that were really sent: a late, a faulty and a lost one, and the next that succeeds."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from typing import Any
+
+import pytest
+
+from cluster.engine.request import EngineLoad
+from cluster.frontend.frontend import Frontend, State
+from cluster.frontend.local_link import LocalLink
+from cluster.frontend.readiness import Readiness
+from cluster.frontend.socket_link import SocketLink
+from parallel.errors import WorkerError
+from tests.cluster.frontend.engine_process import engine_process
+from tests.cluster.frontend.fakes import FakeEngine
+from tests.cluster.frontend.harness import run, serving, until
+
+
+class SlowCanary(FakeEngine):
+    """Its canaries wait as long as they are told to."""
+
+    delay = 0.0
+
+    def prove(self) -> EngineLoad:
+        time.sleep(self.delay)
+        return super().prove()
+
+
+def test_a_server_is_not_ready_before_its_first_canary_and_after_a_late_one() -> None:
+    async def main() -> None:
+        engine = SlowCanary()
+        async with serving(engine) as frontend:
+            readiness = Readiness(frontend, timeout_s=0.2)
+            seen: list[bool] = []
+            readiness.observe(seen.append)
+            assert not readiness.ready and "no canary" in readiness.reason
+            assert await readiness.prove() and engine.canaries == 1
+            engine.delay = 0.5
+            assert not await readiness.prove()
+            assert "did not come back" in readiness.reason and readiness.failures == 1
+            engine.delay = 0.0
+            await asyncio.sleep(0.5)
+            assert await readiness.prove()
+            assert seen == [False, True, False, True]
+
+    run(main())
+
+
+def test_canaries_are_sent_again_and_again_and_at_once_when_a_new_engine_took_over() -> None:
+    async def main() -> None:
+        async with serving(FakeEngine(), recovery_seconds=10.0) as frontend:
+            readiness = Readiness(frontend, every_s=0.05)
+            task = asyncio.create_task(readiness.run())
+            first: Any = frontend._link
+            await until(lambda: first._engine.canaries >= 3)
+            assert readiness.ready
+            frontend.fault("rank 1 is gone")
+            assert not readiness.ready and readiness.reason == "the server is recovering"
+            readiness._every_s, new = 60.0, FakeEngine()
+            await asyncio.sleep(0.1)
+            await frontend.reattach(LocalLink(new))
+            await until(lambda: readiness.ready)
+            assert new.canaries == 1, "at once, though the next one was not due"
+            task.cancel()
+
+    run(main())
+
+
+def test_a_training_call_under_way_excuses_a_late_canary(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        engine = SlowCanary()
+        async with serving(engine) as frontend:
+            readiness = Readiness(frontend, timeout_s=0.1)
+            assert await readiness.prove()
+            engine.delay = 0.3
+            monkeypatch.setattr(Frontend, "training_under_way", True)
+            assert await readiness.prove(), "busy by right"
+            monkeypatch.setattr(Frontend, "training_under_way", False)
+            assert not await readiness.prove()
+
+    run(main())
+
+
+def test_a_question_under_way_ends_with_the_connection_not_with_its_own_limit() -> None:
+    async def main() -> None:
+        with engine_process() as process:
+            link: SocketLink = process.link()
+            frontend = Frontend(link)
+            frontend.start()
+            process.signal(signal.SIGSTOP)
+            asked = asyncio.create_task(frontend.load(20.0, prove=True))
+            await asyncio.sleep(0.2)
+            process.signal(signal.SIGKILL)
+            began = time.monotonic()
+            with pytest.raises(WorkerError, match="lost"):
+                await asked
+            assert time.monotonic() - began < 5.0
+            assert frontend.state is State.FAILED
+            await frontend.close()
+
+    run(main())
+
+
+def test_an_engine_that_is_asked_all_the_time_is_kept_alive_all_the_same() -> None:
+    """Other ranks give up on a rank 0 that is silent, also where somebody asks it for its load ten times a second."""
+
+    async def main() -> None:
+        engine = FakeEngine()
+        async with serving(engine) as frontend:
+            for _ in range(20):
+                await frontend.load()
+                await asyncio.sleep(0.02)
+        assert engine.kept_alive >= 10
+
+    run(main())
