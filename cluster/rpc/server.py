@@ -22,6 +22,7 @@ from cluster.rpc.interceptor import SERVICES, Boundary
 from cluster.rpc.limits import ServerLimits
 from cluster.rpc.proto import control_pb2_grpc, inference_pb2_grpc, training_pb2_grpc
 from cluster.rpc.servicers import Control, Inference, ServiceInfo
+from cluster.rpc.steady import make_server
 from cluster.rpc.tls import ServerCertificates
 from cluster.rpc.training import Training
 from parallel.errors import ConfigError
@@ -112,7 +113,7 @@ def build_server(
     limits, security = limits or ServerLimits(), security or Security()
     tokens = None if security.token_file is None else TokenFile(security.token_file)
     certificates = None if security.tls is None else ServerCertificates(security.tls)
-    server = grpc.aio.server(
+    server = make_server(
         interceptors=[Boundary(Gate(tokens), limits)],
         options=limits.options(),
         maximum_concurrent_rpcs=limits.max_concurrent_rpcs,

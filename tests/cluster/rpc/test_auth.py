@@ -26,6 +26,7 @@ from parallel.errors import ConfigError
 from tests.cluster.frontend.fakes import FakeEngine
 from tests.cluster.frontend.harness import run
 from tests.cluster.rpc.harness import Service, info, refused, service
+from tests.cluster.rpc.test_fuzz import END_HEADERS, END_STREAM, HEADERS, HELLO, connect_and_send, frame, headers
 from tests.cluster.rpc.tokens import TOKENS, access, entry, secret_file, security
 
 CODE = grpc.StatusCode
@@ -277,11 +278,16 @@ def test_neither_tokens_nor_prompts_are_logged_at_any_level(
                 except Exception as error:
                     assert "RESOURCE_EXHAUSTED" in str(error)
 
+            field = b"\x10\x0dauthorization\x20Bearer " + wrong[:24].encode() + b"\xff"
+            block = headers("/a") + field
+            sent = HELLO + frame(HEADERS, END_HEADERS | END_STREAM, 1, block)
+            await connect_and_send(s.server.port, sent, None)
+
     with caplog.at_level(logging.DEBUG):
         run(main())
     written = caplog.text + "".join(map(repr, caplog.records)) + "".join(capfd.readouterr())
     assert "was refused" in written and "a call failed" in written
-    for secret in (*TOKENS.values(), wrong, "abcab", "9, 8, 7, 9"):
+    for secret in (*TOKENS.values(), wrong[:20], "abcab", "9, 8, 7, 9"):
         assert secret not in written
     for digest in (auth_tokens.digest_of(token).hex() for token in TOKENS.values()):
         assert digest not in written
