@@ -113,10 +113,11 @@ def test_a_search_goes_on_over_an_engine_that_dies_and_leaves_nothing_when_its_c
 def test_best_of_shows_the_likeliest_samples_cut_where_stop_strings_cut_them(gpt2: Path) -> None:
     async def main() -> None:
         async with serving_model(engine_of(gpt2), codec_of(tokenizer_of(gpt2))) as (client, frontend):
-            stopping = {"max_new_tokens": 40, "stop_sequences": ["e", "a"], "ignore_eos": True}
+            stopping = {"max_new_tokens": 40, "stop_sequences": ["en", "ma"], "ignore_eos": True}
             six = {"sampling": {"seed": 9, "n": 6}, "stopping": stopping, "response": {"logprobs": 0}}
             two = {"sampling": {"seed": 9, "n": 2, "best_of": 6}, "stopping": stopping}
             (everything,) = (await client.generate([TEXT], **six)).results
+            assert any(sample.stop_sequence for sample in everything.samples), "some were cut"
             means = sorted(((sum(s.logprobs) / len(s.logprobs), s.text) for s in everything.samples), reverse=True)
             (best,) = (await client.generate([TEXT], **two)).results
             assert [sample.text for sample in best.samples] == [text for _, text in means[:2]]
@@ -126,6 +127,14 @@ def test_best_of_shows_the_likeliest_samples_cut_where_stop_strings_cut_them(gpt
             chunks = [chunk async for chunk in client.stream([TEXT], **two)]
             assert [(c.sample_index, c.text) for c in chunks] == [(s.index, s.text) for s in best.samples]
             assert frontend.num_open == 0
+        mortal = engine_of(gpt2)
+        mortal.steps_left = 2  # type: ignore[attr-defined]
+        async with serving_model(mortal, codec_of(tokenizer_of(gpt2))) as (client, frontend):
+            asked = asyncio.create_task(client.generate([TEXT], **two))
+            await until(lambda: frontend.state is State.RECOVERING)
+            await frontend.reattach(LocalLink(engine_of(gpt2)))
+            again = (await asked).results[0].samples
+            assert [(s.text, s.score) for s in again] == [(s.text, s.score) for s in best.samples]
 
     run(main(), 60)
 
