@@ -11,7 +11,8 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,11 @@ from cluster.training.run_folder import METRICS, PLOT, START, claim_folder, fold
 from cluster.training.samples import Prompts
 from cluster.training.schedule import Schedule
 from launch.init import TOKENIZER_FILES, copy_tokenizer, write_random
+from launch.metrics import MetricsServer
 from launch.presets import Layer, build, find, read
 from launch.progress import header, watch
 from launch.serve import RayConfig
+from launch.train_metrics import TrainMetrics
 from parallel.errors import ConfigError, WorkerError
 from parallel.options import Recompute
 from tp_decoders import build as build_model
@@ -39,6 +42,8 @@ from tp_decoders.lora import LoraConfig, targeted
 from tp_decoders.registry import config_from_hf, read_config
 from tp_decoders.task_config import CAUSAL
 from tp_decoders.tokenizer import load_tokenizer
+
+LOOPBACK = "127.0.0.1"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +81,7 @@ class TrainConfig:
     samples: SampleConfig = field(default_factory=SampleConfig)
     tensorboard: bool = False
     plot: bool = True  # the loss as a picture, at the end
+    metrics_port: int | None = None  # of this command, for Prometheus on this machine
     peak_flops: float | None = None
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     parallel: TrainParallel = field(default_factory=TrainParallel)
@@ -185,7 +191,8 @@ def train(config: TrainConfig, spec: TrainSpec, log_level: int) -> int:
                     print(f"note: {sentence}", flush=True)
                 facts = ready[0].facts
                 print(header(spec, facts), flush=True)
-                watch(spec, facts.step, group.wait_fault, stop)
+                with metrics_of(config, spec):
+                    watch(spec, facts.step, group.wait_fault, stop)
             finally:
                 group.close()
     except SystemExit as ended:  # Ray's own handler of SIGTERM, while Ray starts
@@ -194,6 +201,18 @@ def train(config: TrainConfig, spec: TrainSpec, log_level: int) -> int:
     if config.plot:
         print(draw(Path(spec.out)), flush=True)
     return status
+
+
+@contextmanager
+def metrics_of(config: TrainConfig, spec: TrainSpec) -> Iterator[None]:
+    """The run's numbers for Prometheus, where that was asked for."""
+    if config.metrics_port is None:
+        yield
+        return
+    metrics = MetricsServer(TrainMetrics(Path(spec.out) / METRICS, spec.steps), LOOPBACK, config.metrics_port)
+    print(f"metrics: {LOOPBACK}:{metrics.port}", flush=True)
+    with closing(metrics):
+        yield
 
 
 def _last_words(spec: TrainSpec) -> int:

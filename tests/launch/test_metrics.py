@@ -23,6 +23,7 @@ from cluster.rpc.client import AsyncClient
 from cluster.rpc.server import build_server
 from launch.metrics import MetricsServer, ServeMetrics, check_host
 from launch.observe import ObserveConfig
+from launch.train_metrics import TrainMetrics
 from parallel.errors import ConfigError
 from tests.cluster.engine.tiny_models import save_tiny
 from tests.cluster.frontend.fakes import FakeEngine
@@ -122,6 +123,23 @@ def test_every_query_of_the_dashboard_names_a_metric_that_exists(engine_folder: 
 
 LABELLED = ("collectives_total", "collective_bytes_total", "prompts_failed_total", "training_calls_total")
 """Families that have no sample before something of their kind happened."""
+
+
+def test_a_training_run_gives_its_last_step_and_totals_since_it_was_watched(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    record = {"step": 1, "loss": 9.0, "grad_norm": 2.0, "tokens": 100, "seconds": 0.5, "mfu": 0.2, "eval_loss": 8.5}
+    path.write_text(json.dumps(record) + "\n")
+    with closing(MetricsServer(TrainMetrics(path, 10), "127.0.0.1", 0)) as metrics:
+        before = scrape(metrics.port)
+        with path.open("a") as file:
+            for step in (2, 3):
+                file.write(json.dumps({**record, "step": step, "loss": 9.0 - step, "eval_loss": None}) + "\n")
+        after = scrape(metrics.port)
+    name = "tp_decoders_run_"
+    assert before[name + "step"] == 1 and before[name + "tokens_total"] == 0, "not what an earlier command did"
+    expected = {"step": 3, "steps_wanted": 10, "loss": 6.0, "grad_norm": 2.0, "mfu_ratio": 0.2, "eval_loss": 8.5}
+    assert {key: after[name + key] for key in expected} == expected
+    assert after[name + "tokens_total"] == 200 and after[name + "step_seconds_total"] == 1.0
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::"])
