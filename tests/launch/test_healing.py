@@ -24,8 +24,7 @@ from tests.cluster.engine.tiny_models import save_tiny
 from tests.launch.test_serve import processes_of, wait_until_gone
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
-STREAMS, TOKENS, BEFORE = 6, 900, 100
-SERVING, NOT_SERVING = 1, 2
+STREAMS, TOKENS, BEFORE = 6, 600, 100
 NAMES = {value: name for name, value in health_pb2.HealthCheckResponse.ServingStatus.items()}
 
 
@@ -101,17 +100,26 @@ async def health_of(server: Server) -> AsyncIterator[list[str]]:
         task.cancel()
 
 
+@pytest.fixture(scope="module")
+def undisturbed(server: Server) -> list[list[int]]:
+    async def main() -> list[list[int]]:
+        async with AsyncClient(server.address) as client:
+            return await Streams(client).all()
+
+    tokens = asyncio.run(main())
+    assert all(len(each) == TOKENS for each in tokens)
+    return tokens
+
+
 @pytest.mark.parametrize(
     ("fault", "ranks", "number"),
     [(signal.SIGKILL, [1], 1), (signal.SIGKILL, [0], 2), (signal.SIGSTOP, [1], 3), (signal.SIGKILL, [0, 1], 4)],
 )
 def test_streams_end_with_the_tokens_of_an_undisturbed_run(
-    server: Server, fault: signal.Signals, ranks: list[int], number: int
+    server: Server, undisturbed: list[list[int]], fault: signal.Signals, ranks: list[int], number: int
 ) -> None:
     async def main() -> None:
         async with AsyncClient(server.address) as client, health_of(server) as health:
-            undisturbed = await Streams(client).all()
-            assert all(len(tokens) == TOKENS for tokens in undisturbed)
             streams = Streams(client)
             await streams.under_way()
             before = [process_of(server, rank) for rank in (0, 1)]
