@@ -97,10 +97,6 @@ class OpenCalls:
             if not self._open[client]:
                 del self._open[client]
 
-    @property
-    def num_open(self) -> int:
-        return self._open.total()
-
 
 CALLER: ContextVar[Account | None] = ContextVar("caller", default=None)
 """The account of the call that is being answered in this context, if callers have accounts."""
