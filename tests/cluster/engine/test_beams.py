@@ -59,7 +59,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def found(folders: dict[str, Path]) -> dict[str, list[Result]]:
     """All cases of a family at once in one engine."""
-    answers = {}
+    answers: dict[str, list[Result]] = {}
     for family in CONFIGS:
         engine = engine_over(folders[family])
         mine = [case.request for case in CASES if case.family == family]

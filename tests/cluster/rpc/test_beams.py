@@ -28,7 +28,7 @@ from tests.cluster.rpc.test_real_model import TEXT, engine_of, serving_model, to
 from tests.cluster.rpc.test_real_model import gpt2 as gpt2
 
 STOPS = list(range(100, 9000))
-DIVERSE = {
+DIVERSE: dict[str, Any] = {
     "width": 4,
     "length_penalty": 0.6,
     "early_stopping": "EARLY_STOPPING_NEVER",
@@ -59,7 +59,7 @@ def found(gpt2: Path) -> list[Result]:
 
 def same(samples: Sequence[pb.Sample], found: list[Result]) -> bool:
     told = [(list(s.token_ids), s.score, [v.logprob for v in map(_first, s.top_logprobs)]) for s in samples]
-    wanted = [(r.token_ids, r.score, [pytest.approx(e.top[0][1]) for e in r.logprobs]) for r in found]
+    wanted: list[Any] = [(r.token_ids, r.score, [pytest.approx(e.top[0][1]) for e in r.logprobs]) for r in found]
     return told == wanted
 
 
@@ -114,8 +114,8 @@ def test_best_of_shows_the_likeliest_samples_cut_where_stop_strings_cut_them(gpt
     async def main() -> None:
         async with serving_model(engine_of(gpt2), codec_of(tokenizer_of(gpt2))) as (client, frontend):
             stopping = {"max_new_tokens": 40, "stop_sequences": ["en", "ma"], "ignore_eos": True}
-            six = {"sampling": {"seed": 9, "n": 6}, "stopping": stopping, "response": {"logprobs": 0}}
-            two = {"sampling": {"seed": 9, "n": 2, "best_of": 6}, "stopping": stopping}
+            six: dict[str, Any] = {"sampling": {"seed": 9, "n": 6}, "stopping": stopping, "response": {"logprobs": 0}}
+            two: dict[str, Any] = {"sampling": {"seed": 9, "n": 2, "best_of": 6}, "stopping": stopping}
             (everything,) = (await client.generate([TEXT], **six)).results
             assert any(sample.stop_sequence for sample in everything.samples), "some were cut"
             means = sorted(((sum(s.logprobs) / len(s.logprobs), s.text) for s in everything.samples), reverse=True)

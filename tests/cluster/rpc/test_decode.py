@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from google.protobuf.message import Message
 
@@ -114,7 +116,8 @@ def test_both_orders_of_a_prompt_with_a_hole_arrive_and_no_third() -> None:
 
 
 def test_early_stopping_is_one_of_three() -> None:
-    for sent, meant in ((0, False), (1, True), (2, "never")):
+    meanings: list[tuple[int, Any]] = [(0, False), (1, True), (2, "never")]
+    for sent, meant in meanings:
         call = generate_call(pb.GenerateRequest(sampling={"beam": {"width": 2, "early_stopping": sent}}), CONFIG, None)
         assert call.sampling.beam == BeamParams(width=2, early_stopping=meant)
     with pytest.raises(InvalidRequest, match="early_stopping"):

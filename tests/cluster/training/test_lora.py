@@ -168,7 +168,7 @@ def test_stop_and_resume_of_an_adapter_ends_with_the_undisturbed_bits(
 ) -> None:
     base = str(checkpoints["gpt_bigcode"])
 
-    def go(root: str, until: int, **layout: int) -> Any:
+    def go(root: str, until: int, **layout: Any) -> Any:
         made = steps.Layout(**layout)
         return ranks(made.tp * made.dp, _saving, base, str(tmp_path / root), made, until, free_address(), dtype)[0]
 
