@@ -1,4 +1,4 @@
-"""10,000 fuzzed messages and 1,920 fuzzed connections: nothing takes effect that should not, the server stays healthy,
+"""10,000 fuzzed messages and 2,000 fuzzed connections: nothing takes effect that should not, the server stays healthy,
 memory and file handles stay where they were.
 
 Messages are valid ones of every method with bytes changed, cut and repeated; connections speak broken HTTP/2 (frames,
@@ -29,8 +29,8 @@ from tests.cluster.rpc.certificates import Authority
 from tests.cluster.rpc.harness import INFERENCE, Service, service
 from tests.cluster.rpc.test_load import resident_kib
 
-MESSAGES, ROUND = 10_000, 250
-CONNECTIONS, ROUNDS, AT_ONCE = 960, 8, 20
+MESSAGES, BATCH = 10_000, 250
+CONNECTIONS, MOST_ROUNDS, AT_ONCE = 200, 16, 20
 METHODS = sorted(method for method in REQUEST_KINDS if not method.endswith("/Drain"))  # which is meant to end it all
 CLEAR = {
     "OK",
@@ -93,21 +93,20 @@ async def send(s: Service, method: str, data: bytes) -> str:
 @pytest.mark.slow
 def test_ten_thousand_fuzzed_messages_are_each_answered_clearly_and_leave_nothing() -> None:
     async def main() -> Counter[str]:
-        rng, seen, before = random.Random(11), Counter[str](), 0
-        async with service(max_open_requests=4096) as s:
-            for index in range(MESSAGES // ROUND):
-                cases = [(rng.choice(METHODS), mutated(rng)) for _ in range(ROUND)]
-                seen.update(await asyncio.gather(*(send(s, method, data) for method, data in cases)))
-                await until(lambda: s.engine.idle and s.frontend.num_open == 0)
-                if index == 9:
-                    before = resident_kib()
-            grown = resident_kib() - before
-            assert grown < 8 * 1024, f"{grown} KiB more after {MESSAGES - 10 * ROUND} messages"
+        rng, seen, figures = random.Random(11), Counter[str](), list[int]()
+        async with service() as s:
+            while seen.total() < MESSAGES or not settled(figures, 1024):  # half a KiB for each message
+                assert len(figures) < 30, f"memory grows with every 1,000 messages: {figures}"
+                for _ in range(1000 // BATCH):
+                    cases = [(rng.choice(METHODS), mutated(rng)) for _ in range(BATCH)]
+                    seen.update(await asyncio.gather(*(send(s, method, data) for method, data in cases)))
+                    await until(lambda: s.engine.idle and s.frontend.num_open == 0)
+                figures.append(resident_kib())
             await healthy(s)
         return seen
 
-    seen = run(main(), 120)
-    assert seen.total() == MESSAGES and set(seen) <= CLEAR, seen
+    seen = run(main(), 200)
+    assert set(seen) <= CLEAR, seen
     assert seen["OK"] > 300 and seen["INVALID_ARGUMENT"] > 2000, seen
 
 
@@ -251,6 +250,11 @@ def test_a_call_of_a_broken_name_stops_neither_the_server_nor_open_streams(path:
     run(main())
 
 
+def settled(figures: list[int], kib: int) -> bool:
+    """Whether two rounds took no more than this; buffers and caches may take some rounds to fill, a leak goes on."""
+    return len(figures) >= 4 and min(figures[-2:]) - min(figures[-4:-2]) < kib
+
+
 def handles() -> int:
     return len(os.listdir("/proc/self/fd"))
 
@@ -282,15 +286,15 @@ def test_fuzzed_connections_leave_the_server_healthy_and_nothing_open(
                     await asyncio.gather(*(connect_and_send(s.server.port, data, context) for data in made))
                 await until(lambda: s.engine.idle and s.frontend.num_open == 0, 10.0)
 
-            figures = []
-            for _ in range(ROUNDS):
-                await some(CONNECTIONS // ROUNDS)
+            figures: list[int] = []
+            await some(CONNECTIONS)
+            before = handles()
+            while not settled(figures, 2 * CONNECTIONS * 4):  # 4 KiB for each
+                assert len(figures) < MOST_ROUNDS, f"memory grows with every {CONNECTIONS} connections: {figures}"
+                await some(CONNECTIONS)
                 await asyncio.sleep(0.2)
-                figures.append((resident_kib(), handles()))
+                figures.append(resident_kib())
             await healthy(s)
-            early, late = zip(*figures[3:5], strict=True), zip(*figures[6:], strict=True)
-            (kib_before, open_before), (kib, still_open) = map(min, early), map(min, late)
-            assert kib - kib_before < 8 * 1024, figures
-            assert still_open <= open_before + 4
+            assert handles() <= before + 4
 
     run(main(), 120)
