@@ -18,6 +18,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cluster.rpc.client import AsyncClient, ServiceError
+from cluster.rpc.proto.inference_pb2 import FinishReason
 from launch.background import Server
 from parallel.native import library
 from tests.cluster.engine.tiny_models import save_tiny
@@ -25,6 +26,8 @@ from tests.launch.test_serve import processes_of, wait_until_gone
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 STREAMS, TOKENS, BEFORE = 6, 600, 100
+LATE = ("DEADLINE_EXCEEDED", "FINISH_REASON_DEADLINE")
+"""What a caller hears, by whether its own clock or the server's was first."""
 NAMES = {value: name for name, value in health_pb2.HealthCheckResponse.ServingStatus.items()}
 
 
@@ -128,7 +131,8 @@ def test_streams_end_with_the_tokens_of_an_undisturbed_run(
             struck = time.monotonic()
             hurried = asyncio.create_task(client.generate([[1]], stopping={"max_new_tokens": 1500}, timeout=0.7))
             assert await streams.all() == undisturbed
-            await ended_in_time(hurried, fault)
+            how = await ended_in_time(hurried)
+            assert how in LATE or (fault == signal.SIGKILL and how == "FINISH_REASON_LENGTH")
             await told(server, "serving again", number)
             assert time.monotonic() - struck < 30
             assert health == ["SERVING", "NOT_SERVING", "SERVING"]
@@ -140,15 +144,13 @@ def test_streams_end_with_the_tokens_of_an_undisturbed_run(
     assert re.search(rf"rank {ranks[0]} on [\d.]+: {cause}", server.said)
 
 
-async def ended_in_time(call: asyncio.Task[Any], fault: signal.Signals) -> None:
-    """A caller with a deadline has its answer by then, whatever the group is busy with."""
-    if fault == signal.SIGSTOP:
-        with pytest.raises(ServiceError) as late:
-            await call
-        assert late.value.code.name == "DEADLINE_EXCEEDED"
-    else:
-        await asyncio.wait({call})
-        assert call.exception() is None or isinstance(call.exception(), ServiceError)
+async def ended_in_time(call: asyncio.Task[Any]) -> str:
+    """How a call with a deadline ended: it has its answer by then, whatever the group is busy with."""
+    try:
+        answer = await call
+    except ServiceError as error:
+        return error.code.name
+    return FinishReason.Name(answer.results[0].samples[0].finish_reason)
 
 
 def test_one_fault_too_many_ends_the_server_with_the_cause(server: Server) -> None:
