@@ -75,7 +75,7 @@ def test_a_run_leaves_metrics_and_a_checkpoint_that_transformers_opens(
     out, _ = undisturbed
     lines = read_records(out / METRICS)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
-    assert lines[0]["learning_rate"] == 0.0 and lines[-1]["loss"] < lines[0]["loss"] - 0.5
+    assert lines[0]["learning_rate"] == 0.0 and lines[-1]["loss"] < lines[0]["loss"] - 0.4
     newest = latest_checkpoint(out)
     assert newest is not None
     model = transformers.AutoModelForCausalLM.from_pretrained(newest)
