@@ -1,7 +1,8 @@
 """What `train` does once its settings are read: claims the run's folder, starts the ranks on Ray, shows how far they
 are, and draws the loss at the end.
 
-A signal stops the run with a checkpoint. Takes no step itself.
+A signal stops the run with a checkpoint; after a fault the ranks are started again from the last one. Takes no step
+itself.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from cluster.training.plots import can_plot, plot_loss
 from cluster.training.run_folder import METRICS, PLOT, START, claim_folder, folder_origin
 from cluster.training.samples import Prompts
 from cluster.training.schedule import Schedule
+from launch.healing import Restarts
 from launch.init import TOKENIZER_FILES, copy_tokenizer, write_random
 from launch.metrics import MetricsServer
 from launch.presets import Layer, build, find, read
@@ -183,24 +185,48 @@ def train(config: TrainConfig, spec: TrainSpec, log_level: int) -> int:
         with ray_session(config.ray.address, config.ray.num_cpus):
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, lambda *_: stop.set())
-            placement = replace(config.placement, log_level=log_level)
-            group = WorkerGroup(spec, spec.parallel.world, spec.parallel.device, placement)
-            try:
-                ready = group.start()
-                for sentence in split_replicas([rank.place.node for rank in ready], spec.parallel.tp):
-                    print(f"note: {sentence}", flush=True)
-                facts = ready[0].facts
-                print(header(spec, facts), flush=True)
-                with metrics_of(config, spec):
-                    watch(spec, facts.step, group.wait_fault, stop)
-            finally:
-                group.close()
+            with metrics_of(config, spec):
+                run_to_the_end(spec, replace(config.placement, log_level=log_level), stop)
     except SystemExit as ended:  # Ray's own handler of SIGTERM, while Ray starts
         raise KeyboardInterrupt from ended
     status = _last_words(spec)
     if config.plot:
         print(draw(Path(spec.out)), flush=True)
     return status
+
+
+def run_to_the_end(spec: TrainSpec, placement: PlacementConfig, stop: threading.Event) -> None:
+    """Lives of the run's ranks, one after another: a fault costs the steps since the last checkpoint and a start. Too
+    many within a window, or one at the first start, end the run with the cause.
+    """
+    restarts, started = Restarts(placement), False
+    while True:
+        try:
+            for _ in one_life(spec, placement, stop):
+                started = True
+            return
+        except WorkerError as fault:
+            delay = restarts.next_delay() if started else None
+            if delay is None:
+                raise
+            print(f"{fault}; it does so by itself in {delay:g} s (restart {restarts.total})", flush=True)
+            if stop.wait(delay):
+                return
+
+
+def one_life(spec: TrainSpec, placement: PlacementConfig, stop: threading.Event) -> Iterator[None]:
+    """Starts the ranks, yields, and watches them until the end, a signal or a fault."""
+    group = WorkerGroup(spec, spec.parallel.world, spec.parallel.device, placement)
+    try:
+        ready = group.start()
+        yield
+        for sentence in split_replicas([rank.place.node for rank in ready], spec.parallel.tp):
+            print(f"note: {sentence}", flush=True)
+        facts = ready[0].facts
+        print(header(spec, facts), flush=True)
+        watch(spec, facts.step, group.wait_fault, stop)
+    finally:
+        group.close()
 
 
 @contextmanager

@@ -27,7 +27,7 @@ class PlacementConfig:
     start_timeout_s: float = 600.0
     stop_timeout_s: float = 10.0
     silence_s: float = 6.0  # a rank that has not answered for this long is lost: frozen, or behind a dead link
-    max_restarts: int = 5  # of a group that serves, within restart_window_s; 0: the first fault ends it
+    max_restarts: int = 5  # of a group, within restart_window_s; 0: the first fault ends it
     restart_window_s: float = 600.0
     log_level: int = logging.WARNING
     log_json: bool = False  # the ranks' log as lines of JSON

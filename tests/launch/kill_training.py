@@ -96,10 +96,16 @@ class Job:
             _kill(family)
         elif victim == "the command":
             _kill({self._process.pid})
-        else:
-            ranks = sorted(pid for pid in family if _is_rank(pid))
-            _kill({random.Random(len(family)).choice(ranks)} if ranks else family)
+        elif not self.kill_a_rank():
+            _kill(family)
         self._process.wait(PATIENCE_S)  # not for its output's end: what is left behind may hold that open
+
+    def kill_a_rank(self) -> bool:
+        """SIGKILL to one, where there is one."""
+        family = family_of(self._process.pid)
+        ranks = sorted(pid for pid in family if _is_rank(pid))
+        _kill({random.Random(len(family)).choice(ranks)} if ranks else set())
+        return bool(ranks)
 
     def last_words(self) -> str:
         if self.running:
@@ -183,6 +189,7 @@ class Settings:
             f"steps={self.steps}", f"save_every={self.save_every}", f"schedule.total_steps={self.steps}",
             "corpus.tokens_per_sample=32", "corpus.batch_size=4", "eval_every=10", "eval_batches=1",
             "samples.prompts=[The king]", "samples.max_tokens=4", "peak_flops=1.0e+9", "plot=false",
+            "placement.max_restarts=0",  # a killed rank ends the command, which is then given again
         ]  # fmt: skip
         return ["train", "--config", "laptop", *settings]
 

@@ -43,7 +43,7 @@ def command(text: Path, out: Path, *more: str) -> list[str]:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_killed_then_stopped_by_a_signal_it_ends_with_the_undisturbed_bits(text: Path, tmp_path: Path) -> None:
+def test_killed_robbed_of_a_rank_and_stopped_it_ends_with_the_undisturbed_bits(text: Path, tmp_path: Path) -> None:
     whole = Job(command(text, tmp_path / "whole"), tmp_path / "whole")
     status, said = whole.wait(120)
     assert status == 0 and "training gpt2 (float32)" in said and f"step {STEPS}/{STEPS}  loss" in said
@@ -56,11 +56,15 @@ def test_killed_then_stopped_by_a_signal_it_ends_with_the_undisturbed_bits(text:
     job.kill()
     assert (killed_at := latest_checkpoint(out)) is None or killed_at.name < f"step-{STEPS:08d}"
 
-    job = Job(command(text, out), out)
+    job = Job(command(text, out, "save_every=2"), out)
     job.await_step(7)
+    assert job.kill_a_rank()  # it goes on by itself
+    saved = latest_checkpoint(out)
+    job.await_step(9)
     job.signal(signal.SIGTERM)
     status, said = job.wait(60)
     assert status == 0 and "the same command goes on from there" in said
+    assert "it does so by itself in 0 s (restart 1)" in said and saved is not None
     assert (stopped_at := latest_checkpoint(out)) is not None and stopped_at.name < f"step-{STEPS:08d}"
 
     job = Job(command(text, out), out)

@@ -129,7 +129,7 @@ class Walk:
             f"tp-decoders train --config laptop-gpt-neox model={self.shared}/base out={self.out} "
             f"corpus.path={self._data('text/tinyshakespeare.txt')} steps={self.steps} save_every=4 eval_every=null "
             "samples.prompts=[] parallel.tp=2 placement.strategy=PACK placement.join_timeout_s=180 "
-            "ray.address=auto ray.num_cpus=null plot=false"
+            "ray.address=auto ray.num_cpus=null plot=false placement.max_restarts=0"
         )
 
     def preflight_command(self) -> str:
