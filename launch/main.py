@@ -106,7 +106,8 @@ def _parser(chosen: str | None) -> argparse.ArgumentParser:
     """All commands by name, the chosen one with its arguments."""
     parser = argparse.ArgumentParser(
         prog="tp-decoders",
-        description="Tensor-parallel serving and training of GPT-2, GPT-NeoX, GPT-NeoX-Japanese, MPT and GPT-BigCode checkpoints.",
+        description="Tensor-parallel serving and training of GPT-2, GPT-NeoX, GPT-NeoX-Japanese, MPT and GPT-BigCode "
+        "checkpoints.",
         epilog="example: tp-decoders serve --model ./gpt2 --tp 2",
     )
     parser.add_argument("--version", action="version", version=_version())
