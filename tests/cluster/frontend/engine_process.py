@@ -25,10 +25,10 @@ class EngineProcess:
         args = (there, self.authkey, step_seconds, crash_at_step)
         self.process = context.Process(target=_serve, args=args, daemon=True)
         self.process.start()
-        assert here.poll(30), "the engine's process did not start"
+        assert here.poll(120), "the engine's process did not start"
         self.address = here.recv()
 
-    def link(self, timeout: float = 10.0) -> SocketLink:
+    def link(self, timeout: float = 60.0) -> SocketLink:
         return SocketLink(self.address, self.authkey, timeout)
 
     def signal(self, number: signal.Signals) -> None:

@@ -42,6 +42,9 @@ PIECES = (
 )
 UNKNOWN = PIECES.index(b"x")
 LIMITS = ModelLimits(vocab_size=len(PIECES), max_context=256, kv_capacity_tokens=1 << 20, max_batch=0)
+ENDLESS = replace(LIMITS, max_context=1 << 30, kv_capacity_tokens=1 << 40)
+"""With these a request for LASTING tokens is still open when the slowest machine gets to ending it."""
+LASTING = 1 << 24
 
 
 class PieceTokenizer:

@@ -23,7 +23,7 @@ from tests.cluster.frontend.fakes import CODEC, LIMITS
 T = TypeVar("T")
 
 
-def run(main: Coroutine[Any, Any, T], seconds: float = 30.0) -> T:
+def run(main: Coroutine[Any, Any, T], seconds: float = 120.0) -> T:
     """A test's coroutine, with a limit."""
 
     async def limited() -> T:
@@ -54,8 +54,8 @@ async def answer(frontend: Frontend, asked: Call) -> list[Result]:
     return await collect(await frontend.open(asked), len(asked.prompts))
 
 
-async def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
-    """Wait for what another thread does."""
+async def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    """Wait for what another thread does; on a busy machine that may take a while."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not happen in time"

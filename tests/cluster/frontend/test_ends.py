@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 
 import pytest
 
@@ -12,33 +11,35 @@ from cluster.frontend.calls import FrontendConfig
 from cluster.frontend.errors import Draining, EngineFault, RequestFailed
 from cluster.frontend.frontend import Frontend, State
 from cluster.frontend.local_link import LocalLink
-from tests.cluster.frontend.fakes import CODEC, FakeEngine, tokens_of
+from tests.cluster.frontend.fakes import CODEC, ENDLESS, LASTING, FakeEngine, tokens_of
 from tests.cluster.frontend.harness import PlayedLink, answer, call, run, serving, until
 
 
 def test_a_reader_that_leaves_frees_the_engine_within_a_step() -> None:
     async def main() -> None:
-        engine = FakeEngine(step_seconds=0.005)
+        engine = FakeEngine(limits=ENDLESS, step_seconds=0.005)
         async with serving(engine) as frontend:
-            async with await frontend.open(call([1], [2], stopping=StoppingCriteria(max_new_tokens=200))) as stream:
+            stopping = StoppingCriteria(max_new_tokens=LASTING)
+            async with await frontend.open(call([1], [2], stopping=stopping)) as stream:
                 await anext(stream)
                 assert len(engine.live) == 2
-            await until(lambda: not engine.live, 0.5)
-            assert engine.steps < 50 and frontend.num_open == 0
+            await until(lambda: not engine.live)
+            assert frontend.num_open == 0
 
     run(main())
 
 
 def test_abort_by_id_ends_the_stream_with_what_was_there() -> None:
     async def main() -> None:
-        engine = FakeEngine(step_seconds=0.005)
+        engine = FakeEngine(limits=ENDLESS, step_seconds=0.005)
         async with serving(engine) as frontend:
-            stream = await frontend.open(call([1], [2], request_id="x", stopping=StoppingCriteria(max_new_tokens=200)))
+            stopping = StoppingCriteria(max_new_tokens=LASTING)
+            stream = await frontend.open(call([1], [2], request_id="x", stopping=stopping))
             await anext(stream)
             assert frontend.abort(["x", "unknown"]) == 2 and frontend.abort(["x"]) == 0
             rest = [chunk async for chunk in stream]
             assert {chunk.finish_reason for chunk in rest} == {FinishReason.ABORTED}
-            await until(lambda: not engine.live, 0.5)
+            await until(lambda: not engine.live)
 
     run(main())
 
@@ -48,10 +49,9 @@ def test_a_deadline_ends_a_request_even_where_the_engine_does_not_answer() -> No
         link = PlayedLink()
         frontend = Frontend(link, codec=CODEC)
         frontend.start()
-        started = time.monotonic()
         (result,) = await answer(frontend, call([1], deadline=0.1))
         assert result.samples[0].finish_reason is FinishReason.DEADLINE
-        assert time.monotonic() - started < 1.0 and link.aborted == [link.submitted[0].request_id]
+        assert link.aborted == [link.submitted[0].request_id]
 
     run(main())
 
@@ -75,11 +75,11 @@ def test_an_id_used_again_never_sees_the_late_tokens_of_its_first_use() -> None:
 
 def test_drain_admits_nothing_finishes_what_is_open_and_ends_the_rest_after_the_grace_time() -> None:
     async def main() -> None:
-        async with serving(FakeEngine(step_seconds=0.002)) as frontend:
+        async with serving(FakeEngine(limits=ENDLESS, step_seconds=0.002)) as frontend:
             short = asyncio.create_task(answer(frontend, call([1])))
-            long = await frontend.open(call([2], stopping=StoppingCriteria(max_new_tokens=240)))
-            await asyncio.sleep(0.005)
-            draining = asyncio.create_task(frontend.drain(0.15))
+            long = await frontend.open(call([2], stopping=StoppingCriteria(max_new_tokens=LASTING)))
+            await until(lambda: frontend.num_open == 2)
+            draining = asyncio.create_task(frontend.drain(3.0))
             await asyncio.sleep(0)
             assert frontend.state is State.DRAINING
             with pytest.raises(Draining):
@@ -117,8 +117,8 @@ def test_drain_of_an_idle_server_is_immediate() -> None:
     async def main() -> None:
         async with serving(FakeEngine()) as frontend:
             await answer(frontend, call([1]))
-            started = time.monotonic()
-            assert await frontend.drain(10.0) == 0 and time.monotonic() - started < 1.0
+            async with asyncio.timeout(60):
+                assert await frontend.drain(3600.0) == 0
 
     run(main())
 

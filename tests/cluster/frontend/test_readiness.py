@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
-import time
+import threading
 from typing import Any
 
 import pytest
@@ -19,31 +19,35 @@ from tests.cluster.frontend.engine_process import engine_process
 from tests.cluster.frontend.fakes import FakeEngine
 from tests.cluster.frontend.harness import run, serving, until
 
+GENEROUS_S = 60.0
+
 
 class SlowCanary(FakeEngine):
-    """Its canaries wait as long as they are told to."""
+    """Its canaries wait until they are let go."""
 
-    delay = 0.0
+    go = threading.Event()
 
     def prove(self) -> EngineLoad:
-        time.sleep(self.delay)
+        assert self.go.wait(GENEROUS_S)
         return super().prove()
 
 
 def test_a_server_is_not_ready_before_its_first_canary_and_after_a_late_one() -> None:
     async def main() -> None:
         engine = SlowCanary()
+        engine.go.set()
         async with serving(engine) as frontend:
-            readiness = Readiness(frontend, timeout_s=0.2)
+            readiness = Readiness(frontend, timeout_s=GENEROUS_S)
             seen: list[bool] = []
             readiness.observe(seen.append)
             assert not readiness.ready and "no canary" in readiness.reason
             assert await readiness.prove() and engine.canaries == 1
-            engine.delay = 0.5
+            engine.go.clear()
+            readiness._timeout_s = 0.2
             assert not await readiness.prove()
             assert "did not come back" in readiness.reason and readiness.failures == 1
-            engine.delay = 0.0
-            await asyncio.sleep(0.5)
+            engine.go.set()
+            readiness._timeout_s = GENEROUS_S
             assert await readiness.prove()
             assert seen == [False, True, False, True]
 
@@ -55,7 +59,7 @@ def test_canaries_are_sent_again_and_again_and_at_once_when_a_new_engine_took_ov
         async with serving(FakeEngine(), recovery_seconds=10.0) as frontend:
             readiness = Readiness(frontend, every_s=0.05)
             task = asyncio.create_task(readiness.run())
-            first: Any = frontend._link
+            first: Any = frontend.fleet.replicas[0].link
             await until(lambda: first._engine.canaries >= 3)
             assert readiness.ready
             frontend.fault("rank 1 is gone")
@@ -73,14 +77,17 @@ def test_canaries_are_sent_again_and_again_and_at_once_when_a_new_engine_took_ov
 def test_a_training_call_under_way_excuses_a_late_canary(monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
         engine = SlowCanary()
+        engine.go.set()
         async with serving(engine) as frontend:
-            readiness = Readiness(frontend, timeout_s=0.1)
+            readiness = Readiness(frontend, timeout_s=GENEROUS_S)
             assert await readiness.prove()
-            engine.delay = 0.3
+            engine.go.clear()
+            readiness._timeout_s = 0.2
             monkeypatch.setattr(Frontend, "training_under_way", True)
             assert await readiness.prove(), "busy by right"
             monkeypatch.setattr(Frontend, "training_under_way", False)
             assert not await readiness.prove()
+            engine.go.set()
 
     run(main())
 
@@ -92,13 +99,11 @@ def test_a_question_under_way_ends_with_the_connection_not_with_its_own_limit() 
             frontend = Frontend(link)
             frontend.start()
             process.signal(signal.SIGSTOP)
-            asked = asyncio.create_task(frontend.load(20.0, prove=True))
+            asked = asyncio.create_task(frontend.load(3600.0, prove=True))
             await asyncio.sleep(0.2)
             process.signal(signal.SIGKILL)
-            began = time.monotonic()
             with pytest.raises(WorkerError, match="lost"):
                 await asked
-            assert time.monotonic() - began < 5.0
             assert frontend.state is State.FAILED
             await frontend.close()
 

@@ -57,7 +57,7 @@ def test_over_a_connection_a_call_cancelled_before_its_turn_never_runs_and_error
     go = threading.Event()
 
     def train(asked: TrainCall) -> TrainAnswer:
-        go.wait(10)
+        assert go.wait(60)
         ran.append(asked.expected_step)
         if asked.expected_step == 2:
             raise StepConflict("told to refuse")
@@ -66,9 +66,10 @@ def test_over_a_connection_a_call_cancelled_before_its_turn_never_runs_and_error
     async def main(server: EngineServer) -> None:
         frontend = await frontend_over(SocketLink(server.address, KEY))
         calls = [asyncio.create_task(frontend.train(step(i))) for i in range(3)]
-        await asyncio.sleep(0.1)
+        await until(lambda: len(server._trainings) == 3)
+        waiting = server._trainings[sorted(server._trainings)[1]]
         calls[1].cancel()
-        await asyncio.sleep(0.1)
+        await until(waiting.cancelled)
         go.set()
         assert (await calls[0]).logprobs == ((-1.5,),)
         with pytest.raises(StepConflict, match="told to refuse"):
@@ -87,7 +88,7 @@ def with_server(train: Callable[[TrainCall], TrainAnswer], main: Callable[[Engin
         run(main(server))  # type: ignore[arg-type]
     finally:
         server.stop()
-        thread.join(10)
+        thread.join(60)
 
 
 def test_a_rank_lost_in_a_training_step_ends_every_call_with_the_cause() -> None:

@@ -38,7 +38,7 @@ class Service:
     def address(self) -> str:
         return f"127.0.0.1:{self.server.port}"
 
-    async def raw(self, method: str, data: bytes, timeout: float = 20.0) -> bytes:
+    async def raw(self, method: str, data: bytes, timeout: float = 120.0) -> bytes:
         """Any bytes to any method."""
         channel: Any = self.client.channel
         answer: bytes = await channel.unary_unary(method)(data, timeout=timeout)
@@ -63,7 +63,7 @@ async def service(
         try:
             async with AsyncClient(f"127.0.0.1:{server.port}", access) as client:
                 if ready:  # a client without what the server asks for never is
-                    await client.ready()
+                    await client.ready(60.0)
                 yield Service(engine, frontend, server, client)
         finally:
             await server.stop(1.0)

@@ -84,7 +84,7 @@ def test_a_search_over_a_port_answers_what_the_engine_finds_whole_and_as_last_ch
             load = await client.load()
             assert load.kv_blocks_free == load.kv_blocks_total
 
-    run(main(), 60)
+    run(main())
 
 
 def test_a_search_goes_on_over_an_engine_that_dies_and_leaves_nothing_when_its_client_does(
@@ -107,7 +107,7 @@ def test_a_search_goes_on_over_an_engine_that_dies_and_leaves_nothing_when_its_c
             load = second.load()
             assert load.kv_blocks_free == load.kv_blocks_total
 
-    run(main(), 60)
+    run(main())
 
 
 def test_best_of_shows_the_likeliest_samples_cut_where_stop_strings_cut_them(gpt2: Path) -> None:
@@ -136,7 +136,7 @@ def test_best_of_shows_the_likeliest_samples_cut_where_stop_strings_cut_them(gpt
             again = (await asked).results[0].samples
             assert [(s.text, s.score) for s in again] == [(s.text, s.score) for s in best.samples]
 
-    run(main(), 60)
+    run(main())
 
 
 def test_a_hole_is_filled_as_transformers_continues_the_same_tokens_in_both_orders(gpt2: Path, tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def test_a_hole_is_filled_as_transformers_continues_the_same_tokens_in_both_orde
                 )  # fmt: skip
                 assert list(result.samples[0].token_ids) == wanted[0, len(ids) :].tolist()
 
-    run(main(), 60)
+    run(main())
 
 
 def add_tokens(source: Path, target: Path, marks: dict[str, int]) -> None:

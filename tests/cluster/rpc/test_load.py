@@ -53,14 +53,15 @@ def test_200_concurrent_streaming_clients_all_complete_and_none_is_lost() -> Non
         async with service(FakeEngine(step_seconds=0.001, held=True)) as s:
             some = await clients(s)
             tasks = [asyncio.create_task(read(s, some[seed % 8], seed)) for seed in range(CLIENTS)]
-            await until(lambda: s.frontend.num_open == CLIENTS, 20.0)
+            await until(lambda: s.frontend.num_open == CLIENTS)
             s.engine.held = False
             got = await asyncio.gather(*tasks)
             assert got == [expected(seed) for seed in range(CLIENTS)]
-            assert s.frontend.num_open == 0 and s.engine.idle and s.engine.submitted == CLIENTS
+            await until(lambda: s.frontend.num_open == 0 and s.engine.idle)
+            assert s.engine.submitted == CLIENTS
             await asyncio.gather(*(client.close() for client in some))
 
-    run(main(), 60)
+    run(main())
 
 
 def test_half_of_200_clients_leave_at_random_and_everything_is_freed() -> None:
@@ -75,12 +76,12 @@ def test_half_of_200_clients_leave_at_random_and_everything_is_freed() -> None:
                     assert all(tokens[i] == expected(seed)[i][: len(tokens[i])] for i in (0, 1))
                 else:
                     assert tokens == expected(seed)
-            await until(lambda: s.engine.idle and s.frontend.num_open == 0, 5.0)
+            await until(lambda: s.engine.idle and s.frontend.num_open == 0)
             load = await s.client.load()
             assert load.kv_blocks_free == load.kv_blocks_total and load.open_requests == 0
             await asyncio.gather(*(client.close() for client in some))
 
-    run(main(), 60)
+    run(main())
 
 
 def test_memory_stays_flat_over_rounds_of_clients() -> None:
@@ -99,4 +100,4 @@ def test_memory_stays_flat_over_rounds_of_clients() -> None:
             grown = resident_kib() - before
             assert grown < 12 * 1024, f"{grown} KiB more after 1,200 requests, half of them cancelled"
 
-    run(main(), 60)
+    run(main())

@@ -162,4 +162,4 @@ def test_1000_malformed_training_requests_change_nothing(tmp_path: Path) -> None
             assert (await client.train_step(DOCUMENTS, expected_step=0, **STEP)).step == 1
             assert (await client.save_state("good")).step == 1
 
-    run(main(), 90)
+    run(main())

@@ -84,7 +84,7 @@ def answers(group: Group, folder: str, task: str) -> list[bytes]:
             made = [] if task == CAUSAL else [await client.classify(PROMPTS, request_id="c")]
             return [answer.SerializeToString() for answer in [*made, embedded]]
 
-    found: list[bytes] = run(main(), 60)
+    found: list[bytes] = run(main())
     return found
 
 
@@ -174,7 +174,7 @@ def test_what_was_asked_of_an_engine_that_died_is_answered_by_the_next(tmp_path:
             await frontend.reattach(LocalLink(engine_of()))
             assert (await asked).SerializeToString() == quiet
 
-    run(main(), 60)
+    run(main())
 
 
 def test_options_of_each_task_and_what_is_refused(tmp_path: Path) -> None:
@@ -222,4 +222,4 @@ def test_options_of_each_task_and_what_is_refused(tmp_path: Path) -> None:
     reference(CHOICES, tmp_path / "c")
     reference(CAUSAL, tmp_path / "l")
     for main in (sequences, choices, language):
-        run(main(), 60)
+        run(main())

@@ -99,7 +99,7 @@ def test_the_sorter_sorts_all_729_inputs_of_one_call() -> None:
             answer = await client.generate(prompts, sampling={"temperature": 0.0}, stopping={"max_new_tokens": 6})
             assert [list(r.samples[0].token_ids) for r in answer.results] == [sorted(prompt) for prompt in prompts]
 
-    run(main(), 60)
+    run(main())
 
 
 def test_text_in_text_out_streamed_and_whole_with_stop_strings(gpt2: Path) -> None:
@@ -120,7 +120,7 @@ def test_text_in_text_out_streamed_and_whole_with_stop_strings(gpt2: Path) -> No
                 streamed[chunk.sample_index] += chunk.text
             assert list(streamed.values()) == [sample.text for sample in stopped.samples]
 
-    run(main(), 60)
+    run(main())
 
 
 def test_scores_of_an_answer_are_bit_for_bit_the_log_probabilities_it_was_sampled_with(gpt2: Path) -> None:
@@ -132,7 +132,7 @@ def test_scores_of_an_answer_are_bit_for_bit_the_log_probabilities_it_was_sample
             (score,) = (await client.score([[5, 6, 7, *sample.token_ids]])).results
             assert list(score.logprobs[2:]) == list(sample.logprobs)
 
-    run(main(), 60)
+    run(main())
 
 
 def test_half_of_the_clients_leave_and_every_block_of_the_cache_is_free_again(gpt2: Path) -> None:
@@ -148,7 +148,7 @@ def test_half_of_the_clients_leave_and_every_block_of_the_cache_is_free_again(gp
             assert load.preemptions > 0, "the cache was too small for all at once"
             assert load.kv_blocks_free == load.kv_blocks_total and load.running == load.waiting == 0
 
-    run(main(), 60)
+    run(main())
 
 
 async def one_client(client: AsyncClient, seed: int, leaves: bool) -> int:
@@ -179,7 +179,7 @@ def test_answers_over_engines_that_die_are_bit_for_bit_those_of_one_that_lives(g
                 await frontend.reattach(LocalLink(engine))
             assert await asked == quiet
 
-    run(main(), 60)
+    run(main())
 
 
 async def ask(client: AsyncClient, prompts: Sequence[str]) -> list[list[pb.Sample]]:

@@ -73,7 +73,7 @@ def test_what_was_not_asked_for_does_not_come() -> None:
 
 def test_a_stream_put_together_equals_the_unary_answer() -> None:
     async def main() -> None:
-        async with service(FakeEngine(step_seconds=0.02)) as s:
+        async with service(FakeEngine(step_seconds=0.05)) as s:
             fields: dict[str, Any] = {
                 "sampling": {"seed": 5, "n": 2},
                 "stopping": {"max_new_tokens": 20, "stop_sequences": ["ba", "é"]},

@@ -90,7 +90,7 @@ def learns(group: Group, folder: str, root: str) -> list[float]:
             assert (await client.train_step(labelled(), optimizer=RATE, expected_step=15)).loss == again
             return [*seen, *after.results[3].scores.logits]
 
-    found: list[float] = run(main(), 60)
+    found: list[float] = run(main())
     return found
 
 
@@ -154,4 +154,4 @@ def test_each_task_has_its_loss_and_its_rules(tmp_path: Path) -> None:
     reference(SPANS, tmp_path / "spans")
     reference(CHOICES, tmp_path / "choices")
     for main in (numbers, tokens, spans, choices):
-        run(main(), 60)
+        run(main())

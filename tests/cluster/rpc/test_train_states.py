@@ -71,7 +71,7 @@ def test_three_steps_after_a_load_have_the_bits_of_the_three_steps_after_the_sav
             await other.load_state("three", expected_step=0)
             assert await take(other, 3, 3) == first and await scores(other) == at_six
 
-    run(main(), 60)
+    run(main())
 
 
 def test_a_bfloat16_states_masters_come_back_too(tiny: Path, tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_a_bfloat16_states_masters_come_back_too(tiny: Path, tmp_path: Path) -> 
             await client.load_state("two", idempotency_key="back")
             assert await take(client, 2, 3) == first
 
-    run(main(), 60)
+    run(main())
 
 
 def test_transformers_opens_a_saved_state_and_an_export(tiny: Path, tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_transformers_opens_a_saved_state_and_an_export(tiny: Path, tmp_path: Pa
             await refused(call, Code.NOT_FOUND, "it is an export")
             return await scores(client)
 
-    served = run(main(), 60)
+    served = run(main())
     plain = sorted(path.name for path in (tmp_path / "export").iterdir())
     assert plain == ["config.json", "generation_config.json", "model.safetensors"]
     for name in ("state", "export"):
@@ -117,7 +117,7 @@ def test_streams_go_on_while_a_state_is_written_and_it_holds_the_weights_of_its_
     go, write = threading.Event(), SliceFiles.write
 
     def held(*args: Any) -> None:
-        assert go.wait(15), "the test ended early"
+        assert go.wait(60), "the test ended early"
         write(*args)
 
     monkeypatch.setattr(SliceFiles, "write", held)
@@ -141,21 +141,25 @@ def test_streams_go_on_while_a_state_is_written_and_it_holds_the_weights_of_its_
             await client.load_state("one", expected_step=3)
             assert await scores(client) == before and await take(client, 1, 2) == first
 
-    run(main(), 60)
+    run(main())
 
 
 def test_a_save_whose_client_has_gone_is_completed(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     go, write = threading.Event(), SliceFiles.write
 
     def held(*args: Any) -> None:
-        assert go.wait(15), "the test ended early"
+        assert go.wait(60), "the test ended early"
         write(*args)
 
     monkeypatch.setattr(SliceFiles, "write", held)
 
     async def main() -> None:
         async with training_service(tiny, root=tmp_path) as client:
-            await refused(client.save_state("left", timeout=0.3), Code.DEADLINE_EXCEEDED, "")
+            leaving = asyncio.create_task(client.save_state("left", timeout=3.0))
+            while (await client.train_state()).saving != "left":
+                assert not leaving.done(), "it never began"
+                await asyncio.sleep(0.01)
+            await refused(leaving, Code.DEADLINE_EXCEEDED, "")
             assert (await client.train_state()).saving == "left"
             go.set()
             while (await client.train_state()).saving:
@@ -163,7 +167,7 @@ def test_a_save_whose_client_has_gone_is_completed(tiny: Path, tmp_path: Path, m
             assert [state.name for state in (await client.train_state()).saved] == ["left"]
             assert (await client.load_state("left", expected_step=0)).step == 0
 
-    run(main(), 60)
+    run(main())
 
 
 def test_no_name_leads_out_of_the_folder_or_over_what_is_there(tiny: Path, tmp_path: Path) -> None:
@@ -197,7 +201,7 @@ def test_no_name_leads_out_of_the_folder_or_over_what_is_there(tiny: Path, tmp_p
             assert sorted(tmp_path.rglob("*")) == before, "nothing was written anywhere"
             assert (await client.train_state()).weight_version == 0
 
-    run(main(), 60)
+    run(main())
 
 
 def test_without_a_folder_a_save_says_what_to_set(tiny: Path) -> None:
@@ -229,7 +233,7 @@ def test_a_full_disk_is_the_calls_error_and_leaves_nothing(
             await take(client, 1, 1)
             assert (await client.save_state("a")).step == 2 and [p.name for p in tmp_path.iterdir()] == ["a"]
 
-    run(main(), 60)
+    run(main())
 
 
 def test_a_damaged_state_is_named_by_file_and_changes_nothing(tiny: Path, tmp_path: Path) -> None:
@@ -252,7 +256,7 @@ def test_a_damaged_state_is_named_by_file_and_changes_nothing(tiny: Path, tmp_pa
             assert await scores(client) == before and (await client.train_state()).step == 1
             await take(client, 1, 1)
 
-    run(main(), 60)
+    run(main())
 
 
 def test_another_models_state_is_refused(tiny: Path, tmp_path: Path) -> None:
@@ -266,7 +270,7 @@ def test_another_models_state_is_refused(tiny: Path, tmp_path: Path) -> None:
             await refused(call, Code.FAILED_PRECONDITION, "it belongs to another model")
             assert await scores(client) == before and (await client.train_state()).weight_version == 0
 
-    run(main(), 60)
+    run(main())
 
 
 def test_labels_are_what_transformers_makes_of_them(tiny: Path) -> None:
@@ -293,7 +297,7 @@ def test_drain_waits_for_training_calls_under_way(tiny: Path, tmp_path: Path, mo
     go, write = threading.Event(), SliceFiles.write
 
     def held(*args: Any) -> None:
-        assert go.wait(15), "the test ended early"
+        assert go.wait(60), "the test ended early"
         write(*args)
 
     monkeypatch.setattr(SliceFiles, "write", held)
@@ -303,7 +307,7 @@ def test_drain_waits_for_training_calls_under_way(tiny: Path, tmp_path: Path, mo
             saving = asyncio.create_task(client.save_state("last"))
             while (await client.train_state()).saving != "last":
                 await asyncio.sleep(0.01)
-            draining = asyncio.create_task(client.drain(20.0))
+            draining = asyncio.create_task(client.drain(100.0))
             await asyncio.sleep(0.2)
             assert not draining.done()
             call = client.train_step(DOCUMENTS, expected_step=0)
@@ -312,7 +316,7 @@ def test_drain_waits_for_training_calls_under_way(tiny: Path, tmp_path: Path, mo
             assert await draining == 0 and (await saving).name == "last"
         assert (tmp_path / "last" / "training" / "state.json").is_file()
 
-    run(main(), 60)
+    run(main())
 
 
 def test_a_drain_that_runs_out_of_time_ends_training_calls_with_the_reason(
@@ -330,4 +334,4 @@ def test_a_drain_that_runs_out_of_time_ends_training_calls_with_the_reason(
             await refused(saving, Code.UNAVAILABLE, "the server stopped before")
             go.set()
 
-    run(main(), 60)
+    run(main())

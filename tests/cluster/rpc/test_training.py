@@ -76,7 +76,7 @@ def test_eight_streams_run_on_while_fifty_steps_are_taken_and_what_is_served_is_
             assert sample.weight_version == 50
             return [*DOCUMENTS[0], *sample.token_ids], list(sample.logprobs)
 
-    tokens, drawn = run(main(), 90)
+    tokens, drawn = run(main())
     for step in EXPORTED:
         assert scores_of(tmp_path / f"after-{step}") == served[step], "bit for bit"
     assert scores_of(tmp_path / "after-50", [tokens])[0][len(DOCUMENTS[0]) - 1 :] == drawn
@@ -99,7 +99,7 @@ def test_served_log_probabilities_are_the_training_forwards_bit_for_bit_after_ev
             assert sample.weight_version == 4 and trained[len(DOCUMENTS[0]) - 1 :] == list(sample.logprobs)
             assert (await scores(client)) != before
 
-    run(main(), 60)
+    run(main())
 
 
 def test_nothing_cached_under_old_weights_is_used_again(tiny: Path) -> None:
@@ -133,7 +133,7 @@ def test_nothing_cached_under_old_weights_is_used_again(tiny: Path) -> None:
             again = logprobs(await client.evaluate([[*prompt, *sample.token_ids]]))[0]
             assert list(sample.logprobs) == again[len(prompt) - 1 :]
 
-    run(main(), 60)
+    run(main())
 
 
 def test_a_step_in_two_halves_and_in_two_parts_is_the_same_step(tiny: Path) -> None:
@@ -151,7 +151,7 @@ def test_a_step_in_two_halves_and_in_two_parts_is_the_same_step(tiny: Path) -> N
             assert theirs == pytest.approx(ours, rel=1e-3)
             assert (await two.train_state()).waiting_calls == 0
 
-    run(main(), 60)
+    run(main())
 
 
 def test_a_repeated_step_is_answered_and_a_stale_one_refused_never_applied_twice(tiny: Path) -> None:
@@ -173,7 +173,7 @@ def test_a_repeated_step_is_answered_and_a_stale_one_refused_never_applied_twice
             state = await client.train_state()
             assert (state.step, state.weight_version) == (1, 1) and await scores(client) == after
 
-    run(main(), 60)
+    run(main())
 
 
 def test_a_seed_drops_activations_and_none_does_not(tmp_path: Path) -> None:
@@ -193,7 +193,7 @@ def test_a_seed_drops_activations_and_none_does_not(tmp_path: Path) -> None:
             other = client.forward_backward(DOCUMENTS, idempotency_key="k", dropout_seed=8)
             await refused(other, grpc.StatusCode.FAILED_PRECONDITION, "was used for another call")
 
-    run(main(), 60)
+    run(main())
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
@@ -233,7 +233,7 @@ def test_malformed_steps_name_the_field_and_change_nothing(tiny: Path) -> None:
             assert (await client.train_state()).step == 0 and await scores(client) == before
             assert (await client.train_step(DOCUMENTS, expected_step=0, **STEP)).grad_norm < 1e6, "nothing was left"
 
-    run(main(), 60)
+    run(main())
 
 
 def test_a_server_without_a_trainer_says_so(tiny: Path) -> None:
@@ -242,4 +242,4 @@ def test_a_server_without_a_trainer_says_so(tiny: Path) -> None:
             call = client.train_step(DOCUMENTS, expected_step=0)
             await refused(call, grpc.StatusCode.FAILED_PRECONDITION, "start it with --train")
 
-    run(main(), 60)
+    run(main())
