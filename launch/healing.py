@@ -73,7 +73,7 @@ class Healer:
         while True:
             await self._news.wait()
             self._news.clear()
-            if self._frontend.has_engine and self._group.wait_fault(0.0) is None:
+            if self._frontend.fleet.has_engine and self._group.wait_fault(0.0) is None:
                 continue  # old news
             began = time.monotonic()
             cause = await asyncio.to_thread(self._group.wait_fault, CAUSE_S)

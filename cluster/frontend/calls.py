@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from cluster.engine.request import ResponseOptions, SamplingParams, StoppingCriteria
+from cluster.frontend.routing import RoutingConfig
 
 if TYPE_CHECKING:
     from cluster.frontend.reading import Reading  # which brings in torch
@@ -88,3 +89,4 @@ class FrontendConfig:
     max_chars_per_token: int = 128  # a longer text cannot fit the context; refused before it is tokenized
     inline_chars: int = 8192  # longer texts are tokenized beside the event loop
     recovery_seconds: float = 0.0  # how long open requests wait for a new engine after a fault
+    routing: RoutingConfig = field(default_factory=RoutingConfig)

@@ -1,7 +1,7 @@
 """What happens to open requests: the engine's events go to their streams, and every way a request can end.
 
-A reader that leaves, a deadline, a stop string, an abort and an error all end here, and all tell the engine
-(`abort`), so that it frees the request's memory within one step. Runs in the front-end's event loop only.
+A reader that leaves, a deadline, a stop string, an abort and an error all end here, and all tell the engine (through
+the fleet), so that it frees the request's memory within one step. Runs in the front-end's event loop only.
 """
 
 from __future__ import annotations
@@ -9,28 +9,27 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from cluster.engine.request import FinishReason, Request, TokenEvent
+from cluster.engine.request import FinishReason, TokenEvent
 from cluster.frontend.errors import RequestFailed
+from cluster.frontend.fleet import Fleet, Seat
 from cluster.frontend.journal import Entry, Journal
-from cluster.frontend.link import LinkEvent, Rejected, SampleId
+from cluster.frontend.link import LinkEvent, Rejected
 from cluster.frontend.meters import Meters
 from cluster.frontend.streams import Stream
 from parallel.errors import TpError
 
 log = logging.getLogger(__name__)
 
-Abort = Callable[[Sequence[str], Sequence[SampleId]], None]
-
 
 class Delivery:
     """Applies events to the journal's entries and ends them."""
 
-    def __init__(self, journal: Journal, loop: asyncio.AbstractEventLoop, abort: Abort) -> None:
+    def __init__(self, journal: Journal, loop: asyncio.AbstractEventLoop, fleet: Fleet) -> None:
         self._journal = journal
         self._loop = loop
-        self._abort = abort
+        self._fleet = fleet
         self._deadlines: dict[str, asyncio.TimerHandle] = {}
         self.meters = Meters()
         self.quiet = asyncio.Event()
@@ -48,19 +47,19 @@ class Delivery:
                 timer = self._loop.call_later(entry.request.deadline, self.end, [entry], FinishReason.DEADLINE)
                 self._deadlines[entry.request.request_id] = timer
 
-    def apply(self, events: Sequence[LinkEvent]) -> None:
-        """Everything that happened in one step of the engine. What belongs to no open request is late news, and
-        dropped.
+    def apply(self, seat: Seat, events: Sequence[LinkEvent]) -> None:
+        """Everything that happened in one step of an engine. What belongs to no request that is open there is late
+        news, and dropped.
         """
         now = time.monotonic()
         for event in events:
             entry = self._journal.get(event.request_id)
-            if entry is None:
+            if entry is None or entry.seat is not seat:
                 continue
             if isinstance(event, Rejected):
                 self.fail(entry, event.error)
             elif event.finish_reason is FinishReason.ERROR:
-                self._abort([event.request_id], ())
+                self._fleet.abort([entry])
                 self.fail(entry, RequestFailed(event.error or "the engine reported an error without a message"))
             elif not entry.samples[event.sample_index].done:
                 self._take(entry, event, now)
@@ -68,8 +67,7 @@ class Delivery:
     def end(self, entries: Sequence[Entry], reason: FinishReason) -> None:
         """End entries from this side: readers get what there is and the reason."""
         now = time.monotonic()
-        if entries:
-            self._abort([entry.request.request_id for entry in entries], ())
+        self._fleet.abort(entries)
         for entry in entries:
             for index, sample in enumerate(entry.samples):
                 if not sample.done:
@@ -92,12 +90,13 @@ class Delivery:
             FinishReason.ABORTED,
         )
 
-    def resumed(self) -> list[Request]:
-        """What a new engine has to be asked so that every open request goes on."""
+    def resume(self) -> None:
+        """What sits nowhere goes on with the engines there are; what had all its tokens only missed its end."""
         now = time.monotonic()
         for entry in self._journal:
-            self._end_full_samples(entry, now)
-        return [entry.resumed(now) for entry in self._journal]
+            if entry.seat is None:
+                self._end_full_samples(entry, now)
+        self._fleet.submit([entry for entry in self._journal if entry.seat is None], resumed=True)
 
     def _take(self, entry: Entry, event: TokenEvent, now: float) -> None:
         try:
@@ -107,7 +106,7 @@ class Delivery:
                 "request %s: its tokens could not be turned into an answer", event.request_id,
                 extra={"request_id": entry.call_id},
             )  # fmt: skip
-            self._abort([event.request_id], ())
+            self._fleet.abort([entry])
             self.fail(
                 entry, RequestFailed(f"the tokens could not be turned into text: {type(error).__name__}: {error}")
             )
@@ -121,11 +120,10 @@ class Delivery:
 
     def _stop_sample(self, entry: Entry, sample_index: int) -> None:
         """A stop string ended a sample that the engine still works on."""
-        key = entry.request.request_id
         if entry.done:
-            self._abort([key], ())
+            self._fleet.abort([entry])
         else:
-            self._abort((), [(key, sample_index)])
+            self._fleet.abort_sample(entry, sample_index)
 
     def _end_full_samples(self, entry: Entry, now: float) -> None:
         """A sample whose last token came without its end, because the engine died between the two."""
@@ -147,6 +145,7 @@ class Delivery:
                 sum(len(sample.token_ids) for sample in entry.samples), extra={"request_id": entry.call_id},
             )  # fmt: skip
         self._journal.remove(entry)
+        self._fleet.leave(entry)
         timer = self._deadlines.pop(entry.request.request_id, None)
         if timer is not None:
             timer.cancel()

@@ -1,8 +1,7 @@
-"""The front-end: admits calls, keeps the journal, turns the engine's tokens into streams of text, survives the engine.
+"""The front-end: admits calls, keeps the journal, turns engines' tokens into streams of text, survives the engines.
 
-One event loop owns everything here; the link's threads only hand events over. Sampling, scheduling and memory belong
-to the engine, rules to rules.py, what happens to open requests to delivery.py, what is remembered of them to
-journal.py.
+One event loop owns everything here. Sampling, scheduling and memory belong to the engines, which of them does what to
+fleet.py, rules to rules.py, what happens to open requests to delivery.py, what is remembered of them to journal.py.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 
 from cluster.engine.request import EngineLoad, FinishReason, ModelLimits, Request
 from cluster.frontend.admission import Admission
@@ -24,8 +22,10 @@ from cluster.frontend.best_of import BestOf
 from cluster.frontend.calls import Call, FrontendConfig
 from cluster.frontend.delivery import Delivery
 from cluster.frontend.errors import Draining, EngineFault, InvalidRequest, Violation
+from cluster.frontend.fleet import Fleet
 from cluster.frontend.journal import Entry, Journal, SampleState
-from cluster.frontend.link import EngineLink, LinkEvent
+from cluster.frontend.link import EngineLink
+from cluster.frontend.loads import total
 from cluster.frontend.meters import Meters
 from cluster.frontend.streams import Chunk, Stream
 from cluster.frontend.text import SampleText, TextCodec
@@ -43,34 +43,36 @@ class State(enum.Enum):
 
     STARTING = "starting"
     SERVING = "serving"
-    RECOVERING = "recovering"  # the engine is gone, open requests wait for a new one
+    RECOVERING = "recovering"  # no replica has an engine, open requests wait for one
     DRAINING = "draining"
     FAILED = "failed"
     CLOSED = "closed"
 
 
 class Frontend:
-    """Calls in, streams out, over one engine at a time. Make and use it inside one running event loop."""
+    """Calls in, streams out, over one engine or several replicas of it. Make and use it inside one running event
+    loop.
+    """
 
     def __init__(
-        self, link: EngineLink, *, codec: TextCodec | None = None, config: FrontendConfig | None = None
+        self,
+        links: EngineLink | Sequence[EngineLink],
+        *,
+        codec: TextCodec | None = None,
+        config: FrontendConfig | None = None,
     ) -> None:
         self.config = config or FrontendConfig()
         self.codec = codec
-        self.fault_cause = ""
-        self.restarts = 0
-        """How often another engine, or another connection to it, took over."""
         self.state = State.STARTING
-        self._link = link
-        self._generation = 0
-        self._engine_alive = False
         self._names = itertools.count()
         self._nonce = secrets.token_hex(4)  # late events of an earlier front-end never match
         self._journal = Journal(self.config.max_open_requests)
         self._loop = asyncio.get_running_loop()
         self._observers: list[Callable[[State], None]] = []
         self._recovery: asyncio.TimerHandle | None = None
-        self._delivery = Delivery(self._journal, self._loop, lambda ids, samples: self._link.abort(ids, samples))
+        self.fleet = Fleet(links if isinstance(links, Sequence) else [links], self._loop, self.config.routing)
+        self._verdict = ""  # why no engine will come any more
+        self._delivery = Delivery(self._journal, self._loop, self.fleet)
         self._training = TrainingDesk(self.meters.train)
         self.drained = asyncio.Event()
         """Set when a drain has ended: whoever runs the server may stop it then."""
@@ -79,8 +81,7 @@ class Frontend:
 
     def start(self) -> None:
         """Begin to serve."""
-        self._attach(self._link)
-        self._engine_alive = True
+        self.fleet.start(self._delivery.apply, self.fault)
         self._become(State.SERVING)
 
     async def open(self, call: Call) -> Stream:
@@ -106,7 +107,7 @@ class Frontend:
         self._check_engine()
         call = with_loss(call, self.limits)
         check(call, self.limits, self.config)
-        return await self._training.train(self._link, call)
+        return await self._training.train(self.fleet.replicas[0].link, call)  # a server that trains has one
 
     def abort(self, call_ids: Sequence[str]) -> int:
         """End calls by their ids; returns how many prompts were still open. Their samples finish as ABORTED."""
@@ -129,7 +130,7 @@ class Frontend:
 
     @property
     def limits(self) -> ModelLimits:
-        return self._link.limits
+        return self.fleet.limits
 
     @property
     def num_open(self) -> int:
@@ -141,9 +142,9 @@ class Frontend:
         observer(self.state)
 
     async def load(self, timeout: float = 5.0, prove: bool = False) -> EngineLoad:
-        """The engine's counters; to `prove`, after a canary through every rank."""
+        """The engines' counters, added up; to `prove`, after a canary through every rank."""
         self._check_engine()
-        return await asyncio.to_thread(self._link.load, timeout, prove)
+        return total((await self.fleet.ask(timeout, prove)).values())
 
     async def drain(self, grace: float) -> int:
         """Admit nothing more, wait for what is open, end what is left after `grace` seconds; returns how many that
@@ -163,31 +164,37 @@ class Frontend:
         self.drained.set()
         return len(left)
 
-    async def reattach(self, link: EngineLink) -> None:
-        """Go on with a new engine: every open request is replayed from the journal, its reader sees a pause."""
-        self._attach(link)
-        old, self._link, self._engine_alive = self._link, link, True
-        self.fault_cause = ""
-        self.restarts += 1
+    async def reattach(self, link: EngineLink, replica: int = 0) -> None:
+        """Go on with a new engine: what has none is replayed from the journal, its reader sees a pause."""
+        old = self.fleet.attach(replica, link)
+        self._verdict = ""
         self._cancel_recovery()
         if self.state in (State.RECOVERING, State.FAILED):
             self._become(State.SERVING)
-        link.submit(self._delivery.resumed())
-        log.info("a new engine took over; %d open prompts are replayed", len(self._journal))
+        self._delivery.resume()
+        log.info("replica %d has a new engine; %d prompts are open", replica, len(self._journal))
         await asyncio.to_thread(old.close)
 
-    def fault(self, cause: str) -> None:
-        """The engine is gone. Open requests wait `recovery_seconds` for a new one, then fail."""
+    def fault(self, cause: str, replica: int = 0) -> None:
+        """A replica's engine is gone. What was open there goes on elsewhere at once; where no engine is left it waits
+        `recovery_seconds` for one, then fails.
+        """
         if self.state is State.CLOSED:
             return
         log.error("engine fault: %s", cause)
-        self.fault_cause = cause
+        self.release(cause, replica)
+
+    def release(self, cause: str, replica: int = 0) -> None:
+        """As after a fault, but on purpose: the replica's engine is to be replaced."""
+        left = self.fleet.lose(replica, cause)
         self._training.fail(EngineFault(cause))
         if self.state is State.FAILED:
             return
-        self._generation += 1
-        self._engine_alive = False
-        if self.config.recovery_seconds > 0:
+        if self.fleet.has_engine:
+            if left:
+                log.warning("%d prompts of replica %d go on with the others", len(left), replica)
+            self._delivery.resume()
+        elif self.config.recovery_seconds > 0:
             if self.state is not State.DRAINING:
                 self._become(State.RECOVERING)
             self._cancel_recovery()
@@ -206,20 +213,31 @@ class Frontend:
         return not self._training.quiet.is_set()
 
     @property
-    def has_engine(self) -> bool:
-        return self._engine_alive
+    def fault_cause(self) -> str:
+        """Which engines are gone, and why."""
+        return self._verdict or self.fleet.fault
 
-    def waits_for(self, what: str) -> None:
-        """While there is no engine: what its return waits for, for those who ask for the state."""
-        if not self._engine_alive and self.state is not State.CLOSED:
-            self.fault_cause = what
+    @property
+    def restarts(self) -> int:
+        """How often another engine, or another connection to it, took over."""
+        return sum(replica.restarts for replica in self.fleet.replicas)
+
+    def waits_for(self, what: str, replica: int = 0) -> None:
+        """While a replica has no engine: what its return waits for, for those who ask for the state."""
+        if self.fleet.replicas[replica].seat is None and self.state is not State.CLOSED:
+            self.fleet.replicas[replica].fault = what
 
     def fail(self, cause: str) -> None:
-        """No new engine will come."""
-        self.fault(cause)
+        """No new engine will come, and those that are there serve no more."""
+        if self.state is State.CLOSED:
+            return
+        log.error("no engine is left: %s", cause)
+        self._verdict = cause
+        for replica in self.fleet.replicas:
+            self.fleet.lose(replica.index, cause)
+        self._training.fail(EngineFault(cause))
         self._cancel_recovery()
-        if self.state is not State.CLOSED:
-            self._give_up()
+        self._give_up()
 
     @property
     def weights(self) -> WeightsRecord:
@@ -232,8 +250,7 @@ class Frontend:
         self._training.fail(Draining("the server was closed before the call had its turn"))
         self._cancel_recovery()
         self._delivery.end(list(self._journal), FinishReason.ABORTED)
-        self._generation += 1
-        await asyncio.to_thread(self._link.close, timeout)
+        await self.fleet.close(timeout)
 
     # ------------------------------------------------------------ admission
 
@@ -254,7 +271,7 @@ class Frontend:
             self._check_engine()
 
     def _check_engine(self) -> None:
-        if not self._engine_alive:
+        if not self.fleet.has_engine:
             raise EngineFault(self.fault_cause)
 
     def _admit(self, call: Call, made: Sequence[Request | RequestError]) -> Stream:
@@ -269,8 +286,7 @@ class Frontend:
                 entries.append(self._entry(item, index, stream, now))
                 entries[-1].account = call.account
         self._delivery.begin(entries)
-        if self._engine_alive:
-            self._link.submit([entry.request for entry in entries])
+        self.fleet.submit(entries)
         return stream
 
     def _entry(self, request: Request, index: int, stream: Stream, now: float) -> Entry:
@@ -287,29 +303,7 @@ class Frontend:
             best_of=best_of,
         )  # fmt: skip
 
-    # ------------------------------------------------------------ events and faults
-
-    def _attach(self, link: EngineLink) -> None:
-        self._generation += 1
-        generation = self._generation
-        link.start(
-            partial(self._hand_over, self._on_events, generation), partial(self._hand_over, self._on_fault, generation)
-        )
-
-    def _hand_over(self, target: Callable[..., None], generation: int, news: object) -> None:
-        """Runs in the link's thread. What comes after the loop has closed has no reader."""
-        try:
-            self._loop.call_soon_threadsafe(target, generation, news)
-        except RuntimeError:
-            log.debug("dropped news of an engine: the event loop is closed")
-
-    def _on_events(self, generation: int, events: Sequence[LinkEvent]) -> None:
-        if generation == self._generation:
-            self._delivery.apply(events)
-
-    def _on_fault(self, generation: int, cause: str) -> None:
-        if generation == self._generation:
-            self.fault(cause)
+    # ------------------------------------------------------------ changes of state
 
     def _give_up(self) -> None:
         """No new engine came: everything that is open fails with the cause."""

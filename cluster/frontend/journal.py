@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from cluster.engine.request import FinishReason, Request, Timings, TokenEvent
 from cluster.frontend.best_of import BestOf
@@ -16,6 +17,9 @@ from cluster.frontend.calls import Account
 from cluster.frontend.errors import DuplicateRequest, QueueFull
 from cluster.frontend.streams import Chunk, PromptInfo, Stream
 from cluster.frontend.text import SampleText
+
+if TYPE_CHECKING:
+    from cluster.frontend.fleet import Seat
 
 
 @dataclass(kw_only=True)
@@ -45,6 +49,7 @@ class Entry:
     announced: bool = False
     best_of: BestOf | None = None
     account: Account | None = None
+    seat: Seat | None = None  # whose engine works on it; None while it waits for one
 
     @property
     def num_tokens(self) -> int:

@@ -1,9 +1,10 @@
-"""Whether the engine can answer, proved by a canary through every rank: at the start, after every change, and now and
-then.
+"""Whether the engines can answer, proved by canaries through every rank of every replica: at the start, after every
+change, and now and then.
 
 A front-end's state says what it believes; this says what was tried. A canary that does not come back in time, or that
-finds something wrong, makes the server not ready until one succeeds. While a training call is under way the engine is
-busy by right: then a late canary changes nothing. No request is refused here.
+finds something wrong, puts its replica in doubt until one succeeds: nothing new goes there while another will do, and
+where none will the server is not ready. While a training call is under way the engine is busy by right: then a late
+canary changes nothing. No request is refused here.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import asyncio
 import logging
 from collections.abc import Callable
 
+from cluster.engine.request import EngineLoad
+from cluster.frontend.fleet import NO_CANARY
 from cluster.frontend.frontend import Frontend, State
-from parallel.errors import TpError
 
 log = logging.getLogger(__name__)
 
@@ -26,9 +28,11 @@ class Readiness:
         self._observers: list[Callable[[bool], None]] = []
         self._wake = asyncio.Event()
         self.ready = False
-        self.reason = "no canary has been sent yet"
+        self.reason = NO_CANARY
         self.failures = 0
         frontend.observe(self._follow)
+        frontend.fleet.observe(self._changed)
+        self._changed()
 
     def observe(self, observer: Callable[[bool], None]) -> None:
         """Be told whether the server is ready, beginning with now."""
@@ -48,27 +52,43 @@ class Readiness:
                 await self.prove()
 
     async def prove(self) -> bool:
-        """One canary; whether the server is ready."""
-        try:
-            load = await self._frontend.load(self._timeout_s, prove=True)
-        except TpError as error:
-            if not self._frontend.training_under_way or not self._frontend.has_engine:
-                self._become(False, f"a canary did not come back: {error}")
-            return self.ready
-        if self._frontend.state is State.SERVING:
-            self._become(not load.canary_fault, load.canary_fault)
+        """One canary to every replica that has an engine; whether the server is ready."""
+        frontend = self._frontend
+        for seat, outcome in (await frontend.fleet.ask(self._timeout_s, prove=True)).items():
+            if isinstance(outcome, EngineLoad):
+                doubt = outcome.canary_fault
+            elif frontend.training_under_way and frontend.fleet.replicas[seat.replica].seat:
+                continue  # busy by right
+            else:
+                doubt = f"a canary did not come back: {outcome}"
+            if doubt:
+                self.failures += 1
+                log.error("replica %d is not relied on: %s", seat.replica, doubt)
+            frontend.fleet.judge(seat, doubt)
+        self._settle()
         return self.ready
 
     def _follow(self, state: State) -> None:
-        if state is State.SERVING:
+        self._settle()
+
+    def _changed(self) -> None:
+        """A replica has another engine, or none: those that have proved nothing yet are asked at once."""
+        if any(replica.seat and replica.doubt for replica in self._frontend.fleet.replicas):
             self._wake.set()
-        else:
+        self._settle()
+
+    def _settle(self) -> None:
+        """Ready is who serves with at least one replica that nothing speaks against."""
+        state, replicas = self._frontend.state, self._frontend.fleet.replicas
+        if state is not State.SERVING:
             self._become(False, f"the server is {state.value}")
+            return
+        doubts = {replica.index: replica.doubt if replica.seat else replica.fault for replica in replicas}
+        ready = not all(doubts.values())
+        words = doubts[0] if len(doubts) == 1 else "; ".join(f"replica {i}: {why}" for i, why in doubts.items())
+        self._become(ready, "" if ready else words)
 
     def _become(self, ready: bool, reason: str) -> None:
-        if not ready and self._frontend.state is State.SERVING:
-            self.failures += 1
-            log.error("not ready: %s", reason)
         changed = ready is not self.ready
         self.ready, self.reason = ready, reason
         if changed:

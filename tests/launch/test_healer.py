@@ -137,7 +137,7 @@ def test_a_lost_connection_alone_is_made_again_and_no_rank_is_touched() -> None:
         frontend, healing_task = await healed_by(group, first)
         asked = asyncio.create_task(answer(frontend, long_call([5])))
         await until(lambda: first.engine.steps > 5)
-        frontend._link._wire._hang_up()  # type: ignore[attr-defined]
+        frontend.fleet.replicas[0].link._wire._hang_up()  # type: ignore[attr-defined]
         (result,) = await asked
         assert result.samples[0].token_ids == tokens_of([5], 1, 0, 150)
         assert group.kept == [] and frontend.state is State.SERVING
