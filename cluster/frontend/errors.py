@@ -64,6 +64,10 @@ class DuplicateRequest(RequestError):
     """A request of this id is still open."""
 
 
+class RequestIdReused(RequestError):
+    """An earlier call of this id, which is still remembered, asked something else."""
+
+
 class QueueFull(CapacityError):
     """No room now; `retry_seconds` is a guess at when there will be."""
 

@@ -54,6 +54,12 @@ def killed(ledger: Ledger) -> None:
     ledger.close()
 
 
+def base_written(ledger: Ledger) -> None:
+    writer = ledger._folder._base_writer
+    assert writer is not None, "each ledger begins with a base"
+    writer.join()
+
+
 def last_log(folder: Path) -> Path:
     return max(folder.glob("*.log"))
 
@@ -86,7 +92,7 @@ def test_a_log_cut_at_any_byte_gives_a_beginning_of_what_was_heard(
         step(first, record, token)
     killed(first)
     whole, path, seen = last_log(state).read_bytes(), last_log(state), set()
-    for size in range(0, len(whole) + 1, 7):
+    for size in range(0, len(whole) + 1, 11):
         for file in (set(state.iterdir()) - {path, state / "lock"}) - set(state.glob(f"{path.stem}.base")):
             file.unlink()
         path.write_bytes(whole[:size])
@@ -176,6 +182,8 @@ def test_what_is_open_outlives_every_new_base(tmp_path: Path) -> None:
     record = begun(ledger)
     for token in range(400):
         step(ledger, record, token)
+        if token % 50 == 0:
+            base_written(ledger)
     killed(ledger)
     assert int(last_log(state).stem) > 3, "there were several"
     again = ledger_at(state)
@@ -234,6 +242,7 @@ def test_a_full_disk_is_said_once_and_written_down_when_there_is_room_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     ledger = ledger_at(tmp_path / "state")
+    base_written(ledger)
     record = begun(ledger)
     real, full = ledger_files._write_all, [True]
 
