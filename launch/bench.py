@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
 async def _measure(args: argparse.Namespace) -> list[StreamTimes]:
     from cluster.rpc.client import AsyncClient, ServiceError
 
-    async with AsyncClient(args.address, access.access_of(args)) as client:
+    async with AsyncClient(args.address, access.access_of(args), retry_seconds=0) as client:
         try:
             info = await client.model_info(timeout=10.0)
         except ServiceError as error:

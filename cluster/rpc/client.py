@@ -1,19 +1,18 @@
 """A small client, asynchronous and blocking, for the command line, benchmarks and tests; answers are protocol messages.
 
-Errors of gRPC become one readable ServiceError that carries the status and its google.rpc details. No retries, no
-pooling.
+Errors of gRPC become one readable ServiceError that carries the status and its google.rpc details. Calls of Inference
+outlive a server that is started again (retries.py); those of Training and Control are made once. No pooling.
 """
 
 from __future__ import annotations
 
 import asyncio
+import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import grpc
 from google.protobuf.message import Message
-from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
-from google.rpc.status_pb2 import Status
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cluster.rpc.auth_config import Access
@@ -23,43 +22,21 @@ from cluster.rpc.proto import training_pb2 as training
 from cluster.rpc.proto.control_pb2_grpc import ControlStub
 from cluster.rpc.proto.inference_pb2_grpc import InferenceStub
 from cluster.rpc.proto.training_pb2_grpc import TrainingStub
+from cluster.rpc.retries import RETRY_SECONDS, Continued, Patience
+from cluster.rpc.service_error import ServiceError
 from cluster.rpc.tls import call_metadata, channel
-from parallel.errors import TpError
 
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.initial_reconnect_backoff_ms", 200),  # grpc's own goes up to two minutes: a server that is back sooner
+    ("grpc.max_reconnect_backoff_ms", 2000),  # would not be noticed
 )
+__all__ = ["AsyncClient", "Client", "ServiceError", "generate_request", "prompt_message", "score_request"]
 
 Prompt = str | Sequence[int] | inference.Prompt
 Fields = Mapping[str, Any]
-
-
-class ServiceError(TpError, RuntimeError):
-    """A call that the server, or the way to it, did not complete. `code` and `details` where they are known."""
-
-    code: grpc.StatusCode = grpc.StatusCode.UNKNOWN
-    details: tuple[Message, ...] = ()
-
-    @classmethod
-    def of(cls, error: grpc.RpcError) -> ServiceError:
-        code, text = error.code(), error.details()
-        made = cls(f"{code.name}: {text}")
-        made.code = code
-        made.details = _details(error)
-        return made
-
-
-def _details(error: grpc.RpcError) -> tuple[Message, ...]:
-    trailers: Any = error.trailing_metadata() or ()
-    packed = dict(trailers).get("grpc-status-details-bin")
-    found: list[Message] = []
-    for item in Status.FromString(packed).details if packed else ():
-        for kind in (ErrorInfo, BadRequest, RetryInfo):
-            if item.Is(kind.DESCRIPTOR):
-                found.append(kind.FromString(item.value))
-    return tuple(found)
 
 
 def prompt_message(prompt: Prompt) -> inference.Prompt:
@@ -101,12 +78,20 @@ def train_sequences(sequences: Sequence[Sequence[int] | Fields]) -> list[trainin
 
 
 class AsyncClient:
-    """Calls of one server, from one event loop. `timeout` is the call's deadline in seconds; calls made through the
-    stubs directly take `metadata=client.metadata`.
+    """Calls of one server, from one event loop. `timeout` is the call's deadline in seconds, retries included; calls
+    made through the stubs directly take `metadata=client.metadata`.
+
+    Each call of Inference has a request_id, made here unless given. Where the server is lost (UNAVAILABLE) the call is
+    sent again under it for up to `retry_seconds` without an answer; 0: never. A server that has not answered this
+    client once is not waited for. A stream goes on after what was received: no token, no text twice. That needs the
+    same answer again: from a server with a state_dir, or by the same seed, or greedy. Where the answer does not begin
+    with what was received under the same seed, the loss of the server is raised as it was.
     """
 
-    def __init__(self, address: str, access: Access | None = None) -> None:
+    def __init__(self, address: str, access: Access | None = None, retry_seconds: float = RETRY_SECONDS) -> None:
         access = access or Access()
+        self._retry_seconds = retry_seconds
+        self._met = False  # whether the server has ever answered
         self.metadata = call_metadata(access)
         self.channel = channel(address, access, OPTIONS)
         self.inference = InferenceStub(self.channel)
@@ -127,52 +112,78 @@ class AsyncClient:
         try:
             async with asyncio.timeout(timeout):
                 await self.channel.channel_ready()
+                self._met = True
         except TimeoutError as error:
             text = f"no server answered within {timeout:g} s; is it running, and is the address right?"
             raise ServiceError(text) from error
 
     async def call(self, method: Any, request: Message, timeout: float | None = None) -> Any:
-        """Any unary method of the stubs."""
+        """Any unary method of the stubs, once."""
         try:
-            return await method(request, timeout=timeout, metadata=self.metadata)
+            answer = await method(request, timeout=timeout, metadata=self.metadata)
         except grpc.RpcError as error:
-            raise ServiceError.of(error) from error
+            raise self._heard(ServiceError.of(error)) from error
+        self._met = True
+        return answer
+
+    async def ask(self, method: Any, request: Any, timeout: float | None = None) -> Any:
+        """A unary method of Inference, again and again under one request_id where the server is lost."""
+        request.request_id = request.request_id or uuid.uuid4().hex
+        patience = Patience(self._retry_seconds, timeout)
+        while True:
+            try:
+                return await self.call(method, request, patience.time_left())
+            except ServiceError as error:
+                await patience.outlive(error, self._met)
 
     async def generate(
         self, prompts: Sequence[Prompt], *, timeout: float | None = None, **fields: Any
     ) -> inference.GenerateResponse:
-        return await self.call(self.inference.Generate, generate_request(prompts, **fields), timeout)
+        return await self.ask(self.inference.Generate, generate_request(prompts, **fields), timeout)
 
     async def stream(
         self, prompts: Sequence[Prompt], *, timeout: float | None = None, **fields: Any
     ) -> AsyncGenerator[inference.GenerateChunk]:
         """Chunks as they come; leaving the loop early cancels the call."""
         request = generate_request(prompts, **fields)
-        call = self.inference.GenerateStream(request, timeout=timeout, metadata=self.metadata)
-        try:
-            async for chunk in call:
-                yield chunk
-        except grpc.RpcError as error:
-            raise ServiceError.of(error) from error
-        finally:
-            call.cancel()
+        request.request_id = request.request_id or uuid.uuid4().hex
+        patience, continued = Patience(self._retry_seconds, timeout), Continued()
+        while True:
+            call = self.inference.GenerateStream(request, timeout=patience.time_left(), metadata=self.metadata)
+            try:
+                async for chunk in call:
+                    self._met = True
+                    patience.rest()
+                    if (news := continued.news(chunk)) is not None:
+                        yield news
+                return
+            except grpc.RpcError as error:
+                lost = self._heard(ServiceError.of(error))
+                await patience.outlive(lost, self._met)
+                continued.begin_again(lost)
+            finally:
+                call.cancel()
+
+    def _heard(self, error: ServiceError) -> ServiceError:
+        self._met |= bool(error.reason)
+        return error
 
     async def score(
         self, sequences: Sequence[Prompt], *, timeout: float | None = None, **fields: Any
     ) -> inference.ScoreResponse:
-        return await self.call(self.inference.Score, score_request(sequences, **fields), timeout)
+        return await self.ask(self.inference.Score, score_request(sequences, **fields), timeout)
 
     async def classify(
         self, sequences: Sequence[Prompt], *, timeout: float | None = None, **fields: Any
     ) -> inference.ClassifyResponse:
         request = inference.ClassifyRequest(sequences=map(prompt_message, sequences), **fields)
-        return await self.call(self.inference.Classify, request, timeout)
+        return await self.ask(self.inference.Classify, request, timeout)
 
     async def embed(
         self, sequences: Sequence[Prompt], *, timeout: float | None = None, **fields: Any
     ) -> inference.EmbedResponse:
         request = inference.EmbedRequest(sequences=map(prompt_message, sequences), **fields)
-        return await self.call(self.inference.Embed, request, timeout)
+        return await self.ask(self.inference.Embed, request, timeout)
 
     async def tokenize(self, texts: Sequence[str], timeout: float | None = None) -> inference.TokenizeResponse:
         return await self.call(self.inference.Tokenize, inference.TokenizeRequest(texts=texts), timeout)
@@ -243,9 +254,9 @@ class AsyncClient:
 class Client:
     """The same calls, blocking: for command lines and scripts. Not for use inside an event loop."""
 
-    def __init__(self, address: str, access: Access | None = None) -> None:
+    def __init__(self, address: str, access: Access | None = None, retry_seconds: float = RETRY_SECONDS) -> None:
         self._runner = asyncio.Runner()
-        self._calls = self._runner.run(_make(address, access))
+        self._calls = self._runner.run(_make(address, access, retry_seconds))
 
     def __enter__(self) -> Self:
         return self
@@ -328,9 +339,9 @@ class Client:
         return self._runner.run(self._calls.drain(grace_seconds))
 
 
-async def _make(address: str, access: Access | None) -> AsyncClient:
+async def _make(address: str, access: Access | None, retry_seconds: float) -> AsyncClient:
     """The channel belongs to the loop it is made in."""
-    return AsyncClient(address, access)
+    return AsyncClient(address, access, retry_seconds)
 
 
 async def _next(chunks: AsyncIterator[inference.GenerateChunk]) -> inference.GenerateChunk | None:

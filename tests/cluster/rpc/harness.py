@@ -15,9 +15,9 @@ from cluster.frontend.frontend import Frontend
 from cluster.frontend.text import TextCodec
 from cluster.rpc.auth_config import Access, Security
 from cluster.rpc.client import AsyncClient, ServiceError
+from cluster.rpc.control import ServiceInfo
 from cluster.rpc.limits import ServerLimits
 from cluster.rpc.server import Server, build_server
-from cluster.rpc.servicers import ServiceInfo
 from tests.cluster.frontend.fakes import CODEC, FakeEngine
 from tests.cluster.frontend.harness import serving
 
@@ -53,6 +53,7 @@ async def service(
     security: Security | None = None,
     access: Access | None = None,
     ready: bool = True,
+    retry_seconds: float = 0.0,
     **config: Any,
 ) -> AsyncIterator[Service]:
     engine = engine or FakeEngine()
@@ -61,7 +62,7 @@ async def service(
         server = build_server(frontend, "127.0.0.1:0", limits, info, security)
         await server.start()
         try:
-            async with AsyncClient(f"127.0.0.1:{server.port}", access) as client:
+            async with AsyncClient(f"127.0.0.1:{server.port}", access, retry_seconds) as client:
                 if ready:  # a client without what the server asks for never is
                     await client.ready(60.0)
                 yield Service(engine, frontend, server, client)
