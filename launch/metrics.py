@@ -150,11 +150,21 @@ def _collectives(load: EngineLoad) -> Iterator[Metric]:
     for kind, (number, nbytes) in load.collectives.items():
         count.add_metric([kind], number)
         size.add_metric([kind], nbytes)
+    seconds = counter(
+        "collective_seconds", "Time of rank 0 in collectives, by kind, waiting for peers included.", labels=["kind"]
+    )
+    for kind, time in load.collective_seconds.items():
+        seconds.add_metric([kind], time)
+    waits = counter(
+        "rank_collective_seconds", "Time of each rank in collectives, as of the last canary; not waiting for commands.",
+        labels=["rank", "node"],
+    )  # fmt: skip
     memory = gauge("rank_memory_bytes", "Memory of each rank, as of the last canary.", labels=["rank", "node", "kind"])
     for rank in load.ranks:
+        waits.add_metric([str(rank.rank), rank.node], rank.collective_seconds)
         memory.add_metric([str(rank.rank), rank.node, "host"], rank.memory_bytes)
         memory.add_metric([str(rank.rank), rank.node, "device"], rank.device_memory_bytes)
-    yield from (count, size, memory)
+    yield from (count, size, seconds, waits, memory)
 
 
 def request_metrics(meters: Meters) -> Iterator[Metric]:
@@ -180,6 +190,8 @@ def training_metrics(train: TrainMeters) -> Iterator[Metric]:
     seconds.add_metric(["forward_backward"], train.forward_seconds)
     seconds.add_metric(["optimizer"], train.optimizer_seconds)
     yield from (calls, seconds)
+    words = "Part of these that rank 0 was in collectives, waiting for peers included."
+    yield counter("training_collective_seconds", words, train.collective_seconds)
     yield counter("training_tokens", "Tokens that were trained on.", train.tokens)
 
 

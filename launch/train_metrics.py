@@ -25,6 +25,7 @@ GAUGES = {
 COUNTERS = {
     "tokens": ("run_tokens", "Tokens trained on, since this command began to watch."),
     "seconds": ("run_step_seconds", "Time of steps, since this command began to watch."),
+    "collective_seconds": ("run_collective_seconds", "Part of these that rank 0 was in collectives."),
 }
 
 

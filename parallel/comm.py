@@ -8,8 +8,9 @@ here is differentiable: see parallel.collectives.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
+from time import monotonic
 from typing import Protocol
 
 import torch
@@ -21,16 +22,19 @@ from parallel.tree import ReductionTree
 
 KINDS = ("none", "tree_sum", "sum", "all_reduce_max", "all_gather", "gather", "broadcast_bytes", "barrier")
 """Collectives by the number they carry on the wire."""
+COMMANDS = "broadcast_bytes"
+"""The kind that carries commands: other ranks than 0 wait in it while there is nothing to do."""
 
 
 class Comm(Protocol):
     """A rank's handle on its group's collectives. `counts` and `byte_counts`: how many it issued, how much it gave;
-    `flight`: the last of them."""
+    `seconds`: how long it was in those that are over; `flight`: the last of them. All by kind."""
 
     rank: int
     size: int
     counts: Counter[str]
     byte_counts: Counter[str]
+    seconds: defaultdict[str, float]
     flight: Flight
     broken: str | None  # why it refuses work, if it does
 
@@ -87,8 +91,10 @@ class Traffic:
         self.size = size
         self.counts: Counter[str] = Counter()
         self.byte_counts: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
         self.flight = Flight()
         self.sequence = 0
+        self._began = 0.0
         self.broken: str | None = None
 
     def issue(self, kind: str, nbytes: int) -> None:
@@ -100,7 +106,16 @@ class Traffic:
         self.sequence += 1
         self.counts[kind] += 1
         self.byte_counts[kind] += nbytes
-        self.flight.note(COLLECTIVE, kind, self.sequence, nbytes)
+        self._began = self.flight.note(COLLECTIVE, kind, self.sequence, nbytes)
+
+    def over(self, kind: str) -> None:
+        """To be called when the collective has ended well."""
+        self.seconds[kind] += monotonic() - self._began
+
+
+def waited(comm: Comm | None) -> float:
+    """Seconds that a rank spent in collectives, waiting for peers included and for commands not."""
+    return 0.0 if comm is None else sum(time for kind, time in comm.seconds.items() if kind != COMMANDS)
 
 
 def check_nodes(nodes: Tensor, tree: ReductionTree, rank: int) -> None:

@@ -28,11 +28,12 @@ class Flight:
         self._mask = size - 1
         self._at = 0
 
-    def note(self, what: str, name: str, number: int, nbytes: int) -> None:
-        """Something begins."""
-        at = self._at
-        self._ring[at & self._mask] = (monotonic(), what, name, number, nbytes)
+    def note(self, what: str, name: str, number: int, nbytes: int) -> float:
+        """Something begins; by the clock that is returned."""
+        at, now = self._at, monotonic()
+        self._ring[at & self._mask] = (now, what, name, number, nbytes)
         self._at = at + 1
+        return now
 
     @property
     def forgotten(self) -> int:

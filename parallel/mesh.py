@@ -19,7 +19,7 @@ from urllib.parse import urlparse
 import torch
 import torch.distributed as dist
 
-from parallel.comm import Comm
+from parallel.comm import Comm, waited
 from parallel.errors import CollectiveError, ConfigError, NativeUnavailable, TpError
 from parallel.group import Group, Numerics
 from parallel.native.library import library
@@ -45,6 +45,11 @@ class Groups:
     rank: int = 0
     world: int = 1
     store: dist.Store | None = None  # rank 0's is the one the others still read: it lives as long as the groups
+
+    @property
+    def collective_seconds(self) -> float:
+        """How long this rank was in collectives so far, without waiting for commands."""
+        return waited(self.tp.comm) + waited(self.dp.comm)
 
     def close(self) -> None:
         for group in (self.tp, self.dp):

@@ -116,10 +116,12 @@ class ShmComm(Traffic):
         self.issue("broadcast_bytes", len(payload))
         if self.rank == 0:
             self._check(BROADCAST, self._send(payload, limit), limit)
+            self.over("broadcast_bytes")
             return payload
         total = self._await_message(limit)
         received = ctypes.create_string_buffer(max(1, total))
         self._check(BROADCAST, self._lib.comm_receive(self._handle, received, total, int(limit * 1e9)), limit)
+        self.over("broadcast_bytes")
         return received.raw[:total]
 
     def _send(self, payload: bytes, limit: float) -> int:
@@ -131,6 +133,7 @@ class ShmComm(Traffic):
         limit = self.timeout_s if timeout is None else timeout
         self.issue("barrier", 0)
         self._check(BARRIER, self._lib.comm_barrier(self._handle, BARRIER, self.sequence, int(limit * 1e9)), limit)
+        self.over("barrier")
 
     def close(self) -> None:
         if self._handle is None:
@@ -179,6 +182,7 @@ class ShmComm(Traffic):
         )  # fmt: skip
         if code:
             raise self._failure(kind, code, self.timeout_s)
+        self.over(KINDS[kind])
 
     def _in_order(self, kind: str, x: Tensor) -> Tensor:
         """Sum or maximum, rank after rank."""
@@ -210,6 +214,7 @@ class ShmComm(Traffic):
         out = torch.empty((*x.shape[:dim], sum(sizes), *x.shape[dim + 1 :]) if wanted else (0,), dtype=x.dtype)
         code = self._lib.comm_gather(self._handle, kind, self.sequence, x.data_ptr(), outer, rows, dst, out.data_ptr())
         self._check(kind, code, self.timeout_s)
+        self.over(KINDS[kind])
         return out
 
     def _await_message(self, limit: float) -> int:

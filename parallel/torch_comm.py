@@ -73,6 +73,7 @@ class TorchComm(Traffic):
         out = (x.float() if wide else x.clone()).contiguous()
         self._begin("sum", x.nbytes, x.nbytes)
         self._wait("sum", lambda: self.channels.data.allreduce([out]))
+        self.over("sum")
         return out.to(x.dtype)
 
     def all_reduce_max(self, x: Tensor) -> Tensor:
@@ -93,6 +94,7 @@ class TorchComm(Traffic):
         self.issue("broadcast_bytes", len(payload))
         nbytes = self._compare("broadcast_bytes", len(payload) if self.rank == 0 else 0, limit)
         if nbytes == 0:
+            self.over("broadcast_bytes")
             return b""
         data = torch.empty(nbytes, dtype=torch.uint8)
         if self.rank == 0:
@@ -101,11 +103,13 @@ class TorchComm(Traffic):
         opts.rootRank = 0
         opts.timeout = timedelta(seconds=limit)
         self._wait("broadcast_bytes", lambda: self.channels.control.broadcast([data], opts))
+        self.over("broadcast_bytes")
         return payload if self.rank == 0 else data.numpy().tobytes()
 
     def barrier(self, timeout: float | None = None) -> None:
         self.issue("barrier", 0)
         self._compare("barrier", 0, self.timeout_s if timeout is None else timeout)
+        self.over("barrier")
 
     def close(self) -> None:
         if self.broken != "closed":
@@ -140,6 +144,7 @@ class TorchComm(Traffic):
     def _gather_equal(self, kind: str, x: Tensor) -> Tensor:
         out = x.new_empty(self.size * x.numel())
         self._wait(kind, lambda: self.channels.data._allgather_base(out, x.contiguous().view(-1)))
+        self.over(kind)
         return out.view(self.size, -1)
 
     def _gather(self, kind: str, x: Tensor, sizes: Sequence[int], dim: int) -> Tensor:

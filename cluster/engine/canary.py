@@ -21,11 +21,12 @@ from cluster.engine.commands import CANARY, Commands
 from cluster.engine.request import RankReport
 from cluster.engine.runner import ModelRunner
 from parallel.attention import AttentionMeta, Cached
+from parallel.comm import waited
 from parallel.kv_cache import KVCache
 
 PROMPT = 2
 NAME_BYTES = 64
-PACKED = struct.Struct(f"<6q{NAME_BYTES}s")
+PACKED = struct.Struct(f"<6qd{NAME_BYTES}s")
 
 
 class Canary:
@@ -47,9 +48,9 @@ class Canary:
         tokens = []
         reports = []
         for rank, row in enumerate(packed):
-            token, *numbers, name = PACKED.unpack(row)
+            token, *numbers, seconds, name = PACKED.unpack(row)
             tokens.append(token)
-            reports.append(_report(rank, numbers, name))
+            reports.append(_report(rank, numbers, seconds, name))
         self.count += 1
         self.reports, self.fault = tuple(reports), self._judge(tokens)
 
@@ -57,6 +58,11 @@ class Canary:
         """This rank's collectives by kind: how many, and how many bytes it gave."""
         comm = self._runner.model.group.comm
         return {} if comm is None else {kind: (count, comm.byte_counts[kind]) for kind, count in comm.counts.items()}
+
+    def waits(self) -> dict[str, float]:
+        """Seconds that this rank was in collectives, by kind."""
+        comm = self._runner.model.group.comm
+        return {} if comm is None else dict(comm.seconds)
 
     def follow(self) -> list[bytes] | None:
         """On every rank at once; what all said, on rank 0."""
@@ -106,11 +112,12 @@ class Canary:
         best = runner.model.head.argmax(logits)
         return _finite(best.logits, int(best.ids[0]))
 
-    def _state(self) -> tuple[int, int, int, int, int, bytes]:
+    def _state(self) -> tuple[int, int, int, int, int, float, bytes]:
         comm, device = self._runner.model.group.comm, torch.device(self._runner.device)
         on_device = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
         counts = (0, 0) if comm is None else (comm.counts.total(), comm.byte_counts.total())
-        return os.getpid(), resident_bytes(), on_device, *counts, socket.gethostname().encode()[:NAME_BYTES]
+        name = socket.gethostname().encode()[:NAME_BYTES]
+        return os.getpid(), resident_bytes(), on_device, *counts, waited(comm), name
 
     def _gather(self, mine: bytes) -> list[bytes] | None:
         group = self._runner.model.group
@@ -125,11 +132,12 @@ def _finite(values: Tensor, token: int) -> int:
     return token if math.isfinite(float(values[-1].float().sum())) else -1
 
 
-def _report(rank: int, numbers: list[int], name: bytes) -> RankReport:
+def _report(rank: int, numbers: list[int], seconds: float, name: bytes) -> RankReport:
     pid, memory, device_memory, collectives, collective_bytes = numbers
     return RankReport(
         rank=rank, node=name.rstrip(b"\0").decode(errors="replace"), pid=pid, memory_bytes=memory,
         device_memory_bytes=device_memory, collectives=collectives, collective_bytes=collective_bytes,
+        collective_seconds=seconds,
     )  # fmt: skip
 
 

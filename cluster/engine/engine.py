@@ -120,7 +120,7 @@ class Engine:
             return load
         return replace(
             load, canaries=self.canary.count, canary_fault=self.canary.fault, ranks=self.canary.reports,
-            collectives=self.canary.traffic(),
+            collectives=self.canary.traffic(), collective_seconds=self.canary.waits(),
         )  # fmt: skip
 
     def prove(self) -> EngineLoad:

@@ -202,6 +202,7 @@ class RankReport:
     device_memory_bytes: int = 0  # allocated on its GPU
     collectives: int = 0  # since its group was built
     collective_bytes: int = 0
+    collective_seconds: float = 0.0  # without waiting for commands
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,3 +232,4 @@ class EngineLoad:
     canary_fault: str = ""  # what the last one found
     ranks: tuple[RankReport, ...] = ()  # as of the last one
     collectives: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # rank 0's, by kind: count and bytes
+    collective_seconds: Mapping[str, float] = field(default_factory=dict)  # rank 0's, by kind; waiting for peers too

@@ -37,5 +37,5 @@ def _joined(values: list[Any]) -> Any:
     return sum(values)
 
 
-def _added(counts: list[tuple[int, ...]]) -> tuple[int, ...]:
-    return tuple(map(sum, zip(*counts, strict=True)))
+def _added(counts: list[Any]) -> Any:
+    return tuple(map(sum, zip(*counts, strict=True))) if isinstance(counts[0], tuple) else sum(counts)

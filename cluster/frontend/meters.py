@@ -49,6 +49,7 @@ class TrainMeters:
     tokens: int = 0
     forward_seconds: float = 0.0
     optimizer_seconds: float = 0.0
+    collective_seconds: float = 0.0
     calls: Counter[str] = field(default_factory=Counter)
 
     def note(self, call: TrainCall, answer: TrainAnswer) -> None:
@@ -58,6 +59,7 @@ class TrainMeters:
         self.step = answer.step
         self.forward_seconds += answer.forward_seconds
         self.optimizer_seconds += answer.optimizer_seconds
+        self.collective_seconds += answer.collective_seconds
         if call.kind.takes_sequences and call.kind.value != "Evaluate":
             self.loss, self.tokens = answer.loss, self.tokens + answer.tokens
         if call.kind.applies_step:

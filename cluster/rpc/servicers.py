@@ -196,14 +196,16 @@ class Control(ControlServicer):
 
 def load_message(load: EngineLoad, open_requests: int) -> control.Load:
     """The engine's counters, and what the front-end holds."""
+    seconds = load.collective_seconds
     nested = {
         "ranks": [control.RankReport(**vars(report)) for report in load.ranks],
         "collectives": [
-            control.CollectiveCount(kind=kind, count=count, bytes=nbytes)
+            control.CollectiveCount(kind=kind, count=count, bytes=nbytes, seconds=seconds.get(kind, 0.0))
             for kind, (count, nbytes) in sorted(load.collectives.items())
         ],
     }
-    return control.Load(**{**vars(load), **nested}, open_requests=open_requests)
+    plain = {name: value for name, value in vars(load).items() if name != "collective_seconds"}
+    return control.Load(**{**plain, **nested}, open_requests=open_requests)
 
 
 def _version() -> str:

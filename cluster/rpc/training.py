@@ -105,7 +105,11 @@ def _optional(message: Any, field: str) -> Any:
 
 
 def _place(answer: TrainAnswer) -> dict[str, Any]:
-    timings = pb.TrainTimings(forward_backward=answer.forward_seconds, optimizer=answer.optimizer_seconds)
+    timings = pb.TrainTimings(
+        forward_backward=answer.forward_seconds,
+        optimizer=answer.optimizer_seconds,
+        collectives=answer.collective_seconds,
+    )
     return {"step": answer.step, "weight_version": answer.weight_version, "timings": timings}
 
 

@@ -159,6 +159,7 @@ class TrainAnswer:
     metrics: Mapping[str, float] = field(default_factory=dict)
     forward_seconds: float = 0.0
     optimizer_seconds: float = 0.0
+    collective_seconds: float = 0.0  # of both together, on rank 0
     waiting_calls: int = 0
     replayed: bool = False
     name: str = ""

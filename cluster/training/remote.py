@@ -120,7 +120,7 @@ class TrainSide:
 
     def execute(self, call: TrainCall) -> TrainAnswer:
         """On every rank at once. A refused call leaves no gradient behind, and no weight changed."""
-        trainer = self._ready()
+        trainer, waited = self._ready(), self._groups.collective_seconds
         if call.kind is Kind.LOAD:
             return self._load(trainer, call)
         try:
@@ -134,7 +134,8 @@ class TrainSide:
             if isinstance(error, RequestError):
                 raise
             raise NotApplied(f"{call.kind.value} was not applied, waiting gradients were dropped: {error}") from error
-        return replace(answer, waiting_calls=self._waiting)
+        waited = self._groups.collective_seconds - waited
+        return replace(answer, waiting_calls=self._waiting, collective_seconds=waited)
 
     def _ready(self) -> Trainer:
         if self._trainer is None:

@@ -157,7 +157,7 @@ class Load(_message.Message):
     def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., kv_blocks_free: _Optional[int] = ..., preemptions: _Optional[int] = ..., steps: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., finished_requests: _Optional[int] = ..., aborted_requests: _Optional[int] = ..., weight_version: _Optional[int] = ..., step_seconds: _Optional[float] = ..., forward_seconds: _Optional[float] = ..., open_requests: _Optional[int] = ..., schedule_seconds: _Optional[float] = ..., sample_seconds: _Optional[float] = ..., commit_seconds: _Optional[float] = ..., prefix_tokens_looked_up: _Optional[int] = ..., prefix_tokens_reused: _Optional[int] = ..., kv_blocks_cached: _Optional[int] = ..., canaries: _Optional[int] = ..., canary_fault: _Optional[str] = ..., ranks: _Optional[_Iterable[_Union[RankReport, _Mapping]]] = ..., collectives: _Optional[_Iterable[_Union[CollectiveCount, _Mapping]]] = ...) -> None: ...
 
 class RankReport(_message.Message):
-    __slots__ = ("rank", "node", "pid", "memory_bytes", "device_memory_bytes", "collectives", "collective_bytes")
+    __slots__ = ("rank", "node", "pid", "memory_bytes", "device_memory_bytes", "collectives", "collective_bytes", "collective_seconds")
     RANK_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
@@ -165,6 +165,7 @@ class RankReport(_message.Message):
     DEVICE_MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
     COLLECTIVES_FIELD_NUMBER: _ClassVar[int]
     COLLECTIVE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    COLLECTIVE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     rank: int
     node: str
     pid: int
@@ -172,17 +173,20 @@ class RankReport(_message.Message):
     device_memory_bytes: int
     collectives: int
     collective_bytes: int
-    def __init__(self, rank: _Optional[int] = ..., node: _Optional[str] = ..., pid: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., device_memory_bytes: _Optional[int] = ..., collectives: _Optional[int] = ..., collective_bytes: _Optional[int] = ...) -> None: ...
+    collective_seconds: float
+    def __init__(self, rank: _Optional[int] = ..., node: _Optional[str] = ..., pid: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., device_memory_bytes: _Optional[int] = ..., collectives: _Optional[int] = ..., collective_bytes: _Optional[int] = ..., collective_seconds: _Optional[float] = ...) -> None: ...
 
 class CollectiveCount(_message.Message):
-    __slots__ = ("kind", "count", "bytes")
+    __slots__ = ("kind", "count", "bytes", "seconds")
     KIND_FIELD_NUMBER: _ClassVar[int]
     COUNT_FIELD_NUMBER: _ClassVar[int]
     BYTES_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
     kind: str
     count: int
     bytes: int
-    def __init__(self, kind: _Optional[str] = ..., count: _Optional[int] = ..., bytes: _Optional[int] = ...) -> None: ...
+    seconds: float
+    def __init__(self, kind: _Optional[str] = ..., count: _Optional[int] = ..., bytes: _Optional[int] = ..., seconds: _Optional[float] = ...) -> None: ...
 
 class AbortRequest(_message.Message):
     __slots__ = ("request_ids",)

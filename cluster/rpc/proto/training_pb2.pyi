@@ -71,12 +71,14 @@ class SequenceLogprobs(_message.Message):
     def __init__(self, values: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class TrainTimings(_message.Message):
-    __slots__ = ("forward_backward", "optimizer")
+    __slots__ = ("forward_backward", "optimizer", "collectives")
     FORWARD_BACKWARD_FIELD_NUMBER: _ClassVar[int]
     OPTIMIZER_FIELD_NUMBER: _ClassVar[int]
+    COLLECTIVES_FIELD_NUMBER: _ClassVar[int]
     forward_backward: float
     optimizer: float
-    def __init__(self, forward_backward: _Optional[float] = ..., optimizer: _Optional[float] = ...) -> None: ...
+    collectives: float
+    def __init__(self, forward_backward: _Optional[float] = ..., optimizer: _Optional[float] = ..., collectives: _Optional[float] = ...) -> None: ...
 
 class TrainStepRequest(_message.Message):
     __slots__ = ("sequences", "loss", "loss_options", "optimizer", "expected_step", "idempotency_key", "normaliser", "dropout_seed")
