@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from cluster.actors.place import Place, PlacementConfig
 from launch import logs
+from launch.ray_token import token_of_this_run
 from parallel.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -50,7 +51,8 @@ def run(args: argparse.Namespace) -> int:
         os.environ.setdefault(name, value)
     if args.ranks < 1:
         raise ConfigError(f"--ranks is {args.ranks}; give at least 1")
-    reports = look(args, level)
+    with token_of_this_run(None if args.ray_address == "local" else args.ray_address):
+        reports = look(args, level)
     print("\n".join(table(reports)))
     odd = oddities(reports)
     print("\n".join(f"ODD: {line}" for line in odd) if odd else "nothing odd")

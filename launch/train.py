@@ -10,6 +10,7 @@ import os
 
 from launch import logs
 from launch.presets import Layer, find, overrides, read
+from launch.ray_token import token_of_this_run
 from launch.serve import ENVIRONMENT
 
 
@@ -31,4 +32,5 @@ def run(args: argparse.Namespace) -> int:
     from launch.training import configuration, prepare, train
 
     config = configuration(layers)
-    return train(config, prepare(config), level)
+    with token_of_this_run(config.ray.address):
+        return train(config, prepare(config), level)

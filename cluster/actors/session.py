@@ -1,7 +1,8 @@
 """Joining a Ray cluster, or starting one on this machine for as long as it is needed.
 
 A local cluster is asked for by name (address "local"): without it Ray would join whatever a stale address file points
-at. Reads no environment of its own; what a standing cluster needs there is in docs/serving.md.
+at. Reads no environment of its own; what a standing cluster needs there is in docs/serving.md, and the token of one
+that is started here comes from launch.ray_token.
 """
 
 from __future__ import annotations
@@ -41,6 +42,13 @@ def ray_session(address: str | None = None, num_cpus: int | None = None, log_to_
         yield
     finally:
         ray.shutdown()
+
+
+def read_environment_again() -> None:
+    """Ray keeps what it found in the environment when it was imported: its mode of authentication, and a token."""
+    raylet: Any = ray._raylet
+    raylet.Config.initialize("")
+    raylet.AuthenticationTokenLoader.instance().reset_cache()
 
 
 def check_reachable(address: str) -> None:
