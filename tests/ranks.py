@@ -62,7 +62,7 @@ class _Worker:
 class Ranks:
     """A pool of worker processes that grows to the largest size asked for."""
 
-    def __init__(self, limit: float = 60.0) -> None:
+    def __init__(self, limit: float = 200.0) -> None:
         self.limit = limit
         self._store = dist.TCPStore(
             "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=limit)

@@ -27,7 +27,7 @@ import torch.distributed as dist
 from parallel.group import Group
 from parallel.mesh import Wiring, connect
 
-COMM_TIMEOUT_S = 30.0
+COMM_TIMEOUT_S = 60.0
 PR_SET_PDEATHSIG = 1
 
 

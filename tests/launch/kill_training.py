@@ -33,7 +33,7 @@ SHAPE = "{model_type: gpt2, vocab_size: 50257, n_positions: 64, n_embd: 18, n_la
 VICTIMS = ("everything", "the command", "one rank")
 START_SHARE = 0.25
 """Of the kills, those that come at any moment of the start; the others come while steps are taken."""
-PATIENCE_S = 120.0
+PATIENCE_S = 300.0
 
 
 @dataclass

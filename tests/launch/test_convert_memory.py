@@ -44,7 +44,7 @@ def test_a_conversion_takes_the_memory_of_a_few_tensors(folders: dict[str, Path]
     done = subprocess.run(
         [sys.executable, str(PROGRAM), str(folders[form]), str(tmp_path / "out"), "--from", form, "--dtype", "float16"],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, check=True, timeout=120,
+        capture_output=True, text=True, check=True, timeout=280,
     )  # fmt: skip
     seen = json.loads(done.stdout.splitlines()[-1])
     written = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))

@@ -25,7 +25,7 @@ def home(tmp_path: Path) -> Path:
 
 def bash(home: Path, script: str, **environment: str) -> subprocess.CompletedProcess[str]:
     given = {"HOME": str(home), "PATH": f"{home}/bin:/usr/sbin:/usr/bin:/bin", **environment}
-    return subprocess.run(["bash", "-c", script], env=given, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(["bash", "-c", script], env=given, capture_output=True, text=True, timeout=250, check=False)
 
 
 def program(home: Path, name: str, text: str) -> None:

@@ -178,7 +178,7 @@ def messages_received(group: Group, sizes: Sequence[int]) -> list[bool]:
     right = []
     for seed, length in enumerate(sizes):
         payload = random.Random(seed).randbytes(length)
-        right.append(group.talk.broadcast_bytes(payload if group.rank == 0 else None, timeout=20.0) == payload)
+        right.append(group.talk.broadcast_bytes(payload if group.rank == 0 else None, timeout=60.0) == payload)
     return right
 
 

@@ -24,7 +24,7 @@ from parallel.torch_comm import TorchComm
 from parallel.tree import ReductionTree
 
 Run = Callable[..., list[Any]]
-WIRING = Wiring(timeout_s=10.0, start_timeout_s=20.0)
+WIRING = Wiring(timeout_s=60.0, start_timeout_s=60.0)
 
 
 def free_port() -> int:
@@ -167,11 +167,11 @@ def test_ranks_of_different_hosts_use_gloo(ranks: Run) -> None:
 def absent_peer(group: Group, address: str) -> str:
     """Rank 1 meets the others but never comes to the start of its group."""
     if group.rank == 1:
-        store = mesh._rendezvous(address, 1, 2, 5.0)
+        store = mesh._rendezvous(address, 1, 2, 60.0)
         store.wait(["tp0/memory/0"])
         return ""
     try:
-        init_groups(0, 2, 2, 1, address, wiring=replace(WIRING, start_timeout_s=1.0))
+        init_groups(0, 2, 2, 1, address, wiring=replace(WIRING, start_timeout_s=4.0))
     except CollectiveError as error:
         return str(error)
     return "met"
@@ -210,7 +210,7 @@ def test_too_little_memory_is_told_to_every_rank(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_group_of_one_over_shared_memory_works() -> None:
-    comm = ShmComm.meet(dist.HashStore(), 0, 1, timeout_s=5.0)
+    comm = ShmComm.meet(dist.HashStore(), 0, 1, timeout_s=60.0)
     nodes = torch.randn(1, 5)
     assert torch.equal(comm.tree_sum(nodes, ReductionTree.over(4, 1)), nodes[0])
     assert comm.broadcast_bytes(b"x" * 100_000) == b"x" * 100_000

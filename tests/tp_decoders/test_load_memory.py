@@ -48,7 +48,7 @@ def test_load_takes_no_more_than_the_shard_and_a_tenth(
         capture_output=True,
         text=True,
         check=True,
-        timeout=120,
+        timeout=280,
     )
     seen = json.loads(done.stdout)
     assert seen["samples"] > 50

@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 from cluster.actors.place import Place
 from cluster.actors.worker import Phases
@@ -20,13 +21,14 @@ class MakeFake:
     on_rank: int = 0
     start_seconds: float = 0.0
     folder: str | None = None  # each rank writes a file there when it is closed
+    meet: str | None = None  # all ranks begin to run when each has written one there
 
     def __call__(self, place: Place, phases: Phases) -> FakeProgram:
         return FakeProgram(self, place, phases)
 
 
 class FakeProgram:
-    """Waits until stopped; peers of a failing rank fail half a second before it, as in a collective."""
+    """Waits until stopped; peers of a failing rank fail a moment before it, as in a collective."""
 
     def __init__(self, plan: MakeFake, place: Place, phases: Phases) -> None:
         self.plan, self.place, self.phases = plan, place, phases
@@ -46,8 +48,9 @@ class FakeProgram:
         assert threading.get_ident() == self.thread, "a program starts and runs in one thread"
         if self.fail == "return":
             return
+        self._meet()
         if self.fail is not None:
-            time.sleep(0.8)
+            time.sleep(0.6)
             if self.fail == "exit":
                 os._exit(7)
             raise RuntimeError("first line\nthe reason")
@@ -55,6 +58,12 @@ class FakeProgram:
             time.sleep(0.3)
             raise CollectiveError(f"rank {self.plan.on_rank} did not come")
         self.stopped.wait()
+
+    def _meet(self) -> None:
+        if self.plan.meet is not None:
+            Path(self.plan.meet, f"runs-{self.place.rank}").touch()
+            while len(list(Path(self.plan.meet).glob("runs-*"))) < self.place.world:
+                time.sleep(0.01)
 
     def stop(self) -> None:
         self.stopped.set()

@@ -73,7 +73,7 @@ class LastingProgram:
         """Nothing was opened."""
 
     def _pid_of(self, rank: int) -> int:
-        path, limit = Path(self.plan.folder) / f"{self.place.life}-{rank}", time.monotonic() + 20
+        path, limit = Path(self.plan.folder) / f"{self.place.life}-{rank}", time.monotonic() + 120
         while not path.exists():
             if time.monotonic() > limit:
                 raise CollectiveError(f"rank {rank} did not come")

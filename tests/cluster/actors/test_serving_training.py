@@ -97,7 +97,7 @@ def on_two_ranks(spec: ServeSpec, main: Callable[[tuple[str, int]], Coroutine[An
     try:
         facts = group.start()[0].facts
         assert facts.engine_address is not None
-        return facts, asyncio.run(asyncio.wait_for(main(facts.engine_address), 60))
+        return facts, asyncio.run(asyncio.wait_for(main(facts.engine_address), 250))
     finally:
         group.close()
 

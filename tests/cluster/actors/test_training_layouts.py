@@ -120,6 +120,6 @@ def _late_replica(group: Any, spec: Any, address: str) -> Any:
 
 
 def test_a_replica_that_is_late_to_a_save_finds_it_done(start: Path, tmp_path: Path, ranks: Any) -> None:
-    spec = spec_of(start, tmp_path / "run", TrainParallel(dp=2), start_timeout_s=20.0)
+    spec = spec_of(start, tmp_path / "run", TrainParallel(dp=2), start_timeout_s=100.0)
     claim_folder(Path(spec.out), spec.run())
     assert [facts.step for facts in ranks(2, _late_replica, spec, free_address())] == [0, 0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def test_a_worker_starts_reports_runs_and_stops(tmp_path: Path) -> None:
     assert list(ready.seconds) == ["reading weights"]
     assert thread.is_alive()
     worker.stop()
-    thread.join(5)
+    thread.join(60)
     assert not thread.is_alive()
     assert (tmp_path / "0").exists(), "the program was not closed"
 
@@ -44,19 +45,19 @@ def test_stop_before_the_start_has_ended_prevents_the_run() -> None:
     thread = threading.Thread(target=worker.run, args=(PLACE, MakeFake(start_seconds=0.3)), daemon=True)
     thread.start()
     worker.stop()
-    thread.join(5)
+    thread.join(60)
     assert not thread.is_alive()
 
 
 def test_the_phase_under_way_is_named() -> None:
     worker = Worker(0)
-    thread = threading.Thread(target=worker.run, args=(PLACE, MakeFake(start_seconds=0.3)), daemon=True)
+    thread = threading.Thread(target=worker.run, args=(PLACE, MakeFake(start_seconds=2.0)), daemon=True)
     thread.start()
-    while worker.phase().startswith("nothing"):
-        pass
-    assert worker.phase().startswith("reading weights, for 0.")
+    while (phase := worker.phase()).startswith("nothing"):
+        time.sleep(0.001)
+    assert phase.startswith("reading weights, for ")
     worker.stop()
-    thread.join(5)
+    thread.join(60)
 
 
 class Remembering(FakeProgram):
@@ -96,7 +97,7 @@ def test_a_program_that_only_lost_its_peers_lives_on_in_the_next_run() -> None:
     assert worker.ready(1).facts == {"lives": 2} and worker.ready(0).facts["rank"] == 0
     assert len(made) == 1 and not worker.kept()
     worker.stop(1)
-    thread.join(5)
+    thread.join(60)
     assert not thread.is_alive()
 
 

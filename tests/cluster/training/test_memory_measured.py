@@ -74,7 +74,7 @@ def measured(run: dict[str, Any], folder: Path) -> list[int]:
         for rank in range(world)
     ]  # fmt: skip
     try:
-        outputs = [rank.communicate(timeout=150)[0] for rank in ranks]
+        outputs = [rank.communicate(timeout=280)[0] for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()

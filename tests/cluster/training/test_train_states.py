@@ -29,7 +29,7 @@ from tp_decoders.slice_files import SliceFiles
 
 CONFIG = EngineConfig(kv_blocks=64, max_sequences=8)
 DOCUMENTS = (TrainSequence(token_ids=(5, 9, 2, 7, 11, 3, 8)), TrainSequence(token_ids=(1, 4, 4, 6, 90)))
-SOON_S = 15.0
+SOON_S = 90.0
 """Of a limit of 600: nobody waited for it."""
 
 

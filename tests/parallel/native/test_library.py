@@ -89,7 +89,7 @@ assert native.library().tiny_answer() == 42
 """
     root = str(Path(__file__).parents[3])
     ranks = [subprocess.Popen([sys.executable, "-c", program], cwd=root) for _ in range(4)]
-    assert [rank.wait(timeout=60) for rank in ranks] == [0, 0, 0, 0]
+    assert [rank.wait(timeout=250) for rank in ranks] == [0, 0, 0, 0]
     assert len(calls(tiny)) == 2
 
 
