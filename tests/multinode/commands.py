@@ -10,7 +10,8 @@ import shlex
 import subprocess
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 NOISE = re.compile(
     r"^\s*$|^Shared connection|^Connection to .* closed|^bash: (cannot set terminal|no job control)"
@@ -25,17 +26,20 @@ class Failed(Exception):
 
 
 class Command:
-    """One command, its lines as they come."""
+    """One command, its lines as they come. `quiet` picks those that are shown; with `log` all go to that file alone."""
 
-    def __init__(self, words: Sequence[str], quiet: str | None = None) -> None:
+    def __init__(
+        self, words: Sequence[str], quiet: str | None = None, env: Mapping[str, str] | None = None,
+        log: Path | None = None,
+    ) -> None:  # fmt: skip
         self.lines: list[tuple[float, str]] = []
         self._quiet = re.compile(quiet) if quiet else None
-        self._shown = 0
-        print(f"\n$ {shlex.join(words)}", flush=True)
+        self._log = log.open("a", encoding="utf-8", buffering=1) if log else None
+        print(f"\n$ {shlex.join(words)}", flush=True, file=self._log)
         self._began = time.monotonic()
         self._process = subprocess.Popen(
             list(words), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            errors="replace",
+            errors="replace", env=env,
         )  # fmt: skip
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -43,6 +47,15 @@ class Command:
     @property
     def seconds(self) -> float:
         return time.monotonic() - self._began
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def status(self) -> int | None:
+        """Its exit status, once it has ended."""
+        return self._process.poll()
 
     @property
     def text(self) -> str:
@@ -57,7 +70,7 @@ class Command:
             self._process.kill()
             raise Failed(f"not done within {limit:g} s") from expired
         self._reader.join(5)
-        print(f"  -> exit status {status} after {self.seconds:.1f} s", flush=True)
+        print(f"  -> exit status {status} after {self.seconds:.1f} s", flush=True, file=self._log)
         return status
 
     def says(self, pattern: str, limit: float, after: int = 0) -> tuple[float, str]:
@@ -81,7 +94,9 @@ class Command:
         for raw in self._process.stdout:
             line = COLOURS.sub("", raw).rstrip()
             self.lines.append((time.monotonic(), line))
-            if not NOISE.search(line) and not (self._quiet and not self._quiet.search(line)):
+            if self._log is not None:
+                print(f"{self.seconds:8.1f} s  {line}", file=self._log)
+            elif not NOISE.search(line) and not (self._quiet and not self._quiet.search(line)):
                 print(f"  {self.seconds:6.1f} s  {line[:200]}", flush=True)
 
 

@@ -1,0 +1,256 @@
+"""Where faults strike: three nodes of a standing Ray cluster, with the health checks of docs/serving.md.
+
+`Namespaces` are hosts of their own (tests/multinode/hosts.sh), whose links can be cut; `Raylets` are several raylets of
+this machine, for where there is no root. Both know which processes belong to a node and start it again after its end,
+as whoever runs a cluster would. What runs on the cluster is not theirs.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from tests.multinode.commands import Failed
+
+HEAD = 1
+CHECKS = {
+    "health_check_initial_delay_ms": 2000, "health_check_period_ms": 1000, "health_check_timeout_ms": 1000,
+    "health_check_failure_threshold": 3,
+}  # fmt: skip
+"""As docs/serving.md has them."""
+CORES, STORE_BYTES = 2, 80_000_000
+"""Of a node: any two of the three have room for two ranks that serve and two that train."""
+LEAVE_S = 12.0
+"""How long what is left of a lost node may take to end by itself before it is ended."""
+
+
+class Hosts(Protocol):
+    """Three nodes; number 1 is the head, where both commands run and which no fault strikes as a whole."""
+
+    numbers: tuple[int, ...]
+    can_cut: bool
+    address: str
+
+    def start(self, number: int) -> None:
+        """A node's Ray, at first and again."""
+        ...
+
+    def raylet(self, number: int) -> int | None:
+        """Its process, while there is one."""
+        ...
+
+    def node(self, number: int) -> str:
+        """By what address the product names it."""
+        ...
+
+    def command(self, words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+        """How a command is given on the head, and its environment."""
+        ...
+
+    def link(self, number: int, state: str) -> None: ...
+
+    def clear(self, number: int) -> None:
+        """What a lost node left behind, where it does not end by itself."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Namespaces:
+    """Three hosts of their own, below the folder `base` that tests.multinode.ground furnished."""
+
+    numbers: tuple[int, ...] = (1, 2, 3)
+    can_cut = True
+    address = "10.77.0.11:6379"
+
+    def __init__(self, base: Path) -> None:
+        self._script = base / "tree/tests/multinode/hosts.sh"
+        self._base = base
+        self._env = dict(os.environ) | {"HOME": os.environ["HOST_HOME"]} | _ray_settings()
+        self._run("bridge")
+        for number in self.numbers:
+            self._run("up", str(number))
+
+    def start(self, number: int) -> None:
+        head = ["--head", "--port=6379", "--include-dashboard=false"] if number == HEAD else []
+        where = [] if number == HEAD else [f"--address={self.address}"]
+        size = [f"--num-cpus={CORES}", f"--object-store-memory={STORE_BYTES}", f"--node-ip-address={self.node(number)}"]
+        words = ["in", str(number), "ray", "start", *head, *where, *size, "--disable-usage-stats"]
+        self._run(*words, limit=90)
+
+    def raylet(self, number: int) -> int | None:
+        found = [pid for pid in self._processes(number) if is_raylet(pid)]
+        return found[0] if found else None
+
+    def node(self, number: int) -> str:
+        return f"10.77.0.1{number}"
+
+    def command(self, words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+        return [str(self._script), "in", str(HEAD), *words], self._env
+
+    def link(self, number: int, state: str) -> None:
+        self._run("link", str(number), state)
+
+    def clear(self, number: int) -> None:
+        """Ray's processes of that host, the ranks among them."""
+        until_gone(lambda: self.raylet(number) is not None)
+        for pid in self._processes(number):
+            if b"ray" in cmdline(pid):
+                end(pid)
+
+    def close(self) -> None:
+        for number in reversed(self.numbers):
+            self._run("off", str(number))
+
+    def _processes(self, number: int) -> list[int]:
+        network = os.readlink(f"/proc/{(self._base / f'hosts/{number}/pid').read_text().strip()}/ns/net")
+        return [pid for pid in all_processes() if _network(pid) == network]
+
+    def _run(self, *words: str, limit: float = 60.0) -> None:
+        done = subprocess.run(
+            [str(self._script), *words], env=self._env, capture_output=True, text=True, timeout=limit, check=False
+        )
+        if done.returncode:
+            raise Failed(f"hosts.sh {' '.join(words)}: {done.stdout[-1000:]} {done.stderr[-1000:]}")
+
+
+class Raylets:
+    """Three raylets of this machine, without root; they share its network, so no link can be cut."""
+
+    numbers: tuple[int, ...] = (1, 2, 3)
+    can_cut = False
+
+    def __init__(self, started: Any) -> None:
+        """`started`: a ray.cluster_utils.Cluster with its head."""
+        self._cluster = started
+        self._nodes: dict[int, Any] = {HEAD: started.head_node}
+        self.address = started.address
+
+    def start(self, number: int) -> None:
+        if number == HEAD:
+            return
+        if number in self._nodes:
+            self._cluster.remove_node(self._nodes.pop(number), allow_graceful=False)
+        self._nodes[number] = self._cluster.add_node(num_cpus=CORES, object_store_memory=STORE_BYTES)
+
+    def raylet(self, number: int) -> int | None:
+        node = self._nodes.get(number)
+        processes = node.all_processes.get("raylet", []) if node else []
+        return processes[0].process.pid if processes and processes[0].process.poll() is None else None
+
+    def node(self, number: int) -> str:
+        return str(self._nodes[number].node_ip_address)
+
+    def command(self, words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+        return list(words), dict(os.environ) | _ray_settings()
+
+    def link(self, number: int, state: str) -> None:
+        raise AssertionError("raylets of one machine have no link")
+
+    def clear(self, number: int) -> None:
+        until_gone(lambda: self.raylet(number) is not None)
+        if (pid := self.raylet(number)) is not None:
+            end(pid)
+
+    def close(self) -> None:
+        self._cluster.shutdown()
+
+
+def _ray_settings() -> dict[str, str]:
+    checks = {f"RAY_{name}": str(value) for name, value in CHECKS.items()}
+    return checks | {"RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0"}
+
+
+# ---------------------------------------------------------------------------------------------------------- processes
+
+
+def all_processes() -> list[int]:
+    return sorted(int(folder.name) for folder in Path("/proc").glob("[0-9]*"))
+
+
+def cmdline(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return b""
+
+
+def status_of(pid: int) -> Mapping[str, str]:
+    """What the kernel says of a process; empty where it has gone or is only waited for."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return {}
+    said = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
+    return {} if said.get("State", "Z").lstrip()[0] in "ZX" else said
+
+
+def inner_pid(pid: int) -> int:
+    """By what number it knows itself, in its own namespace."""
+    return int(status_of(pid).get("NSpid", str(pid)).split()[-1])
+
+
+def children(pid: int) -> list[int]:
+    return [each for each in all_processes() if status_of(each).get("PPid", "").strip() == str(pid)]
+
+
+def is_raylet(pid: int) -> bool:
+    return b"raylet/raylet\0" in cmdline(pid) and bool(status_of(pid))
+
+
+def ranks_below(raylet: int) -> list[int]:
+    return [pid for pid in children(raylet) if cmdline(pid).startswith(b"ray::Worker")]
+
+
+def training_rank(pid: int, below: Path) -> int | None:
+    """Which rank of the training job it is, by the lock it holds in the run's folder; None: not one of it."""
+    try:
+        open_files = [os.readlink(each) for each in Path(f"/proc/{pid}/fd").iterdir()]
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    for name in open_files:
+        path = Path(name)
+        if path.name.startswith(".rank-") and below in path.parents:
+            return int(path.name.removeprefix(".rank-").removesuffix(".lock"))
+    return None
+
+
+def end(pid: int, number: signal.Signals = signal.SIGKILL) -> None:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        return
+
+
+def until_gone(there: Any, limit: float = LEAVE_S) -> bool:
+    """Whether it went by itself within the limit."""
+    deadline = time.monotonic() + limit
+    while there():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def command_process(pid: int) -> int:
+    """The command itself, where nsenter stands before it."""
+    while cmdline(pid).startswith((b"nsenter", b"bash", b"/usr/bin/env", b"env")) and (below := children(pid)):
+        pid = below[0]
+    return pid
+
+
+def _network(pid: int) -> str:
+    try:
+        return os.readlink(f"/proc/{pid}/ns/net")
+    except OSError:
+        return ""
+
+
+def python(*words: str) -> list[str]:
+    return [sys.executable, *words]
