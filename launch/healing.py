@@ -1,10 +1,11 @@
-"""What `serve` does when ranks are lost: rebuilds the group, gives the front-end the new engine, knows when to stop.
+"""What `serve` does when ranks of a replica are lost, or are to start anew: rebuilds the group, gives the front-end the
+new engine, knows when to stop.
 
-    fault -- named by the group --> front-end: RECOVERING --> WorkerGroup.rebuild --> new link --> Frontend.reattach
+    fault -- named by the group --> Frontend.fault --> WorkerGroup.rebuild --> new link --> Frontend.reattach
 
 The first attempt keeps the ranks that survived; after one that failed all are started again. Each attempt counts, and
-too many within a window end the server with the cause. Waiting for room is no attempt. What the front-end and the
-group do on their side is theirs.
+too many within a window are the end of this replica, with the cause. Waiting for room is no attempt, nor is a restart
+that was asked for. What the front-end and the group do on their side is theirs.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from cluster.actors.group import WorkerGroup
 from cluster.actors.place import PlacementConfig
 from cluster.actors.spec import RankFacts, ServeSpec
 from cluster.actors.worker import Ready
+from cluster.frontend.errors import Draining, RestartRefused
 from cluster.frontend.frontend import Frontend, State
 from cluster.frontend.socket_link import SocketLink
 from cluster.training.calls import Kind, RestorePoint, TrainCall
@@ -30,6 +32,9 @@ CAUSE_S = 12.0
 """How long the group may take to find the cause of what the link to rank 0 noticed first."""
 FIRST_DELAY_S, MOST_DELAY_S = 1.0, 30.0
 REMINDER_S = 30.0
+CANARY_S = 30.0
+ENDING = (State.DRAINING, State.FAILED, State.CLOSED)
+RESTARTED = "it is restarted because somebody asked for it"
 
 
 class Restarts:
@@ -53,11 +58,22 @@ class Restarts:
         return 0.0 if before == 0 else min(FIRST_DELAY_S * 2.0 ** (before - 1), MOST_DELAY_S)
 
 
-class Healer:
-    """Keeps an engine behind a front-end. `run` ends only by raising: what cannot be healed, with the cause."""
+@dataclass(frozen=True)
+class Order:
+    """A restart that was asked for: how long open requests may take to end, and who waits for how many did not."""
 
-    def __init__(self, group: WorkerGroup, frontend: Frontend, spec: ServeSpec, ready: Sequence[Ready]) -> None:
+    grace_s: float
+    done: asyncio.Future[int]
+
+
+class Healer:
+    """Keeps an engine in one replica's place. `run` ends only by raising: what cannot be healed, with the cause."""
+
+    def __init__(
+        self, group: WorkerGroup, frontend: Frontend, spec: ServeSpec, ready: Sequence[Ready], replica: int = 0
+    ) -> None:
         self._group, self._frontend = group, frontend
+        self._replica = frontend.fleet.replicas[replica]
         self._facts: RankFacts = ready[0].facts
         # as many blocks as before: what was admitted fits again
         self._spec = replace(spec, engine=replace(spec.engine, kv_blocks=self._facts.kv_blocks))
@@ -65,7 +81,8 @@ class Healer:
         self._loop = asyncio.get_running_loop()
         self._news = asyncio.Event()
         self._told, self._told_at = "", 0.0
-        frontend.observe(self._follow)
+        self._order: Order | None = None
+        frontend.fleet.observe(self._follow)
         group.observe(self._group_failed)
 
     async def run(self) -> None:
@@ -73,30 +90,104 @@ class Healer:
         while True:
             await self._news.wait()
             self._news.clear()
-            if self._frontend.fleet.has_engine and self._group.wait_fault(0.0) is None:
-                continue  # old news
-            began = time.monotonic()
-            cause = await asyncio.to_thread(self._group.wait_fault, CAUSE_S)
-            if cause is None and await self._reconnected():
-                continue
-            cause = cause or self._frontend.fault_cause
-            self._group.give_up(cause)  # of no effect where it has failed
-            self._frontend.fault(cause)
-            await self._heal(cause)
-            log.warning("serving again %.1f s after the fault was seen: %s", time.monotonic() - began, cause)
+            if self._order is not None:
+                await self._restart(self._order)
+            elif self._replica.seat is None or self._group.wait_fault(0.0) is not None:
+                await self._mend()
 
-    async def _heal(self, cause: str) -> None:
-        """Attempt after attempt until one succeeds."""
-        keep, failed = True, ""
-        while not await self._attempted(cause, keep, failed):
-            keep, failed = False, self._frontend.fault_cause
+    async def restart(self, grace_s: float) -> int:
+        """Ends the replica's ranks and starts them anew, though nothing is wrong with them. Nothing new goes there;
+        what is open there and does not end within the time goes on elsewhere, or waits: returns how much that was.
+        """
+        self._order = Order(grace_s, self._loop.create_future())
+        self._news.set()
+        return await self._order.done
 
-    async def _attempted(self, cause: str, keep: bool, failed: str) -> bool:
-        """Whether one more attempt succeeded; raises where none is left, or none can be right."""
-        delay = self._restarts.next_delay()
-        if delay is None:
-            raise self._exhausted(cause, failed)
-        await asyncio.sleep(delay)
+    async def ordered(self) -> None:
+        """Waits for an order."""
+        while self._order is None:
+            await self._news.wait()
+            self._news.clear()
+        self._news.set()
+
+    async def _mend(self) -> None:
+        """After a fault: what it was, and another engine."""
+        began = time.monotonic()
+        cause = await asyncio.to_thread(self._group.wait_fault, CAUSE_S)
+        if cause is None and await self._reconnected():
+            return
+        cause = cause or self._replica.fault
+        self._group.give_up(cause)  # of no effect where it has failed
+        self._frontend.fault(cause, self._replica.index)
+        await self._heal(cause)
+        log.warning("serving again %.1f s after the fault was seen: %s", time.monotonic() - began, cause)
+
+    async def _restart(self, order: Order) -> None:
+        try:
+            handed_over = await self._vacate(order.grace_s)
+            check_restart(self._frontend)
+            self._frontend.release(RESTARTED, self._replica.index)
+            self._group.give_up(RESTARTED)
+            if not await self._tried(keep=False):
+                await self._heal(RESTARTED, keep=False)
+            await self._prove()
+        except TpError as error:
+            order.done.set_exception(error)
+            if isinstance(error, Unhealable):
+                raise
+        else:
+            order.done.set_result(handed_over)
+        finally:
+            self._order = None
+            self._frontend.fleet.hold(self._replica.index, False)
+
+    async def _vacate(self, grace_s: float) -> int:
+        """Nothing new goes there, and what is open has some time, as long as others can take what comes meanwhile;
+        how much is left then."""
+        replica, fleet = self._replica, self._frontend.fleet
+        fleet.hold(replica.index, True)
+        try:
+            async with asyncio.timeout(grace_s if len(fleet.replicas) > 1 else 0.0):
+                await fleet.until(lambda: self._ending or not (replica.seat and replica.seat.open))
+        except TimeoutError:
+            pass  # the rest is handed over
+        await fleet.until(lambda: self._ending or self.others_serve or replica.seat is None)
+        return len(replica.seat.open) if replica.seat else 0
+
+    @property
+    def others_serve(self) -> bool:
+        """Whether every other replica has an engine that nothing speaks against."""
+        others = [each for each in self._frontend.fleet.replicas if each is not self._replica]
+        return all(each.seat and not each.doubt for each in others)
+
+    @property
+    def _ending(self) -> bool:
+        return self._frontend.state in ENDING
+
+    async def _prove(self) -> None:
+        """A canary through every rank of the new engine, before anything new goes there."""
+        seat = self._replica.seat
+        if seat is None:
+            raise WorkerError(f"replica {self._replica.index} was lost again while it started: {self._replica.fault}")
+        load = await asyncio.to_thread(seat.link.load, CANARY_S, True)
+        self._frontend.fleet.judge(seat, load.canary_fault)
+        if load.canary_fault:
+            raise WorkerError(f"replica {self._replica.index} was started anew, and its canary: {load.canary_fault}")
+
+    async def _heal(self, cause: str, keep: bool = True) -> None:
+        """Attempt after attempt until one succeeds; raises where none is left."""
+        failed = ""
+        while True:
+            delay = self._restarts.next_delay()
+            if delay is None:
+                raise self._exhausted(cause, failed)
+            await asyncio.sleep(delay)
+            if await self._tried(keep, cause):
+                return
+            keep, failed = False, self._replica.fault
+
+    async def _tried(self, keep: bool, cause: str = RESTARTED) -> bool:
+        """Whether one attempt succeeded; raises where none can be right."""
         try:
             point = self._frontend.weights.restore_point()
         except WorkerError as error:
@@ -105,7 +196,7 @@ class Healer:
             await self._rebuild(point, keep)
         except TpError as error:
             log.error("the group could not be rebuilt: %s", error)
-            self._frontend.waits_for(str(error))
+            self._frontend.waits_for(str(error), self._replica.index)
             return False
         return True
 
@@ -117,7 +208,7 @@ class Healer:
         lost = self._frontend.weights.rebuilt(point)
         if lost:
             log.error("%s", lost)
-        await self._frontend.reattach(link)
+        await self._frontend.reattach(link, self._replica.index)
 
     async def _connect(self) -> SocketLink:
         assert self._facts.engine_address is not None, "rank 0 has an engine"
@@ -130,7 +221,7 @@ class Healer:
         except WorkerError as error:
             log.error("the engine cannot be reached: %s", error)
             return False
-        await self._frontend.reattach(link)
+        await self._frontend.reattach(link, self._replica.index)
         if self._spec.training.enabled:  # what was under way may have been applied unheard
             asked = asyncio.wrap_future(link.train(TrainCall(kind=Kind.STATE)))
             try:
@@ -144,13 +235,13 @@ class Healer:
         """In the group's own thread."""
         self._loop.call_soon_threadsafe(self._news.set)
 
-    def _follow(self, state: State) -> None:
-        if state in (State.RECOVERING, State.FAILED):
+    def _follow(self) -> None:
+        if self._replica.seat is None:
             self._news.set()
 
     def _tell(self, what: str) -> None:
         """What a rebuild waits for: to the log now and then, and to whoever asks for the state."""
-        self._loop.call_soon_threadsafe(self._frontend.waits_for, what)
+        self._loop.call_soon_threadsafe(self._frontend.waits_for, what, self._replica.index)
         now = time.monotonic()
         if what != self._told or now - self._told_at >= REMINDER_S:
             self._told, self._told_at = what, now
@@ -164,6 +255,17 @@ class Healer:
         return Unhealable(
             f"the engine is gone: {cause}{again}; {config.max_restarts} restarts within {config.restart_window_s:g} s "
             "are the limit (placement.max_restarts)"
+        )
+
+
+def check_restart(frontend: Frontend) -> None:
+    """Raises where ending ranks now would lose something, or is of no use."""
+    if frontend.state in ENDING:
+        raise Draining("the server is stopping: what was not restarted yet stays as it is")
+    if frontend.weights.unsaved or frontend.training_under_way:
+        raise RestartRefused(
+            "what was trained since the last saved state is in the ranks' memory alone and would be lost; save it "
+            "(SaveState), then restart"
         )
 
 

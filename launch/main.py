@@ -72,6 +72,11 @@ COMMANDS = {
         "show what a server does: health, requests, memory, ranks; --watch keeps showing it",
         "tp-decoders status --address localhost:50051 --watch",
     ),
+    "restart": Command(
+        "launch.restart",
+        "start a server's ranks anew, one replica after the other, without losing a request",
+        "tp-decoders restart --address localhost:50051 --grace 30",
+    ),
     "flight": Command(
         "launch.flight",
         "read what the ranks' flight recorders left after a fault: which rank fell out of step, in which command",

@@ -105,6 +105,13 @@ class ServeConfig:
     observe: ObserveConfig = field(default_factory=ObserveConfig)
 
 
+    def __post_init__(self) -> None:
+        if self.training.enabled and self.parallel.dp > 1:
+            raise ConfigError(
+                f"training.enabled with parallel.dp={self.parallel.dp}: a training call changes one replica's weights, "
+                "and the others would answer with other ones; train with parallel.dp=1, or serve without --train"
+            )
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="the folder of a Hugging Face checkpoint")
     parser.add_argument("--adapter", metavar="FOLDER", help="a PEFT LoRA adapter, merged into the weights as they load")
@@ -113,7 +120,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="causal-lm (default), sequence-classification, token-classification, question-answering or double-heads",
     )
     parser.add_argument("--tp", type=int, help="tensor-parallel ranks (default 1)")
-    parser.add_argument("--dp", type=int, help="replicas (1 for now)")
+    parser.add_argument("--dp", type=int, help="replicas of --tp ranks each, behind the one port (default 1)")
     parser.add_argument("--device", help="cpu (default) or cuda")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: the checkpoint's own)")
     parser.add_argument("--host", help="address to listen on (default 127.0.0.1: this machine only)")

@@ -2,7 +2,8 @@
 
 One asyncio loop in this process holds front-end and server; the engine runs on rank 0. A signal drains: nothing new is
 admitted, open requests may end within `server.drain_seconds`, a second signal ends them at once. A lost rank is a
-pause (launch.healing), and only where that is one too many the end, with the cause.
+pause (launch.healing), and only where that is one too many the end, with the cause. What runs the ranks of each
+replica is launch.replicas.
 """
 
 from __future__ import annotations
@@ -10,31 +11,31 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import secrets
 import signal
 import socket
-from collections.abc import Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.actors.group import WorkerGroup
 from cluster.actors.session import ray_session
-from cluster.actors.spec import FlightSpec, RankFacts, ServeSpec, TrainingConfig
+from cluster.actors.spec import RankFacts
 from cluster.actors.worker import Ready
 from cluster.frontend.calls import FrontendConfig
 from cluster.frontend.frontend import Frontend
 from cluster.frontend.readiness import Readiness
-from cluster.frontend.socket_link import SocketLink
 from cluster.frontend.text import codec_of
 from cluster.rpc.auth_config import Security
+from cluster.rpc.control import ServiceInfo
 from cluster.rpc.server import build_server, check_security
-from cluster.rpc.servicers import ServiceInfo
 from cluster.training.states import StateFolder
-from launch.healing import Healer
 from launch.metrics import MetricsServer, ServeMetrics, check_host
-from parallel.errors import ConfigError, WorkerError
+from launch.replicas import Replicas
+from launch.rolling import Upkeep
+from parallel.errors import ConfigError, TpError, WorkerError
 from tp_decoders.adapter_files import read_adapter_config
 from tp_decoders.registry import read_config
 from tp_decoders.task_config import CAUSAL, check_task, task_of
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 CLOSE_GRACE_S = 2.0
+THREADS = 16
+Restart = Callable[[], Awaitable[object]]
 
 
 def serve(config: ServeConfig, model: Path, log_level: int) -> int:
@@ -91,44 +94,43 @@ def check_port(host: str, port: int) -> None:
 
 async def _serve(config: ServeConfig, model: Path, log_level: int) -> int:
     loop = asyncio.get_running_loop()
+    # a replica that starts or is watched holds a thread for as long as that takes
+    loop.set_default_executor(ThreadPoolExecutor(THREADS + 4 * config.parallel.dp, "serve"))
     signals = _Signals(loop)
-    spec = _spec(config, model)
-    placement = replace(config.placement, log_level=log_level)
-    group = WorkerGroup(spec, config.parallel.tp, config.parallel.device, placement)
+    replicas = Replicas(config, model, log_level)
     async with AsyncExitStack() as stack:
-        stack.push_async_callback(asyncio.to_thread, group.close)
-        ready = await _unless(signals.stop, asyncio.to_thread(group.start))
+        stack.push_async_callback(replicas.close)
+        ready = await _unless(signals.stop, replicas.start())
         if ready is None:
             return 0
-        frontend, port, watched = await _open(config, model, spec, ready, stack)
-        healer = Healer(group, frontend, spec, ready)
+        frontend, upkeep, port, watched = await _open(config, model, replicas, ready, stack)
+        signals.restart = partial(upkeep.restart, config.server.drain_seconds)
         print(ready_line(config, model, ready, port) + watched, flush=True)
-        await _run(frontend, signals, healer, config.server.drain_seconds)
+        await _run(frontend, signals, upkeep, config.server.drain_seconds)
     return 0
 
 
 async def _open(
-    config: ServeConfig, model: Path, spec: ServeSpec, ready: Sequence[Ready], stack: AsyncExitStack
-) -> tuple[Frontend, int, str]:
-    """Front-end and server over the ranks' engine, its port, and where its metrics are; the stack closes them."""
-    facts: RankFacts = ready[0].facts
-    assert facts.engine_address is not None, "rank 0 has an engine"
-    for rank in ready:
+    config: ServeConfig, model: Path, replicas: Replicas, ready: Sequence[Sequence[Ready]], stack: AsyncExitStack
+) -> tuple[Frontend, Upkeep, int, str]:
+    """Front-end and server over the replicas' engines, its port, and where its metrics are; the stack closes them."""
+    for rank in (rank for ranks in ready for rank in ranks):
         log.info("%s", start_line(rank))
-    link = await asyncio.to_thread(SocketLink, facts.engine_address, spec.authkey)
+    links = await asyncio.to_thread(replicas.connect, ready)
     codec = codec_of(await asyncio.to_thread(load_tokenizer, model))
-    frontend = Frontend(link, codec=codec, config=_patience(config))
+    frontend = Frontend(links, codec=codec, config=_patience(config))
     stack.push_async_callback(frontend.close)
+    upkeep = Upkeep(frontend, replicas.healers(frontend, ready))
     host = f"[{config.server.host}]" if ":" in config.server.host else config.server.host
-    info = _service_info(config, model, facts)
+    info = _service_info(config, model, ready[0][0].facts)
     readiness = Readiness(frontend, config.observe.canary_every_s, config.observe.canary_timeout_s)
     address = f"{host}:{config.server.port}"
-    server = build_server(frontend, address, config.limits, info, config.server.security, readiness)
+    server = build_server(frontend, address, config.limits, info, config.server.security, readiness, upkeep.restart)
     frontend.start()
     watched = await _observe(config, frontend, readiness, info, stack)
     await server.start()
     stack.push_async_callback(server.stop, CLOSE_GRACE_S)
-    return frontend, server.port, watched
+    return frontend, upkeep, server.port, watched
 
 
 async def _observe(
@@ -150,9 +152,9 @@ async def _observe(
     return f"  metrics {observe.metrics_host}:{metrics.port}"
 
 
-async def _run(frontend: Frontend, signals: _Signals, healer: Healer, drain_s: float) -> None:
+async def _run(frontend: Frontend, signals: _Signals, upkeep: Upkeep, drain_s: float) -> None:
     """Until there is a reason to stop, and what was open has ended; what cannot be healed is raised."""
-    healing = asyncio.create_task(healer.run())
+    healing = asyncio.create_task(upkeep.run())
     try:
         await _first(signals.stop.wait(), frontend.drained.wait(), asyncio.shield(healing))
         if not healing.done():  # a rank that is lost now is a pause of the drain
@@ -172,15 +174,16 @@ def _patience(config: ServeConfig) -> FrontendConfig:
     return replace(config.frontend, recovery_seconds=config.frontend.recovery_seconds or waits)
 
 
-def ready_line(config: ServeConfig, model: Path, ready: Sequence[Ready], port: int) -> str:
-    """The one line that says what is served where."""
-    facts: RankFacts = ready[0].facts
+def ready_line(config: ServeConfig, model: Path, ready: Sequence[Sequence[Ready]], port: int) -> str:
+    """The one line that says what is served where; of replicas the cache of the first."""
+    facts: RankFacts = ready[0][0].facts
     tokens = facts.kv_blocks * facts.block_size
-    size = sum(rank.facts.kv_bytes for rank in ready) / 1e6
+    size = sum(rank.facts.kv_bytes for rank in ready[0]) / 1e6
+    dp = f"dp={len(ready)} " if len(ready) > 1 else ""
     return (
         f"ready: {config.server.host}:{port}  model {model.name} ({facts.family}, {facts.dtype})  "
         + (f"{config.task}  " if config.task != CAUSAL else "")
-        + f"tp={config.parallel.tp} on {config.parallel.device} ({facts.transport}, attention {facts.attention})  "
+        + f"tp={config.parallel.tp} {dp}on {config.parallel.device} ({facts.transport}, attention {facts.attention})  "
         f"KV cache {tokens} tokens ({facts.kv_blocks} blocks of {facts.block_size}, {size:.1f} MB)"
         + ("  training on" if config.training.enabled else "")
         + _protection(config.server.security)
@@ -205,30 +208,6 @@ def start_line(rank: Ready) -> str:
     return f"{rank.place}: {facts.parameters / 1e6:.2f} M parameters, {where}, {facts.threads} thread(s); {phases}"
 
 
-def _spec(config: ServeConfig, model: Path) -> ServeSpec:
-    return ServeSpec(
-        model=str(model),
-        task=config.task,
-        adapter=None if config.adapter is None else str(Path(config.adapter).resolve()),
-        authkey=secrets.token_bytes(32),
-        parallel=config.parallel,
-        engine=config.engine,
-        training=_training(config.training),
-        start_timeout_s=config.placement.start_timeout_s,
-        flight=FlightSpec(secrets.token_hex(4), _folder(config.observe.flight_dir)),
-    )
-
-
-def _folder(path: str | None) -> str | None:
-    return None if path is None else str(Path(path).expanduser().resolve())
-
-
-def _training(config: TrainingConfig) -> TrainingConfig:
-    """With the root as a path that means the same on every rank, whose working folders differ."""
-    root = config.save_root
-    return config if root is None else replace(config, save_root=str(Path(root).expanduser().resolve()))
-
-
 def _service_info(config: ServeConfig, model: Path, facts: RankFacts) -> ServiceInfo:
     return ServiceInfo(
         model_id=model.name,
@@ -242,15 +221,32 @@ def _service_info(config: ServeConfig, model: Path, facts: RankFacts) -> Service
 
 
 class _Signals:
-    """SIGINT and SIGTERM as events: the first asks to stop, any further one to hurry."""
+    """SIGINT and SIGTERM as events: the first asks to stop, any further one to hurry. SIGHUP restarts the replicas."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.stop, self.again = asyncio.Event(), asyncio.Event()
+        self.restart: Restart | None = None
+        self._restarts: set[asyncio.Task[None]] = set()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._take)
+        loop.add_signal_handler(signal.SIGHUP, self._hang_up)
 
     def _take(self) -> None:
         (self.again if self.stop.is_set() else self.stop).set()
+
+    def _hang_up(self) -> None:
+        if self.restart is None:
+            log.warning("SIGHUP: nothing is restarted before the server is ready")
+            return
+        task = asyncio.get_running_loop().create_task(self._restart(self.restart))
+        self._restarts.add(task)
+        task.add_done_callback(self._restarts.discard)
+
+    async def _restart(self, restart: Restart) -> None:
+        try:
+            await restart()
+        except TpError as error:
+            log.error("SIGHUP: %s", error)
 
 
 async def _unless(event: asyncio.Event, work: Coroutine[Any, Any, Any]) -> Any:

@@ -34,14 +34,24 @@ STAFF_TRIES = 4
 SILENT = "its process gives no sign of life: it is frozen, or its node cannot be reached"
 
 
+Share = Callable[[Sequence[Place], threading.Event], list[Place]]
+"""Tells ranks their share of nodes that others work on, too; does not wait once the event is set."""
+
+
 class WorkerGroup:
     """`size` ranks of one program. `start` returns when all are ready; a later failure is told once, to `on_fault`.
     Then it can be rebuilt, or closed."""
 
     def __init__(
-        self, make: MakeProgram, size: int, device: str = "cpu", config: PlacementConfig | None = None
+        self,
+        make: MakeProgram,
+        size: int,
+        device: str = "cpu",
+        config: PlacementConfig | None = None,
+        share: Share | None = None,
     ) -> None:
         self.config = config or PlacementConfig()
+        self._share = share
         self._make = make
         self._size = size
         self._device = device
@@ -183,6 +193,8 @@ class WorkerGroup:
         except (RayActorError, GetTimeoutError) as error:
             raise WorkerError(f"rank 0 on {nodes[0]}: its process did not start: {describe(error)}") from error
         self._places = assign(nodes, f"tcp://{nodes[0]}:{port}" if self._size > 1 else None, self._life)
+        if self._share is not None:
+            self._places = self._share(self._places, self._closing)
         self._runs = [
             actor.run.remote(place, self._make) for actor, place in zip(self._actors, self._places, strict=True)
         ]

@@ -90,6 +90,33 @@ def bundles_in_rank_order(node_of_bundle: Sequence[str]) -> list[int]:
     tensor-parallel group, share a node wherever that can be; Ray promises no order.
     """
     first = {node: index for index, node in reversed(list(enumerate(node_of_bundle)))}
+def check_replicas(
+    nodes: Sequence[Mapping[str, Any]], replicas: int, tp: int, device: str, strategy: Strategy
+) -> None:
+    """Refuses at once more replicas of `tp` ranks than there is room for, with the number that fits."""
+    check_room(nodes, tp, device, strategy)
+    resource, word = ("GPU", "GPU") if device == "cuda" else ("CPU", "CPU core")
+    counts = [int(node["Resources"].get(resource, 0)) for node in nodes if node["Alive"]]
+    fit = _replicas_that_fit(counts, replicas, tp, strategy)
+    if fit >= replicas:
+        return
+    where = {"STRICT_PACK": ", each on one node", "STRICT_SPREAD": ", no two ranks of one on the same node"}
+    ranks = "1 rank" if tp == 1 else f"{tp} ranks"
+    has = " + ".join(str(count) for count in sorted(counts, reverse=True) if count)
+    raise ConfigError(
+        f"{replicas} replicas of {ranks} need {replicas * tp} {word}s{where.get(strategy, '') if tp > 1 else ''}; the "
+        f"cluster has {has}, which is room for {fit}: set parallel.dp to at most {fit}, or add nodes"
+    )
+
+
+def _replicas_that_fit(counts: Sequence[int], most: int, tp: int, strategy: Strategy) -> int:
+    if strategy == "STRICT_PACK":
+        return sum(count // tp for count in counts)
+    if strategy == "STRICT_SPREAD":  # a replica takes at most one of a node
+        return max(n for n in range(most + 1) if sum(min(count, n) for count in counts) >= n * tp)
+    return sum(counts) // tp
+
+
     return sorted(
         range(len(node_of_bundle)),
         key=lambda index: (-node_of_bundle.count(node_of_bundle[index]), first[node_of_bundle[index]], index),

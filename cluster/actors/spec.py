@@ -30,7 +30,7 @@ class ParallelConfig:
     """How a model is spread and in what type it computes. dtype None: the checkpoint's own."""
 
     tp: int = 1
-    dp: int = 1
+    dp: int = 1  # replicas of tp ranks each
     device: Device = "cpu"
     dtype: Dtype | None = None
     numerics: Numerics = "invariant"
@@ -41,10 +41,8 @@ class ParallelConfig:
     def __post_init__(self) -> None:
         if self.tp < 1:
             raise ConfigError(f"parallel.tp is {self.tp}; it must be at least 1")
-        if self.dp != 1:
-            raise ConfigError(
-                f"parallel.dp is {self.dp}; serving runs one replica: leave it at 1 and start more servers"
-            )
+        if self.dp < 1:
+            raise ConfigError(f"parallel.dp is {self.dp}; it must be at least 1")
         for name, kind in {"device": Device, "numerics": Numerics, "transport": Transport}.items():
             if getattr(self, name) not in get_args(kind):
                 raise ConfigError(f"parallel.{name} is {getattr(self, name)!r}; choose one of {list(get_args(kind))}")

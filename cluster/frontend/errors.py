@@ -74,6 +74,10 @@ class QueueFull(CapacityError):
     retry_seconds: float = 1.0
 
 
+class RestartRefused(TpError, RuntimeError):
+    """A rolling restart that cannot begin, or that stopped half-way."""
+
+
 class Draining(TpError, RuntimeError):
     """The server finishes what it has and admits nothing more."""
 

@@ -25,6 +25,14 @@ log = logging.getLogger(__name__)
 NO_CANARY = "no canary has been sent yet"
 
 
+@dataclass(frozen=True)
+class Restarted:
+    """What a rolling restart did."""
+
+    replicas: int
+    handed_over: int  # requests that did not end within the grace time and went on elsewhere
+
+
 @dataclass(eq=False)
 class Seat:
     """One engine of one replica and the requests that are open there."""
@@ -155,7 +163,7 @@ class Fleet:
         """The request is over."""
         if entry.seat is not None:
             entry.seat.leave(entry)
-            self._wake()
+            self.wake()
 
     def _choose(self, entry: Entry) -> Seat | None:
         """Among those that nothing speaks against; else those that are only in doubt; else any that has an engine."""
@@ -196,7 +204,7 @@ class Fleet:
         replica = self.replicas[seat.replica]
         if replica.seat is seat:
             replica.doubt = doubt
-            self._wake()
+            self.wake()
 
     async def close(self, timeout: float) -> None:
         """Listen to no engine any more and let go of all."""
@@ -235,9 +243,9 @@ class Fleet:
     def _tell(self) -> None:
         for observer in self._observers:
             observer()
-        self._wake()
+        self.wake()
 
-    def _wake(self) -> None:
+    def wake(self) -> None:
         """Those who wait look again."""
         self._moved.set()
         self._moved.clear()

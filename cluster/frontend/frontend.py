@@ -10,6 +10,7 @@ import asyncio
 import enum
 import itertools
 import logging
+import math
 import secrets
 import time
 import uuid
@@ -22,7 +23,7 @@ from cluster.frontend.best_of import BestOf
 from cluster.frontend.calls import Call, FrontendConfig
 from cluster.frontend.delivery import Delivery
 from cluster.frontend.errors import Draining, EngineFault, InvalidRequest, Violation
-from cluster.frontend.fleet import Fleet
+from cluster.frontend.fleet import Fleet, Seat
 from cluster.frontend.journal import Entry, Journal, SampleState
 from cluster.frontend.link import EngineLink
 from cluster.frontend.loads import total
@@ -33,7 +34,7 @@ from cluster.frontend.training import TrainingDesk, check, with_loss
 from cluster.frontend.weights import WeightsRecord
 from cluster.json_lines import REQUEST
 from cluster.training.calls import TrainAnswer, TrainCall
-from parallel.errors import RequestError
+from parallel.errors import RequestError, TpError
 
 log = logging.getLogger(__name__)
 
@@ -143,8 +144,12 @@ class Frontend:
 
     async def load(self, timeout: float = 5.0, prove: bool = False) -> EngineLoad:
         """The engines' counters, added up; to `prove`, after a canary through every rank."""
+        return total((await self.loads(timeout, prove)).values())
+
+    async def loads(self, timeout: float = 5.0, prove: bool = False) -> dict[Seat, EngineLoad | TpError]:
+        """Those of each engine, or why it gave none."""
         self._check_engine()
-        return total((await self.fleet.ask(timeout, prove)).values())
+        return await self.fleet.ask(timeout, prove)
 
     async def drain(self, grace: float) -> int:
         """Admit nothing more, wait for what is open, end what is left after `grace` seconds; returns how many that
@@ -182,10 +187,13 @@ class Frontend:
         if self.state is State.CLOSED:
             return
         log.error("engine fault: %s", cause)
-        self.release(cause, replica)
+        self._go_on_without(replica, cause, self.config.recovery_seconds)
 
     def release(self, cause: str, replica: int = 0) -> None:
-        """As after a fault, but on purpose: the replica's engine is to be replaced."""
+        """As after a fault, but on purpose: another engine is certain to come."""
+        self._go_on_without(replica, cause, self.config.recovery_seconds or math.inf)
+
+    def _go_on_without(self, replica: int, cause: str, patience: float) -> None:
         left = self.fleet.lose(replica, cause)
         self._training.fail(EngineFault(cause))
         if self.state is State.FAILED:
@@ -194,11 +202,11 @@ class Frontend:
             if left:
                 log.warning("%d prompts of replica %d go on with the others", len(left), replica)
             self._delivery.resume()
-        elif self.config.recovery_seconds > 0:
+        elif patience > 0:
             if self.state is not State.DRAINING:
                 self._become(State.RECOVERING)
             self._cancel_recovery()
-            self._recovery = self._loop.call_later(self.config.recovery_seconds, self._give_up)
+            self._recovery = self._loop.call_later(patience, self._give_up)
         else:
             self._give_up()
 

@@ -60,6 +60,12 @@ class WeightsRecord:
         name, saved = self._saved
         return RestorePoint(name, saved.version if saved.version == self._now.version else self._now.version + 1)
 
+    @property
+    def unsaved(self) -> bool:
+        """Whether something that was trained exists in the ranks' memory alone."""
+        saved = self._saved is not None and self._saved[1].version == self._now.version
+        return self._gradients or not (saved or self._now.version == 0)
+
     def rebuilt(self, point: RestorePoint | None) -> str:
         """A new engine is there, with these weights: what was lost by that, in words, or nothing."""
         lost = ""

@@ -41,6 +41,7 @@ ROLES = {
     "/tp_decoders.v1.Control/GetLoad": ANYONE,
     "/tp_decoders.v1.Control/Abort": CONTROL,
     "/tp_decoders.v1.Control/Drain": CONTROL,
+    "/tp_decoders.v1.Control/Restart": CONTROL,
 }
 OPEN = "/grpc.health.v1.Health/"
 REFLECTION = "/grpc.reflection."

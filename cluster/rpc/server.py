@@ -18,10 +18,11 @@ from cluster.frontend.readiness import Readiness
 from cluster.rpc.auth import Gate
 from cluster.rpc.auth_config import Security, is_loopback
 from cluster.rpc.auth_tokens import TokenFile
+from cluster.rpc.control import Control, Restart, ServiceInfo
 from cluster.rpc.interceptor import SERVICES, Boundary
 from cluster.rpc.limits import ServerLimits
 from cluster.rpc.proto import control_pb2_grpc, inference_pb2_grpc, training_pb2_grpc
-from cluster.rpc.servicers import Control, Inference, ServiceInfo
+from cluster.rpc.servicers import Inference
 from cluster.rpc.steady import make_server
 from cluster.rpc.tls import ServerCertificates
 from cluster.rpc.training import Training
@@ -106,9 +107,10 @@ def build_server(
     info: ServiceInfo | None = None,
     security: Security | None = None,
     readiness: Readiness | None = None,
+    restart: Restart | None = None,
 ) -> Server:
     """A server over a front-end, bound to `address` ("host:port", port 0: any; see `.port`) and not yet started.
-    Without `readiness` it counts as ready while it serves.
+    Without `readiness` it counts as ready while it serves; without `restart` its ranks are nobody's to restart.
     """
     limits, security = limits or ServerLimits(), security or Security()
     tokens = None if security.token_file is None else TokenFile(security.token_file)
@@ -119,7 +121,8 @@ def build_server(
         maximum_concurrent_rpcs=limits.max_concurrent_rpcs,
     )
     inference_pb2_grpc.add_InferenceServicer_to_server(Inference(frontend, limits), server)
-    control_pb2_grpc.add_ControlServicer_to_server(Control(frontend, limits, info or ServiceInfo(), readiness), server)
+    control = Control(frontend, limits, info or ServiceInfo(), readiness, restart)
+    control_pb2_grpc.add_ControlServicer_to_server(control, server)
     training_pb2_grpc.add_TrainingServicer_to_server(Training(frontend), server)
     if _reflects(limits, address):
         names = (INFERENCE, CONTROL, TRAINING, health.SERVICE_NAME, reflection.SERVICE_NAME)

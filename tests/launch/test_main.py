@@ -67,7 +67,7 @@ def test_wrong_arguments_exit_with_2(arguments: list[str], capsys: pytest.Captur
             "'engine.max_sequences' is not an override; write name.name",
         ),
         (["serve", "--model", "m", "--tp", "0"], "parallel.tp is 0; it must be at least 1"),
-        (["serve", "--model", "m", "--dp", "2"], "parallel.dp is 2"),
+        (["serve", "--model", "m", "--dp", "2", "--train"], "training.enabled with parallel.dp=2"),
         (["serve", "--model", "m", "--save-root", "x"], "training.save_root is set but training is off; add --train"),
         (["generate"], "give the prompt either as text or with --token-ids"),
         (["generate", "--token-ids", "1,x"], "--token-ids is '1,x'; write numbers"),

@@ -13,8 +13,8 @@ import pytest
 from cluster.frontend.frontend import Frontend
 from cluster.frontend.local_link import LocalLink
 from cluster.frontend.readiness import Readiness
+from cluster.rpc.control import ServiceInfo
 from cluster.rpc.server import build_server
-from cluster.rpc.servicers import ServiceInfo
 from launch import status
 from launch.main import main
 from tests.cluster.frontend.fakes import CODEC, FakeEngine

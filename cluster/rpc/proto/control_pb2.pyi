@@ -27,7 +27,7 @@ class GetServerInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class ServerInfo(_message.Message):
-    __slots__ = ("server_version", "api_version", "state", "parallelism", "uptime_seconds", "fault", "max_open_requests", "max_prompts_per_call", "max_n", "max_logprobs", "max_message_bytes", "ready", "not_ready", "restarts")
+    __slots__ = ("server_version", "api_version", "state", "parallelism", "uptime_seconds", "fault", "max_open_requests", "max_prompts_per_call", "max_n", "max_logprobs", "max_message_bytes", "ready", "not_ready", "restarts", "replicas")
     SERVER_VERSION_FIELD_NUMBER: _ClassVar[int]
     API_VERSION_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -42,6 +42,7 @@ class ServerInfo(_message.Message):
     READY_FIELD_NUMBER: _ClassVar[int]
     NOT_READY_FIELD_NUMBER: _ClassVar[int]
     RESTARTS_FIELD_NUMBER: _ClassVar[int]
+    REPLICAS_FIELD_NUMBER: _ClassVar[int]
     server_version: str
     api_version: str
     state: ServingState
@@ -56,7 +57,32 @@ class ServerInfo(_message.Message):
     ready: bool
     not_ready: str
     restarts: int
-    def __init__(self, server_version: _Optional[str] = ..., api_version: _Optional[str] = ..., state: _Optional[_Union[ServingState, str]] = ..., parallelism: _Optional[_Union[ParallelismInfo, _Mapping]] = ..., uptime_seconds: _Optional[float] = ..., fault: _Optional[str] = ..., max_open_requests: _Optional[int] = ..., max_prompts_per_call: _Optional[int] = ..., max_n: _Optional[int] = ..., max_logprobs: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., ready: _Optional[bool] = ..., not_ready: _Optional[str] = ..., restarts: _Optional[int] = ...) -> None: ...
+    replicas: _containers.RepeatedCompositeFieldContainer[ReplicaInfo]
+    def __init__(self, server_version: _Optional[str] = ..., api_version: _Optional[str] = ..., state: _Optional[_Union[ServingState, str]] = ..., parallelism: _Optional[_Union[ParallelismInfo, _Mapping]] = ..., uptime_seconds: _Optional[float] = ..., fault: _Optional[str] = ..., max_open_requests: _Optional[int] = ..., max_prompts_per_call: _Optional[int] = ..., max_n: _Optional[int] = ..., max_logprobs: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., ready: _Optional[bool] = ..., not_ready: _Optional[str] = ..., restarts: _Optional[int] = ..., replicas: _Optional[_Iterable[_Union[ReplicaInfo, _Mapping]]] = ...) -> None: ...
+
+class ReplicaInfo(_message.Message):
+    __slots__ = ("replica", "has_engine", "ready", "reason", "held", "restarts", "open_requests", "outstanding_tokens", "routed_by_prefix", "routed_by_load")
+    REPLICA_FIELD_NUMBER: _ClassVar[int]
+    HAS_ENGINE_FIELD_NUMBER: _ClassVar[int]
+    READY_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    HELD_FIELD_NUMBER: _ClassVar[int]
+    RESTARTS_FIELD_NUMBER: _ClassVar[int]
+    OPEN_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    OUTSTANDING_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    ROUTED_BY_PREFIX_FIELD_NUMBER: _ClassVar[int]
+    ROUTED_BY_LOAD_FIELD_NUMBER: _ClassVar[int]
+    replica: int
+    has_engine: bool
+    ready: bool
+    reason: str
+    held: bool
+    restarts: int
+    open_requests: int
+    outstanding_tokens: int
+    routed_by_prefix: int
+    routed_by_load: int
+    def __init__(self, replica: _Optional[int] = ..., has_engine: _Optional[bool] = ..., ready: _Optional[bool] = ..., reason: _Optional[str] = ..., held: _Optional[bool] = ..., restarts: _Optional[int] = ..., open_requests: _Optional[int] = ..., outstanding_tokens: _Optional[int] = ..., routed_by_prefix: _Optional[int] = ..., routed_by_load: _Optional[int] = ...) -> None: ...
 
 class ParallelismInfo(_message.Message):
     __slots__ = ("tensor_parallel_size", "data_parallel_size")
@@ -105,7 +131,7 @@ class GetLoadRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("running", "waiting", "kv_blocks_total", "kv_blocks_free", "preemptions", "steps", "generated_tokens", "prompt_tokens", "finished_requests", "aborted_requests", "weight_version", "step_seconds", "forward_seconds", "open_requests", "schedule_seconds", "sample_seconds", "commit_seconds", "prefix_tokens_looked_up", "prefix_tokens_reused", "kv_blocks_cached", "canaries", "canary_fault", "ranks", "collectives")
+    __slots__ = ("running", "waiting", "kv_blocks_total", "kv_blocks_free", "preemptions", "steps", "generated_tokens", "prompt_tokens", "finished_requests", "aborted_requests", "weight_version", "step_seconds", "forward_seconds", "open_requests", "schedule_seconds", "sample_seconds", "commit_seconds", "prefix_tokens_looked_up", "prefix_tokens_reused", "kv_blocks_cached", "canaries", "canary_fault", "ranks", "collectives", "replicas")
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
     KV_BLOCKS_TOTAL_FIELD_NUMBER: _ClassVar[int]
@@ -130,6 +156,7 @@ class Load(_message.Message):
     CANARY_FAULT_FIELD_NUMBER: _ClassVar[int]
     RANKS_FIELD_NUMBER: _ClassVar[int]
     COLLECTIVES_FIELD_NUMBER: _ClassVar[int]
+    REPLICAS_FIELD_NUMBER: _ClassVar[int]
     running: int
     waiting: int
     kv_blocks_total: int
@@ -154,7 +181,18 @@ class Load(_message.Message):
     canary_fault: str
     ranks: _containers.RepeatedCompositeFieldContainer[RankReport]
     collectives: _containers.RepeatedCompositeFieldContainer[CollectiveCount]
-    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., kv_blocks_free: _Optional[int] = ..., preemptions: _Optional[int] = ..., steps: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., finished_requests: _Optional[int] = ..., aborted_requests: _Optional[int] = ..., weight_version: _Optional[int] = ..., step_seconds: _Optional[float] = ..., forward_seconds: _Optional[float] = ..., open_requests: _Optional[int] = ..., schedule_seconds: _Optional[float] = ..., sample_seconds: _Optional[float] = ..., commit_seconds: _Optional[float] = ..., prefix_tokens_looked_up: _Optional[int] = ..., prefix_tokens_reused: _Optional[int] = ..., kv_blocks_cached: _Optional[int] = ..., canaries: _Optional[int] = ..., canary_fault: _Optional[str] = ..., ranks: _Optional[_Iterable[_Union[RankReport, _Mapping]]] = ..., collectives: _Optional[_Iterable[_Union[CollectiveCount, _Mapping]]] = ...) -> None: ...
+    replicas: _containers.RepeatedCompositeFieldContainer[ReplicaLoad]
+    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., kv_blocks_free: _Optional[int] = ..., preemptions: _Optional[int] = ..., steps: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., finished_requests: _Optional[int] = ..., aborted_requests: _Optional[int] = ..., weight_version: _Optional[int] = ..., step_seconds: _Optional[float] = ..., forward_seconds: _Optional[float] = ..., open_requests: _Optional[int] = ..., schedule_seconds: _Optional[float] = ..., sample_seconds: _Optional[float] = ..., commit_seconds: _Optional[float] = ..., prefix_tokens_looked_up: _Optional[int] = ..., prefix_tokens_reused: _Optional[int] = ..., kv_blocks_cached: _Optional[int] = ..., canaries: _Optional[int] = ..., canary_fault: _Optional[str] = ..., ranks: _Optional[_Iterable[_Union[RankReport, _Mapping]]] = ..., collectives: _Optional[_Iterable[_Union[CollectiveCount, _Mapping]]] = ..., replicas: _Optional[_Iterable[_Union[ReplicaLoad, _Mapping]]] = ...) -> None: ...
+
+class ReplicaLoad(_message.Message):
+    __slots__ = ("replica", "load", "refused")
+    REPLICA_FIELD_NUMBER: _ClassVar[int]
+    LOAD_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
+    replica: int
+    load: Load
+    refused: str
+    def __init__(self, replica: _Optional[int] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., refused: _Optional[str] = ...) -> None: ...
 
 class RankReport(_message.Message):
     __slots__ = ("rank", "node", "pid", "memory_bytes", "device_memory_bytes", "collectives", "collective_bytes", "collective_seconds")
@@ -211,3 +249,17 @@ class DrainResponse(_message.Message):
     ABORTED_FIELD_NUMBER: _ClassVar[int]
     aborted: int
     def __init__(self, aborted: _Optional[int] = ...) -> None: ...
+
+class RestartRequest(_message.Message):
+    __slots__ = ("grace_seconds",)
+    GRACE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    grace_seconds: float
+    def __init__(self, grace_seconds: _Optional[float] = ...) -> None: ...
+
+class RestartResponse(_message.Message):
+    __slots__ = ("replicas", "handed_over")
+    REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    HANDED_OVER_FIELD_NUMBER: _ClassVar[int]
+    replicas: int
+    handed_over: int
+    def __init__(self, replicas: _Optional[int] = ..., handed_over: _Optional[int] = ...) -> None: ...

@@ -59,6 +59,11 @@ class ControlStub:
                 request_serializer=cluster_dot_rpc_dot_proto_dot_control__pb2.DrainRequest.SerializeToString,
                 response_deserializer=cluster_dot_rpc_dot_proto_dot_control__pb2.DrainResponse.FromString,
                 _registered_method=True)
+        self.Restart = channel.unary_unary(
+                '/tp_decoders.v1.Control/Restart',
+                request_serializer=cluster_dot_rpc_dot_proto_dot_control__pb2.RestartRequest.SerializeToString,
+                response_deserializer=cluster_dot_rpc_dot_proto_dot_control__pb2.RestartResponse.FromString,
+                _registered_method=True)
 
 
 class ControlServicer:
@@ -96,6 +101,14 @@ class ControlServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Restart(self, request, context):
+        """Ends the processes of each replica and starts them anew, one replica after the other, while the others serve; with
+        one replica open requests pause. Answers when all have proved that they work; goes on where its caller leaves.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ControlServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -123,6 +136,11 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.Drain,
                     request_deserializer=cluster_dot_rpc_dot_proto_dot_control__pb2.DrainRequest.FromString,
                     response_serializer=cluster_dot_rpc_dot_proto_dot_control__pb2.DrainResponse.SerializeToString,
+            ),
+            'Restart': grpc.unary_unary_rpc_method_handler(
+                    servicer.Restart,
+                    request_deserializer=cluster_dot_rpc_dot_proto_dot_control__pb2.RestartRequest.FromString,
+                    response_serializer=cluster_dot_rpc_dot_proto_dot_control__pb2.RestartResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -260,6 +278,33 @@ class Control:
             '/tp_decoders.v1.Control/Drain',
             cluster_dot_rpc_dot_proto_dot_control__pb2.DrainRequest.SerializeToString,
             cluster_dot_rpc_dot_proto_dot_control__pb2.DrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Restart(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tp_decoders.v1.Control/Restart',
+            cluster_dot_rpc_dot_proto_dot_control__pb2.RestartRequest.SerializeToString,
+            cluster_dot_rpc_dot_proto_dot_control__pb2.RestartResponse.FromString,
             options,
             channel_credentials,
             insecure,

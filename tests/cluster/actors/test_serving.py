@@ -95,7 +95,7 @@ def test_an_impossible_setting_is_refused_by_name() -> None:
     ("values", "message"),
     [
         ({"tp": 0}, "parallel.tp is 0"),
-        ({"dp": 2}, "parallel.dp is 2; serving runs one replica"),
+        ({"dp": 0}, "parallel.dp is 0; it must be at least 1"),
         ({"dtype": "int8"}, "parallel.dtype is 'int8'; choose one of"),
         ({"device": "tpu"}, "parallel.device is 'tpu'; choose one of"),
         ({"threads": 0}, "parallel.threads is 0"),

@@ -53,7 +53,7 @@ def test_every_method_of_the_protocol_has_its_roles_and_no_other_is_named() -> N
     for method, roles in ROLES.items():
         expected = {"Inference": (GENERATE,), "Training": (TRAIN,), "Control": (CONTROL, ANYONE)}
         assert roles in expected[method.split("/")[1].rpartition(".")[2]], method
-    assert {m.rpartition("/")[2] for m, roles in ROLES.items() if roles == CONTROL} == {"Abort", "Drain"}
+    assert {m.rpartition("/")[2] for m, roles in ROLES.items() if roles == CONTROL} == {"Abort", "Drain", "Restart"}
 
 
 def test_a_method_that_is_not_in_the_table_is_nobodys() -> None:

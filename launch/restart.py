@@ -1,0 +1,43 @@
+"""`tp-decoders restart`: a server's ranks end and start anew, one replica after the other, while the others serve.
+
+Only asks (Control.Restart) and waits; the server does it, and goes on where this command is interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+
+from launch import access
+from launch.generate import check_address
+from parallel.errors import ConfigError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--address", default="127.0.0.1:50051", help="the server (default 127.0.0.1:50051)")
+    parser.add_argument(
+        "--grace", type=float, default=30.0, metavar="SECONDS",
+        help="how long what is open on a replica may take to end before others take it over (default 30)",
+    )  # fmt: skip
+    access.add_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    check_address(args.address)
+    if not 0 <= args.grace < float("inf"):
+        raise ConfigError(f"--grace {args.grace:g}: give seconds from 0 on")
+    asyncio.run(restart(args))
+    return 0
+
+
+async def restart(args: argparse.Namespace) -> None:
+    """Until every replica has proved that it works again."""
+    from cluster.rpc.client import AsyncClient
+    from cluster.rpc.proto.control_pb2 import RestartRequest
+
+    async with AsyncClient(args.address, access.access_of(args)) as client:
+        await client.ready()
+        done = await client.call(client.control.Restart, RestartRequest(grace_seconds=args.grace))
+    replicas = "1 replica was" if done.replicas == 1 else f"{done.replicas} replicas were"
+    requests = "1 request" if done.handed_over == 1 else f"{done.handed_over} requests"
+    print(f"{replicas} restarted; {requests} did not end within {args.grace:g} s and went on elsewhere")

@@ -1,0 +1,81 @@
+"""All replicas of a server kept alive, and restarted one after the other when somebody asks (Control.Restart, SIGHUP).
+
+A replica that cannot be healed stays out while another one serves, and an order to restart tries it again; the server
+ends when all of them are out. What is done for one replica is launch.healing's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+
+from cluster.frontend.errors import RestartRefused
+from cluster.frontend.fleet import Restarted
+from cluster.frontend.frontend import Frontend
+from launch.healing import Healer, Unhealable, check_restart
+from parallel.errors import TpError
+
+log = logging.getLogger(__name__)
+
+
+class Upkeep:
+    """The healers of all replicas, in their order."""
+
+    def __init__(self, frontend: Frontend, healers: Sequence[Healer]) -> None:
+        self._frontend, self._healers = frontend, healers
+        self._out: dict[int, Unhealable] = {}
+        self._rolling: asyncio.Task[Restarted] | None = None
+        frontend.observe(lambda _: frontend.fleet.wake())
+
+    async def run(self) -> None:
+        """Ends by raising what the last replica could not be healed of."""
+        keeping = [asyncio.create_task(self._keep(index)) for index in range(len(self._healers))]
+        try:
+            await asyncio.gather(*keeping)
+        finally:
+            for task in keeping:
+                task.cancel()
+
+    async def _keep(self, index: int) -> None:
+        while True:
+            try:
+                await self._healers[index].run()
+            except Unhealable as error:
+                self._out[index] = error
+                if len(self._out) == len(self._healers):
+                    raise
+                log.error("replica %d stays out: %s", index, error)
+                self._frontend.waits_for(f"{error}; it stays out until a restart is asked for", index)
+            await self._healers[index].ordered()
+            del self._out[index]
+
+    async def restart(self, grace_s: float) -> Restarted:
+        """One replica after the other; goes on where the caller does not wait for its end."""
+        if self._rolling is not None and not self._rolling.done():
+            raise RestartRefused("a restart is under way; wait for its end (GetServerInfo counts restarts)")
+        check_restart(self._frontend)
+        self._rolling = asyncio.create_task(self._roll(grace_s))
+        self._rolling.add_done_callback(_tell)
+        return await asyncio.shield(self._rolling)
+
+    async def _roll(self, grace_s: float) -> Restarted:
+        """Those that are out first: the others wait for them."""
+        handed_over = 0
+        replicas = self._frontend.fleet.replicas
+        for replica in sorted(replicas, key=lambda each: each.seat is not None):
+            log.warning("replica %d is restarted", replica.index)
+            handed_over += await self._healers[replica.index].restart(grace_s)
+        return Restarted(len(self._healers), handed_over)
+
+
+def _tell(rolling: asyncio.Task[Restarted]) -> None:
+    """Also where nobody waits for it any more."""
+    if rolling.cancelled():
+        return
+    error = rolling.exception()
+    if isinstance(error, TpError):
+        log.error("the restart stopped: %s", error)
+    elif error is None:
+        done = rolling.result()
+        log.warning("%d replicas were restarted, %d requests were handed over", done.replicas, done.handed_over)
