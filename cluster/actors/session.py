@@ -17,9 +17,12 @@ import ray
 
 from parallel.errors import ConfigError, WorkerError
 
+log = logging.getLogger(__name__)
 OBJECT_STORE_BYTES = 100_000_000
 """Nothing large travels through the object store: plans go over the ranks' own collectives, weights come from files."""
 CONNECT_S = 5.0
+STARTS = 4
+"""How often a local cluster is started: Ray gives it half a minute, which a busy machine does not always keep to."""
 
 
 @contextmanager
@@ -35,13 +38,27 @@ def ray_session(address: str | None = None, num_cpus: int | None = None, log_to_
     if address is None:
         options |= {"num_cpus": num_cpus, "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
     try:
-        ray.init(address=address or "local", **options)
+        _init(address or "local", options)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise WorkerError(_cannot_join(address, error)) from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _init(address: str, options: dict[str, Any]) -> None:
+    """What a start that was too slow leaves behind ends with this process."""
+    for left in reversed(range(STARTS)):
+        try:
+            ray.init(address=address, **options)
+            return
+        except Exception as error:
+            if type(error) is not Exception or "timed out during startup" not in str(error):
+                raise
+            if not left:
+                raise RuntimeError(str(error)) from error
+            log.warning("Ray did not start within its own limit; once more")
 
 
 def read_environment_again() -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import socket
 import time
+from typing import Any
 
 import pytest
 
+from cluster.actors import session
 from cluster.actors.session import check_reachable, ray_session
 from parallel.errors import ConfigError, WorkerError
 
@@ -35,3 +37,40 @@ def test_cores_are_for_a_local_cluster_only() -> None:
 def test_a_local_cluster_has_at_least_one_core() -> None:
     with pytest.raises(ConfigError, match="num_cpus is 0"), ray_session(num_cpus=0):
         pass
+
+
+SLOW = "The current node timed out during startup. This could happen because some of the raylet failed to startup."
+
+
+@pytest.mark.parametrize("failures", [0, session.STARTS - 1, session.STARTS])
+def test_a_start_that_ray_gave_up_is_tried_again_and_fails_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, failures: int
+) -> None:
+    tried = []
+
+    def init(**options: Any) -> None:
+        tried.append(options["address"])
+        if len(tried) <= failures:
+            raise Exception(SLOW)
+
+    monkeypatch.setattr(session.ray, "init", init)
+    monkeypatch.setattr(session.ray, "shutdown", lambda: None)
+    if failures < session.STARTS:
+        with ray_session(num_cpus=1):
+            assert tried == ["local"] * (failures + 1)
+    else:
+        with pytest.raises(WorkerError, match="could not start a local Ray cluster: The current node timed out"):
+            ray_session(num_cpus=1).__enter__()
+
+
+def test_another_error_of_ray_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+
+    def init(**options: Any) -> None:
+        tried.append(options)
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(session.ray, "init", init)
+    with pytest.raises(WorkerError, match="no route"):
+        ray_session(num_cpus=1).__enter__()
+    assert len(tried) == 1
