@@ -15,10 +15,13 @@ files.
 from __future__ import annotations
 
 import json
+import logging
+import os
 import secrets
+import shutil
 import threading
 from collections.abc import Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +39,10 @@ from parallel.shard import Index, full_shape_of, rule_of
 from tp_decoders.decoder import Decoder
 from tp_decoders.tensor_files import SafetensorsFile
 
+log = logging.getLogger(__name__)
 MOMENTS = ("exp_avg", "exp_avg_sq")
+DAMAGED = "damaged-"
+READERS = 8
 
 
 @dataclass(frozen=True)
@@ -112,6 +118,25 @@ def latest_checkpoint(root: Path) -> Path | None:
     return steps[-1] if steps else None
 
 
+def sound_checkpoint(root: Path) -> Path | None:
+    """The newest checkpoint whose files are those that were written; None where there is none at all. A damaged one is
+    named in the log and gets another name, so that the run goes on from the one before; an error where all are damaged.
+    """
+    refused: CheckpointError | None = None
+    while (newest := latest_checkpoint(root)) is not None:
+        try:
+            verify(newest)
+            return newest
+        except CheckpointError as error:
+            refused, aside = error, newest.with_name(f"{DAMAGED}{newest.name}")
+            log.error("%s; it is now %s, and the run goes on from the one before", error, aside.name)
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(newest, aside)
+    if refused is not None:
+        raise CheckpointError(f"{refused}; {root} has no other: choose a new folder to begin anew") from refused
+    return None
+
+
 def read_state(folder: Path) -> SavedState:
     """The state of a checkpoint; an error naming the file where it is missing, damaged or of another version."""
     path = folder / STATE
@@ -128,7 +153,12 @@ def verify(folder: Path) -> None:
     """Compares every file with the checksum written beside it; one error names all that differ."""
     read_state(folder)
     sums: dict[str, str] = json.loads((folder / STATE).read_text(encoding="utf-8"))["sha256"]
-    bad = [name for name, wanted in sums.items() if not (folder / name).is_file() or digest(folder / name) != wanted]
+
+    def differs(name: str) -> bool:
+        return not (folder / name).is_file() or digest(folder / name) != sums[name]
+
+    with ThreadPoolExecutor(READERS) as readers:
+        bad = [name for name, different in zip(sums, readers.map(differs, sums), strict=True) if different]
     if bad:
         raise CheckpointError(
             f"{folder}: {', '.join(sorted(bad))} differ from their checksums; resume from another checkpoint"

@@ -12,7 +12,14 @@ import transformers
 import tests.cluster.engine.tiny_models as tiny
 import tests.cluster.training.steps as steps
 import tp_decoders
-from cluster.training.checkpoint import Checkpointer, latest_checkpoint, read_state, restore_optimizer, verify
+from cluster.training.checkpoint import (
+    Checkpointer,
+    latest_checkpoint,
+    read_state,
+    restore_optimizer,
+    sound_checkpoint,
+    verify,
+)
 from parallel.errors import CheckpointError
 from parallel.group import Group
 from parallel.mesh import Groups, init_groups
@@ -95,16 +102,37 @@ def test_damage_is_reported_by_file_name(ranks: Any, checkpoint: Path, tmp_path:
     newest = latest_checkpoint(tmp_path)
     assert newest is not None
     verify(newest)
-    with (newest / "model.safetensors").open("r+b") as file:
-        file.seek(-1, 2)
-        last = file.read(1)
-        file.seek(-1, 2)
-        file.write(bytes([last[0] ^ 1]))
+    flip_last_bit(newest / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"model\.safetensors differ from their checksums"):
         verify(newest)
     (newest / "training" / "state.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"state\.json is not the state of a complete training checkpoint"):
         read_state(newest)
+
+
+def flip_last_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_and_the_damage_is_named(
+    ranks: Any, checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert sound_checkpoint(tmp_path) is None
+    for until in (1, 2):
+        _go(ranks, checkpoint, tmp_path, until)
+    first, second = tmp_path / "step-00000001", tmp_path / "step-00000002"
+    assert sound_checkpoint(tmp_path) == second
+    flip_last_bit(second / "training" / "optimizer.safetensors")
+    assert sound_checkpoint(tmp_path) == first == latest_checkpoint(tmp_path)
+    assert "step-00000002: training/optimizer.safetensors differ" in caplog.text
+    _go(ranks, checkpoint, tmp_path, 2)
+    assert sound_checkpoint(tmp_path) == second, "the same steps were taken, and saved, again"
+    for each in (first, second):
+        flip_last_bit(each / "model.safetensors")
+    with pytest.raises(CheckpointError, match="step-00000001: model.safetensors differ .* has no other"):
+        sound_checkpoint(tmp_path)
 
 
 def test_a_checkpoint_is_never_written_over(ranks: Any, checkpoint: Path, tmp_path: Path) -> None:
