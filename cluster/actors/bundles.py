@@ -15,6 +15,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from cluster.actors.detached import found
 from cluster.actors.place import PlacementConfig, bundle, bundles_in_rank_order, check_room
 from parallel.errors import ConfigError, WorkerError
 
@@ -26,8 +27,11 @@ PULSE_S = 0.5
 class Bundles:
     """The places of `size` ranks. Every wait ends when `closing` is set."""
 
-    def __init__(self, size: int, device: str, config: PlacementConfig, closing: threading.Event) -> None:
+    def __init__(
+        self, size: int, device: str, config: PlacementConfig, closing: threading.Event, name: str | None = None
+    ) -> None:
         self._size, self._device, self._config = size, device, config
+        self._name = name  # they outlive this process
         self._closing = closing
         self._group: PlacementGroup | None = None
         self._of_rank: list[int] = []
@@ -70,6 +74,19 @@ class Bundles:
         """Where Ray is to start the rank's actor; known once `nodes` was asked."""
         return PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=self._of_rank[rank])
 
+    @property
+    def placement(self) -> str:
+        assert self._group is not None, "requested"
+        return str(self._group.id.hex())
+
+    @property
+    def of_rank(self) -> tuple[int, ...]:
+        return tuple(self._of_rank)
+
+    def take_over(self, placement: str, of_rank: tuple[int, ...]) -> None:
+        """Those that another process reserved."""
+        self._group, self._of_rank = found(placement), list(of_rank)
+
     def release(self) -> None:
         if self._group is not None:
             remove_placement_group(self._group)
@@ -93,7 +110,8 @@ class Bundles:
         return None
 
     def _request(self) -> None:
-        self._group = placement_group([bundle(self._device)] * self._size, strategy=self._config.strategy)
+        outlives = {} if self._name is None else {"name": self._name, "lifetime": "detached"}
+        self._group = placement_group([bundle(self._device)] * self._size, strategy=self._config.strategy, **outlives)
 
     def _await_placed(self, deadline: float) -> bool:
         """Whether they were placed in time, or the group is being closed."""

@@ -20,7 +20,7 @@ from cluster.actors.bundles import PULSE_S, Bundles, Tell
 from cluster.actors.faults import Fault, NoAnswer, describe, root_cause
 from cluster.actors.place import Place, PlacementConfig, assign
 from cluster.actors.pulse import Pulse, unanswering
-from cluster.actors.worker import MakeProgram, Ready, Worker, is_consequence
+from cluster.actors.worker import Lease, MakeProgram, Ready, Worker, is_consequence
 from parallel.errors import WorkerError
 
 log = logging.getLogger(__name__)
@@ -201,14 +201,20 @@ class WorkerGroup:
 
     def _actor(self, rank: int, node: str) -> Any:
         log.info("starting rank %d on %s", rank, node)
+        more, lease = self._terms(rank)
         options = ray.remote(Worker).options(
             num_cpus=1,
             num_gpus=1 if self._device == "cuda" else 0,
             max_concurrency=8,  # run, ready, stop, and questions
             max_restarts=0,
             scheduling_strategy=self._bundles.strategy(rank),
+            **more,
         )
-        return options.remote(rank, self.config.log_level, self.config.log_json)
+        return options.remote(rank, self.config.log_level, self.config.log_json, lease)
+
+    def _terms(self, rank: int) -> tuple[dict[str, Any], Lease | None]:
+        """What else Ray is told of a rank's process, and its lease: none, it ends with this one."""
+        return {}, None
 
     def _await_ready(self) -> list[Ready]:
         """Every rank's report; the first failure or the time limit ends the wait."""

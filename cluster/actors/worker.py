@@ -27,6 +27,8 @@ from parallel.errors import CollectiveError, WorkerError
 log = logging.getLogger(__name__)
 LOST_PEER = ("DistNetworkError", "DistStoreError", "DistBackendError")
 """What torch.distributed raises where another rank went away."""
+ORPHAN_STOP_S = 10.0
+"""How long each part of an orphaned rank's end may take."""
 
 
 class Phases:
@@ -99,6 +101,30 @@ class Ready:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
+class Lease:
+    """A process's right to go on without an owner: `end` is called once nobody has renewed it for `seconds`, of which
+    only those count in which the process itself ran.
+    """
+
+    TICK_S = 0.5
+
+    def __init__(self, seconds: float, end: Callable[[], None]) -> None:
+        self.seconds, self.end = seconds, end
+        self._left = seconds
+
+    def renew(self) -> None:
+        self._left = self.seconds
+
+    def run_out(self) -> None:
+        """Returns when it has."""
+        last = time.monotonic()
+        while self._left > 0:
+            time.sleep(min(self.TICK_S, self.seconds / 4))
+            now = time.monotonic()
+            self._left -= min(now - last, 2 * self.TICK_S)
+            last = now
+
+
 class Life:
     """One run of a program, from its start to its end."""
 
@@ -108,13 +134,19 @@ class Life:
         self.stopping = threading.Event()
         self.program: Program | None = None
         self.ready: Ready | None = None
+        self.ended = threading.Event()
+        self.error: Exception | None = None
+        self.watchers = 0  # owners so far; the last one counts
 
 
 class Worker:
     """One rank's process: holds its program and forwards. `life` counts the group's lives, of which the first is 0."""
 
-    def __init__(self, rank: int, log_level: int = logging.WARNING, log_json: bool = False) -> None:
+    def __init__(
+        self, rank: int, log_level: int = logging.WARNING, log_json: bool = False, lease: Lease | None = None
+    ) -> None:
         self.rank = rank
+        self._lease = lease
         self._lives: dict[int, Life] = {}
         self._lock = threading.Lock()
         self._kept: Lasting | None = None
@@ -122,6 +154,8 @@ class Worker:
         plain = logging.Formatter(f"%(levelname).1s rank {rank} %(name)s: %(message)s")
         handler.setFormatter(JsonLines(rank) if log_json else plain)
         logging.basicConfig(level=log_level, handlers=[handler])
+        if lease is not None:
+            threading.Thread(target=self._until_orphaned, args=(lease,), name="lease", daemon=True).start()
 
     def __repr__(self) -> str:  # Ray prefixes this actor's output with it
         return f"rank {self.rank}"
@@ -157,8 +191,37 @@ class Worker:
             finally:
                 if self._kept is None:
                     program.close()
+        except Exception as error:
+            life.error = error
+            raise
         finally:
             life.started.set()
+            life.ended.set()
+
+    def watch(self, life: int = 0) -> None:
+        """For an owner that did not call `run` itself: ends as that life's run does. Ends, too, when the next owner
+        watches."""
+        current = self._life(life)
+        with self._lock:
+            current.watchers += 1
+            mine = current.watchers
+        while not current.ended.wait(0.2):
+            if current.watchers != mine:
+                raise WorkerError("another owner watches this rank now")
+        if current.error is not None:
+            raise current.error
+
+    def standing(self, life: int = 0) -> Ready:
+        """What it said when it was ready, if that life goes on."""
+        current = self._life(life)
+        if current.ready is None or current.ended.is_set():
+            raise WorkerError(f"rank {self.rank} does not work any more")
+        return current.ready
+
+    def renew(self) -> None:
+        """From the owner: the rank is still wanted."""
+        if self._lease is not None:
+            self._lease.renew()
 
     def ready(self, life: int = 0) -> Ready:
         """Waits for the start to end; what went wrong is for `run` to say."""
@@ -181,6 +244,21 @@ class Worker:
         current.stopping.set()
         if current.program is not None and current.ready is not None:
             current.program.stop()
+
+    def _until_orphaned(self, lease: Lease) -> None:
+        """Rank 0 stops the others; each gives the group's room back, so that one that hangs keeps nothing."""
+        lease.run_out()
+        log.warning("nobody has asked for this rank for %g s: it ends", lease.seconds)
+        with self._lock:
+            lives = dict(self._lives)
+        for number, life in lives.items():
+            self.stop(number)
+            life.ended.wait(ORPHAN_STOP_S)
+        try:
+            lease.end()
+            time.sleep(ORPHAN_STOP_S)
+        finally:
+            os._exit(0)
 
     def end_neighbour(self, pid: int) -> None:
         """Ends a frozen rank of the same host at once; Ray itself would first wait for it to end in order."""
