@@ -22,6 +22,7 @@ from cluster.rpc.limits import ServerLimits
 from launch import logs
 from launch.observe import ObserveConfig
 from launch.presets import Layer, build, find, overrides, read
+from launch.ray_token import token_of_this_run
 from parallel.errors import ConfigError
 
 FLAGS = {
@@ -104,13 +105,13 @@ class ServeConfig:
     ray: RayConfig = field(default_factory=RayConfig)
     observe: ObserveConfig = field(default_factory=ObserveConfig)
 
-
     def __post_init__(self) -> None:
         if self.training.enabled and self.parallel.dp > 1:
             raise ConfigError(
                 f"training.enabled with parallel.dp={self.parallel.dp}: a training call changes one replica's weights, "
                 "and the others would answer with other ones; train with parallel.dp=1, or serve without --train"
             )
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="the folder of a Hugging Face checkpoint")
@@ -173,9 +174,10 @@ def run(args: argparse.Namespace) -> int:
     config = configuration(args)
     for name, value in ENVIRONMENT.items():  # before Ray is imported, which reads some of them then
         os.environ.setdefault(name, value)
-    from launch.serving import serve  # brings in Ray, gRPC and torch
+    with token_of_this_run(config.ray.address):
+        from launch.serving import serve  # brings in Ray, gRPC and torch
 
-    return serve(config, Path(config.model).resolve(), level)
+        return serve(config, Path(config.model).resolve(), level)
 
 
 def _flags(args: argparse.Namespace) -> Layer:
