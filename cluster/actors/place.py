@@ -85,11 +85,6 @@ def check_room(nodes: Sequence[Mapping[str, Any]], size: int, device: str, strat
     raise ConfigError(f"{needs}{where}, the cluster has {has}; {advice}")
 
 
-def bundles_in_rank_order(node_of_bundle: Sequence[str]) -> list[int]:
-    """Which bundle each rank takes: node after node, the fullest first, so that neighbouring ranks, which share a
-    tensor-parallel group, share a node wherever that can be; Ray promises no order.
-    """
-    first = {node: index for index, node in reversed(list(enumerate(node_of_bundle)))}
 def check_replicas(
     nodes: Sequence[Mapping[str, Any]], replicas: int, tp: int, device: str, strategy: Strategy
 ) -> None:
@@ -117,6 +112,11 @@ def _replicas_that_fit(counts: Sequence[int], most: int, tp: int, strategy: Stra
     return sum(counts) // tp
 
 
+def bundles_in_rank_order(node_of_bundle: Sequence[str]) -> list[int]:
+    """Which bundle each rank takes: node after node, the fullest first, so that neighbouring ranks, which share a
+    tensor-parallel group, share a node wherever that can be; Ray promises no order.
+    """
+    first = {node: index for index, node in reversed(list(enumerate(node_of_bundle)))}
     return sorted(
         range(len(node_of_bundle)),
         key=lambda index: (-node_of_bundle.count(node_of_bundle[index]), first[node_of_bundle[index]], index),
