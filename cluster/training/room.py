@@ -1,45 +1,42 @@
 """The memory that training takes beside serving, on one rank: what must stay free of the key/value cache.
 
-    state        masters and gradients in float32, two moments; a float32 parameter is its own master
+    state        gradients, masters and moments, and the weights packed for the backward on CPUs
     a save       copies of weights, masters and moments while they are written; a load holds as much
-    a pass       activations of one micro-batch and the rows of logits with their gradients: estimated, rather high
+    a pass       the worst moment of one micro-batch, and a tenth for what an estimate misses
 
-The last is a formula over the model's sizes: 5 to 30 % above what passes took on a CPU, not measured on a GPU.
+Counted by cluster.training.memory, as `tp-decoders plan` counts.
 """
 
 from __future__ import annotations
 
-import torch
-
+from cluster.training.memory.passes import PassShape, pass_cost
+from cluster.training.memory.static import packed_bytes, training_bytes
+from parallel.group import Group
 from parallel.options import Recompute
 from tp_decoders.decoder import Decoder
+from tp_decoders.weights import build
 
-MASTER, GRADIENT, MOMENTS = 4, 4, 8
-LOGIT_COPIES = 5
-"""The rows of logits, in float32, their exponentials, the gradients of both, and a temporary."""
+MARGIN = 1.1
 
 
 def training_room(model: Decoder, micro_batch_tokens: int, recompute: Recompute, saves: bool) -> int:
     """Bytes. `saves`: states may be saved and loaded."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    state = sum(p.numel() * state_bytes(p.dtype) for p in parameters)
-    copies = sum(p.numel() * (p.dtype.itemsize + state_bytes(p.dtype) - GRADIENT) for p in parameters) if saves else 0
-    largest = max((p.numel() * p.dtype.itemsize for p in parameters), default=0)  # a gradient on its way to its sum
-    return state + copies + largest + pass_bytes(model, micro_batch_tokens, recompute)
-
-
-def state_bytes(dtype: torch.dtype) -> int:
-    """Per element of a parameter, beside the parameter itself."""
-    return GRADIENT + MOMENTS + (0 if dtype is torch.float32 else MASTER)
+    group, weight = model.group, next(model.parameters())
+    device = weight.device.type
+    shapes = build(model.config, Group(group.rank, group.size, numerics=group.numerics), weight.dtype, "meta")
+    static = training_bytes(shapes, Group.single(), device)
+    packed = static.packed - packed_bytes(shapes, training=False) if device == "cpu" else 0
+    copies = sum(parameter.nbytes for parameter in shapes.parameters()) + static.optimizer if saves else 0
+    worst = max(pass_bytes(model, micro_batch_tokens, recompute), static.update)
+    return static.gradients + static.optimizer + packed + copies + worst
 
 
 def pass_bytes(model: Decoder, tokens: int, recompute: Recompute) -> int:
-    """Of a forward and backward over so many tokens: what blocks keep, one block's own work, and the logits."""
-    config, size = model.config, model.group.size
-    width = max(4, next(model.parameters()).dtype.itemsize)  # kernels compute, and keep sums, in float32
-    whole, shared = 6 * config.d_model, (4 * config.d_model + 4 * config.d_ff) // size
-    block = tokens * (whole + shared) * width
-    spared = {"none": 0.0, "selective": 0.4, "full": 1.0}[recompute]
-    kept = round(config.n_layers * (block * (1 - spared) + tokens * config.d_model * width * spared))
-    vocabulary = -(-config.vocab_size // size) if model.has_vocabulary else 0
-    return kept + 2 * block + LOGIT_COPIES * tokens * vocabulary * 4
+    """Of a forward and backward over so many tokens, at its worst moment."""
+    group, weight = model.group, next(model.parameters())
+    device = weight.device.type
+    shape = PassShape(
+        rank=group.rank, tp=group.size, tokens=tokens, dtype=weight.dtype, device=device, recompute=recompute,
+        numerics="fast" if device == "cpu" else group.numerics,  # the native kernels' temporaries are those of "fast"
+    )  # fmt: skip
+    return int(MARGIN * pass_cost(model.config, shape).peak)

@@ -125,7 +125,7 @@ def run_pass(config: DecoderConfig, shape: PassShape, prepare: Prepare | None = 
     live = LiveBytes([*model.parameters(), tokens_T], products, NATIVE_PIECES if shape.device == "cpu" else ())
     kernel = ShapeAttend("flash" if shape.device == "cuda" else "cpu")
     with symbolic.patch(meta_nonzero_assume_all_nonzero=True), live:  # type: ignore[attr-defined]
-        loss = vocab_token_losses(model(tokens_T, tokens_T, kernel), tokens_T, model.head.shards, group).sum()
+        loss = _loss(model, tokens_T, kernel, group)
         kept = live.now
         loss.backward()
     for handle in handles:
@@ -133,6 +133,15 @@ def run_pass(config: DecoderConfig, shape: PassShape, prepare: Prepare | None = 
     comm = group.comm
     moved = Collectives(comm.counts, comm.byte_counts) if comm is not None else Collectives.none()
     return PassCost(kept, live.most + (products.lasting if products is not None else 0), moved)
+
+
+def _loss(model: Decoder, tokens_T: Tensor, kernel: ShapeAttend, group: Group) -> Tensor:
+    """Of every token; of a task's head alone where the model has no vocabulary."""
+    if model.has_vocabulary:
+        return vocab_token_losses(model(tokens_T, tokens_T, kernel), tokens_T, model.head.shards, group).sum()
+    assert model.task_head is not None, "a model without a vocabulary has a task"
+    loss: Tensor = model.task_head(model.final(model.hidden(tokens_T, tokens_T, kernel))).float().sum()
+    return loss
 
 
 class _NativeProducts:

@@ -1,4 +1,4 @@
-"""What is kept free for training: exact where it is bytes per parameter, and never less than the optimiser takes."""
+"""What is kept free for training beside a cache: never less than the optimiser and a real step take, nor far more."""
 
 from __future__ import annotations
 
@@ -19,15 +19,27 @@ def test_room_is_state_copies_of_a_save_and_a_pass(tmp_path: Path, dtype: torch.
     model = load(save_tiny("gpt2", tmp_path / "gpt2"), dtype=dtype)
     count = sum(parameter.numel() for parameter in model.parameters())
     bare, saving = (training_room(model, 64, "none", saves) for saves in (False, True))
-    assert saving - bare == copies * count
-    largest = max(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
-    assert bare == state * count + largest + pass_bytes(model, 64, "none")
+    assert copies * count <= saving - bare <= 1.1 * copies * count, "the rest is padding of the optimiser's buffers"
     optimizer = ShardedAdamW(model, Group.single(), Group.single(), OptimizerConfig())
     flat = sum(flat.master.numel() for flat in optimizer.flats)
     held = flat * (4 + 4 + 8) - (4 * count if dtype is torch.float32 else 0)  # the master takes the parameter's place
-    assert state * count <= held < 1.1 * state * count, "what the optimiser holds; the rest is padding"
+    assert state * count <= held < 1.1 * state * count
+    packed = bare - held - pass_bytes(model, 64, "none")
+    assert 0 <= packed < 4 * count * dtype.itemsize + (1 << 16), "weights packed for the backward, in whole pages"
 
 
 def test_a_pass_needs_less_with_recomputation_and_more_with_more_tokens(tmp_path: Path) -> None:
     model = load(save_tiny("gpt_neox", tmp_path / "neox"))
     assert pass_bytes(model, 64, "full") < pass_bytes(model, 64, "none") < pass_bytes(model, 128, "none")
+
+
+@pytest.mark.parametrize("task", ["sequence-classification", "token-classification", "double-heads"])
+def test_models_with_a_tasks_head_have_room_of_their_own(tmp_path: Path, task: str) -> None:
+    model = load(save_tiny("gpt2", tmp_path / "gpt2"), task, labels=3)
+    assert training_room(model, 64, "none", False) > 12 * sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_a_rank_of_two_needs_its_own_part(tmp_path: Path) -> None:
+    folder = save_tiny("gpt2", tmp_path / "gpt2")
+    whole, half = (load(folder, group=Group(0, size)) for size in (1, 2))
+    assert training_room(half, 64, "none", True) < 0.8 * training_room(whole, 64, "none", True)
