@@ -22,7 +22,14 @@ from cluster.actors.place import Place
 from cluster.actors.train_records import RunRecords
 from cluster.actors.train_spec import TrainFacts, TrainSpec
 from cluster.actors.worker import Phases
-from cluster.training.checkpoint import Checkpointer, SavedState, latest_checkpoint, read_state, restore_optimizer
+from cluster.training.checkpoint import (
+    Checkpointer,
+    SavedState,
+    latest_checkpoint,
+    read_state,
+    restore_optimizer,
+    sound_checkpoint,
+)
 from cluster.training.data.labelled import LabelledDataset, LabelledStore, store_labelled
 from cluster.training.data.loader import Loader, RowDataset
 from cluster.training.data.packed import PackedDataset
@@ -184,7 +191,7 @@ class TrainRank:
     def _resume(self, store: Store, groups: Groups) -> None:
         """Model, optimiser and place in the data: the newest checkpoint's, or a beginning."""
         spec = self._spec
-        newest = latest_checkpoint(self._out)
+        newest = self._newest()
         saved = read_state(newest) if newest else None
         if saved is not None:
             check_run(saved.folder, spec.run(), saved.extra.get("run", {}))
@@ -197,6 +204,12 @@ class TrainRank:
         holds_out = spec.eval_every is not None and spec.corpus.split.eval_fraction > 0
         self._held_out = self._dataset(store, "eval") if holds_out else None
         self._checkpointer = Checkpointer(self._out, groups, keep=spec.keep, timeout_s=spec.start_timeout_s)
+
+    def _newest(self) -> Path | None:
+        """The checkpoint to go on from: rank 0 compares checksums, for all."""
+        found = sound_checkpoint(self._out) if self._place.rank == 0 else None
+        name = self._tell(found.name.encode() if found else b"-").decode()
+        return None if name == "-" else self._out / name
 
     def _make_trainer(self, saved: SavedState | None, groups: Groups, labels: Sequence[str] | None) -> Trainer:
         """The model and its optimiser, as a checkpoint or the first weights have them."""
