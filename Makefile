@@ -4,6 +4,8 @@
 # make lint   the first three only
 # make fuzz   300 drawn configurations against their references (30 in make test); FUZZ_CASES, FUZZ_FIRST to walk on
 # make walk   docs/multi-node.md on three hosts of this machine (root, sshd, rsync): ray up, train, lose a host, serve; five minutes
+# make chaos  100 faults under load on three hosts of this machine (root, unshare, ip); an hour at most; CHAOS_ARGS
+# make soak   half an hour of mixed load: memory and handles of every process must stay flat; SOAK_ARGS
 # make proto  regenerate the gRPC code from its .proto files
 
 PYTHON ?= python3.11
@@ -11,8 +13,10 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PYTEST_ARGS ?=
+CHAOS_ARGS ?=
+SOAK_ARGS ?=
 
-.PHONY: demo families test lint style contracts types tests walk format proto setup clean
+.PHONY: demo families test lint style contracts types tests walk chaos soak format proto setup clean
 
 setup: $(STAMP)
 
@@ -49,6 +53,12 @@ fuzz: $(STAMP)
 
 walk: $(STAMP)
 	$(BIN)/python -m tests.multinode.walk
+
+chaos: $(STAMP)
+	$(BIN)/python -m tests.chaos --faults 100 --seed 0 $(CHAOS_ARGS)
+
+soak: $(STAMP)
+	$(BIN)/python -m tests.chaos.soak --minutes 30 $(SOAK_ARGS)
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -26,6 +26,8 @@ CHECKS = {
 """As docs/serving.md has them."""
 CORES, STORE_BYTES = 2, 80_000_000
 """Of a node: any two of the three have room for two ranks that serve and two that train."""
+ATTEMPTS = 4
+"""Ray gives its own start half a minute, which a busy machine does not always keep to."""
 LEAVE_S = 12.0
 """How long what is left of a lost node may take to end by itself before it is ended."""
 
@@ -82,7 +84,14 @@ class Namespaces:
         where = [] if number == HEAD else [f"--address={self.address}"]
         size = [f"--num-cpus={CORES}", f"--object-store-memory={STORE_BYTES}", f"--node-ip-address={self.node(number)}"]
         words = ["in", str(number), "ray", "start", *head, *where, *size, "--disable-usage-stats"]
-        self._run(*words, limit=90)
+        for left in reversed(range(ATTEMPTS)):
+            try:
+                self._run(*words, limit=120)
+                break
+            except Failed as failure:
+                if "timed out during startup" not in str(failure) or not left:
+                    raise
+                self._end_ray(number)
 
     def raylet(self, number: int) -> int | None:
         found = [pid for pid in self._processes(number) if is_raylet(pid)]
@@ -100,6 +109,9 @@ class Namespaces:
     def clear(self, number: int) -> None:
         """Ray's processes of that host, the ranks among them."""
         until_gone(lambda: self.raylet(number) is not None)
+        self._end_ray(number)
+
+    def _end_ray(self, number: int) -> None:
         for pid in self._processes(number):
             if b"ray" in cmdline(pid):
                 end(pid)
@@ -113,6 +125,7 @@ class Namespaces:
         return [pid for pid in all_processes() if _network(pid) == network]
 
     def _run(self, *words: str, limit: float = 60.0) -> None:
+        """A command of the script, which must succeed."""
         done = subprocess.run(
             [str(self._script), *words], env=self._env, capture_output=True, text=True, timeout=limit, check=False
         )
