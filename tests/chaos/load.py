@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cluster.rpc.client import AsyncClient, ServiceError
 from cluster.rpc.proto.inference_pb2 import FinishReason
@@ -63,6 +64,7 @@ class Load:
     violations: list[str] = field(default_factory=list)
     ends: Counter[str] = field(default_factory=Counter)
     total_tokens: int = 0
+    not_serving: list[float] = field(default_factory=list)  # when health said so, or could not be asked
     _stop: asyncio.Event = field(default_factory=asyncio.Event)
     _tasks: list[asyncio.Task[None]] = field(default_factory=list)
 
@@ -80,11 +82,13 @@ class Load:
         callers = [self._stream(slot) for slot in range(STREAMS)]
         callers += [self._answers(number) for number in range(2)] + [self._hurried()]
         self._tasks = [asyncio.create_task(caller) for caller in callers]
+        self._watcher = asyncio.create_task(self._watch())
 
     async def stop(self) -> None:
         """Lets what is open end; nothing new is asked."""
         self._stop.set()
         await asyncio.gather(*self._tasks)
+        self._watcher.cancel()
 
     def all_heard_since(self, when: float) -> bool:
         """Whether every stream has had a token since."""
@@ -101,6 +105,17 @@ class Load:
                 if slot is not None and chunk.token_ids:
                     self.heard[slot] = time.monotonic()
         return got
+
+    async def _watch(self) -> None:
+        """Of health, every status that a watcher is told."""
+        while True:
+            async with grpc.aio.insecure_channel(self.address) as channel:
+                with contextlib.suppress(grpc.RpcError):
+                    async for answer in health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest()):
+                        if answer.status != health_pb2.HealthCheckResponse.SERVING:
+                            self.not_serving.append(time.monotonic())
+                self.not_serving.append(time.monotonic())
+            await asyncio.sleep(0.2)
 
     async def _stream(self, slot: int) -> None:
         rng = random.Random(slot)

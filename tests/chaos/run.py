@@ -116,7 +116,8 @@ class Run:
 
     def _judge(self, plan: Plan, striker: Striker, load: Load, laps: Sequence[Lap], minutes: float) -> int:
         print(f"\n{report.rows(striker.records)}\n\n{report.summary(striker.records, load, laps, minutes)}", flush=True)
-        self.problems += load.violations + [f"lap {lap.number} ended with other bits" for lap in laps if not lap.same]
+        self.problems += [f"lap {lap.number} ended with other bits" for lap in laps if not lap.same]
+        self.problems += [*striker.problems, *(word for word in load.violations if word not in str(striker.problems))]
         for problem in self.problems:
             print(f"WRONG (seed {plan.seed}, {len(striker.records)} faults): {problem}", flush=True)
         return 1 if self.problems else 0

@@ -49,7 +49,7 @@ class Striker:
         self.world, self.load = world, load
         self.records: list[Record] = []
         self._rng = random.Random(seed)
-        self._not_serving = 0.0
+        self.problems: list[str] = []
 
     async def strike(self, kind: str) -> Record:
         """One fault, from a healthy world back to one."""
@@ -67,6 +67,7 @@ class Striker:
         finally:
             record.seconds = time.monotonic() - began
             record.violations += self.load.violations[before:]
+            self.problems += [f"fault {record.number}, {kind}: {words}" for words in record.violations]
         return record
 
     async def _one(self, record: Record) -> None:
@@ -95,6 +96,8 @@ class Striker:
         nodes = asyncio.create_task(asyncio.to_thread(self._restore, strike))
         try:
             await self._healed(record, strike, struck, (lap, file))
+            if SERVING in strike.words and not any(when >= struck for when in self.load.not_serving):
+                record.violations.append("health never said NOT_SERVING")
         finally:
             await nodes
 
