@@ -134,17 +134,17 @@ def fill_disk(world: World, rng: random.Random) -> Strike:
 
 
 def corrupt_checkpoint(world: World, rng: random.Random) -> Strike:
-    """A bit of the newest checkpoint's weights or moments flips, and a rank is lost, so that it is wanted."""
-    victim = rng.choice(sorted(world.ranks(TRAINING)))
-    for _, _, pid in world.ranks(TRAINING):
+    """A bit of the newest checkpoint's weights or moments flips, and the ranks are lost, so that it is wanted."""
+    ranks = world.ranks(TRAINING)
+    for _, _, pid in ranks:
         end(pid, signal.SIGSTOP)  # nothing newer is written meanwhile
     newest = latest_checkpoint(world.training.out)
     if newest is None:
         raise Failed("there is no checkpoint")
     path = rng.choice(sorted(newest.rglob("*.safetensors")))
     flip(path, tensor_byte(path, rng))
-    for _, _, pid in world.ranks(TRAINING):
-        end(pid, signal.SIGKILL if pid == victim[2] else signal.SIGCONT)
+    for _, _, pid in ranks:
+        end(pid)
     words = rf"{re.escape(newest.name)}.*{re.escape(path.name)}"
     return Strike(f"{path.relative_to(newest.parent)}", {TRAINING: words})
 

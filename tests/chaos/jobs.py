@@ -24,7 +24,7 @@ from tests.chaos.hosts import Hosts, command_process, end, python
 from tests.launch.kill_training import checksums
 from tests.multinode.commands import Command, Failed
 
-POLL_S = 0.05
+POLL_S = 0.1
 START_S = 240.0
 DISK_BYTES = 96_000_000
 KEEPS_STATE = "state_dir" in ServerConfig.__dataclass_fields__

@@ -15,9 +15,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from cluster.rpc.client import AsyncClient, ServiceError
+from cluster.training.save_job import complete_steps
 from tests.chaos.faults import KINDS, SERVING, TRAINING, Strike, World
 from tests.chaos.hosts import HEAD
-from tests.chaos.jobs import until
+from tests.chaos.jobs import Supervised, until
 from tests.chaos.load import Load
 from tests.multinode.commands import Failed
 
@@ -72,19 +73,24 @@ class Striker:
 
     async def _one(self, record: Record) -> None:
         world = self.world
-        marks = {SERVING: len(world.served.lines), TRAINING: len(world.training.lines)}
+        jobs: dict[str, Supervised] = {SERVING: world.served, TRAINING: world.training}
+        marks = {job: len(commanded.lines) for job, commanded in jobs.items()}
+        starts = {job: commanded.starts for job, commanded in jobs.items()}
         lap, file = world.training.lap, world.training.record_file()
         struck = time.monotonic()
         strike = KINDS[record.kind][1](world, self._rng)
         record.target = strike.target
-        jobs = {SERVING: world.served, TRAINING: world.training}
 
         def named() -> bool:
             for job, words in strike.words.items():
                 if job in record.named:
                     continue
-                found = (time.monotonic(), "") if words is None else jobs[job].said(words, marks[job])
-                if found is not None and (words is not None or jobs[job].status is not None):
+                if words is None:  # its supervisor sees it
+                    gone = jobs[job].status is not None or jobs[job].starts > starts[job]
+                    found = (time.monotonic(), "its process ended") if gone else None
+                else:
+                    found = jobs[job].said(words, marks[job])
+                if found is not None:
                     record.named[job], record.words[job] = found[0] - struck, found[1][:300]
             return len(record.named) == len(strike.words)
 
@@ -155,7 +161,8 @@ class Striker:
         return (
             self.load.all_heard_since(time.monotonic() - FRESH_S)
             and world.training.status is None
-            and 10 <= world.training.step() <= world.training.steps - ROOM
+            and world.training.step() <= world.training.steps - ROOM
+            and len(complete_steps(world.training.out)) >= 2
             and all(world.hosts.raylet(number) is not None for number in world.hosts.numbers if number != HEAD)
             and len(world.ranks(TRAINING)) == 2 == len(world.ranks(SERVING))
         )
