@@ -92,6 +92,7 @@ def _spec(config: ServeConfig, model: Path) -> ServeSpec:
         engine=config.engine,
         training=_training(config.training),
         start_timeout_s=config.placement.start_timeout_s,
+        weights_cache=config.placement.weights_cache,
         flight=FlightSpec(secrets.token_hex(4), _folder(config.observe.flight_dir)),
     )
 

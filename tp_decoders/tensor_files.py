@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from parallel.errors import CheckpointError
 from parallel.shard import Index
+from tp_decoders.weights_cache import WeightsCache
 
 log = logging.getLogger(__name__)
 
@@ -43,11 +44,11 @@ class TensorFile(Protocol):
 
 
 class SafetensorsFile:
-    """A .safetensors file, mapped."""
+    """A .safetensors file, mapped; or its copy, read in its place."""
 
-    def __init__(self, path: Path, stack: ExitStack) -> None:
+    def __init__(self, path: Path, stack: ExitStack, copy: Path | None = None) -> None:
         try:
-            self._file = stack.enter_context(safe_open(path, framework="pt"))
+            self._file = stack.enter_context(safe_open(copy or path, framework="pt"))
             self.shapes = {name: tuple(self._file.get_slice(name).get_shape()) for name in self._file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError, ValueError) as error:
             raise _corrupt(path, error) from error
@@ -62,8 +63,8 @@ class SafetensorsFile:
 class PickledFile:
     """A .bin file; nothing but tensors is unpickled."""
 
-    def __init__(self, path: Path) -> None:
-        self._tensors = _load_pickled(path)
+    def __init__(self, path: Path, copy: Path | None = None) -> None:
+        self._tensors = _load_pickled(copy or path)
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
 
     def dtype(self, name: str) -> torch.dtype | None:
@@ -115,6 +116,10 @@ class Checkpoint:
     def is_floating(self, name: str) -> bool:
         return self._files[name].dtype(name) is not None
 
+    def itemsize(self, name: str) -> int:
+        """Bytes of one number of a floating-point tensor, as it is stored."""
+        return (self._files[name].dtype(name) or self.dtype).itemsize
+
     def read(self, name: str, index: Index) -> Tensor:
         return self._files[name].read(name, index)
 
@@ -127,8 +132,8 @@ class Checkpoint:
         self._stack.close()
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
-    """Opens the first of the layouts that the folder has."""
+def open_checkpoint(folder: Path, cache: WeightsCache | None = None) -> Checkpoint:
+    """Opens the first of the layouts that the folder has; with a cache, the copies there of what holds the tensors."""
     layout = next((name for name in LAYOUTS if (folder / name).is_file()), None)
     if layout is None:
         held = (
@@ -137,26 +142,33 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         raise CheckpointError(f"{folder} has none of {', '.join(LAYOUTS)}; it holds {held or 'nothing'}")
     with ExitStack() as stack:
         if layout.endswith(".json"):
-            files = _open_index(folder, layout, stack)
+            files = _open_index(folder, layout, stack, cache)
         else:
-            file = _open_file(folder / layout, stack)
+            file = _open_files([folder / layout], stack, cache)[layout]
             files = dict.fromkeys(file.shapes, file)
         return Checkpoint(folder, files, stack.pop_all())
     raise AssertionError("an ExitStack that is given away suppresses nothing")
 
 
-def _open_file(path: Path, stack: ExitStack) -> TensorFile:
-    return SafetensorsFile(path, stack) if path.suffix == ".safetensors" else PickledFile(path)
+def _open_files(paths: Sequence[Path], stack: ExitStack, cache: WeightsCache | None) -> dict[str, TensorFile]:
+    """By name: the one place where files with tensors are opened."""
+    copies = cache.local(paths) if cache is not None else {}
+    return {
+        path.name: SafetensorsFile(path, stack, copies.get(path))
+        if path.suffix == ".safetensors"
+        else PickledFile(path, copies.get(path))
+        for path in paths
+    }
 
 
-def _open_index(folder: Path, layout: str, stack: ExitStack) -> dict[str, TensorFile]:
+def _open_index(folder: Path, layout: str, stack: ExitStack, cache: WeightsCache | None) -> dict[str, TensorFile]:
     weight_map = _weight_map(folder / layout)
     absent = sorted({name for name in weight_map.values() if not (folder / name).is_file()})
     if absent:
         raise CheckpointError(
             f"{folder / layout} names files that are not there: {', '.join(absent)}; fetch the whole checkpoint"
         )
-    opened = {name: _open_file(folder / name, stack) for name in sorted(set(weight_map.values()))}
+    opened = _open_files([folder / name for name in sorted(set(weight_map.values()))], stack, cache)
     lost = [f"{tensor} (in {name})" for tensor, name in weight_map.items() if tensor not in opened[name].shapes]
     if lost:
         raise CheckpointError(f"{folder / layout} names tensors that its files do not hold: {', '.join(lost)}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -28,6 +28,7 @@ from tp_decoders.registry import family_of, read_config
 from tp_decoders.save_files import FolderWriter, TensorPlan
 from tp_decoders.task_config import CAUSAL, check_task, task_of, with_task
 from tp_decoders.tensor_files import Checkpoint, TensorFile, open_checkpoint
+from tp_decoders.weights_cache import Progress, WeightsCache
 
 log = logging.getLogger(__name__)
 
@@ -55,24 +56,39 @@ def load(
     *,
     labels: Sequence[str] | int | None = None,
     problem: str | None = None,
+    cache: WeightsCache | None = None,
+    progress: Progress | None = None,
 ) -> Decoder:
     """This rank's shard of a checkpoint folder, in eval mode; in the checkpoint's own type unless one is given.
 
-    `labels` (names, or how many) and `problem` are for a head that the checkpoint lacks and that is made anew.
+    `labels` (names, or how many) and `problem` are for a head that the checkpoint lacks and that is made anew; `cache`
+    is where this host keeps a copy of the files; `progress` is told the bytes of the shard that were read.
     """
     folder, group = Path(path), group or Group.single()
     check_task(task)
     config = with_task(read_config(folder), task, labels, problem)
-    with open_checkpoint(folder) as checkpoint:
+    with open_checkpoint(folder, cache) as checkpoint:
         model = build(config, group, dtype or checkpoint.dtype, device)
         sources = match_tensors(model, checkpoint, family_of(config.model_type).names)
-        for ours, parameter in model.named_parameters():
-            if ours in sources:
-                fill(parameter, checkpoint, *sources[ours], group.rank)
-            else:
-                fresh(model, ours, parameter, HEAD_SEED)
+        _fill_all(model, checkpoint, sources, progress or (lambda what, done, total: None))
     model.source = folder
     return model
+
+
+def _fill_all(
+    model: Decoder, checkpoint: Checkpoint, sources: Mapping[str, tuple[str, bool]], progress: Progress
+) -> None:
+    """Reads what the checkpoint holds of a shard, and makes the rest."""
+    parameters = dict(model.named_parameters())
+    sizes = {ours: parameters[ours].numel() * checkpoint.itemsize(theirs) for ours, (theirs, _) in sources.items()}
+    done, total = 0, sum(sizes.values())
+    for ours, parameter in parameters.items():
+        if ours in sources:
+            fill(parameter, checkpoint, *sources[ours], model.group.rank)
+            done += sizes[ours]
+            progress("reading weights", done, total)
+        else:
+            fresh(model, ours, parameter, HEAD_SEED)
 
 
 def match_tensors(model: Decoder, checkpoint: Checkpoint, names: NameMap) -> dict[str, tuple[str, bool]]:

@@ -29,6 +29,7 @@ class PlacementConfig:
     silence_s: float = 6.0  # a rank that has not answered for this long is lost: frozen, or behind a dead link
     max_restarts: int = 5  # of a group, within restart_window_s; 0: the first fault ends it
     restart_window_s: float = 600.0
+    weights_cache: str | None = None  # a folder on a disk of each node, for a copy of the checkpoint's files
     log_level: int = logging.WARNING
     log_json: bool = False  # the ranks' log as lines of JSON
 
@@ -41,6 +42,10 @@ class PlacementConfig:
             )
         if self.max_restarts < 0:
             raise ConfigError(f"placement.max_restarts is {self.max_restarts}; give 0 (never) or more")
+        if self.weights_cache is not None and not self.weights_cache.startswith("/"):
+            raise ConfigError(
+                f"placement.weights_cache is {self.weights_cache!r}; give a full path: it is each node's own"
+            )
         if not self.restart_window_s > 0:
             raise ConfigError(f"placement.restart_window_s is {self.restart_window_s:g}; give seconds above 0")
 

@@ -16,6 +16,7 @@ import torch
 
 from cluster.actors.cores import claim_cores, free_memory
 from cluster.actors.flight import write_dump
+from cluster.actors.load_progress import reading
 from cluster.actors.place import Place
 from cluster.actors.spec import RankFacts, ServeSpec
 from cluster.actors.worker import MakeProgram, Phases, is_consequence
@@ -69,10 +70,15 @@ class ServeRank:
             self._groups = self._meet()
         with phases("reading weights"):
             dtype = getattr(torch, parallel.dtype) if parallel.dtype else None
-            model = load(self._spec.model, self._spec.task, self._groups.tp, dtype, self._device)
+            model = self._load(dtype, self._groups)
             if self._spec.adapter is not None:
                 load_merged(model, self._spec.adapter)
         return self._assemble(model, self._groups)
+
+    def _load(self, dtype: torch.dtype | None, groups: Groups) -> Decoder:
+        spec = self._spec
+        cache, told = reading(self._place, spec.model, spec.weights_cache)
+        return load(spec.model, spec.task, groups.tp, dtype, self._device, cache=cache, progress=told)
 
     def rejoin(self, make: MakeProgram, place: Place, phases: Phases) -> RankFacts:
         """With new peers: the model as it is, now connected to them; the ranks' collectives are those of a start."""

@@ -97,6 +97,7 @@ class ServeSpec:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     start_timeout_s: float = 600.0
     flight: FlightSpec = FlightSpec()
+    weights_cache: str | None = None  # a folder of each node for a copy of the checkpoint's files
     restore: RestorePoint | None = None  # what the weights were when a group before this one was lost
 
     def __call__(self, place: Place, phases: Phases) -> Program:
