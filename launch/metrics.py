@@ -1,23 +1,25 @@
 """Prometheus metrics of a server: the numbers of engine and front-end under their public names, on an HTTP port.
 
 The one module that knows the metric library. Nothing is measured here: each scrape asks the front-end's loop once,
-which asks the engine between two steps. While there is no engine its last numbers stay, and `engine_answers` is 0.
+which asks the engines between two steps. What an engine counts carries its replica's number; while a replica has no
+engine its last numbers stay, and its `engine_answers` is 0.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from concurrent.futures import CancelledError
-from dataclasses import dataclass
-from typing import Any
+from operator import attrgetter
+from typing import Any, TypeVar
 
 from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from cluster.engine.request import EngineLoad
+from cluster.frontend.fleet import Fleet
 from cluster.frontend.frontend import Frontend, State
 from cluster.frontend.meters import Histogram, Meters, TrainMeters
 from cluster.frontend.readiness import Readiness
@@ -26,6 +28,7 @@ from parallel.errors import ConfigError, TpError
 
 log = logging.getLogger(__name__)
 PREFIX = "tp_decoders_"
+Family = TypeVar("Family", GaugeMetricFamily, CounterMetricFamily)
 ANSWER_S = 4.0
 """How long a scrape waits for the engine; Prometheus gives up after 10 seconds."""
 
@@ -63,14 +66,6 @@ TRAIN_GAUGES = {
 }
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """Everything of one scrape. `answers`: whether the engine did."""
-
-    load: EngineLoad
-    answers: bool
-
-
 class ServeMetrics(Collector):
     """What a registry asks at each scrape, in a thread of its own; `info` are labels that never change."""
 
@@ -83,7 +78,7 @@ class ServeMetrics(Collector):
     ) -> None:
         self._frontend, self._readiness, self._loop = frontend, readiness, loop
         self._info = dict(info or {})
-        self._last = EngineLoad()
+        self._last = {replica.index: EngineLoad() for replica in frontend.fleet.replicas}
 
     def collect(self) -> Iterable[Metric]:
         """In the scrape's thread; the numbers are taken in the front-end's loop."""
@@ -99,19 +94,26 @@ class ServeMetrics(Collector):
 
     async def take(self) -> list[Metric]:
         """All families, of one moment."""
-        try:
-            self._last = await self._frontend.load(ANSWER_S)
-            snapshot = Snapshot(self._last, True)
-        except TpError:
-            snapshot = Snapshot(self._last, False)
+        answered = await self._ask()
         return [
-            *self._server(snapshot),
-            *engine_metrics(snapshot.load),
+            *self._server(),
+            *replica_metrics(self._frontend.fleet, answered),
+            *engine_metrics(self._last),
             *request_metrics(self._frontend.meters),
             *training_metrics(self._frontend.meters.train),
         ]
 
-    def _server(self, snapshot: Snapshot) -> Iterator[Metric]:
+    async def _ask(self) -> set[int]:
+        """Which replicas' engines gave their numbers; of the others the last ones stay."""
+        try:
+            answers = {seat.replica: load for seat, load in (await self._frontend.loads(ANSWER_S)).items()}
+        except TpError:  # no replica has an engine
+            return set()
+        given = {index: load for index, load in answers.items() if isinstance(load, EngineLoad)}
+        self._last |= given
+        return set(given)
+
+    def _server(self) -> Iterator[Metric]:
         frontend = self._frontend
         info = gauge("info", "What is served; always 1.", labels=list(self._info))
         info.add_metric(list(self._info.values()), 1)
@@ -119,52 +121,89 @@ class ServeMetrics(Collector):
         for each in State:
             state.add_metric([each.value], each is frontend.state)
         yield from (info, state)
-        yield gauge("ready", "Whether the last canary went through every rank.", self._readiness.ready)
-        yield gauge("engine_answers", "Whether the engine gave its numbers for this scrape.", snapshot.answers)
+        yield gauge("ready", "Whether the last canary went through every rank of some replica.", self._readiness.ready)
         yield gauge("requests_open", "Prompts in the journal: waiting, running or paused.", frontend.num_open)
-        yield counter("restarts", "How often another engine, or a new connection to it, took over.", frontend.restarts)
         yield counter("canary_failures", "Canaries that failed or found a fault.", self._readiness.failures)
 
 
-def engine_metrics(load: EngineLoad) -> Iterator[Metric]:
+def replica_metrics(fleet: Fleet, answered: Container[int]) -> Iterator[Metric]:
+    """What the front-end knows of each replica."""
+    replica = ["replica"]
+    ready = gauge("replica_ready", "Whether its last canary went through every rank.", labels=replica)
+    answers = gauge("engine_answers", "Whether the engine gave its numbers for this scrape.", labels=replica)
+    tokens = gauge("outstanding_tokens", "Of prompts open there, and all that may be written to them.", labels=replica)
+    words = "How often another engine, or a new connection to it, took over."
+    restarts = counter("restarts", words, labels=replica)
+    words = "Prompts by why they went there: their beginning was known, or there was the least to do."
+    routed = counter("prompts_routed", words, labels=[*replica, "by"])
+    for each, sent in zip(fleet.replicas, fleet.router.sent, strict=True):
+        label = str(each.index)
+        ready.add_metric([label], each.seat is not None and not each.doubt)
+        answers.add_metric([label], each.index in answered)
+        tokens.add_metric([label], each.seat.tokens if each.seat else 0)
+        restarts.add_metric([label], each.restarts)
+        routed.add_metric([label, "prefix"], sent.by_prefix)
+        routed.add_metric([label, "load"], sent.by_load)
+    yield from (ready, answers, tokens, restarts, routed)
+
+
+def engine_metrics(loads: Mapping[int, EngineLoad]) -> Iterator[Metric]:
+    """What each replica's engine counts."""
+    replica = ["replica"]
     for field, (name, words) in ENGINE_GAUGES.items():
-        yield gauge(name, words, getattr(load, field))
+        yield _each(gauge(name, words, labels=replica), loads, attrgetter(field))
     for field, (name, words) in ENGINE_COUNTERS.items():
-        yield counter(name, words, getattr(load, field))
-    used = 1.0 - load.kv_blocks_free / load.kv_blocks_total if load.kv_blocks_total else 0.0
-    yield gauge("kv_usage_ratio", "Part of the cache's blocks that sequences hold.", used)
-    seconds = counter("step_seconds", "Time of steps, by part; other: telling the ranks, inputs.", labels=["part"])
-    rest = load.step_seconds
-    for part in STEP_PARTS:
-        value = getattr(load, f"{part}_seconds")
-        seconds.add_metric([part], value)
-        rest -= value
-    seconds.add_metric(["other"], max(0.0, rest))
+        yield _each(counter(name, words, labels=replica), loads, attrgetter(field))
+    used = gauge("kv_usage_ratio", "Part of the cache's blocks that sequences hold.", labels=replica)
+    yield _each(used, loads, _usage)
+    words, labels = "Time of steps, by part; other: telling the ranks, inputs.", ["replica", "part"]
+    seconds = counter("step_seconds", words, labels=labels)
+    for index, load in loads.items():
+        parts = {part: getattr(load, f"{part}_seconds") for part in STEP_PARTS}
+        for part, value in (parts | {"other": max(0.0, load.step_seconds - sum(parts.values()))}).items():
+            seconds.add_metric([str(index), part], value)
     yield seconds
-    yield from _collectives(load)
+    yield from _collectives(loads)
+    yield from _ranks(loads)
 
 
-def _collectives(load: EngineLoad) -> Iterator[Metric]:
-    count = counter("collectives", "Collectives that rank 0 issued, by kind.", labels=["kind"])
-    size = counter("collective_bytes", "Bytes that rank 0 gave to collectives, by kind.", labels=["kind"])
-    for kind, (number, nbytes) in load.collectives.items():
-        count.add_metric([kind], number)
-        size.add_metric([kind], nbytes)
-    seconds = counter(
-        "collective_seconds", "Time of rank 0 in collectives, by kind, waiting for peers included.", labels=["kind"]
-    )
-    for kind, time in load.collective_seconds.items():
-        seconds.add_metric([kind], time)
-    waits = counter(
-        "rank_collective_seconds", "Time of each rank in collectives, as of the last canary; not waiting for commands.",
-        labels=["rank", "node"],
-    )  # fmt: skip
-    memory = gauge("rank_memory_bytes", "Memory of each rank, as of the last canary.", labels=["rank", "node", "kind"])
-    for rank in load.ranks:
-        waits.add_metric([str(rank.rank), rank.node], rank.collective_seconds)
-        memory.add_metric([str(rank.rank), rank.node, "host"], rank.memory_bytes)
-        memory.add_metric([str(rank.rank), rank.node, "device"], rank.device_memory_bytes)
-    yield from (count, size, seconds, waits, memory)
+def _usage(load: EngineLoad) -> float:
+    return 1.0 - load.kv_blocks_free / load.kv_blocks_total if load.kv_blocks_total else 0.0
+
+
+def _each(family: Family, loads: Mapping[int, EngineLoad], value: Callable[[EngineLoad], float]) -> Family:
+    for index, load in loads.items():
+        family.add_metric([str(index)], value(load))
+    return family
+
+
+def _collectives(loads: Mapping[int, EngineLoad]) -> Iterator[Metric]:
+    labels = ["replica", "kind"]
+    count = counter("collectives", "Collectives that rank 0 issued, by kind.", labels=labels)
+    size = counter("collective_bytes", "Bytes that rank 0 gave to collectives, by kind.", labels=labels)
+    words = "Time of rank 0 in collectives, by kind, waiting for peers included."
+    seconds = counter("collective_seconds", words, labels=labels)
+    for index, load in loads.items():
+        for kind, (number, nbytes) in load.collectives.items():
+            count.add_metric([str(index), kind], number)
+            size.add_metric([str(index), kind], nbytes)
+        for kind, time in load.collective_seconds.items():
+            seconds.add_metric([str(index), kind], time)
+    yield from (count, size, seconds)
+
+
+def _ranks(loads: Mapping[int, EngineLoad]) -> Iterator[Metric]:
+    labels = ["replica", "rank", "node"]
+    words = "Time of each rank in collectives, as of the last canary; not waiting for commands."
+    waits = counter("rank_collective_seconds", words, labels=labels)
+    memory = gauge("rank_memory_bytes", "Memory of each rank, as of the last canary.", labels=[*labels, "kind"])
+    for index, load in loads.items():
+        for rank in load.ranks:
+            where = [str(index), str(rank.rank), rank.node]
+            waits.add_metric(where, rank.collective_seconds)
+            memory.add_metric([*where, "host"], rank.memory_bytes)
+            memory.add_metric([*where, "device"], rank.device_memory_bytes)
+    yield from (waits, memory)
 
 
 def request_metrics(meters: Meters) -> Iterator[Metric]:

@@ -11,7 +11,7 @@ import asyncio
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -147,7 +147,29 @@ def lines(status: Status, before: Status | None = None) -> Iterator[str]:
         )
     yield from _load_lines(status, before)
     yield from _training_lines(status)
-    for rank in status.load.get("ranks", ()):
+    yield from _replica_lines(status)
+
+
+def _replica_lines(status: Status) -> Iterator[str]:
+    """Each replica and its ranks; of a single one its ranks alone."""
+    replicas = status.server["replicas"]
+    if len(replicas) < 2:
+        yield from _rank_lines(status.load.get("ranks", ()))
+        return
+    loads = {each["replica"]: each["load"] for each in status.load.get("replicas", ())}
+    for replica in replicas:
+        state = "ready" if replica["ready"] else "NOT READY" if replica["has_engine"] else "OUT"
+        why = f": {replica['reason']}" if replica["reason"] else ", about to be restarted" if replica["held"] else ""
+        yield (
+            f"replica {replica['replica']}  {state}{why}  {replica['open_requests']} open, "
+            f"{replica['outstanding_tokens']} tokens outstanding  {replica['restarts']} restarts  routed "
+            f"{replica['routed_by_prefix']} by prefix, {replica['routed_by_load']} by load"
+        )
+        yield from _rank_lines(loads.get(replica["replica"], {}).get("ranks", ()))
+
+
+def _rank_lines(ranks: Iterable[Values]) -> Iterator[str]:
+    for rank in ranks:
         device = f"  GPU {size(rank['device_memory_bytes'])}" if rank["device_memory_bytes"] else ""
         yield (
             f"rank {rank['rank']:<4} {rank['node']}  process {rank['pid']}  memory {size(rank['memory_bytes'])}{device}"

@@ -10,11 +10,14 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.engine.assembly import build_engine, build_runner
 from cluster.engine.config import EngineConfig
 from cluster.engine.engine import Engine
+from cluster.engine.request import EngineLoad
+from cluster.frontend.calls import FrontendConfig
 from cluster.frontend.frontend import Frontend
 from cluster.frontend.local_link import LocalLink
 from cluster.frontend.readiness import Readiness
@@ -27,6 +30,7 @@ from launch.train_metrics import TrainMetrics
 from parallel.errors import ConfigError
 from tests.cluster.engine.tiny_models import save_tiny
 from tests.cluster.frontend.fakes import FakeEngine
+from tests.cluster.frontend.harness import PlayedLink
 from tp_decoders import load
 
 DASHBOARD = Path(__file__).resolve().parents[2] / "launch" / "grafana" / "tp-decoders.json"
@@ -84,23 +88,55 @@ def test_what_is_scraped_is_what_was_served(engine_folder: Path) -> None:
     prompts = [list(range(1, 41)), list(range(1, 41)), [5, 6, 7]]
     before, after = asyncio.run(served(engine_of(engine_folder), prompts, 12))
     name = "tp_decoders_"
-    assert before[name + "generated_tokens_total"] == 0 and before[name + "ready"] == 1
+    assert before[name + "generated_tokens_total{replica=0}"] == 0 and before[name + "ready"] == 1
     expected = {
-        "generated_tokens_total": 36, "delivered_tokens_total": 36, "prompt_tokens_total": 83,
-        "prefix_tokens_looked_up_total": 83, "prefix_tokens_reused_total": 32,  # two full blocks of 16 of the second
-        "requests_running": 0, "requests_waiting": 0, "requests_open": 0, "kv_blocks": 32, "kv_usage_ratio": 0,
+        "generated_tokens_total{replica=0}": 36, "delivered_tokens_total": 36, "prompt_tokens_total{replica=0}": 83,
+        "prefix_tokens_looked_up_total{replica=0}": 83,
+        "prefix_tokens_reused_total{replica=0}": 32,  # two full blocks of 16 of the second
+        "requests_running{replica=0}": 0, "requests_waiting{replica=0}": 0, "requests_open": 0,
+        "kv_blocks{replica=0}": 32, "kv_usage_ratio{replica=0}": 0,
         "samples_finished_total{reason=length}": 3, "time_to_first_token_seconds_count": 3,
-        "inter_token_seconds_count": 33, "request_seconds_count": 3, "engine_answers": 1, "canaries_total": 1,
-        "state{state=serving}": 1, "info{model_id=tiny}": 1, "weight_version": 0, "restarts_total": 0,
+        "inter_token_seconds_count": 33, "request_seconds_count": 3, "engine_answers{replica=0}": 1,
+        "canaries_total{replica=0}": 1, "state{state=serving}": 1, "info{model_id=tiny}": 1,
+        "weight_version{replica=0}": 0, "restarts_total{replica=0}": 0, "replica_ready{replica=0}": 1,
+        "outstanding_tokens{replica=0}": 0, "prompts_routed_total{by=load,replica=0}": 3,
     }  # fmt: skip
     assert {key: after[name + key] for key in expected} == expected
-    assert after[name + "steps_total"] == 36
-    parts = {part: after[f"{name}step_seconds_total{{part={part}}}"] for part in ("schedule", "forward", "commit")}
+    assert after[name + "steps_total{replica=0}"] == 36
+    named = ("schedule", "forward", "commit")
+    parts = {part: after[f"{name}step_seconds_total{{part={part},replica=0}}"] for part in named}
     assert all(seconds > 0 for seconds in parts.values())
     assert after[name + "time_to_first_token_seconds_bucket{le=+Inf}"] == 3
     assert after[name + "request_seconds_sum"] > after[name + "inter_token_seconds_sum"] > 0
     memory = [value for key, value in after.items() if "rank_memory_bytes" in key and "kind=host" in key]
     assert len(memory) == 1 and memory[0] > 50_000_000
+
+
+def test_the_numbers_of_replicas_are_apart_and_those_of_a_lost_one_stay_as_they_were() -> None:
+    async def main() -> None:
+        links = [PlayedLink(), PlayedLink()]
+        for index, link in enumerate(links):
+            link.answer = EngineLoad(generated_tokens=10 + index, collectives={"tree_sum": (index, 0)})
+        frontend = Frontend(links, config=FrontendConfig(recovery_seconds=60.0))
+        metrics = ServeMetrics(frontend, Readiness(frontend), asyncio.get_running_loop())
+        frontend.start()
+        assert numbers(await metrics.take()) == {"0": (10, 1), "1": (11, 1)}
+        links[1].answer = EngineLoad(generated_tokens=99)
+        frontend.fault("its process died", 1)
+        assert numbers(await metrics.take()) == {"0": (10, 1), "1": (11, 0)}
+        await frontend.close()
+
+    asyncio.run(main())
+
+
+def numbers(families: list[Metric]) -> dict[str, tuple[float, float]]:
+    """Each replica's generated tokens, and whether its engine answered."""
+    of_name = {family.name: family.samples for family in families}
+    tokens, answers = (
+        {sample.labels["replica"]: sample.value for sample in of_name["tp_decoders_" + name]}
+        for name in ("generated_tokens", "engine_answers")
+    )
+    return {replica: (tokens[replica], answers[replica]) for replica in tokens}
 
 
 def test_a_canary_that_finds_a_fault_makes_the_server_not_ready_and_says_so_in_the_metrics() -> None:

@@ -49,11 +49,11 @@ def test_metrics_tell_of_both_ranks_and_of_what_was_served_and_trained(server: S
         step = client.train_step([[2, 1, 0, 1]], optimizer={"learning_rate": 1e-3}, expected_step=0)
         client.save_state("kept")  # or the rank that is lost below would take trained weights with it
     found = metrics_of(server)
-    assert found[NAME + "generated_tokens_total"] == found[NAME + "delivered_tokens_total"] == 9
+    assert found[NAME + "generated_tokens_total{replica=0}"] == found[NAME + "delivered_tokens_total"] == 9
     ranks = {key: value for key, value in found.items() if "rank_memory_bytes" in key and "kind=host" in key}
     assert len(ranks) == 2 and min(ranks.values()) > 50_000_000
-    assert found[NAME + "collectives_total{kind=tree_sum}"] >= 9 * 4
-    assert found[NAME + "collective_bytes_total{kind=tree_sum}"] > found[NAME + "collectives_total{kind=tree_sum}"]
+    assert found[NAME + "collectives_total{kind=tree_sum,replica=0}"] >= 9 * 4
+    assert found[NAME + "collective_bytes_total{kind=tree_sum,replica=0}"] > found[NAME + "collectives_total{kind=tree_sum,replica=0}"]
     assert found[NAME + "training_step"] == 1 and found[NAME + "training_calls_total{kind=TrainStep}"] == 1
     assert found[NAME + "training_loss"] == pytest.approx(step.loss, rel=1e-6)
     assert found[NAME + "training_grad_norm"] == pytest.approx(step.grad_norm, rel=1e-6)
@@ -81,7 +81,7 @@ def test_a_killed_rank_is_named_by_the_flight_record_and_the_next_canary_goes_th
         assert time.monotonic() < limit, server.said[-3000:]
         time.sleep(0.1)
     assert now["server"]["restarts"] == 1, server.said[-6000:]
-    assert metrics_of(server)[NAME + "restarts_total"] == 1
+    assert metrics_of(server)[NAME + "restarts_total{replica=0}"] == 1
     assert main(["flight", str(dumps)]) == 0
     said = capsys.readouterr().out
     assert "=> rank 1 left no dump: killed, frozen or cut off" in said and "rank 0 was" in said

@@ -71,6 +71,7 @@ class PlayedLink:
         self.aborted: list[str] = []
         self.aborted_samples: list[SampleId] = []
         self.closed = False
+        self.answer = EngineLoad()
         self.events: EventSink
         self.fault: FaultSink
 
@@ -88,7 +89,7 @@ class PlayedLink:
         return Future()
 
     def load(self, timeout: float = 5.0, prove: bool = False) -> EngineLoad:
-        return EngineLoad()
+        return self.answer
 
     def close(self, timeout: float = 10.0) -> None:
         self.closed = True
