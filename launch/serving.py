@@ -35,6 +35,7 @@ from cluster.training.states import StateFolder
 from launch.metrics import MetricsServer, ServeMetrics, check_host
 from launch.replicas import Replicas
 from launch.rolling import Upkeep
+from launch.tracing import check_traces, open_tracer
 from parallel.errors import ConfigError, TpError, WorkerError
 from tp_decoders.adapter_files import read_adapter_config
 from tp_decoders.registry import read_config
@@ -58,6 +59,7 @@ def serve(config: ServeConfig, model: Path, log_level: int) -> int:
         read_adapter_config(config.adapter)
     check_port(config.server.host, config.server.port)
     check_security(config.server.security)
+    check_traces(config.observe)
     if config.observe.metrics_port is not None:
         check_host(config.observe.metrics_host, config.server.security, config.server.insecure_listen_anywhere)
         check_port(config.observe.metrics_host, config.observe.metrics_port)
@@ -125,7 +127,11 @@ async def _open(
     info = _service_info(config, model, ready[0][0].facts)
     readiness = Readiness(frontend, config.observe.canary_every_s, config.observe.canary_timeout_s)
     address = f"{host}:{config.server.port}"
-    server = build_server(frontend, address, config.limits, info, config.server.security, readiness, upkeep.restart)
+    tracer = open_tracer(config.observe)
+    if tracer is not None:
+        stack.push_async_callback(asyncio.to_thread, tracer.close)
+    security = config.server.security
+    server = build_server(frontend, address, config.limits, info, security, readiness, upkeep.restart, tracer)
     frontend.start()
     watched = await _observe(config, frontend, readiness, info, stack)
     await server.start()

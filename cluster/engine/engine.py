@@ -19,6 +19,7 @@ from cluster.engine.config import EngineConfig
 from cluster.engine.plan import StepPlan, StepResult
 from cluster.engine.request import EngineLoad, FinishReason, ModelLimits, Request, TokenEvent, TokenLogprobs
 from cluster.engine.scheduler import Scheduler
+from cluster.engine.traced import Traced
 
 if TYPE_CHECKING:
     from cluster.engine.canary import Canary
@@ -73,6 +74,7 @@ class Engine:
         self.config, self.executor, self.canary = config, executor, canary
         self.scheduler = Scheduler(config, self.limits, BlockPool(num_blocks, config.block_size), clock)
         self._seconds = StepSeconds()
+        self._traced = Traced()
 
     @property
     def idle(self) -> bool:
@@ -81,7 +83,9 @@ class Engine:
 
     def submit(self, request: Request) -> Request:
         """Queues a request; returns it with seed and max_new_tokens decided. Raises RequestError or CapacityError."""
-        return self.scheduler.submit(request)
+        submitted = self.scheduler.submit(request)
+        self._traced.add(submitted)
+        return submitted
 
     def abort(self, request_ids: Many[str]) -> None:
         """Ends requests; their blocks are free before the next step."""
@@ -102,7 +106,10 @@ class Engine:
         result = self.executor.execute(plan)
         executed = time.perf_counter()
         events = self.scheduler.commit(plan, result)
-        self._seconds.add(started, scheduled, executed, time.perf_counter(), result)
+        committed = time.perf_counter()
+        self._seconds.add(started, scheduled, executed, committed, result)
+        if self._traced:
+            return [*self._traced.reports(plan, result, committed - started, self.scheduler.answers), *events]
         return events
 
     def keep_alive(self) -> None:

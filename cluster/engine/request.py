@@ -125,6 +125,7 @@ class Request:
     ] = ()  # samples that had ended before a rebuild: they are neither run nor answered again
     score_only: bool = False  # prompt log-probabilities only: no token is generated
     pooling: Pooling | None = None  # the prompt is read and answered: no token is generated
+    traced: bool = False  # its steps are reported
 
     @property
     def wants_tokens(self) -> bool:
@@ -156,6 +157,24 @@ class Timings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """One step that computed something of a traced request."""
+
+    step: int
+    seconds: float
+    forward_seconds: float
+    sample_seconds: float
+    tokens: int  # of this request, of all its samples
+    batch_tokens: int
+    batch_sequences: int
+    preempted: int  # how often the request gave its blocks back so far
+
+    def values(self) -> dict[str, int | float]:
+        """Of the step itself."""
+        return {name: value for name, value in vars(self).items() if name not in ("seconds", "preempted")}
+
+
+@dataclass(frozen=True, kw_only=True)
 class TokenEvent:
     """Something that happened to one sample of one request: new tokens, the prompt's log-probabilities, or its end."""
 
@@ -176,6 +195,7 @@ class TokenEvent:
     timings: Timings | None = None
     score: float | None = None  # of a beam search's sequence
     stop_logprob: float | None = None  # of a stop token that is not in token_ids, where log-probabilities are known
+    step: StepReport | None = None  # alone in its event, ahead of those of the step
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -211,6 +211,7 @@ class Scheduler:
         self.residents.release(seq)
         self.waiting.push(seq)
         self.counters.preemptions += 1
+        seq.answer.preempted += 1
 
     def _make_room(self, count: int, group: BeamGroup) -> bool:
         """Blocks for beams, if need be from the latest arrivals; False if the search itself is set aside."""

@@ -32,6 +32,7 @@ class Answer:
     live: dict[int, Sequence] = field(default_factory=dict)  # by sample index
     started: float | None = None
     first_token: float | None = None
+    preempted: int = 0  # how often blocks were given back
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_sent: bool = False
     gathered: Gathered | None = None  # of a pooled request: what its rows gave so far

@@ -58,6 +58,9 @@ class Delivery:
                 continue
             if isinstance(event, Rejected):
                 self.fail(entry, event.error)
+            elif event.step is not None:
+                if entry.trace is not None:
+                    entry.trace.step(event.step, now)
             elif event.finish_reason is FinishReason.ERROR:
                 self._fleet.abort([entry])
                 self.fail(entry, RequestFailed(event.error or "the engine reported an error without a message"))
@@ -69,6 +72,8 @@ class Delivery:
         now = time.monotonic()
         self._fleet.abort(entries)
         for entry in entries:
+            if entry.trace is not None:
+                entry.trace.outcome = reason.value
             for index, sample in enumerate(entry.samples):
                 if not sample.done:
                     entry.show(entry.end(index, reason, now))
@@ -81,6 +86,8 @@ class Delivery:
         chunk.error = error
         entry.stream.put(chunk)
         self.meters.failed_with(error)
+        if entry.trace is not None:
+            entry.trace.failed = type(error).__name__
         self._forget(entry)
 
     def leave(self, stream: Stream) -> None:
@@ -112,6 +119,8 @@ class Delivery:
             )
             return
         self.meters.took(entry, chunk, now)
+        if entry.trace is not None:
+            entry.trace.took(chunk, now)
         entry.show(chunk)
         if chunk.finish_reason is not None and event.finish_reason is None:
             self._stop_sample(entry, event.sample_index)
@@ -138,6 +147,8 @@ class Delivery:
     def _forget(self, entry: Entry) -> None:
         now = time.monotonic()
         self.meters.over(entry, now)
+        if entry.trace is not None:
+            entry.trace.over(now)
         if log.isEnabledFor(logging.INFO):
             log.info(
                 "request %s: prompt %d of %d tokens is over after %.3f s, with %d tokens", entry.call_id,

@@ -47,6 +47,8 @@ class Seat:
         entry.seat = self
         self.open[entry.request.request_id] = entry
         self.tokens += entry.num_tokens
+        if entry.trace is not None:
+            entry.trace.placed(self.replica)
 
     def leave(self, entry: Entry) -> None:
         entry.seat = None

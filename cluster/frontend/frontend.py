@@ -30,6 +30,7 @@ from cluster.frontend.loads import total
 from cluster.frontend.meters import Meters
 from cluster.frontend.streams import Chunk, Stream
 from cluster.frontend.text import SampleText, TextCodec
+from cluster.frontend.tracing import timed, trace_of, trained
 from cluster.frontend.training import TrainingDesk, check, with_loss
 from cluster.frontend.weights import WeightsRecord
 from cluster.json_lines import REQUEST
@@ -85,6 +86,7 @@ class Frontend:
         self.fleet.start(self._delivery.apply, self.fault)
         self._become(State.SERVING)
 
+    @timed("admission")
     async def open(self, call: Call) -> Stream:
         """Admit a call and return its stream; prompts that cannot be admitted are in `stream.errors`. Raises where
         none can.
@@ -102,6 +104,7 @@ class Frontend:
             raise failed[0]
         return self._admit(call, made)
 
+    @trained
     async def train(self, call: TrainCall) -> TrainAnswer:
         """One training call, between two steps of the engine."""
         self._check_open()
@@ -299,7 +302,9 @@ class Frontend:
 
     def _entry(self, request: Request, index: int, stream: Stream, now: float) -> Entry:
         call_id = request.request_id
-        request = replace(request, request_id=f"{call_id}/{index}#{self._nonce}{next(self._names)}")
+        trace = trace_of(request, index, now)
+        name = f"{call_id}/{index}#{self._nonce}{next(self._names)}"
+        request = replace(request, request_id=name, traced=trace is not None)
         prefix = self.codec.tokenizer.decode(request.token_ids) if request.response.echo and self.codec else ""
         samples = [
             SampleState(text=SampleText(self.codec, request.stopping), prefix=prefix)
@@ -308,7 +313,7 @@ class Frontend:
         best_of = None if request.sampling.best_of is None else BestOf(request.sampling.n, len(samples))
         return Entry(
             request=request, call_id=call_id, prompt_index=index, stream=stream, samples=samples, admitted=now,
-            best_of=best_of,
+            best_of=best_of, trace=trace,
         )  # fmt: skip
 
     # ------------------------------------------------------------ changes of state

@@ -17,6 +17,7 @@ from cluster.frontend.calls import Account
 from cluster.frontend.errors import DuplicateRequest, QueueFull
 from cluster.frontend.streams import Chunk, PromptInfo, Stream
 from cluster.frontend.text import SampleText
+from cluster.frontend.tracing import PromptTrace
 
 if TYPE_CHECKING:
     from cluster.frontend.fleet import Seat
@@ -50,6 +51,7 @@ class Entry:
     best_of: BestOf | None = None
     account: Account | None = None
     seat: Seat | None = None  # whose engine works on it; None while it waits for one
+    trace: PromptTrace | None = None  # of a sampled call
 
     @property
     def num_tokens(self) -> int:

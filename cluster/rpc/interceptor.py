@@ -18,6 +18,7 @@ from typing import Any
 import grpc
 from google.protobuf.message import Message
 
+from cluster.frontend.tracing import Tracer
 from cluster.rpc.auth import Gate
 from cluster.rpc.auth_errors import SlowSender
 from cluster.rpc.auth_limits import CALLER, Account, OpenCalls
@@ -25,6 +26,7 @@ from cluster.rpc.errors import row_of, status_of
 from cluster.rpc.limits import ServerLimits
 from cluster.rpc.proto import control_pb2, inference_pb2, training_pb2
 from cluster.rpc.strict import parse
+from cluster.rpc.tracing import traced
 from parallel.errors import RequestError, TpError
 
 log = logging.getLogger(__name__)
@@ -45,8 +47,11 @@ Call = Callable[[Any, grpc.aio.ServicerContext], Any]
 class Boundary(grpc.aio.ServerInterceptor):
     """Strictness and the table of errors apply to this protocol's methods, the gate and the counting to all."""
 
-    def __init__(self, gate: Gate | None = None, limits: ServerLimits | None = None) -> None:
+    def __init__(
+        self, gate: Gate | None = None, limits: ServerLimits | None = None, tracer: Tracer | None = None
+    ) -> None:
         limits = limits or ServerLimits()
+        self._tracer = tracer
         self._gate = Gate(None) if gate is None else gate
         self._open = OpenCalls(limits.max_calls_per_client)
         self._receive_seconds = limits.receive_seconds
@@ -70,6 +75,7 @@ class Boundary(grpc.aio.ServerInterceptor):
             function = self._counted(_function(handler), account)
             return _handler(handler.request_streaming, handler, function, handler.request_deserializer)
         inner = received(bounded(_function(handler), kind), self._receive_seconds)
+        inner = traced(inner, self._tracer, method, handler_call_details.invocation_metadata)
         return _handler(True, handler, self._counted(inner, account))  # a stream, to be counted before it is read
 
     def _counted(self, inner: Call, account: Account | None) -> Call:

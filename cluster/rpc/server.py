@@ -15,6 +15,7 @@ from grpc_reflection.v1alpha import reflection
 
 from cluster.frontend.frontend import Frontend, State
 from cluster.frontend.readiness import Readiness
+from cluster.frontend.tracing import Tracer
 from cluster.rpc.auth import Gate
 from cluster.rpc.auth_config import Security, is_loopback
 from cluster.rpc.auth_tokens import TokenFile
@@ -108,15 +109,17 @@ def build_server(
     security: Security | None = None,
     readiness: Readiness | None = None,
     restart: Restart | None = None,
+    tracer: Tracer | None = None,
 ) -> Server:
     """A server over a front-end, bound to `address` ("host:port", port 0: any; see `.port`) and not yet started.
-    Without `readiness` it counts as ready while it serves; without `restart` its ranks are nobody's to restart.
+    Without `readiness` it counts as ready while it serves; without `restart` its ranks are nobody's to restart,
+    without `tracer` no call is traced.
     """
     limits, security = limits or ServerLimits(), security or Security()
     tokens = None if security.token_file is None else TokenFile(security.token_file)
     certificates = None if security.tls is None else ServerCertificates(security.tls)
     server = make_server(
-        interceptors=[Boundary(Gate(tokens), limits)],
+        interceptors=[Boundary(Gate(tokens), limits, tracer)],
         options=limits.options(),
         maximum_concurrent_rpcs=limits.max_concurrent_rpcs,
     )

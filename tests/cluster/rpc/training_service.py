@@ -16,6 +16,7 @@ from cluster.engine.engine import generate
 from cluster.engine.request import Request, ResponseOptions
 from cluster.frontend.frontend import Frontend
 from cluster.frontend.local_link import LocalLink
+from cluster.frontend.tracing import Tracer
 from cluster.rpc.client import AsyncClient
 from cluster.rpc.server import build_server
 from cluster.training.lead import TrainLead
@@ -31,15 +32,20 @@ CONFIG = EngineConfig(kv_blocks=96, max_sequences=16)
 
 @asynccontextmanager
 async def training_service(
-    folder: Path, trains: bool = True, root: Path | None = None, dtype: torch.dtype | None = None
+    folder: Path,
+    trains: bool = True,
+    root: Path | None = None,
+    dtype: torch.dtype | None = None,
+    tracer: Tracer | None = None,
+    config: EngineConfig = CONFIG,
 ) -> AsyncIterator[AsyncClient]:
-    runner = build_runner(load(folder, dtype=dtype), CONFIG, 1 << 28)
-    engine = build_engine(runner, CONFIG)
+    runner = build_runner(load(folder, dtype=dtype), config, 1 << 28)
+    engine = build_engine(runner, config)
     side = TrainSide(runner, Groups(Group.single(), Group.single()), saves=SaveConfig(root=root))
     lead = TrainLead(side, Commands(None), engine.weights_changed)
     frontend = Frontend(LocalLink(engine, lead if trains else None))
     frontend.start()
-    server = build_server(frontend, "127.0.0.1:0")
+    server = build_server(frontend, "127.0.0.1:0", tracer=tracer)
     await server.start()
     try:
         async with AsyncClient(f"127.0.0.1:{server.port}") as client:
