@@ -20,6 +20,7 @@ GAUGES = {
     "learning_rate": ("run_learning_rate", "Learning rate of the last step."),
     "tokens_per_s": ("run_tokens_per_second", "Tokens trained on per second, at the last step."),
     "mfu": ("run_mfu_ratio", "Model arithmetic of the last step over what the ranks could compute at most."),
+    "skipped": ("run_skipped_batches", "Batches left out of the run: their loss or gradient was not finite."),
     "eval_loss": ("run_eval_loss", "Held-out loss, when it was last measured."),
 }
 COUNTERS = {

@@ -30,6 +30,7 @@ from cluster.training.plots import can_plot, plot_loss
 from cluster.training.run_folder import METRICS, PLOT, START, claim_folder, folder_origin
 from cluster.training.samples import Prompts
 from cluster.training.schedule import Schedule
+from cluster.training.skips import OnNonFinite, names_batch
 from launch.healing import Restarts
 from launch.init import TOKENIZER_FILES, copy_tokenizer, write_random
 from launch.metrics import MetricsServer
@@ -85,6 +86,9 @@ class TrainConfig:
     plot: bool = True  # the loss as a picture, at the end
     metrics_port: int | None = None  # of this command, for Prometheus on this machine
     peak_flops: float | None = None
+    on_nonfinite: OnNonFinite = "stop"
+    max_skipped_in_a_row: int = 3
+    max_skipped: int = 20
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     parallel: TrainParallel = field(default_factory=TrainParallel)
     placement: PlacementConfig = field(default_factory=lambda: PlacementConfig(stop_timeout_s=120.0))
@@ -124,6 +128,7 @@ def prepare(config: TrainConfig) -> TrainSpec:
         "out": str(out),
         "corpus": replace(config.corpus, path=str(Path(config.corpus.path).resolve())),
         "start_timeout_s": config.placement.start_timeout_s,
+        "weights_cache": config.placement.weights_cache,
     }
     spec = TrainSpec(**same | given)
     _check_fit(spec, origin)
@@ -197,18 +202,20 @@ def train(config: TrainConfig, spec: TrainSpec, log_level: int) -> int:
 
 def run_to_the_end(spec: TrainSpec, placement: PlacementConfig, stop: threading.Event) -> None:
     """Lives of the run's ranks, one after another: a fault costs the steps since the last checkpoint and a start. Too
-    many within a window, or one at the first start, end the run with the cause.
+    many within a window, one at the first start, or the same batch twice end the run with the cause.
     """
-    restarts, started = Restarts(placement), False
+    restarts, started, blamed = Restarts(placement), False, None
     while True:
         try:
             for _ in one_life(spec, placement, stop):
                 started = True
             return
         except WorkerError as fault:
-            delay = restarts.next_delay() if started else None
+            again = names_batch(str(fault)) is not None and names_batch(str(fault)) == blamed
+            delay = restarts.next_delay() if started and not again else None
             if delay is None:
                 raise
+            blamed = names_batch(str(fault))
             print(f"{fault}; it does so by itself in {delay:g} s (restart {restarts.total})", flush=True)
             if stop.wait(delay):
                 return

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from cluster.actors.train_spec import TrainSpec
 from cluster.training.metrics import Records, TensorBoard
-from cluster.training.run_folder import METRICS, SAMPLES, TENSORBOARD
+from cluster.training.run_folder import METRICS, SAMPLES, SKIPPED, TENSORBOARD
 from cluster.training.samples import Continuation
+
+log = logging.getLogger(__name__)
 
 
 class RunRecords:
@@ -18,6 +22,7 @@ class RunRecords:
         out = Path(spec.out)
         self._metrics = Records(out / METRICS, step) if rank == 0 else None
         self._samples = Records(out / SAMPLES, step) if rank == 0 and spec.samples.prompts else None
+        self._skipped = Records(out / SKIPPED, step) if rank == 0 and spec.on_nonfinite == "skip" else None
         self._board = TensorBoard(out / TENSORBOARD, step) if rank == 0 and spec.tensorboard else None
 
     def step(self, record: Mapping[str, float]) -> None:
@@ -36,7 +41,13 @@ class RunRecords:
             if self._board is not None:
                 self._board.write_sample(record)
 
+    def skipped(self, record: Mapping[str, Any]) -> None:
+        """A batch that was left out."""
+        if self._skipped is not None:
+            self._skipped.write(record)
+            log.warning("batch %d is left out at step %d: %s", record["batch"], record["step"], record["what"])
+
     def close(self) -> None:
-        for each in (self._metrics, self._samples, self._board):
+        for each in (self._metrics, self._samples, self._skipped, self._board):
             if each is not None:
                 each.close()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from cluster.actors.place import Place
 from cluster.actors.spec import Device, Dtype, Numerics, ParallelConfig, Transport
@@ -16,6 +16,7 @@ from cluster.training.data.labelled import LabelConfig
 from cluster.training.data.split import SplitRule
 from cluster.training.optimizer import OptimizerConfig
 from cluster.training.schedule import Schedule
+from cluster.training.skips import OnNonFinite
 from parallel.errors import ConfigError
 from parallel.options import Recompute, check_recompute
 from tp_decoders.lora import LoraConfig
@@ -23,7 +24,6 @@ from tp_decoders.task_config import CAUSAL, SEQUENCES
 
 if TYPE_CHECKING:
     from cluster.actors.worker import Phases, Program
-
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +120,10 @@ class TrainSpec:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     parallel: TrainParallel = field(default_factory=TrainParallel)
     start_timeout_s: float = 600.0
+    weights_cache: str | None = None  # a folder of each node for copies of the weights it starts from
+    on_nonfinite: OnNonFinite = "stop"  # a batch whose loss or gradient is not finite: end the run, or leave it out
+    max_skipped_in_a_row: int = 3
+    max_skipped: int = 20  # of the whole run
 
     def __post_init__(self) -> None:
         for name in ("steps", "save_every", "keep", "eval_batches", "eval_every", "micro_batch_tokens"):
@@ -127,6 +131,7 @@ class TrainSpec:
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}; give at least 1")
         check_recompute(self.recompute)
+        self._check_nonfinite()
         if self.peak_flops is not None and not self.peak_flops > 0:
             raise ConfigError(f"peak_flops is {self.peak_flops}; give floating-point operations per second above 0")
         if self.optimizer.learning_rate != OptimizerConfig.learning_rate:
@@ -140,6 +145,13 @@ class TrainSpec:
             raise ConfigError("lora.dropout has no effect where dropout is false; leave out the one or the other")
         self._check_evaluation()
         self._check_task()
+
+    def _check_nonfinite(self) -> None:
+        if self.on_nonfinite not in get_args(OnNonFinite):
+            raise ConfigError(f"on_nonfinite is {self.on_nonfinite!r}; choose one of {list(get_args(OnNonFinite))}")
+        for name in ("max_skipped_in_a_row", "max_skipped"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; give at least 1, or on_nonfinite=stop")
 
     def _check_evaluation(self) -> None:
         if self.eval_every is None:

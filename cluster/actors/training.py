@@ -18,6 +18,7 @@ from typing import IO
 import torch
 
 from cluster.actors.cores import claim_cores
+from cluster.actors.load_progress import reading
 from cluster.actors.place import Place
 from cluster.actors.train_records import RunRecords
 from cluster.actors.train_spec import TrainFacts, TrainSpec
@@ -38,9 +39,11 @@ from cluster.training.data.state import DataState
 from cluster.training.data.store import TokenStore
 from cluster.training.data.tokenize import tokenize_corpus
 from cluster.training.flops import ModelFlops, num_parameters, product_ceiling, product_name
+from cluster.training.nonfinite import PoisonBatch
 from cluster.training.packed_steps import Speed, held_out, summed, take_step
 from cluster.training.run_folder import TOKENS, check_run, lock
 from cluster.training.samples import Prompts, sample_live
+from cluster.training.skips import BatchPlace, Skips
 from cluster.training.trainer import Trainer, TrainerConfig
 from parallel.errors import ConfigError
 from parallel.mesh import Groups, Wiring, init_groups
@@ -100,8 +103,7 @@ class TrainRank:
         assert self._records is not None, "started"
         saved = self._trainer.step if latest_checkpoint(self._out) else None
         while self._trainer.step < self._spec.steps and not self._stopped():
-            rate = self._spec.schedule(self._trainer.step)
-            record = take_step(self._trainer, next(self._loader), rate, self._speed, dropout_seed(self._spec))
+            record = self._step(self._records)
             self._records.step(record | self._evaluate(self._records))
             if self._trainer.step % self._spec.save_every == 0:
                 saved = self._save()
@@ -109,6 +111,19 @@ class TrainRank:
             self._save()
         self._checkpointer.wait()
         self._stop.wait()
+
+    def _step(self, records: RunRecords) -> dict[str, float]:
+        """The next step, with the next batch that has finite numbers."""
+        while True:
+            before, batch = self._loader.state, next(self._loader)
+            rate = self._spec.schedule(self._trainer.step)
+            try:
+                record = take_step(self._trainer, batch, rate, self._speed, dropout_seed(self._spec))
+            except PoisonBatch as error:
+                place = BatchPlace.of(before, batch)
+                records.skipped(self._skips.skip(self._trainer.step + 1, place, error))
+            else:
+                return record | self._skips.taken()
 
     def stop(self) -> None:
         self._stop.set()
@@ -197,6 +212,8 @@ class TrainRank:
             check_run(saved.folder, spec.run(), saved.extra.get("run", {}))
         self._trainer = self._make_trainer(saved, groups, store.names if isinstance(store, LabelledStore) else None)
         state = DataState.from_json(saved.extra.get("data")) if saved else None
+        skipped = int(saved.extra.get("skipped", 0)) if saved else 0
+        self._skips = Skips(spec.on_nonfinite, spec.max_skipped_in_a_row, spec.max_skipped, skipped)
         self._loader = Loader(
             self._dataset(store, "train"), state, batch_size=spec.corpus.batch_size, dp_rank=groups.dp.rank,
             dp_size=groups.dp.size,
@@ -217,7 +234,11 @@ class TrainRank:
         dtype = getattr(torch, spec.parallel.dtype) if spec.parallel.dtype else None
         whole = saved.folder if saved and spec.lora is None else spec.model  # an adapter's checkpoints hold no base
         problem = None if labels is None else SINGLE_LABEL
-        model = load(whole, spec.task, groups.tp, dtype, self._device, labels=labels, problem=problem)
+        kept = spec.weights_cache if str(whole) == spec.model else None  # a run's own checkpoints are read but once
+        cache, told = reading(self._place, str(whole), kept)
+        model = load(
+            whole, spec.task, groups.tp, dtype, self._device, labels=labels, problem=problem, cache=cache, progress=told
+        )
         model.source = Path(spec.model)  # whose tokenizer goes into every checkpoint: the newest will be pruned
         if spec.lora is not None and saved is not None:
             load_adapter(model, saved.folder, trainable=True)
@@ -260,7 +281,7 @@ class TrainRank:
         return held_out(self._trainer, self._held_out, batch_size, spec.eval_batches)
 
     def _save(self) -> int:
-        extra = {"run": self._spec.run(), "data": self._loader.state.to_json()}
+        extra = {"run": self._spec.run(), "data": self._loader.state.to_json(), "skipped": self._skips.total}
         self._checkpointer.save(self._trainer.model, self._trainer.optimizer, extra)
         return self._trainer.step
 

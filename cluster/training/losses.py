@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from cluster.training.nonfinite import NonFinite
 from parallel.errors import ConfigError, RequestError
 
 
@@ -85,11 +86,12 @@ class LossInputs:
         for name, is_wrong in zip(wrong, found, strict=True):
             if is_wrong:
                 at = int(wrong[name].nonzero()[0])
-                value = float(getattr(self, name)[at])
+                value = float(getattr(self, name).detach()[at])
                 rule = (
                     "weights are finite and at least 0" if name == "weights" else "learned tokens need finite numbers"
                 )
-                raise RequestError(f"{name} is {value} at token {at}; {rule}")
+                kind = NonFinite if name == "logprobs" else RequestError  # the model's own, or the caller's
+                raise kind(f"{name} is {value} at token {at}; {rule}")
 
     def learned(self, values: Tensor) -> Tensor:
         """`values` where there is a weight, and 0, with no gradient, elsewhere."""

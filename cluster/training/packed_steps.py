@@ -1,11 +1,13 @@
 """What a job computes with packed batches: an optimiser step, and the loss on held-out text.
 
 Every rank calls these with its own replica's share of the same batch and gets the same numbers, those of the global
-batch: the loss is summed over replicas, and so is the arithmetic.
+batch: the loss is summed over replicas, and so is the arithmetic. A batch whose loss or gradient is not finite changes
+nothing and is an error on every rank alike, which names its documents.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,12 +15,15 @@ from itertools import islice
 
 import torch
 
+from cluster.training.blame import SHOWN, Blame, blame
 from cluster.training.calls import CROSS_ENTROPY, TASK
 from cluster.training.data.batch import Batch
 from cluster.training.data.loader import Loader, RowDataset
 from cluster.training.flops import ModelFlops
+from cluster.training.losses import LossOptions
+from cluster.training.nonfinite import NonFinite, PoisonBatch
 from cluster.training.task_losses import class_targets
-from cluster.training.trainer import TrainBatch, Trainer
+from cluster.training.trainer import PassResult, TrainBatch, Trainer
 from parallel.dropout import token_keys
 from parallel.group import Group
 
@@ -69,10 +74,15 @@ def take_step(
     began, waited = time.perf_counter(), trainer.groups.collective_seconds
     device = next(trainer.model.parameters()).device
     own = train_batch(batch, device, float(batch.global_weight))
-    passed = trainer.forward_backward(own, loss_of(batch), dropout_seed=dropout_seed)
-    done = trainer.optim_step(rate)
+    passed = _passed(trainer, own, loss_of(batch), dropout_seed)
     sums = [passed.loss, float(speed.flops(own.lengths)), *passed.metrics.values()]
     loss, flops, *metrics = summed(sums, trainer.groups.dp, device)
+    try:
+        if not math.isfinite(loss):
+            raise NonFinite(f"the loss is {loss}")
+        done = trainer.optim_step(rate)
+    except FloatingPointError as error:
+        raise PoisonBatch(_account(trainer, batch, own, dropout_seed, str(error))) from error
     seconds = time.perf_counter() - began
     return {
         "step": done.step, "loss": loss, "grad_norm": done.grad_norm, "learning_rate": rate,
@@ -80,6 +90,46 @@ def take_step(
         "mfu": flops / seconds / speed.peak, "collective_seconds": trainer.groups.collective_seconds - waited,
         **dict(zip(passed.metrics, metrics, strict=True)),
     }  # fmt: skip
+
+
+def _passed(trainer: Trainer, own: TrainBatch, loss: str, dropout_seed: int | None) -> PassResult:
+    """The replica's share. Where log-probabilities are no numbers its loss is none, which the sum tells the others."""
+    try:
+        return trainer.forward_backward(own, loss, dropout_seed=dropout_seed)
+    except NonFinite:
+        return PassResult(loss=math.nan, tokens=len(own.token_ids), logprobs=torch.zeros(0))
+
+
+def _evaluated(trainer: Trainer, own: TrainBatch, loss: str) -> PassResult:
+    """A held-out loss that is no number ends nothing."""
+    try:
+        return trainer.evaluate(own, loss)
+    except NonFinite:
+        return PassResult(loss=math.nan, tokens=len(own.token_ids), logprobs=torch.zeros(0))
+
+
+def _account(trainer: Trainer, batch: Batch, own: TrainBatch, dropout_seed: int | None, what: str) -> str:
+    """What went wrong with which documents, the same words on every rank. One collective where there are replicas."""
+    groups = trainer.groups
+    mine = blame(trainer, own, loss_of(batch), LossOptions(), dropout_seed)
+    row = _row([batch.documents[i] for i in mine.losses]) + _row([batch.documents[i] for i in mine.gradients])
+    table = [0.0] * groups.dp.rank * len(row) + row + [0.0] * (groups.dp.size - 1 - groups.dp.rank) * len(row)
+    table = summed(table, groups.dp, next(trainer.model.parameters()).device)
+    rows = [table[start : start + len(row)] for start in range(0, len(table), len(row))]
+    lost, bent = ([row[part] for row in rows] for part in (slice(0, SHOWN + 1), slice(SHOWN + 1, None)))
+    found = Blame(losses=_numbers(lost), gradients=_numbers(bent))
+    first = next((replica for replica, row in enumerate(rows) if row[0] or row[SHOWN + 1]), None)
+    seen = "" if first is None else f"; first seen by rank {first * groups.tp.size}"
+    return f"{what}: {found.words('document')}{seen}"
+
+
+def _row(documents: Sequence[int]) -> list[float]:
+    """How many, and the first of them, in a fixed number of places."""
+    return [float(len(documents)), *map(float, documents[:SHOWN]), *[0.0] * (SHOWN - len(documents[:SHOWN]))]
+
+
+def _numbers(rows: Sequence[Sequence[float]]) -> tuple[int, ...]:
+    return tuple(int(number) for count, *numbers in rows for number in numbers[: int(count)])
 
 
 def held_out_loss(trainer: Trainer, dataset: RowDataset, batch_size: int, batches: int) -> float:
@@ -94,7 +144,7 @@ def held_out(trainer: Trainer, dataset: RowDataset, batch_size: int, batches: in
     total, right, weight = 0.0, 0.0, 0
     for batch in islice(loader, batches):
         if batch.num_tokens:  # a replica's share of the last batch may be empty
-            found = trainer.evaluate(train_batch(batch, device, normaliser=1.0), loss_of(batch))
+            found = _evaluated(trainer, train_batch(batch, device, normaliser=1.0), loss_of(batch))
             total, right = total + found.loss, right + found.metrics.get("accuracy", 0.0)
         weight += batch.global_weight
     total, right = summed([total, right], groups.dp, device)

@@ -8,6 +8,7 @@ load reads on every rank, then takes effect on all or none.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from cluster.engine.runner import ModelRunner
 from cluster.training import restore
+from cluster.training.blame import blame
 from cluster.training.calls import (
     CROSS_ENTROPY,
     DPO,
@@ -31,6 +33,7 @@ from cluster.training.calls import (
 )
 from cluster.training.checkpoint import Checkpointer
 from cluster.training.losses import LossOptions
+from cluster.training.nonfinite import NonFinite
 from cluster.training.task_losses import task_targets
 from cluster.training.trainer import PassResult, TrainBatch, Trainer, TrainerConfig
 from parallel.errors import CheckpointError, ConfigError, RequestError, TpError
@@ -133,9 +136,20 @@ class TrainSide:
                 self._waiting = 0
             if isinstance(error, RequestError):
                 raise
-            raise NotApplied(f"{call.kind.value} was not applied, waiting gradients were dropped: {error}") from error
+            raise NotApplied(self._account(trainer, call, error)) from error
         waited = self._groups.collective_seconds - waited
         return replace(answer, waiting_calls=self._waiting, collective_seconds=waited)
+
+    def _account(self, trainer: Trainer, call: TrainCall, error: Exception) -> str:
+        """Why a call was not applied; where numbers are not finite, which of its sequences give them."""
+        if call.kind is Kind.EVALUATE:
+            return f"{call.kind.value} has no answer: {error}"
+        what = f"{call.kind.value} was not applied, waiting gradients were dropped: {error}"
+        if not isinstance(error, FloatingPointError) or not call.kind.takes_sequences:
+            return what
+        options = LossOptions(**call.loss_options)
+        batch = batch_of(call, self._runner.device, self._runner.model.config.task, options)
+        return f"{what}: {blame(trainer, batch, call.loss, options, call.dropout_seed).words()}"
 
     def _ready(self) -> Trainer:
         if self._trainer is None:
@@ -149,6 +163,8 @@ class TrainSide:
             result = trainer.evaluate(batch, call.loss, options)
         else:
             result = trainer.forward_backward(batch, call.loss, options, call.dropout_seed)
+        if not math.isfinite(result.loss):
+            raise NonFinite(f"the loss is {result.loss}")
         if call.kind is Kind.FORWARD_BACKWARD:
             self._waiting += 1
         return replace(

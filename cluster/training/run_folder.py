@@ -4,7 +4,7 @@
     OUT/start/           the random weights it began with, if it did
     OUT/tokens/          the corpus, tokenized once
     OUT/step-*/, latest  checkpoints
-    OUT/metrics.jsonl, samples.jsonl, tensorboard/, loss.png
+    OUT/metrics.jsonl, samples.jsonl, skipped.jsonl, tensorboard/, loss.png
 
 Names and ownership only: what is in these files is their writers' business.
 """
@@ -23,7 +23,7 @@ from typing import IO, Any
 from parallel.errors import ConfigError
 
 RUN, TOKENS, START, METRICS, SAMPLES = "run.json", "tokens", "start", "metrics.jsonl", "samples.jsonl"
-TENSORBOARD, PLOT = "tensorboard", "loss.png"
+SKIPPED, TENSORBOARD, PLOT = "skipped.jsonl", "tensorboard", "loss.png"
 LOCK_S = 20.0
 """How long a rank waits for the rank of a job that was killed a moment ago to be gone."""
 TAIL_BYTES = 1 << 20

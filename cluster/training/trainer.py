@@ -68,6 +68,18 @@ class TrainBatch:
         return TrainBatch(lengths=self.lengths[own], normaliser=self.normaliser, task=task, **cut)  # type: ignore[arg-type]
 
 
+def keyed(batch: TrainBatch, dropout_seed: int | None) -> TrainBatch:
+    """With the keys that dropout masks are drawn by, where any are needed: parts of it drop what the whole does."""
+    if dropout_seed is None or batch.keys is not None:
+        return batch
+    return replace(batch, keys=token_keys(range(len(batch.lengths)), batch.lengths).to(batch.token_ids.device))
+
+
+def together(batch: TrainBatch, loss: str) -> int:
+    """How many sequences in turn make one addend of a loss."""
+    return batch.task.num_choices if batch.task else 2 if loss == "dpo" else 1
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainerConfig:
     """How a step is computed; none of it changes its result beyond the order in which micro-batches are added."""
@@ -154,13 +166,10 @@ class Trainer:
     def _passes(
         self, batch: TrainBatch, loss: str, options: LossOptions, backward: bool, dropout_seed: int | None
     ) -> PassResult:
-        if dropout_seed is not None and batch.keys is None:
-            batch = replace(batch, keys=token_keys(range(len(batch.lengths)), batch.lengths).to(batch.token_ids.device))
         started = time.perf_counter()
         total, logprobs = 0.0, []
         metrics: dict[str, float] = {}
-        together = batch.task.num_choices if batch.task else 2 if loss == "dpo" else 1
-        for part in batch.parts(self.config.micro_batch_tokens, together):
+        for part in keyed(batch, dropout_seed).parts(self.config.micro_batch_tokens, together(batch, loss)):
             terms, part_logprobs = self._loss(part, loss, options, dropout_seed)
             if backward:
                 terms.loss.backward()

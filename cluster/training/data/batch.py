@@ -30,6 +30,7 @@ class Batch:
     global_tokens: int
     global_weight: int
     labels: Tensor | None = None  # [documents] int64: the class of each, where texts are classified
+    documents: tuple[int, ...] = ()  # where each is in the corpus: the document's number there, from 0
 
     @property
     def num_samples(self) -> int:
@@ -58,6 +59,7 @@ class Batch:
             global_tokens=self.global_tokens,
             global_weight=self.global_weight,
             labels=None if self.labels is None else self.labels[first:last],
+            documents=self.documents[first:last],
         )
 
     def split(self, samples_each: int) -> list[Batch]:

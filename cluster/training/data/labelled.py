@@ -212,6 +212,7 @@ class LabelledDataset:
             global_tokens=sum(row.num_tokens for row in all_rows),
             global_weight=len(all_rows),
             labels=torch.from_numpy(np.asarray(self.store.labels[texts], np.int64)),
+            documents=tuple(texts),
         )
 
     def _order(self, epoch: int, start: int, stop: int) -> NDArray[np.int64]:

@@ -115,6 +115,7 @@ class PackedDataset:
             global_samples=len(all_rows),
             global_tokens=sum(row.num_tokens for row in all_rows),
             global_weight=sum(row.weight for row in all_rows),
+            documents=tuple((np.searchsorted(self.store.starts, pieces.starts, side="right") - 1).tolist()),
         )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cluster.training.losses import LOSSES, LossInputs, LossOptions, LossTerms, compute_loss
+from cluster.training.nonfinite import NonFinite
 from parallel.errors import ConfigError, RequestError
 
 LENGTHS = (5, 3, 1, 7, 4, 4)  # three pairs for dpo
@@ -222,7 +223,6 @@ def at(index: int, value: float) -> Tensor:
         ({"normaliser": float("nan")}, r"normaliser nan"),
         ({"weights": 1 - at(3, 3.0)}, r"weights is -2\.0 at token 3"),
         ({"weights": 1 + at(3, float("nan"))}, r"weights is nan at token 3"),
-        ({"weights": torch.ones(TOKENS), "logprobs": at(4, float("nan"))}, r"logprobs is nan at token 4"),
         ({"weights": torch.ones(TOKENS), "advantages": at(5, float("inf"))}, r"advantages is inf at token 5"),
         ({"weights": torch.ones(TOKENS), "old_logprobs": at(6, -float("inf"))}, r"old_logprobs is -inf at token 6"),
         ({"weights": torch.ones(TOKENS), "reference_logprobs": at(7, float("nan"))}, r"reference_logprobs is nan"),
@@ -231,6 +231,11 @@ def at(index: int, value: float) -> Tensor:
 def test_inputs_that_cannot_be_are_refused_by_field(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(RequestError, match=message):
         Case().inputs(**changes)
+
+
+def test_log_probabilities_that_are_no_numbers_are_the_models_fault_not_the_callers() -> None:
+    with pytest.raises(NonFinite, match=r"logprobs is nan at token 4"):
+        Case().inputs(weights=torch.ones(TOKENS), logprobs=at(4, float("nan")))
 
 
 def test_values_are_not_looked_at_when_told_so() -> None:
