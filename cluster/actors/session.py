@@ -24,6 +24,8 @@ CONNECT_S = 5.0
 STARTS = 4
 """How often a local cluster is started: Ray gives it half a minute, which a busy machine does not always keep to."""
 
+TOO_SLOW = ("timed out during startup", "Timed out waiting for file")
+
 
 @contextmanager
 def ray_session(address: str | None = None, num_cpus: int | None = None, log_to_driver: bool = True) -> Iterator[None]:
@@ -54,7 +56,7 @@ def _init(address: str, options: dict[str, Any]) -> None:
             ray.init(address=address, **options)
             return
         except Exception as error:
-            if type(error) is not Exception or "timed out during startup" not in str(error):
+            if not any(words in str(error) for words in TOO_SLOW):
                 raise
             if not left:
                 raise RuntimeError(str(error)) from error

@@ -40,6 +40,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def server_of(model: Path, *more: str) -> Server:
     sizes = ["--preset", "small", "--cluster", "cpu-2", "engine.kv_blocks=512", "placement.silence_s=5"]
+    sizes += ["parallel.collective_timeout_s=60"]
     return Server(["--model", str(model), *sizes, *more, "-v"])
 
 

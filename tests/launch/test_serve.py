@@ -22,7 +22,8 @@ from parallel.native import library
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 ROOT = Path(__file__).resolve().parents[2]
 SORTER = ROOT / "tests" / "data" / "gpt-nano-sort"
-ARGUMENTS = ["--model", str(SORTER), "--preset", "small", "--cluster", "cpu-2", "server.drain_seconds=60"]
+PATIENT = ["server.drain_seconds=60", "placement.silence_s=60", "parallel.collective_timeout_s=60"]
+ARGUMENTS = ["--model", str(SORTER), "--preset", "small", "--cluster", "cpu-2", *PATIENT]
 GREEDY = {"temperature": 0.0}
 
 

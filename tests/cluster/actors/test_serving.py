@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,7 +33,8 @@ def kernels() -> None:
 
 
 def spec(model: Path = SORTER, engine: EngineConfig = SMALL, **parallel: object) -> ServeSpec:
-    return ServeSpec(model=str(model), authkey=KEY, parallel=ParallelConfig(tp=2, **parallel), engine=engine)  # type: ignore[arg-type]
+    settings: dict[str, Any] = {"collective_timeout_s": 100.0, **parallel}
+    return ServeSpec(model=str(model), authkey=KEY, parallel=ParallelConfig(tp=2, **settings), engine=engine)
 
 
 async def sort(ready: list[Ready], prompt: tuple[int, ...]) -> list[int]:

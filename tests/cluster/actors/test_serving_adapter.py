@@ -53,7 +53,8 @@ def test_the_weights_that_serve_hold_the_adapter(ranks: Any, tmp_path: Path) -> 
         with model.disable_adapter():
             assert float((model(TOKENS[None]).logits[0] - wanted).abs().max()) > 0.1
     spec = ServeSpec(
-        model=str(BASE), adapter=str(tmp_path / "adapter"), authkey=b"k" * 16, parallel=ParallelConfig(tp=2),
+        model=str(BASE), adapter=str(tmp_path / "adapter"), authkey=b"k" * 16,
+        parallel=ParallelConfig(tp=2, collective_timeout_s=100.0),
         engine=EngineConfig(kv_blocks=8, max_sequences=2),
     )  # fmt: skip
     for logits, left in ranks(2, _served, spec, free_address()):

@@ -57,7 +57,8 @@ def test_two_ranks_serve_a_classifier(tmp_path: Path) -> None:
     model = transformers.GPT2ForSequenceClassification(config).eval()
     model.save_pretrained(tmp_path)
     spec = ServeSpec(
-        model=str(tmp_path), authkey=KEY, task="sequence-classification", parallel=ParallelConfig(tp=2),
+        model=str(tmp_path), authkey=KEY, task="sequence-classification",
+        parallel=ParallelConfig(tp=2, collective_timeout_s=100.0),
         engine=EngineConfig(kv_blocks=16, max_sequences=4),
     )  # fmt: skip
     group = WorkerGroup(spec, size=2)

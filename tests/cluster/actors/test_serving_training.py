@@ -12,6 +12,7 @@ import grpc
 import pytest
 
 from cluster.actors.group import WorkerGroup
+from cluster.actors.place import PlacementConfig
 from cluster.actors.spec import ParallelConfig, RankFacts, ServeSpec, TrainingConfig
 from cluster.engine.config import EngineConfig
 from cluster.frontend.frontend import Frontend
@@ -21,6 +22,7 @@ from cluster.rpc.server import build_server
 from parallel.errors import ConfigError
 from parallel.native import library
 from tests.cluster.engine.tiny_models import save_tiny
+from tests.cluster.rpc.fifty_steps import Served, check_exports, fifty_steps_beside_eight_streams
 from tests.cluster.rpc.harness import refused
 from tests.cluster.rpc.training_service import logprobs, scores_of
 
@@ -39,7 +41,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def spec(model: Path, training: TrainingConfig, kv_blocks: int | None = 96) -> ServeSpec:
     engine = EngineConfig(kv_blocks=kv_blocks, max_sequences=8)
-    return ServeSpec(model=str(model), authkey=KEY, parallel=ParallelConfig(tp=2), engine=engine, training=training)
+    parallel = ParallelConfig(tp=2, collective_timeout_s=100.0)
+    return ServeSpec(model=str(model), authkey=KEY, parallel=parallel, engine=engine, training=training)
 
 
 @asynccontextmanager
@@ -93,7 +96,7 @@ async def steps_beside_streams(address: tuple[str, int]) -> tuple[list[list[floa
 
 def on_two_ranks(spec: ServeSpec, main: Callable[[tuple[str, int]], Coroutine[Any, Any, T]]) -> tuple[RankFacts, T]:
     """What the coroutine made of a group's engine, and what its first rank said of itself."""
-    group = WorkerGroup(spec, size=2)
+    group = WorkerGroup(spec, size=2, config=PlacementConfig(silence_s=100.0))
     try:
         facts = group.start()[0].facts
         assert facts.engine_address is not None
@@ -109,6 +112,17 @@ def test_two_ranks_train_generate_and_save_behind_one_port(model: Path, tmp_path
     assert on_two_ranks(spec(model, training), after_a_restart)[1] == after
     for name in ("ten", "export"):
         assert scores_of(tmp_path / "states" / name, DOCUMENTS) == served, "one rank, bit for bit"
+
+
+def test_two_ranks_take_fifty_steps_beside_eight_streams_and_serve_what_they_export(
+    model: Path, tmp_path: Path
+) -> None:
+    async def main(address: tuple[str, int]) -> Served:
+        async with client_of(address) as client:
+            return await fifty_steps_beside_eight_streams(client)
+
+    training = TrainingConfig(enabled=True, save_root=str(tmp_path))
+    check_exports(on_two_ranks(spec(model, training), main)[1], tmp_path)
 
 
 def test_a_server_that_was_not_told_to_train_refuses_and_says_what_to_set(model: Path) -> None:

@@ -9,12 +9,11 @@ from typing import Any
 import grpc
 import pytest
 
-from cluster.rpc.client import AsyncClient
-from cluster.rpc.proto import inference_pb2 as pb
 from tests.cluster.engine.tiny_models import save_tiny
 from tests.cluster.frontend.harness import run
+from tests.cluster.rpc.fifty_steps import Served, check_exports, fifty_steps_beside_eight_streams
 from tests.cluster.rpc.harness import info, refused
-from tests.cluster.rpc.training_service import DOCUMENTS, STEP, logprobs, scores, scores_of, training_service
+from tests.cluster.rpc.training_service import DOCUMENTS, STEP, logprobs, scores, training_service
 
 
 @pytest.fixture(scope="module")
@@ -22,65 +21,16 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny("gpt_neox", tmp_path_factory.mktemp("neox"))
 
 
-async def versions_of(client: AsyncClient, seed: int, first: asyncio.Event) -> tuple[list[int], int, int]:
-    """The weight versions a stream saw, how many tokens it got, and its end."""
-    seen, tokens, reason = [], 0, 0
-    stopping = {"max_new_tokens": 90, "ignore_eos": True}
-    async for chunk in client.stream([[seed, 3, 5]], sampling={"seed": seed}, stopping=stopping):
-        first.set()
-        seen.append(chunk.weight_version)
-        tokens += len(chunk.token_ids)
-        reason = chunk.finish_reason or reason
-    return seen, tokens, reason
-
-
-EXPORTED = (1, 13, 50)
-
-
 def test_eight_streams_run_on_while_fifty_steps_are_taken_and_what_is_served_is_what_is_exported(
     tiny: Path, tmp_path: Path
 ) -> None:
-    served: dict[int, list[list[float]]] = {}
-
-    async def main() -> tuple[list[int], list[float]]:
+    async def main() -> Served:
         async with training_service(tiny, root=tmp_path) as client:
-            started, done = [asyncio.Event() for _ in range(8)], asyncio.Event()
-
-            async def always_one(seed: int) -> list[list[int]]:
-                histories = []
-                while not done.is_set():
-                    seen, tokens, reason = await versions_of(client, seed, started[seed])
-                    assert tokens == 90 and reason == pb.FINISH_REASON_LENGTH
-                    histories.append(seen)
-                return histories
-
-            streams = [asyncio.create_task(always_one(seed)) for seed in range(8)]
-            await asyncio.gather(*(event.wait() for event in started))
-            steps = []
-            for step in range(50):
-                steps.append(await client.train_step(DOCUMENTS, expected_step=step, **STEP))
-                if step + 1 in EXPORTED:
-                    exported = await client.export(f"after-{step + 1}")
-                    assert exported.weight_version == exported.step == step + 1 and exported.bytes > 1000
-                    served[step + 1] = await scores(client)
-            done.set()
-            assert [step.step for step in steps] == [step.weight_version for step in steps] == list(range(1, 51))
-            assert steps[-1].loss < 0.8 * steps[0].loss and all(step.grad_norm > 0 for step in steps)
-            histories = [seen for stream in await asyncio.gather(*streams) for seen in stream]
-            assert all(seen == sorted(seen) for seen in histories)
-            assert any(len(set(seen)) > 1 for seen in histories), "new weights in the middle of a stream"
-            assert (await versions_of(client, 1, done))[0][-1] == 50
+            served = await fifty_steps_beside_eight_streams(client)
             assert (await client.load()).kv_blocks_free == 96
-            asked: dict[str, Any] = {"stopping": {"max_new_tokens": 12}, "response": {"logprobs": 0}}
-            sample = (await client.generate([DOCUMENTS[0]], **asked)).results[0].samples[0]
-            assert sample.weight_version == 50
-            return [*DOCUMENTS[0], *sample.token_ids], list(sample.logprobs)
+            return served
 
-    tokens, drawn = run(main())
-    for step in EXPORTED:
-        assert scores_of(tmp_path / f"after-{step}") == served[step], "bit for bit"
-    assert scores_of(tmp_path / "after-50", [tokens])[0][len(DOCUMENTS[0]) - 1 :] == drawn
-    assert served[1] != served[13] != served[50]
+    check_exports(run(main()), tmp_path)
 
 
 def test_served_log_probabilities_are_the_training_forwards_bit_for_bit_after_every_step(tiny: Path) -> None:
