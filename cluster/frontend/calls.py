@@ -65,6 +65,7 @@ class Call:
     score: bool = False
     reading: Reading | None = None
     account: Account | None = None
+    caller: str = ""  # whose request_id it is
 
     @property
     def prompts_field(self) -> str:

@@ -12,9 +12,10 @@ import time
 from collections.abc import Sequence
 
 from cluster.engine.request import FinishReason, TokenEvent
-from cluster.frontend.errors import RequestFailed
+from cluster.frontend.errors import EngineFault, RequestFailed
 from cluster.frontend.fleet import Fleet, Seat
 from cluster.frontend.journal import Entry, Journal
+from cluster.frontend.ledger import Ledger
 from cluster.frontend.link import LinkEvent, Rejected
 from cluster.frontend.meters import Meters
 from cluster.frontend.streams import Stream
@@ -32,6 +33,7 @@ class Delivery:
         self._fleet = fleet
         self._deadlines: dict[str, asyncio.TimerHandle] = {}
         self.meters = Meters()
+        self.ledger: Ledger | None = None
         self.quiet = asyncio.Event()
         """Set while nothing is open."""
         self.quiet.set()
@@ -43,9 +45,15 @@ class Delivery:
         self._journal.add(entries)
         self.quiet.clear()
         for entry in entries:
-            if entry.request.deadline is not None:
-                timer = self._loop.call_later(entry.request.deadline, self.end, [entry], FinishReason.DEADLINE)
-                self._deadlines[entry.request.request_id] = timer
+            self.limit([entry], entry.request.deadline)
+
+    def limit(self, entries: Sequence[Entry], seconds: float | None) -> None:
+        """They end as late as that."""
+        if seconds is None:
+            return
+        for entry in entries:
+            timer = self._loop.call_later(seconds, self.end, [entry], FinishReason.DEADLINE)
+            self._deadlines[entry.request.request_id] = timer
 
     def apply(self, seat: Seat, events: Sequence[LinkEvent]) -> None:
         """Everything that happened in one step of an engine. What belongs to no request that is open there is late
@@ -65,7 +73,11 @@ class Delivery:
                 self._fleet.abort([entry])
                 self.fail(entry, RequestFailed(event.error or "the engine reported an error without a message"))
             elif not entry.samples[event.sample_index].done:
+                if entry.record is not None and self.ledger is not None:
+                    self.ledger.heard(entry.record, entry.prompt_index, event)
                 self._take(entry, event, now)
+        if self.ledger is not None:
+            self.ledger.flush()  # before any reader has seen it
 
     def end(self, entries: Sequence[Entry], reason: FinishReason) -> None:
         """End entries from this side: readers get what there is and the reason."""
@@ -78,7 +90,7 @@ class Delivery:
                 if not sample.done:
                     entry.show(entry.end(index, reason, now))
                     self.meters.ended(reason)
-            self._forget(entry)
+            self._forget(entry, complete=False)
 
     def fail(self, entry: Entry, error: TpError) -> None:
         """End an entry with an error."""
@@ -88,7 +100,9 @@ class Delivery:
         self.meters.failed_with(error)
         if entry.trace is not None:
             entry.trace.failed = type(error).__name__
-        self._forget(entry)
+        if self.ledger is not None and entry.record is not None and not isinstance(error, EngineFault):
+            self.ledger.drop(entry.record)
+        self._forget(entry, complete=False)
 
     def leave(self, stream: Stream) -> None:
         """The reader is gone: nobody needs the rest."""
@@ -144,8 +158,10 @@ class Delivery:
         if entry.done:
             self._forget(entry)
 
-    def _forget(self, entry: Entry) -> None:
+    def _forget(self, entry: Entry, complete: bool = True) -> None:
         now = time.monotonic()
+        if self.ledger is not None and entry.record is not None:
+            self.ledger.prompt_over(entry.record, complete)
         self.meters.over(entry, now)
         if entry.trace is not None:
             entry.trace.over(now)

@@ -8,29 +8,28 @@ from __future__ import annotations
 
 import asyncio
 import enum
-import itertools
 import logging
 import math
-import secrets
-import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from cluster.engine.request import EngineLoad, FinishReason, ModelLimits, Request
 from cluster.frontend.admission import Admission
-from cluster.frontend.best_of import BestOf
 from cluster.frontend.calls import Call, FrontendConfig
 from cluster.frontend.delivery import Delivery
 from cluster.frontend.errors import Draining, EngineFault, InvalidRequest, Violation
 from cluster.frontend.fleet import Fleet, Seat
-from cluster.frontend.journal import Entry, Journal, SampleState
+from cluster.frontend.journal import Journal
+from cluster.frontend.ledger import Ledger
 from cluster.frontend.link import EngineLink
 from cluster.frontend.loads import total
 from cluster.frontend.meters import Meters
-from cluster.frontend.streams import Chunk, Stream
-from cluster.frontend.text import SampleText, TextCodec
-from cluster.frontend.tracing import timed, trace_of, trained
+from cluster.frontend.opening import Opener
+from cluster.frontend.recall import Recall
+from cluster.frontend.streams import Stream
+from cluster.frontend.text import TextCodec
+from cluster.frontend.tracing import timed, trained
 from cluster.frontend.training import TrainingDesk, check, with_loss
 from cluster.frontend.weights import WeightsRecord
 from cluster.json_lines import REQUEST
@@ -62,12 +61,11 @@ class Frontend:
         *,
         codec: TextCodec | None = None,
         config: FrontendConfig | None = None,
+        ledger: Ledger | None = None,
     ) -> None:
         self.config = config or FrontendConfig()
         self.codec = codec
         self.state = State.STARTING
-        self._names = itertools.count()
-        self._nonce = secrets.token_hex(4)  # late events of an earlier front-end never match
         self._journal = Journal(self.config.max_open_requests)
         self._loop = asyncio.get_running_loop()
         self._observers: list[Callable[[State], None]] = []
@@ -75,6 +73,8 @@ class Frontend:
         self.fleet = Fleet(links if isinstance(links, Sequence) else [links], self._loop, self.config.routing)
         self._verdict = ""  # why no engine will come any more
         self._delivery = Delivery(self._journal, self._loop, self.fleet)
+        self._opener = Opener(codec, self._delivery.leave)
+        self._recall = None if ledger is None else Recall(ledger, self._journal, self._delivery, self._opener)
         self._training = TrainingDesk(self.meters.train)
         self.drained = asyncio.Event()
         """Set when a drain has ended: whoever runs the server may stop it then."""
@@ -82,8 +82,10 @@ class Frontend:
     # ------------------------------------------------------------ the life of a call
 
     def start(self) -> None:
-        """Begin to serve."""
+        """Begin to serve, with what a front-end before this one left unfinished."""
         self.fleet.start(self._delivery.apply, self.fault)
+        if self._recall is not None:
+            self._recall.go_on()
         self._become(State.SERVING)
 
     @timed("admission")
@@ -94,15 +96,18 @@ class Frontend:
         self._check_open()
         admission = self._admission()
         admission.check(call)
+        recall = self._recall if call.request_id else None  # an id that nobody knows is never asked for again
         call = replace(call, request_id=call.request_id or uuid.uuid4().hex)
         REQUEST.set(call.request_id)
-        self._journal.check_room(call.request_id, len(call.prompts) * call.sampling.num_samples)
+        if recall is not None and (known := recall.again(call)) is not None:
+            return known
+        self._journal.check_room(call.caller, call.request_id, len(call.prompts) * call.sampling.num_samples)
         made = await admission.requests(call)
         self._check_open()
         failed = [item for item in made if isinstance(item, RequestError)]
         if len(failed) == len(made):
             raise failed[0]
-        return self._admit(call, made)
+        return self._admit(call, made, recall)
 
     @trained
     async def train(self, call: TrainCall) -> TrainAnswer:
@@ -116,6 +121,8 @@ class Frontend:
     def abort(self, call_ids: Sequence[str]) -> int:
         """End calls by their ids; returns how many prompts were still open. Their samples finish as ABORTED."""
         entries = [entry for call_id in call_ids for entry in self._journal.of_call(call_id)]
+        if self._recall is not None:
+            self._recall.forget(entries)
         self._delivery.end(entries, FinishReason.ABORTED)
         return len(entries)
 
@@ -285,36 +292,15 @@ class Frontend:
         if not self.fleet.has_engine:
             raise EngineFault(self.fault_cause)
 
-    def _admit(self, call: Call, made: Sequence[Request | RequestError]) -> Stream:
-        now = time.monotonic()
-        stream = Stream(call.request_id, self._delivery.leave)
-        entries: list[Entry] = []
-        for index, item in enumerate(made):
-            stream.expect(index, call.sampling.n)
-            if isinstance(item, RequestError):
-                stream.put(Chunk(prompt_index=index, error=item))
-            else:
-                entries.append(self._entry(item, index, stream, now))
-                entries[-1].account = call.account
+    def _admit(self, call: Call, made: Sequence[Request | RequestError], recall: Recall | None) -> Stream:
+        stream, entries = self._opener.open(call.request_id, call.sampling.n, made)
+        for entry in entries:
+            entry.account, entry.caller = call.account, call.caller
         self._delivery.begin(entries)
+        if recall is not None:
+            recall.record(call, made, entries)
         self.fleet.submit(entries)
         return stream
-
-    def _entry(self, request: Request, index: int, stream: Stream, now: float) -> Entry:
-        call_id = request.request_id
-        trace = trace_of(request, index, now)
-        name = f"{call_id}/{index}#{self._nonce}{next(self._names)}"
-        request = replace(request, request_id=name, traced=trace is not None)
-        prefix = self.codec.tokenizer.decode(request.token_ids) if request.response.echo and self.codec else ""
-        samples = [
-            SampleState(text=SampleText(self.codec, request.stopping), prefix=prefix)
-            for _ in range(request.sampling.num_samples)
-        ]
-        best_of = None if request.sampling.best_of is None else BestOf(request.sampling.n, len(samples))
-        return Entry(
-            request=request, call_id=call_id, prompt_index=index, stream=stream, samples=samples, admitted=now,
-            best_of=best_of, trace=trace,
-        )  # fmt: skip
 
     # ------------------------------------------------------------ changes of state
 

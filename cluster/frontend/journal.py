@@ -21,6 +21,7 @@ from cluster.frontend.tracing import PromptTrace
 
 if TYPE_CHECKING:
     from cluster.frontend.fleet import Seat
+    from cluster.frontend.ledger_records import Record
 
 
 @dataclass(kw_only=True)
@@ -52,6 +53,8 @@ class Entry:
     account: Account | None = None
     seat: Seat | None = None  # whose engine works on it; None while it waits for one
     trace: PromptTrace | None = None  # of a sampled call
+    caller: str = ""  # whose call_id it is
+    record: Record | None = None  # in the ledger, of a call that is to be remembered
 
     @property
     def num_tokens(self) -> int:
@@ -148,7 +151,7 @@ class Journal:
         self._max_open = max_open
         self._num_samples = 0
         self._entries: dict[str, Entry] = {}
-        self._calls: dict[str, list[str]] = {}
+        self._calls: dict[str, dict[str, list[str]]] = {}  # by the call's id, then by its caller
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -160,11 +163,12 @@ class Journal:
         return self._entries.get(request_id)
 
     def of_call(self, call_id: str) -> list[Entry]:
-        return [self._entries[request_id] for request_id in self._calls.get(call_id, ())]
+        """Of that name, whosever it is."""
+        return [self._entries[request_id] for ids in self._calls.get(call_id, {}).values() for request_id in ids]
 
-    def check_room(self, call_id: str, count: int) -> None:
+    def check_room(self, caller: str, call_id: str, count: int) -> None:
         """Refuse a call of `count` samples that cannot be added now."""
-        if call_id in self._calls:
+        if caller in self._calls.get(call_id, {}):
             raise DuplicateRequest(f"request_id {call_id!r} is still open; give each call its own, or none")
         if self._num_samples + count > self._max_open:
             raise QueueFull(
@@ -176,19 +180,22 @@ class Journal:
         """Open all entries of one call, or none."""
         if entries:
             count = sum(len(entry.samples) for entry in entries)
-            self.check_room(entries[0].call_id, count)
+            self.check_room(entries[0].caller, entries[0].call_id, count)
             if (account := entries[0].account) is not None:
                 account.reserve(sum(entry.num_tokens for entry in entries))
             self._num_samples += count
             self._entries.update((entry.request.request_id, entry) for entry in entries)
-            self._calls[entries[0].call_id] = [entry.request.request_id for entry in entries]
+            calls = self._calls.setdefault(entries[0].call_id, {})
+            calls[entries[0].caller] = [entry.request.request_id for entry in entries]
 
     def remove(self, entry: Entry) -> None:
         self._entries.pop(entry.request.request_id)
         if entry.account is not None:
             entry.account.release(entry.num_tokens)
         self._num_samples -= len(entry.samples)
-        ids = self._calls[entry.call_id]
-        ids.remove(entry.request.request_id)
-        if not ids:
+        calls = self._calls[entry.call_id]
+        calls[entry.caller].remove(entry.request.request_id)
+        if not calls[entry.caller]:
+            del calls[entry.caller]
+        if not calls:
             del self._calls[entry.call_id]

@@ -132,11 +132,12 @@ class Ledger:
             self._write(b"S" + dumps(items))
 
     def prompt_over(self, record: Record, complete: bool) -> None:
-        """A prompt has ended; with the last one the call is over."""
+        """A prompt has ended, `complete` if with its whole answer; with the last one the call is over."""
         record.interrupted |= not complete
         record.open_prompts -= 1
         if record.open_prompts <= 0 and record.content is not None and record.number in self._by_number:
             self.flush()
+            record.orphan = None
             self._note(record, Progress.PARKED if record.interrupted else Progress.ENDED)
             self._retain(record)
             self._prune()

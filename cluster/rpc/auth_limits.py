@@ -98,5 +98,7 @@ class OpenCalls:
                 del self._open[client]
 
 
+WHO: ContextVar[str] = ContextVar("who", default="")
+"""Whose request ids are meant in this context: a token's or a certificate's; of callers without a name all are one."""
 CALLER: ContextVar[Account | None] = ContextVar("caller", default=None)
 """The account of the call that is being answered in this context, if callers have accounts."""

@@ -21,7 +21,7 @@ from google.protobuf.message import Message
 from cluster.frontend.tracing import Tracer
 from cluster.rpc.auth import Gate
 from cluster.rpc.auth_errors import SlowSender
-from cluster.rpc.auth_limits import CALLER, Account, OpenCalls
+from cluster.rpc.auth_limits import CALLER, WHO, Account, OpenCalls
 from cluster.rpc.errors import row_of, status_of
 from cluster.rpc.limits import ServerLimits
 from cluster.rpc.proto import control_pb2, inference_pb2, training_pb2
@@ -83,6 +83,7 @@ class Boundary(grpc.aio.ServerInterceptor):
 
         async def call(request: Any, context: grpc.aio.ServicerContext) -> Any:
             CALLER.set(account)
+            WHO.set(_name(account, context))
             try:
                 with self._place(account, context):
                     return await inner(request, context)
@@ -100,18 +101,21 @@ class Boundary(grpc.aio.ServerInterceptor):
         return stream if inspect.isasyncgenfunction(inner) else call
 
     def _place(self, account: Account | None, context: grpc.aio.ServicerContext) -> AbstractContextManager[None]:
-        if account is not None:
-            return self._open.one_of(f"token {account.grant.name!r}", account.grant.calls)
-        return self._open.one_of(_client(context))
+        return self._open.one_of(_client(account, context), None if account is None else account.grant.calls)
 
 
-def _client(context: Any) -> str:
-    """Whom a call without a token comes from: the name in its certificate, else its address without the port."""
+def _name(account: Account | None, context: Any) -> str:
+    """Who is known to call: by the token, else by the name in a certificate; nobody else is."""
+    if account is not None:
+        return f"token {account.grant.name!r}"
     names = list(context.auth_context().get("x509_common_name", ())) if context.peer_identities() else []
-    if names:
-        return f"certificate {names[0].decode(errors='replace')!r}"
+    return f"certificate {names[0].decode(errors='replace')!r}" if names else ""
+
+
+def _client(account: Account | None, context: Any) -> str:
+    """Whose calls are counted together: a name's, else an address's without the port."""
     peer: str = context.peer()
-    return peer.rpartition(":")[0] or peer
+    return _name(account, context) or peer.rpartition(":")[0] or peer
 
 
 def _function(handler: Any) -> Call:

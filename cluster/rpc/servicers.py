@@ -11,7 +11,7 @@ from cluster.frontend.errors import SlowReader
 from cluster.frontend.frontend import Frontend
 from cluster.frontend.streams import Stream, collect, raise_if_all_failed
 from cluster.rpc import decode
-from cluster.rpc.auth_limits import CALLER
+from cluster.rpc.auth_limits import CALLER, WHO
 from cluster.rpc.encode import Encoder, texts, token_lists
 from cluster.rpc.encode_readings import classes, embeddings
 from cluster.rpc.limits import ServerLimits
@@ -20,6 +20,7 @@ from cluster.rpc.proto.inference_pb2_grpc import InferenceServicer
 
 if TYPE_CHECKING:
     import grpc
+
 
 class Inference(InferenceServicer):
     """Generation, scoring, classification, embedding and tokenization."""
@@ -79,7 +80,7 @@ class Inference(InferenceServicer):
         return texts(self._frontend.detokenize([sequence.ids for sequence in request.sequences]))
 
     async def _open(self, call: Call) -> Stream:
-        return await self._frontend.open(replace(call, account=CALLER.get()))
+        return await self._frontend.open(replace(call, account=CALLER.get(), caller=WHO.get()))
 
     async def _write(self, context: grpc.aio.ServicerContext, chunk: inference.GenerateChunk) -> None:
         limit = self._limits.write_seconds

@@ -104,16 +104,16 @@ def test_a_seeded_stream_goes_on_at_the_next_server_without_a_lost_or_doubled_to
 def test_a_unary_call_is_answered_by_the_next_server() -> None:
     async def main() -> None:
         async with place() as (where, client):
-            asked = [
+            asked: list[Any] = [
                 asyncio.create_task(client.generate([[5]], sampling={"seed": 1}, stopping=LENGTH)),
                 asyncio.create_task(client.score([[5, 6, 7]])),
             ]
             await asyncio.sleep(0.05)
             await where.stop()
             await where.serve()
-            answer = await asked[0]
-            assert list(answer.results[0].samples[0].token_ids) == tokens_of([5], 1, 0, 60)
-            assert len((await asked[1]).results) == 1
+            generated, scored = await asyncio.gather(*asked)
+            assert list(generated.results[0].samples[0].token_ids) == tokens_of([5], 1, 0, 60)
+            assert len(scored.results) == 1
 
     run(main())
 
@@ -163,7 +163,7 @@ def test_a_server_that_never_answered_is_not_waited_for() -> None:
 
 
 def chunk(*tokens: int, text: str = "", seed: int | None = None, end: bool = False) -> pb.GenerateChunk:
-    made = pb.GenerateChunk(token_ids=tokens, text=text, finish_reason=pb.FINISH_REASON_LENGTH if end else 0)
+    made = pb.GenerateChunk(token_ids=tokens, text=text, finish_reason="FINISH_REASON_LENGTH" if end else None)
     if seed is not None:
         made.prompt.used.sampling.seed = seed
         made.prompt.used.sampling.temperature = 1.0
