@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from parallel.activation import activate, is_native
 from parallel.errors import ConfigError
+from parallel.grad_sum import weight_grad
 from parallel.group import Group
 from parallel.lora import ColumnAdapter, RowAdapter, active
 from parallel.outputs import DividedOutputs
@@ -131,7 +132,7 @@ class _Column(torch.autograd.Function):
             grad_x = None if grad_x is None else own_tokens(grad_x, layer.group, tokens)
         return (
             grad_x,
-            outer_product(grad, x) if wants_weight else None,
+            weight_grad(layer.weight, grad, x) if wants_weight else None,
             column_sum(grad) if wants_bias else None,
             branch.down_grad(low_grad, x, ctx.dropping) if wants_a else None,
             outer_product(grad, low) if wants_b else None,
@@ -271,7 +272,7 @@ class _RowSum(torch.autograd.Function):
                 grads.append(branch.input_grad(layer.back_term(grad), low_grad, ctx.dropping))
             else:
                 grads.append(layer.input_grad(grad) if wants_x else None)
-            grads.append(outer_product(grad, x) if wants_weight else None)
+            grads.append(weight_grad(layer.weight, grad, x) if wants_weight else None)
             grads.append(column_sum(grad) if wants_bias else None)
             grads.append(branch.down_grad(low_grad, x, ctx.dropping) if wants_a else None)
             grads.append(outer_product(grad, branch.low(low, grad.dtype)) if wants_b else None)

@@ -19,7 +19,7 @@ from torch.nn import functional
 from parallel import onednn
 from parallel.activation import activate
 from parallel.group import Group
-from parallel.native import gemm, library
+from parallel.native import elementwise, gemm, library, memory
 from parallel.shard import VirtualShards
 from parallel.tree import Range, leaves_sum, middle
 
@@ -71,7 +71,7 @@ class Operand:
         """The packed form, made again if the parameter was written to or replaced since."""
         stamp = (self._parameter._version, self._parameter.data_ptr())
         if self._packed is None:
-            self._packed = gemm.PackedMatrix.pack(self.matrix(), self.borders, lasting=True)
+            self._packed = gemm.PackedMatrix.pack(self.matrix(), self.borders, memory.weights.take)
         elif stamp != self._stamp:
             self._packed.repack(self.matrix())
         self._stamp = stamp
@@ -147,18 +147,20 @@ def reduced_product(
     return group.talk.tree_sum_in_place((x.shape[0], num_outputs), shards.tree, bias=bias, dtype=dtype)
 
 
-def outer_product(grad_TN: Tensor, x_TK: Tensor) -> Tensor:
-    """grad^T x, [N, K]: a weight's gradient, summed over tokens in one chain."""
+def outer_product(grad_TN: Tensor, x_TK: Tensor, out: Tensor | None = None) -> Tensor:
+    """grad^T x, [N, K]: a weight's gradient, summed over tokens in one chain. Native: into `out` where given, in its
+    type.
+    """
     if uses_native(grad_TN):
-        return gemm.product([gemm.Source(grad_TN.t(), gemm.PackedMatrix.pack(x_TK.t()), (0, grad_TN.shape[0]))])
+        packed = gemm.PackedMatrix.pack(x_TK.t(), place=memory.scratch.take)
+        return gemm.product([gemm.Source(grad_TN.t(), packed, (0, grad_TN.shape[0]))], out=out)
+    assert out is None, "asked of the native kernels only"
     return grad_TN.t() @ x_TK
 
 
 def column_sum(grad_TN: Tensor) -> Tensor:
-    """The sum over tokens, [N]: a bias's gradient. Native: a product with ones, so that its order is the kernel's."""
-    if uses_native(grad_TN):
-        return outer_product(grad_TN, grad_TN.new_ones((grad_TN.shape[0], 1)))[:, 0]
-    return grad_TN.sum(0)
+    """The sum over tokens, [N]: a bias's gradient. Native: in the order of the tokens."""
+    return elementwise.column_sums(grad_TN) if uses_native(grad_TN) else grad_TN.sum(0)
 
 
 def leaf_tree(leaves_LT: Tensor, ranges: Sequence[Range]) -> Tensor:

@@ -1,8 +1,8 @@
 """AdamW over one rank's shards: float32 masters in flat buffers, state divided over data-parallel ranks (ZeRO-1),
 clipped as one model.
 
-    gradients (each parameter's own, in its type) --hook--> flat float32 sums --dp sum--> clip --> AdamW on this dp
-    rank's slice --> masters gathered over dp --> parameters
+    gradients --kernel, or hook--> flat float32 sums --dp sum--> clip --> AdamW on this dp rank's slice -->
+    masters gathered over dp --> parameters
 
 Parameters with two axes or more decay, the others do not (Loshchilov and Hutter, arXiv 1711.05101; Brown et al.
 2020, appendix B). A float32 parameter IS its master: its storage is moved into the flat buffer. Buffers are padded
@@ -17,13 +17,19 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.optim import adamw
 
 from parallel.errors import ConfigError
+from parallel.grad_sum import ATTRIBUTE
 from parallel.grads import squared_norm
 from parallel.group import Group
+from parallel.native import library
+from parallel.native.adamw import Rates, update
+from parallel.products import outer_product, uses_native
 
 ALIGN = 64
 """Elements: the widest vector times the unrolling of the element-wise kernels."""
+MOMENTS = ("exp_avg", "exp_avg_sq")
 PIECE = 1 << 24
 """Elements of a flat buffer that go between replicas at once: bounds what a collective holds beside it."""
 
@@ -74,6 +80,7 @@ class Flat:
         self.waiting: set[str] = set()  # whose gradient holds something; the others' is to be overwritten
         share = total // dp.size
         self.slice = slice(dp.rank * share, (dp.rank + 1) * share)
+        self.dtypes = {parameter.dtype for parameter in self.parameters.values()}
         for name, parameter in self.parameters.items():
             master = self.view(self.master, name)
             master.copy_(parameter.detach())
@@ -85,6 +92,11 @@ class Flat:
         start, stop = self.places[name]
         return flat[start:stop].view(self.parameters[name].shape)
 
+    @property
+    def own_master(self) -> Tensor:
+        """This dp rank's slice."""
+        return self.master[self.slice]
+
     def gather(self) -> None:
         """After the update: every dp rank's slice of the masters to all, and the masters to the parameters."""
         if self.dp.size > 1:
@@ -94,13 +106,17 @@ class Flat:
                 own = piece[rank].clone()
                 piece.copy_(self.dp.talk.all_gather(own, [len(own)] * self.dp.size, 0).view_as(piece))
         for name, parameter in self.parameters.items():
-            with torch.no_grad():
-                if parameter.dtype is not torch.float32:
+            if parameter.dtype is torch.float32:
+                _touch(parameter)
+            else:
+                with torch.no_grad():
                     parameter.copy_(self.view(self.master, name))
-                else:
-                    parameter.view(-1)[
-                        :0
-                    ].zero_()  # it was written to through its flat buffer: whoever keeps a copy must see that
+
+
+@torch.no_grad()
+def _touch(parameter: Tensor) -> None:
+    """It was written to past autograd: whoever keeps a copy of it must see that."""
+    parameter.view(-1)[:0].zero_()
 
 
 class ShardedAdamW:
@@ -117,23 +133,18 @@ class ShardedAdamW:
         ]
         self.flats = [Flat(parameters, dp, decays) for parameters, decays in kinds if parameters]
         self.steps = 0
-        self._slices = [nn.Parameter(flat.master[flat.slice]) for flat in self.flats]
-        self._adam = torch.optim.AdamW(
-            [{"params": [s], "weight_decay": 0.0} for s in self._slices],
-            lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.epsilon, fused=True,
-        )  # fmt: skip
+        self._moments: dict[Flat, dict[str, Tensor]] = {}  # of this dp rank's slices; made with the first update
         self._hooks = [hook for flat in self.flats for hook in _accumulating(flat)]
 
     def local_state(self) -> Iterator[tuple[str, str, Tensor]]:
         """(parameter, "exp_avg" | "exp_avg_sq" | "master", this tensor-parallel rank's whole shard of it, copied).
         Gathers over dp.
         """
-        for flat, own in zip(self.flats, self._slices, strict=True):
-            state = self._adam.state[own]
-            for moment in ("exp_avg", "exp_avg_sq"):
-                part = state[moment] if moment in state else torch.zeros_like(own)
+        for flat in self.flats:
+            for moment in MOMENTS:
+                part = self._moments[flat][moment] if flat in self._moments else torch.zeros_like(flat.own_master)
                 whole = (
-                    part.detach().clone()
+                    part.clone()
                     if self.dp.size == 1
                     else self.dp.talk.all_gather(part, [len(part)] * self.dp.size, 0)
                 )
@@ -146,25 +157,18 @@ class ShardedAdamW:
     def prepare_state(self, steps: int) -> None:
         """Makes room for moments that `restore` then fills, as after `steps` updates."""
         self.steps = steps
-        for own in self._slices:
-            self._adam.state[own] = {
-                "step": torch.tensor(float(steps), device=own.device),
-                "exp_avg": torch.zeros_like(own),
-                "exp_avg_sq": torch.zeros_like(own),
-            }
+        self._moments = {flat: {name: torch.zeros_like(flat.own_master) for name in MOMENTS} for flat in self.flats}
 
     def restore(self, flat: Flat, name: str, moment: str, local: Tensor) -> None:
         """Takes over one moment, or the master, of a parameter: this tensor-parallel rank's whole shard of it."""
         if moment == "master":
             flat.view(flat.master, name).copy_(local)
             return
-        own = self._slices[self.flats.index(flat)]
         start, stop = flat.places[name]
         low, high = max(start, flat.slice.start), min(stop, flat.slice.stop)
         if low < high:
-            self._adam.state[own][moment][low - flat.slice.start : high - flat.slice.start] = local.reshape(-1)[
-                low - start : high - start
-            ]
+            own = self._moments[flat][moment][low - flat.slice.start : high - flat.slice.start]
+            own.copy_(local.reshape(-1)[low - start : high - start])
 
     def zero_grad(self) -> None:
         """Forgets the gradients. Nothing is written: whoever comes first overwrites."""
@@ -197,17 +201,14 @@ class ShardedAdamW:
             self.zero_grad()
             raise FloatingPointError(f"the gradient norm of step {self.steps} is {norm}; no parameter was changed")
         scale = 1.0 if config.max_grad_norm is None else min(1.0, config.max_grad_norm / (norm + 1e-6))
-        for flat, own, group in zip(self.flats, self._slices, self._adam.param_groups, strict=True):
-            grad = flat.grad[flat.slice]
-            own.grad = grad.mul_(scale) if scale != 1.0 else grad
-            group.update(
-                lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.epsilon,
-                weight_decay=config.weight_decay if flat.decays else 0.0,
+        if not self._moments:
+            self.prepare_state(self.steps)
+        for flat in self.flats:
+            rates = Rates(
+                step=self.steps + 1, learning_rate=config.learning_rate, beta1=config.beta1, beta2=config.beta2,
+                epsilon=config.epsilon, weight_decay=config.weight_decay if flat.decays else 0.0, scale=scale,
             )  # fmt: skip
-        self._adam.step()
-        for flat, own in zip(self.flats, self._slices, strict=True):
-            own.grad = None
-            flat.gather()
+            _update(flat, rates, **self._moments[flat])
         self.zero_grad()
         self.steps += 1
         return norm
@@ -216,21 +217,68 @@ class ShardedAdamW:
         """Stops listening to the parameters' gradients."""
         for hook in self._hooks:
             hook.remove()
+        for flat in self.flats:
+            for parameter in flat.parameters.values():
+                delattr(parameter, ATTRIBUTE)
+
+
+def _update(flat: Flat, rates: Rates, exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
+    """This dp rank's slice, and all parameters from everybody's."""
+    grad, native = flat.grad[flat.slice], flat.master.is_cpu and library.available()
+    if native and flat.dp.size == 1 and flat.dtypes == {torch.bfloat16}:
+        for name, parameter in flat.parameters.items():  # each one's master and its rounded copy in one go
+            run = slice(*flat.places[name])
+            copy = parameter.detach().view(-1)
+            update(flat.master[run], grad[run], exp_avg[run], exp_avg_sq[run], rates, copy)
+            _touch(parameter)
+    elif native:
+        update(flat.own_master, grad, exp_avg, exp_avg_sq, rates)
+        flat.gather()
+    else:
+        _torch_update(flat.own_master, grad, exp_avg, exp_avg_sq, rates)
+        flat.gather()
+
+
+def _torch_update(master: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, rates: Rates) -> None:
+    before = torch.tensor(float(rates.step - 1), device=grad.device)
+    adamw.adamw(
+        [master], [grad.mul_(rates.scale) if rates.scale != 1.0 else grad], [exp_avg], [exp_avg_sq], [], [before],
+        amsgrad=False, beta1=rates.beta1, beta2=rates.beta2, lr=rates.learning_rate,
+        weight_decay=rates.weight_decay, eps=rates.epsilon, maximize=False, fused=True,
+    )  # fmt: skip
+
+
+class _Sum:
+    """The part of a flat buffer into which one parameter's gradients are added."""
+
+    def __init__(self, flat: Flat, name: str) -> None:
+        self._total, self._waiting, self._name = flat.view(flat.grad, name), flat.waiting, name
+
+    def add_product(self, grad_TN: Tensor, x_TK: Tensor) -> bool:
+        if not uses_native(grad_TN):
+            return False
+        if self._name in self._waiting:
+            self._total.add_(outer_product(grad_TN, x_TK, torch.empty_like(self._total)))
+        else:
+            outer_product(grad_TN, x_TK, self._total)
+            self._waiting.add(self._name)
+        return True
+
+    def add(self, parameter: Tensor) -> None:
+        """The hook of what autograd made."""
+        if parameter.grad is None:
+            return
+        if self._name in self._waiting:
+            self._total.add_(parameter.grad)
+        else:
+            self._total.copy_(parameter.grad)
+            self._waiting.add(self._name)
+        parameter.grad = None
 
 
 def _accumulating(flat: Flat) -> Iterator[torch.utils.hooks.RemovableHandle]:
-    """Hooks that move each gradient into the float32 sum as soon as it is complete."""
+    """Has each gradient added into its float32 sum as soon as it is complete."""
     for name, parameter in flat.parameters.items():
-        total = flat.view(flat.grad, name)
-
-        def add(parameter: Tensor, total: Tensor = total, name: str = name) -> None:
-            if parameter.grad is None:
-                return
-            if name in flat.waiting:
-                total.add_(parameter.grad)
-            else:
-                total.copy_(parameter.grad)
-                flat.waiting.add(name)
-            parameter.grad = None
-
-        yield parameter.register_post_accumulate_grad_hook(add)
+        total = _Sum(flat, name)
+        setattr(parameter, ATTRIBUTE, total)
+        yield parameter.register_post_accumulate_grad_hook(total.add)

@@ -1,5 +1,6 @@
 // Elementwise and row kernels: activations and their gradients, exp, log, row maxima, sums of exponentials per leaf,
-// gradients of a softmax, rotary embedding; layer norm is in norm.cpp. float32 or bfloat16 in memory, float32 inside, rounded once.
+// gradients of a softmax, column sums, rotary embedding; layer norm is in norm.cpp. float32 or bfloat16 in memory, float32
+// inside, rounded once.
 //
 // A result depends on its own element (or row, or leaf) alone, see rows.h.
 #include "activation.h"
@@ -65,6 +66,21 @@ void softmax_grad(int64_t rows, int64_t columns, const float* x, const float* to
         store(to + i, simd::exp(load(from + i, live) - top) * inverse * scales[r], live);
       });
       if (targets[r] >= 0) to[targets[r]] -= scales[r];
+    }
+  });
+}
+
+// The sum of each column of a matrix, first row to last in one chain.
+template <class E>
+void column_sums(int64_t rows, int64_t columns, const E* x, int64_t stride, E* out) {
+  constexpr int kWide = 8;                    // vectors of a row that are walked down together
+  pool::parallel_ranges((columns + kWide * kLanes - 1) / (kWide * kLanes), [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin * kWide * kLanes; c < std::min(end * kWide * kLanes, columns); c += kWide * kLanes) {
+      const int64_t width = std::min<int64_t>(columns - c, kWide * kLanes);
+      f32x16 sums[kWide] = {};
+      for (int64_t r = 0; r < rows; ++r)
+        by_vector(width, [&](int64_t i, int live) { sums[i / kLanes] = sums[i / kLanes] + load(x + r * stride + c + i, live); });
+      by_vector(width, [&](int64_t i, int live) { store(out + c + i, sums[i / kLanes], live); });
     }
   });
 }
@@ -144,6 +160,13 @@ void ew_exp_sum(int half, int64_t rows, const void* x, int64_t stride, const flo
 void ew_softmax_grad(int64_t rows, int64_t columns, const float* x, const float* tops, const float* sums,
                      const int64_t* targets, const float* scales, float* out) {
   softmax_grad(rows, columns, x, tops, sums, targets, scales, out);
+}
+
+void ew_column_sums(int half, int64_t rows, int64_t columns, const void* x, int64_t stride, void* out) {
+  typed(half, [&](auto e) {
+    using E = decltype(e);
+    column_sums(rows, columns, static_cast<const E*>(x), stride, static_cast<E*>(out));
+  });
 }
 
 void ew_rotary(const Turn* turn) {

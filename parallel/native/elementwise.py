@@ -44,6 +44,7 @@ _SIGNATURES: dict[str, tuple] = {
     "ew_layer_norm": (_I, _L, _L, _P, _L, _P, _L, _P, _P, _P, _I, _P, _I, _F, _P, _P),
     "ew_layer_norm_grad": (_I, _L, _P, _L, _P, _L, _P, _I, _F, _L, _P, _P, _P),
     "ew_softmax_grad": (_L, _L, _P, _P, _P, _P, _P, _P),
+    "ew_column_sums": (_I, _L, _L, _P, _L, _P),
     "ew_rotary": (ctypes.c_char_p,),
 }
 
@@ -108,6 +109,15 @@ def row_max(x: Tensor) -> Tensor:
     x = _rows(x)
     out = torch.empty(x.shape[0], dtype=torch.float32)
     _call("ew_row_max", x, x.dtype is torch.bfloat16, x.shape[0], x.shape[1], x.data_ptr(), x.stride(0), out.data_ptr())
+    return out
+
+
+def column_sums(x: Tensor) -> Tensor:
+    """The sum of each column of x [R, C], in x's type [C]; from the first row to the last."""
+    x = _rows(x)
+    out = torch.empty(x.shape[1], dtype=x.dtype)
+    half = x.dtype is torch.bfloat16
+    _call("ew_column_sums", x, half, x.shape[0], x.shape[1], x.data_ptr(), x.stride(0), out.data_ptr())
     return out
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from parallel.errors import ConfigError
 from parallel.native.elementwise import activation_id
 from parallel.native.library import entry, library
-from parallel.native.memory import LINE, weights
+from parallel.native.memory import Place, heap
 
 PANEL = 64  # columns of W in a panel
 MAX_SOURCES = 16
@@ -32,7 +32,7 @@ class PackedMatrix:
     """A weight W [N, K] laid out for streaming, [N/64][K][64]; a copy that follows its source only by repack()."""
 
     def __init__(
-        self, n: int, k: int, dtype: torch.dtype, borders: tuple[int, ...], lasting: bool = False
+        self, n: int, k: int, dtype: torch.dtype, borders: tuple[int, ...], place: Place | None = None
     ) -> None:
         self.n, self.k, self.dtype, self.borders = n, k, dtype, borders
         per_unit = _UNIT // dtype.itemsize
@@ -41,14 +41,17 @@ class PackedMatrix:
             starts.append(starts[-1] + -(-(end - begin) // per_unit))
         self.starts, self.units = tuple(starts[:-1]), starts[-1]
         self.panel_bytes = self.units * PANEL * _UNIT
-        self.storage, self.address = _aligned(-(-n // PANEL) * self.panel_bytes, lasting)
+        self.storage = (place or heap)(-(-n // PANEL) * self.panel_bytes)
+        self.address = self.storage.data_ptr()
         self.serial = next(_serials)
         self.plans: dict[tuple, bytes] = {}
 
     @classmethod
-    def pack(cls, src: Tensor, borders: Sequence[int] | None = None, lasting: bool = False) -> "PackedMatrix":
+    def pack(
+        cls, src: Tensor, borders: Sequence[int] | None = None, place: Place | None = None
+    ) -> "PackedMatrix":
         """Pack src [N, K], any strides. `borders`: the leaves' borders, needed only where a bfloat16 leaf is odd.
-        `lasting`: for a weight that is read again and again (see native.memory).
+        `place`: where the packed bytes live; the heap unless given (see native.memory).
         """
         if src.dim() != 2 or src.dtype not in _DTYPES or not src.is_cpu:
             raise ConfigError(f"cannot pack {_words(src)}; give a [N, K] float32 or bfloat16 tensor on the CPU")
@@ -56,7 +59,7 @@ class PackedMatrix:
         cuts = tuple(sorted({0, k, *(borders or ())}))
         if cuts[0] < 0 or cuts[-1] > k:
             raise ConfigError(f"borders {tuple(borders or ())} leave the range 0..{k} of K; give borders inside it")
-        packed = cls(n, k, src.dtype, cuts, lasting)
+        packed = cls(n, k, src.dtype, cuts, place)
         packed.repack(src)
         return packed
 
@@ -104,15 +107,20 @@ def product(
     bias: Tensor | None = None,
     activation: str | None = None,
     out_dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """The sum over all sources [M, N]: leaves in one tree, + bias in float32, rounded, then the activation, rounded.
 
-    Leaf i is one chain through every source's range i in turn. out_dtype: the sources' own unless given.
+    Leaf i is one chain through every source's range i in turn. out_dtype: the sources' own unless given. Into `out`
+    where given, in its type.
     """
     plan = _plan(sources, None)
     first = sources[0]
     m, n = first.x.shape[0], first.weight.n
-    out = torch.empty(m, n, dtype=out_dtype or first.weight.dtype)
+    if out is None:
+        out = torch.empty(m, n, dtype=out_dtype or first.weight.dtype)
+    elif out.shape != (m, n) or not out.is_contiguous() or not out.is_cpu:
+        raise ConfigError(f"product() cannot write into {_words(out)}; out is a contiguous [{m}, {n}] on the CPU")
     _run(plan, sources, m, out.data_ptr(), out.dtype, 0, bias, activation)
     return out
 
@@ -304,17 +312,6 @@ def _copy_plan(weight: PackedMatrix) -> bytes:
 
 def _k_stride(src: Tensor) -> int:
     return 1 if src.shape[1] == 1 else src.stride(1)
-
-
-def _aligned(nbytes: int, lasting: bool) -> tuple[Tensor, int]:
-    """Bytes on a cache line: in the arena if they are to stay, from the heap otherwise."""
-    if lasting:
-        storage = weights.take(nbytes)
-    else:
-        raw = torch.empty(nbytes + LINE, dtype=torch.uint8)
-        offset = -raw.data_ptr() % LINE
-        storage = raw[offset : offset + nbytes]
-    return storage, storage.data_ptr()
 
 
 def _words(tensor: Tensor) -> str:

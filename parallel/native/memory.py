@@ -1,7 +1,9 @@
-"""Memory for what stays: packed weights side by side, on 2 MiB pages where the system has them.
+"""Where packed matrices live: an arena for what stays, a scratch for what one product needs, the heap otherwise.
 
-Memory from the C library's heap has mostly been touched before, in small pages, and keeps them; so these chunks are
-mapped afresh and marked before their first use. A chunk goes back to the system when nothing in it is used any more.
+The arena puts packed weights side by side, on 2 MiB pages where the system has them: memory from the C library's heap
+has mostly been touched before, in small pages, and keeps them; so its chunks are mapped afresh and marked before their
+first use. A chunk goes back to the system when nothing in it is used any more. The scratch is kept for the next
+product, since the system zeroes every page that is given back and asked for again.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import threading
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -16,6 +19,10 @@ from torch import Tensor
 PAGE = 2 << 20
 CHUNK = 32 << 20
 LINE = 64
+KEPT_SCRATCH = 64 << 20
+"""Bytes: larger scratch goes back to the system at once. gemm.cpp has the same limit for its own."""
+Place = Callable[[int], Tensor]
+"""A number of bytes to that many, uninitialised, on a cache line."""
 
 
 class Arena:
@@ -50,3 +57,28 @@ def _mapping(nbytes: int) -> Tensor:
 
 weights = Arena()
 """Where packed weights live."""
+
+
+class Scratch(threading.local):
+    """One piece of memory for each thread; what is taken is good until the next is."""
+
+    def __init__(self) -> None:
+        self._kept = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, nbytes: int) -> Tensor:
+        if nbytes > KEPT_SCRATCH:
+            return heap(nbytes)
+        if nbytes > len(self._kept):
+            self._kept = heap(nbytes)
+        return self._kept[:nbytes]
+
+
+scratch = Scratch()
+"""For a packed matrix that one product reads."""
+
+
+def heap(nbytes: int) -> Tensor:
+    """From the C library."""
+    raw = torch.empty(nbytes + LINE, dtype=torch.uint8)
+    offset = -raw.data_ptr() % LINE
+    return raw[offset : offset + nbytes]

@@ -51,6 +51,10 @@ class LiveBytes(TorchDispatchMode):
             self.most = max(self.most, self.now + (self._scratch(function, args) if self._scratch else 0))
         return result
 
+    def hold(self, nbytes: int) -> None:
+        """So many more were there for a moment."""
+        self.most = max(self.most, self.now + nbytes)
+
     def _inside(self, frame: FrameType | None) -> bool:
         """Whether a call of one of the whole functions is under way."""
         while frame is not None and frame.f_code is not _engine_run_backward.__code__:

@@ -21,9 +21,10 @@ from cluster.training.memory.live import LiveBytes
 from cluster.training.memory.shape_comm import ShapeComm
 from cluster.training.memory.static import packed_size
 from parallel import logsumexp, norm
+from parallel.grad_sum import ATTRIBUTE
 from parallel.group import Group, Numerics
 from parallel.loss import vocab_token_losses
-from parallel.native.memory import LINE
+from parallel.native.memory import KEPT_SCRATCH, LINE
 from parallel.options import Recompute
 from tp_decoders.config import DecoderConfig
 from tp_decoders.decoder import Decoder
@@ -32,7 +33,6 @@ from tp_decoders.weights import build
 
 NATIVE_PIECES = (norm._torch_grads, logsumexp.softmax_grad, logsumexp.exp_sum_leaves, rotate_)
 """What the CPU kernels compute without temporaries, and torch with several."""
-KEPT_SCRATCH = 64 << 20
 Prepare = Callable[[Decoder], None]
 """What is done to a model before it is trained (adapters put on it, its own weights frozen)."""
 
@@ -119,10 +119,14 @@ def run_pass(config: DecoderConfig, shape: PassShape, prepare: Prepare | None = 
     if prepare is not None:
         prepare(model)
     model.recompute = shape.recompute
-    handles = [p.register_post_accumulate_grad_hook(_forget) for p in model.parameters() if p.requires_grad]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    handles = [p.register_post_accumulate_grad_hook(_forget) for p in trained]
     tokens_T = torch.empty(shape.tokens, dtype=torch.int64, device="meta")
     products = _NativeProducts() if shape.device == "cpu" else None
     live = LiveBytes([*model.parameters(), tokens_T], products, NATIVE_PIECES if shape.device == "cpu" else ())
+    if products is not None:
+        for parameter in trained:
+            setattr(parameter, ATTRIBUTE, _SumOnPaper(live, products))
     kernel = ShapeAttend("flash" if shape.device == "cuda" else "cpu")
     with symbolic.patch(meta_nonzero_assume_all_nonzero=True), live:  # type: ignore[attr-defined]
         loss = _loss(model, tokens_T, kernel, group)
@@ -146,22 +150,42 @@ def _loss(model: Decoder, tokens_T: Tensor, kernel: ShapeAttend, group: Group) -
 
 class _NativeProducts:
     """What the CPU kernels hold beside a result: the gradient of a weight, grad^T x, packs x and lays grad^T out by
-    rows, in a place that it keeps for the next time unless it is large (native/gemm.cpp).
+    rows, both in places that are kept for the next time unless they are large (native/memory.py, native/gemm.cpp).
     """
 
     def __init__(self) -> None:
-        self.lasting = 0
+        self._kept = {"rows": 0, "packed": 0}
+
+    @property
+    def lasting(self) -> int:
+        return sum(self._kept.values())
 
     def __call__(self, operator: Any, arguments: Sequence[Any]) -> int:
         if operator is not torch.ops.aten.mm.default or arguments[0].is_contiguous():
             return 0
-        grad_NT, x_TK = arguments
-        rows = grad_NT.shape[0] * (-(-grad_NT.shape[1] * grad_NT.itemsize // LINE) | 1) * LINE
-        packed = packed_size(x_TK.shape[1], x_TK.shape[0], (), x_TK.dtype)
-        if rows > KEPT_SCRATCH:
-            return packed + rows
-        self.lasting = max(self.lasting, rows)
-        return packed
+        return self.scratch(*arguments)
+
+    def scratch(self, grad_NT: Tensor, x_TK: Tensor) -> int:
+        """Bytes that are taken anew and given back."""
+        needed = {
+            "rows": grad_NT.shape[0] * (-(-grad_NT.shape[1] * grad_NT.itemsize // LINE) | 1) * LINE,
+            "packed": packed_size(x_TK.shape[1], x_TK.shape[0], (), x_TK.dtype),
+        }
+        for name, nbytes in needed.items():
+            if nbytes <= KEPT_SCRATCH:
+                self._kept[name] = max(self._kept[name], nbytes)
+        return sum(nbytes for nbytes in needed.values() if nbytes > KEPT_SCRATCH)
+
+
+class _SumOnPaper:
+    """An optimiser's sum: the kernel writes a gradient into it, and nothing else is made."""
+
+    def __init__(self, live: LiveBytes, products: _NativeProducts) -> None:
+        self._live, self._products = live, products
+
+    def add_product(self, grad_TN: Tensor, x_TK: Tensor) -> bool:
+        self._live.hold(self._products.scratch(grad_TN.t(), x_TK))
+        return True
 
 
 def set_recompute(model: Decoder, recompute: Recompute) -> None:
