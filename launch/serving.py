@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cluster.actors.load_progress import NUMBER_BYTES, over_budget
 from cluster.actors.session import ray_session
 from cluster.actors.spec import RankFacts
 from cluster.actors.worker import Ready
@@ -118,6 +119,8 @@ async def _open(
     """Front-end and server over the replicas' engines, its port, and where its metrics are; the stack closes them."""
     for rank in (rank for ranks in ready for rank in ranks):
         log.info("%s", start_line(rank))
+        for line in slow_parts(rank):
+            log.warning("%s", line)
     links = await asyncio.to_thread(replicas.connect, ready)
     codec = codec_of(await asyncio.to_thread(load_tokenizer, model))
     frontend = Frontend(links, codec=codec, config=_patience(config))
@@ -204,6 +207,12 @@ def _protection(security: Security) -> str:
     }
     words = ", ".join(word for word, value in given.items() if value)
     return f"  {words}" if words else ""
+
+
+def slow_parts(rank: Ready) -> list[str]:
+    """What of a rank's start took longer than it should."""
+    facts: RankFacts = rank.facts
+    return over_budget(rank.place, rank.seconds, facts.parameters * NUMBER_BYTES[facts.dtype])
 
 
 def start_line(rank: Ready) -> str:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.actors.group import WorkerGroup
+from cluster.actors.load_progress import NUMBER_BYTES, over_budget
 from cluster.actors.place import PlacementConfig, split_replicas
 from cluster.actors.session import ray_session
 from cluster.actors.train_spec import CorpusConfig, SampleConfig, TrainParallel, TrainSpec
@@ -230,6 +231,9 @@ def one_life(spec: TrainSpec, placement: PlacementConfig, stop: threading.Event)
         for sentence in split_replicas([rank.place.node for rank in ready], spec.parallel.tp):
             print(f"note: {sentence}", flush=True)
         facts = ready[0].facts
+        weights = facts.parameters * NUMBER_BYTES[facts.dtype] // spec.parallel.tp
+        for line in (line for rank in ready for line in over_budget(rank.place, rank.seconds, weights)):
+            print(f"note: {line}", flush=True)
         print(header(spec, facts), flush=True)
         watch(spec, facts.step, group.wait_fault, stop)
     finally:

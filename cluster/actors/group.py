@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -20,7 +21,7 @@ from cluster.actors.bundles import PULSE_S, Bundles, Tell
 from cluster.actors.faults import Fault, NoAnswer, describe, root_cause
 from cluster.actors.place import Place, PlacementConfig, assign
 from cluster.actors.pulse import Pulse, unanswering
-from cluster.actors.worker import Lease, MakeProgram, Ready, Worker, is_consequence
+from cluster.actors.worker import Lease, MakeProgram, Phases, Ready, Worker, is_consequence
 from parallel.errors import WorkerError
 
 log = logging.getLogger(__name__)
@@ -71,12 +72,15 @@ class WorkerGroup:
     def start(self, on_fault: Callable[[str], None] | None = None) -> list[Ready]:
         """Places and starts every rank; on failure nothing is left behind and the error names rank, node and cause."""
         self._on_fault = on_fault
+        phases = Phases()
         try:
-            self._bundles.reserve()
+            with phases("placing"):
+                self._bundles.reserve()
             self._check_open()
-            self._staff([])
+            with phases("starting processes"):
+                self._staff([])
             self._meet()
-            self._ready = self._await_ready()
+            self._ready = [replace(rank, seconds=phases.seconds | rank.seconds) for rank in self._await_ready()]
         except BaseException:
             self._end(ask=False)
             raise

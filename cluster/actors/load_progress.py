@@ -18,6 +18,7 @@ from tp_decoders.weights_cache import WeightsCache
 log = logging.getLogger(__name__)
 log.setLevel(logging.INFO)  # shown whatever else is: somebody waits
 LINE_S = 5.0
+NUMBER_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 RATE = 200e6
 """Bytes per second at which a rank is expected to read its weights, beside what any load takes."""
 

@@ -37,7 +37,8 @@ def test_two_ranks_start_report_and_stop_when_asked(tmp_path: Path) -> None:
     ready = group.start()
     assert [(r.facts["rank"], r.place.local_rank, r.place.local_size) for r in ready] == [(0, 0, 2), (1, 1, 2)]
     assert ready[0].place.address is not None and ready[0].place.address == ready[1].place.address
-    assert ready[0].pid != ready[1].pid and "reading weights" in ready[1].seconds
+    assert ready[0].pid != ready[1].pid
+    assert {"placing", "starting processes", "reading weights"} <= set(ready[1].seconds)
     assert group.wait_fault(0.0) is None
     group.close()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1"], "a rank was killed, not stopped"
