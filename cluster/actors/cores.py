@@ -16,6 +16,8 @@ from cluster.actors.place import Place
 from parallel.native.library import set_threads
 
 CGROUP = Path("/sys/fs/cgroup")
+FILE_PAGES = ("active_file", "inactive_file")
+"""What the kernel keeps of files, of a checkpoint above all, until somebody needs the room: counted as used, yet free."""
 
 
 def claim_cores(place: Place, threads: int | None, device: str) -> tuple[int, ...]:
@@ -59,8 +61,11 @@ def _left_in_container() -> int:
     """Under a container's limit, where there is one."""
     try:
         limit = (CGROUP / "memory.max").read_text(encoding="ascii").strip()
-        return (
-            (1 << 62) if limit == "max" else int(limit) - int((CGROUP / "memory.current").read_text(encoding="ascii"))
-        )
+        if limit == "max":
+            return 1 << 62
+        used = int((CGROUP / "memory.current").read_text(encoding="ascii"))
+        lines = (line.split() for line in (CGROUP / "memory.stat").read_text(encoding="ascii").splitlines())
+        pages = sum(int(value) for name, value in lines if name in FILE_PAGES)
+        return int(limit) - used + pages
     except FileNotFoundError:
         return 1 << 62

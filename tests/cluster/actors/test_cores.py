@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import os
 import threading
+from pathlib import Path
 
+import pytest
+
+from cluster.actors import cores
 from cluster.actors.cores import claim_cores, free_memory, share
 from cluster.actors.place import Place
 
@@ -38,3 +42,18 @@ def test_ranks_of_one_host_share_its_free_memory() -> None:
     alone = free_memory(Place(rank=0, world=1, node="here"), "cpu")
     half = free_memory(Place(rank=0, world=2, node="here", local_size=2), "cpu")
     assert 0.4 * alone < half < 0.6 * alone
+
+
+def test_in_a_container_what_the_kernel_keeps_of_files_counts_as_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in {
+        "memory.max": "1000000\n", "memory.current": "900000\n",
+        "memory.stat": "anon 100000\nfile 800000\nshmem 50000\ninactive_file 500000\nactive_file 250000\n",
+    }.items():  # fmt: skip
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(cores, "CGROUP", tmp_path)
+    place = Place(rank=0, world=2, node="here", local_size=2)
+    assert free_memory(place, "cpu") == (1000000 - 900000 + 750000) // 2
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free_memory(place, "cpu") > 1000000
