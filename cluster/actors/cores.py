@@ -17,7 +17,7 @@ from parallel.native.library import set_threads
 
 CGROUP = Path("/sys/fs/cgroup")
 FILE_PAGES = ("active_file", "inactive_file")
-"""What the kernel keeps of files, of a checkpoint above all, until somebody needs the room: counted as used, yet free."""
+"""What the kernel keeps of files, of a checkpoint above all, until the room is needed: counted as used, yet free."""
 
 
 def claim_cores(place: Place, threads: int | None, device: str) -> tuple[int, ...]:
