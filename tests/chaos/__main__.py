@@ -33,7 +33,7 @@ PORT = 50051
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parsed(arguments)
-    plan = Plan(faults=args.faults, seed=args.seed, minutes=args.minutes, kinds=args.kind)
+    plan = Plan(faults=args.faults, seed=args.seed, minutes=args.minutes, kinds=args.kind, steps=args.steps)
     if args.inside is not None:
         return inside(Path(args.inside), plan)
     if args.raylets:
@@ -54,6 +54,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of kinds and targets (default 0)")
     parser.add_argument("--minutes", type=float, default=60.0, help="the longest a run may take (default 60)")
     parser.add_argument("--kind", action="append", choices=KINDS, default=[], help="these, in this order; repeatable")
+    parser.add_argument("--steps", type=int, default=Plan.steps, help=f"of a lap of training (default {Plan.steps})")
     parser.add_argument("--raylets", action="store_true", help="raylets of this machine in place of hosts: no root")
     parser.add_argument("--out", type=Path, help="for table, figures and logs (default: a new folder)")
     parser.add_argument("--inside", metavar="BASE", help=argparse.SUPPRESS)

@@ -7,6 +7,7 @@ Counts how calls ended. What is not among a caller's expected ends is kept with 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import shutil
 import time
@@ -82,10 +83,12 @@ async def embed(client: AsyncClient, rng: random.Random) -> str:
 async def vanish(client: AsyncClient, rng: random.Random) -> str:
     """Leaves in the middle of an answer, every other time with its connection."""
     left = rng.randint(1, 5)
-    async for _ in client.stream([drawn_prompt(rng)], stopping={"max_new_tokens": 90, "ignore_eos": True}):
-        left -= 1
-        if not left:
-            break
+    chunks = client.stream([drawn_prompt(rng)], stopping={"max_new_tokens": 90, "ignore_eos": True})
+    async with contextlib.aclosing(chunks):
+        async for _ in chunks:
+            left -= 1
+            if not left:
+                break
     return "left"
 
 

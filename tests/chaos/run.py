@@ -32,7 +32,7 @@ class Plan:
     seed: int
     minutes: float
     tokens: int = 200  # of a stream
-    steps: int = 400  # of a lap
+    steps: int = 1000  # of a lap
     kinds: Sequence[str] = ()  # these, in this order, in place of drawn ones
 
 

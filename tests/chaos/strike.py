@@ -146,9 +146,9 @@ class Striker:
         """Everything works: tokens, steps, nodes; and where the serving ranks are is known."""
         limit = time.monotonic() + SETTLED_S
         await until(self._flows, SETTLED_S, "tokens on all streams, steps and all nodes", self.tend)
-        while not await self._placed():
+        while (problem := await self._unwell()) is not None:
             if time.monotonic() > limit:
-                raise Failed(f"the server says it is not well within {SETTLED_S:g} s")
+                raise Failed(f"not well within {SETTLED_S:g} s: {problem}")
             self.tend()
             await asyncio.sleep(0.3)
         step, lap = self.world.training.step(), self.world.training.lap
@@ -167,14 +167,15 @@ class Striker:
             and len(world.ranks(TRAINING)) == 2 == len(world.ranks(SERVING))
         )
 
-    async def _placed(self) -> bool:
-        """Health says SERVING, and the ranks it reports are processes that are there."""
+    async def _unwell(self) -> str | None:
+        """Why not, where health does not say SERVING or the ranks that are reported are not those that are there."""
         try:
             async with AsyncClient(self.world.served.address) as client:
-                if await client.health(timeout=5.0) != "SERVING":
-                    return False
+                if (health := await client.health(timeout=5.0)) != "SERVING":
+                    return f"health says {health}: {(await client.server_info(timeout=5.0)).not_ready}"
                 ranks = (await client.load(timeout=5.0)).ranks
-        except ServiceError:
-            return False
+        except ServiceError as error:
+            return str(error)
         self.world.places = {rank.rank: (rank.node, rank.pid) for rank in ranks}
-        return sorted(rank for rank, _, _ in self.world.ranks(SERVING)) == [0, 1]
+        found = [rank for rank, _, _ in self.world.ranks(SERVING)]
+        return None if sorted(found) == [0, 1] else f"{self.world.places} are reported, {found} are there"

@@ -60,6 +60,7 @@ def test_one_bit_of_a_tensor_flips_and_flips_back(tmp_path: Path) -> None:
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_five_faults_cost_no_token_no_answer_and_no_bit_of_training(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -67,7 +68,7 @@ def test_five_faults_cost_no_token_no_answer_and_no_bit_of_training(
     hosts = Raylets(started())
     try:
         status = Run(hosts, tmp_path, TEXT, "127.0.0.1", free_port()).go(
-            Plan(faults=5, seed=0, minutes=4, tokens=100, kinds=FIVE)
+            Plan(faults=5, seed=0, minutes=10, tokens=100, steps=300, kinds=FIVE)
         )
     finally:
         hosts.close()
