@@ -5,7 +5,8 @@ one run.
 
 A step is forward, backward, clipping to norm 1 (ours; the other side runs without) and a fused AdamW update over 4
 sequences of 256 tokens, dropout 0. tp2: two processes of one thread, pinned; hf: one process of two threads. bfloat16
-is autocast over float32 weights there, bfloat16 weights with float32 masters here. Engines take turns. Prints one JSON
+is autocast over float32 weights there, bfloat16 weights with float32 masters here. Ranks keep freed memory, as `serve`
+and `train` tell theirs to; `hf+` is transformers with the same setting. Engines take turns. Prints one JSON
 line per engine (median, minimum and maximum rate, loss of the first and of the last step), then ratios. `--profile`
 prints where a step of rank 0 spends its time.
 """
@@ -103,7 +104,9 @@ def work(
 ) -> None:
     """A process: steps when told, None ends it."""
     stepper: Stepper = (
-        Transformers(path, dtype, threads) if name == "hf" else Ours(path, dtype, rank, int(name[2:]), port, threads)
+        Transformers(path, dtype, threads)
+        if name.startswith("hf")
+        else Ours(path, dtype, rank, int(name[2:]), port, threads)
     )
     pipe.send("ready")
     while pipe.recv() is not None:
@@ -126,13 +129,14 @@ class Engine:
 
     def __init__(self, name: str, options: argparse.Namespace) -> None:
         self.name = name
+        set_allocator(name != "hf")
         context = multiprocessing.get_context("spawn")
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         path, dtype = options.models / options.model, getattr(torch, options.dtype)
         self.pipes, self.processes = [], []
-        for rank in range(1 if name == "hf" else int(name[2:])):
+        for rank in range(1 if name.startswith("hf") else int(name[2:])):
             mine, theirs = context.Pipe()
             given = (theirs, name, path, dtype, rank, port, options.threads, options.profile)
             process = context.Process(target=work, args=given, daemon=True)
@@ -157,6 +161,16 @@ class Engine:
         for process in self.processes:
             process.join(60)
             process.kill()
+
+
+def set_allocator(keeps: bool) -> None:
+    """For processes that start from now on."""
+    from launch.serve import ENVIRONMENT
+
+    for setting, value in ENVIRONMENT.items():
+        if setting.startswith("MALLOC_"):
+            os.environ.pop(setting, None)
+            os.environ.update({setting: value} if keeps else {})
 
 
 def measure(engines: list[Engine], options: argparse.Namespace) -> None:
@@ -188,7 +202,7 @@ def main() -> int:
     parser.add_argument("--models", type=Path, required=True)
     parser.add_argument("--model", choices=sorted(VOCAB), required=True)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--engines", default="tp2,hf", help="comma-separated: tp1, tp2, ..., hf")
+    parser.add_argument("--engines", default="tp2,hf", help="comma-separated: tp1, tp2, ..., hf, hf+")
     parser.add_argument("--threads", type=int, default=2, help="threads of single-process engines")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--profile", action="store_true")

@@ -17,6 +17,7 @@ from cluster.actors.place import PlacementConfig
 from cluster.actors.spec import ParallelConfig, TrainingConfig
 from cluster.engine.config import EngineConfig
 from cluster.frontend.calls import FrontendConfig
+from cluster.frontend.ledger import LedgerConfig
 from cluster.rpc.auth_config import Security, TlsConfig, check_exposure
 from cluster.rpc.limits import ServerLimits
 from launch import logs
@@ -35,6 +36,7 @@ FLAGS = {
     "dtype": "parallel.dtype",
     "host": "server.host",
     "port": "server.port",
+    "state_dir": "server.state_dir",
     "kv_blocks": "engine.kv_blocks",
     "metrics_port": "observe.metrics_port",
     "log_json": "placement.log_json",
@@ -54,6 +56,9 @@ ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",  # nothing is reported to anyone unless asked for
     "RAY_DEDUP_LOGS": "0",  # what two ranks say alike is still said by two ranks
     "TORCH_CPP_LOG_LEVEL": "ERROR",  # a lost peer is reported by name; torch's C++ stack adds nothing
+    "MALLOC_ARENA_MAX": "1",  # these three: a step finds the memory of the last one again, where glibc would give it
+    "MALLOC_MMAP_THRESHOLD_": "4294967296",  # back and have the system zero it anew: a tenth of a training step
+    "MALLOC_TRIM_THRESHOLD_": "17179869184",
 }
 """Of a Ray cluster started here, unless set already; a standing one has its own."""
 
@@ -73,6 +78,7 @@ class ServerConfig:
     host: str = "127.0.0.1"
     port: int = 50051
     drain_seconds: float = 30.0
+    state_dir: str | None = None  # what must outlive this process: the ledger, where its ranks are
     tls: TlsConfig | None = None
     token_file: str | None = None
     insecure_listen_anywhere: bool = False
@@ -99,6 +105,7 @@ class ServeConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     frontend: FrontendConfig = field(default_factory=FrontendConfig)
+    ledger: LedgerConfig = field(default_factory=LedgerConfig)
     limits: ServerLimits = field(default_factory=ServerLimits)
     server: ServerConfig = field(default_factory=ServerConfig)
     placement: PlacementConfig = field(default_factory=PlacementConfig)
@@ -126,6 +133,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: the checkpoint's own)")
     parser.add_argument("--host", help="address to listen on (default 127.0.0.1: this machine only)")
     parser.add_argument("--port", type=int, help="port to listen on (default 50051; 0: any free one)")
+    parser.add_argument(
+        "--state-dir",
+        metavar="FOLDER",
+        help="survive this process's own death: what was asked and answered is kept there",
+    )
     _add_security(parser)
     parser.add_argument("--kv-blocks", type=int, help="size of the key/value cache (default: from free memory)")
     parser.add_argument("--metrics-port", type=int, help="give Prometheus metrics there, to this machine (default: no)")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from parallel.errors import CheckpointError
 from parallel.group import Group
+from parallel.native.memory import give_back
 from parallel.norm import LayerNorm
 from parallel.shard import Replicated, full_shape_of, rule_of
 from tp_decoders.config import DecoderConfig
@@ -72,6 +73,7 @@ def load(
         sources = match_tensors(model, checkpoint, family_of(config.model_type).names)
         _fill_all(model, checkpoint, sources, progress or (lambda what, done, total: None))
     model.source = folder
+    give_back()  # what reading took: caches are sized by what is free
     return model
 
 

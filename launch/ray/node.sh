@@ -32,6 +32,8 @@ chmod 600 "$HOME/.ray/auth_token"
 export RAY_USAGE_STATS_ENABLED=0
 export RAY_worker_niceness=0  # Ray's 15 starves the ranks on a machine that does anything else
 export RAY_DEDUP_LOGS=0 TORCH_CPP_LOG_LEVEL=ERROR
+# CPU ranks keep freed memory for the next step instead of having the system zero it anew.
+export MALLOC_ARENA_MAX=1 MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184
 # A node behind a dead link is noticed in about six seconds (Ray's defaults: a minute). Read by the head.
 export RAY_health_check_initial_delay_ms=2000 RAY_health_check_period_ms=1000
 export RAY_health_check_timeout_ms=1000 RAY_health_check_failure_threshold=3

@@ -9,6 +9,7 @@ product, since the system zeroes every page that is given back and asked for aga
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import mmap
 import threading
 from collections.abc import Callable
@@ -75,6 +76,13 @@ class Scratch(threading.local):
 
 scratch = Scratch()
 """For a packed matrix that one product reads."""
+
+
+def give_back() -> None:
+    """Returns what the C library holds of freed memory to the system, whatever it was told to keep."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if trim is not None:
+        trim(ctypes.c_size_t(0))
 
 
 def heap(nbytes: int) -> Tensor:
