@@ -102,10 +102,21 @@ class Job:
 
     def kill_a_rank(self) -> bool:
         """SIGKILL to one, where there is one."""
-        family = family_of(self._process.pid)
-        ranks = sorted(pid for pid in family if _is_rank(pid))
-        _kill({random.Random(len(family)).choice(ranks)} if ranks else set())
+        ranks = self.ranks()
+        _kill({random.Random(len(ranks)).choice(ranks)} if ranks else set())
         return bool(ranks)
+
+    def ranks(self) -> list[int]:
+        """The processes of its ranks."""
+        return sorted(pid for pid in family_of(self._process.pid) if _is_rank(pid))
+
+    def await_line(self, words: str) -> str:
+        """The next line it says that has these words, by which the test is timed: read as it comes."""
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if words in line:
+                return line
+        raise AssertionError(f"it ended and did not say {words!r}")
 
     def last_words(self) -> str:
         if self.running:
