@@ -151,21 +151,17 @@ def test_a_second_restart_and_one_while_the_server_stops_are_refused() -> None:
 
 def test_the_next_one_waits_until_a_lost_one_is_back() -> None:
     async def main(*engines: ServedEngine) -> None:
-        groups = [PlayedGroup([engines[0], engines[2]]), PlayedGroup([engines[1]])]
+        lost = PlayedGroup([engines[1]], failures=10**6, max_restarts=10**6)
+        groups = [PlayedGroup([engines[0], engines[2]]), lost]
         async with Played(groups) as server:
-            lost = groups[1]
-            lost.failures = 10**6
-            lost.config = type(lost.config)(max_restarts=10**6)
-            server.upkeep._healers[1]._restarts = healing.Restarts(lost.config)
+            lost.fail()
             server.frontend.fault("its process died", 1)
             restarting = asyncio.create_task(server.upkeep.restart(0.0))
             task = asked(server.frontend, 3, 30)
             assert (await task)[0].samples[0].token_ids == tokens_of([3], 1, 0, 30)
             assert groups[0].kept == [], "it is the last one that serves"
-            lost.engines.append(engines[3])
+            lost.engines += engines[3:]  # one to heal it, one for its restart
             lost.failures = 0
-            await until(lambda: server.frontend.fleet.replicas[1].seat is not None, 30.0)
-            lost.engines.append(engines[4])
             assert (await restarting).replicas == 2 and groups[0].kept == [False]
 
     with_engines(5, main)
