@@ -118,9 +118,12 @@ class Frontend:
         check(call, self.limits, self.config)
         return await self._training.train(self.fleet.replicas[0].link, call)  # a server that trains has one
 
-    def abort(self, call_ids: Sequence[str]) -> int:
-        """End calls by their ids; returns how many prompts were still open. Their samples finish as ABORTED."""
-        entries = [entry for call_id in call_ids for entry in self._journal.of_call(call_id)]
+    def abort(self, call_ids: Sequence[str], caller: str | None = None) -> int:
+        """End calls by their ids, whosever they are or only a caller's own; returns how many prompts were still open.
+        Their samples finish as ABORTED.
+        """
+        named = [entry for call_id in dict.fromkeys(call_ids) for entry in self._journal.of_call(call_id)]
+        entries = [entry for entry in named if caller is None or entry.caller == caller]
         if self._recall is not None:
             self._recall.forget(entries)
         self._delivery.end(entries, FinishReason.ABORTED)

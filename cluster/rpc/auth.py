@@ -16,7 +16,9 @@ from cluster.rpc.auth_tokens import Role, TokenFile
 log = logging.getLogger(__name__)
 SCHEME = "Bearer "
 
-GENERATE, TRAIN, CONTROL = (frozenset({role}) for role in Role)
+GENERATE, TRAIN, CONTROL, OBSERVE = (frozenset({role}) for role in Role)
+ABORT = GENERATE | CONTROL
+"""To generate: of one's own requests; to control: of anybody's."""
 ANYONE = frozenset(Role)
 """With any token."""
 
@@ -39,7 +41,7 @@ ROLES = {
     "/tp_decoders.v1.Control/GetServerInfo": ANYONE,
     "/tp_decoders.v1.Control/GetModelInfo": ANYONE,
     "/tp_decoders.v1.Control/GetLoad": ANYONE,
-    "/tp_decoders.v1.Control/Abort": CONTROL,
+    "/tp_decoders.v1.Control/Abort": ABORT,
     "/tp_decoders.v1.Control/Drain": CONTROL,
     "/tp_decoders.v1.Control/Restart": CONTROL,
 }

@@ -2,7 +2,7 @@
 
     [alice]                                # the name in messages and limits; the token itself is never shown
     sha256 = "9f86d0...0a08"               # of the token, as 64 hexadecimal digits; or token = "..." in plain
-    roles = ["generate"]                   # of generate, train, control
+    roles = ["generate"]                   # of generate, train, control, observe
     requests_per_second = 5                # these and `expires = 2027-01-01T00:00:00Z` may be left out
     tokens_in_flight = 20000
     calls = 16
@@ -40,6 +40,7 @@ class Role(enum.StrEnum):
     GENERATE = "generate"
     TRAIN = "train"
     CONTROL = "control"
+    OBSERVE = "observe"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,8 @@ from cluster.frontend.frontend import Frontend, State
 from cluster.frontend.loads import total
 from cluster.frontend.readiness import Readiness
 from cluster.frontend.routing import Sent
+from cluster.rpc.auth_limits import CALLER, WHO
+from cluster.rpc.auth_tokens import Role
 from cluster.rpc.limits import ServerLimits
 from cluster.rpc.proto import control_pb2 as control
 from cluster.rpc.proto.control_pb2_grpc import ControlServicer
@@ -125,7 +127,9 @@ class Control(ControlServicer):
         return message
 
     async def Abort(self, request: control.AbortRequest, context: grpc.aio.ServicerContext) -> control.AbortResponse:
-        return control.AbortResponse(aborted=self._frontend.abort(request.request_ids))
+        account = CALLER.get()
+        whose = None if account is None or Role.CONTROL in account.grant.roles else WHO.get()
+        return control.AbortResponse(aborted=self._frontend.abort(request.request_ids, whose))
 
     async def Drain(self, request: control.DrainRequest, context: grpc.aio.ServicerContext) -> control.DrainResponse:
         return control.DrainResponse(aborted=await self._frontend.drain(_grace(request)))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from google.protobuf.message import Message
 
 from cluster.frontend.frontend import Frontend
-from cluster.rpc.auth_limits import CALLER
+from cluster.rpc.auth_limits import CALLER, WHO
 from cluster.rpc.proto import training_pb2 as pb
 from cluster.rpc.proto.training_pb2_grpc import TrainingServicer
 from cluster.training.calls import Kind, TrainAnswer, TrainCall, TrainSequence
@@ -59,7 +60,7 @@ class Training(TrainingServicer):
         return pb.ExportResponse(**_state(answer), bytes=answer.size)
 
     async def _train(self, kind: Kind, request: Any) -> TrainAnswer:
-        call, account = train_call(kind, request), CALLER.get()
+        call, account = replace(train_call(kind, request), caller=WHO.get()), CALLER.get()
         with account.hold(sum(len(sequence.token_ids) for sequence in call.sequences)) if account else nullcontext():
             return await self._frontend.train(call)
 

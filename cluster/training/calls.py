@@ -132,6 +132,7 @@ class TrainCall:
     normaliser: float | None = None
     expected_step: int | None = None
     idempotency_key: str = ""
+    caller: str = ""  # whose key it is
     name: str = ""  # of a state
     dropout_seed: int | None = None  # None: no dropout
 

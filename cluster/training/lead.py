@@ -9,9 +9,7 @@ checksums before one is loaded, listing) is answered Later, and the engine goes 
 
 from __future__ import annotations
 
-import hashlib
 import logging
-from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
@@ -20,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.engine.commands import Commands
+from cluster.training.answered import Answered
 from cluster.training.calls import Kind, Later, NoSaveRoot, SaveUnderWay, StepConflict, TrainAnswer, TrainCall
 from cluster.training.checkpoint import verify
 from cluster.training.remote import DROP_SAVE, TRAIN, TrainSide
@@ -27,7 +26,6 @@ from cluster.training.states import StateFolder, folder_size, in_thread
 from parallel.errors import TpError
 
 log = logging.getLogger(__name__)
-STORED_ANSWERS = 64
 
 
 @dataclass(frozen=True)
@@ -45,13 +43,13 @@ class TrainLead:
     def __init__(self, side: TrainSide, commands: Commands, weights_changed: Callable[[], None]) -> None:
         self._side, self._commands, self._weights_changed = side, commands, weights_changed
         self._states = StateFolder(side.saves.root) if side.saves.root is not None else None
-        self._answers: OrderedDict[str, tuple[bytes, TrainAnswer]] = OrderedDict()
+        self._answered = Answered()
         self._saving: _Saving | None = None
 
     def __call__(self, call: TrainCall) -> TrainAnswer | Later:
         if call.kind is Kind.STATE:
             return self._state()
-        stored = self._stored(call)
+        stored = self._answered.find(call)
         if stored is not None:
             return stored
         if call.kind.writes:
@@ -69,7 +67,7 @@ class TrainLead:
         answer = self._side.execute(call)
         if call.kind.changes_weights:
             self._weights_changed()
-        return self._remember(call, answer)
+        return self._answered.remember(call, answer)
 
     # ------------------------------------------------------------ states
 
@@ -83,16 +81,13 @@ class TrainLead:
     def _load(self, call: TrainCall, verified: Future[Any]) -> TrainAnswer:
         """Its files are whole; what was decided before they were read is looked at again."""
         verified.result()
-        stored = self._stored(call)
+        stored = self._answered.find(call)
         if stored is not None:
             return stored
         self._check_step(call)
         self._check_not_saving()
         answer = self._execute(call)
-        kept = self._answers.get(call.idempotency_key)
-        self._answers.clear()  # steps that were undone may be taken again
-        if kept is not None:
-            self._answers[call.idempotency_key] = kept
+        self._answered.forget_all_but(call)
         return answer
 
     def _save(self, call: TrainCall) -> TrainAnswer | Later:
@@ -117,8 +112,8 @@ class TrainLead:
             log.error("the state %r was not saved: %s", saving.call.name, error)
             self._commands.issue(DROP_SAVE)
             raise
-        stored = self._stored(saving.call)
-        return stored or self._remember(saving.call, replace(saving.answer, size=folder_size(folder)))
+        stored = self._answered.find(saving.call)
+        return stored or self._answered.remember(saving.call, replace(saving.answer, size=folder_size(folder)))
 
     def _root(self) -> StateFolder:
         if self._states is None:
@@ -131,24 +126,6 @@ class TrainLead:
 
     # ------------------------------------------------------------ once, and in its step
 
-    def _remember(self, call: TrainCall, answer: TrainAnswer) -> TrainAnswer:
-        if call.idempotency_key:
-            self._answers[call.idempotency_key] = _digest(call), answer
-            while len(self._answers) > STORED_ANSWERS:
-                self._answers.popitem(last=False)
-        return answer
-
-    def _stored(self, call: TrainCall) -> TrainAnswer | None:
-        known = self._answers.get(call.idempotency_key) if call.idempotency_key else None
-        if known is None:
-            return None
-        if known[0] != _digest(call):
-            raise StepConflict(
-                f"idempotency_key {call.idempotency_key!r} was used for another call, which was applied; "
-                "give every call its own key, and repeat a call unchanged"
-            )
-        return replace(known[1], replayed=True)
-
     def _check_step(self, call: TrainCall) -> None:
         state = self._side.state()
         if call.expected_step is not None and call.expected_step != state.step:
@@ -158,7 +135,3 @@ class TrainLead:
             )
         if call.kind is Kind.OPTIM_STEP and state.waiting_calls == 0:
             raise StepConflict("no gradients are waiting; call ForwardBackward before OptimStep")
-
-
-def _digest(call: TrainCall) -> bytes:
-    return hashlib.sha256(repr(call).encode()).digest()

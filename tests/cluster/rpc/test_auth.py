@@ -16,7 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 import cluster.rpc.auth_tokens as auth_tokens
-from cluster.rpc.auth import ANYONE, CONTROL, GENERATE, ROLES, TRAIN, needed
+from cluster.rpc.auth import ABORT, ANYONE, CONTROL, GENERATE, ROLES, TRAIN, needed
 from cluster.rpc.auth_config import Security
 from cluster.rpc.auth_tokens import Role, find, read_grants
 from cluster.rpc.client import AsyncClient
@@ -51,9 +51,9 @@ def test_every_method_of_the_protocol_has_its_roles_and_no_other_is_named() -> N
     assert set(ROLES) == set(REQUEST_KINDS)
     assert all(ROLES.values())
     for method, roles in ROLES.items():
-        expected = {"Inference": (GENERATE,), "Training": (TRAIN,), "Control": (CONTROL, ANYONE)}
+        expected = {"Inference": (GENERATE,), "Training": (TRAIN,), "Control": (CONTROL, ABORT, ANYONE)}
         assert roles in expected[method.split("/")[1].rpartition(".")[2]], method
-    assert {m.rpartition("/")[2] for m, roles in ROLES.items() if roles == CONTROL} == {"Abort", "Drain", "Restart"}
+    assert {m.rpartition("/")[2] for m, roles in ROLES.items() if roles == CONTROL} == {"Drain", "Restart"}
 
 
 def test_a_method_that_is_not_in_the_table_is_nobodys() -> None:
@@ -135,6 +135,7 @@ def test_reflection_with_tokens_is_for_those_who_control(tmp_path: Path) -> None
                 Role.GENERATE: CODE.PERMISSION_DENIED,
                 Role.TRAIN: CODE.PERMISSION_DENIED,
                 Role.CONTROL: CODE.OK,
+                Role.OBSERVE: CODE.PERMISSION_DENIED,
             }
 
     run(main())
@@ -224,7 +225,7 @@ GOOD = "a-token-of-some-length"
     [
         ("", "holds no token; nobody could call"),
         ("x = 1", "begins with a setting of no token"),
-        (f'[a]\ntoken = "{GOOD}"', r"\[a\].roles is None; give a list of ['generate', 'train', 'control']"),
+        (f'[a]\ntoken = "{GOOD}"', r"\[a\].roles is None; give a list of ['generate', 'train', 'control', 'observe']"),
         (f'[a]\ntoken = "{GOOD}"\nroles = ["admin"]', "roles is ['admin']"),
         ('[a]\nroles = ["train"]', "needs either sha256 (of the token, better) or token"),
         (entry("a", GOOD, ["train"]) + f'token = "{GOOD}"', "needs either sha256"),

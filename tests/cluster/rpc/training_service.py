@@ -17,6 +17,7 @@ from cluster.engine.request import Request, ResponseOptions
 from cluster.frontend.frontend import Frontend
 from cluster.frontend.local_link import LocalLink
 from cluster.frontend.tracing import Tracer
+from cluster.rpc.auth_config import Security
 from cluster.rpc.client import AsyncClient
 from cluster.rpc.server import build_server
 from cluster.training.lead import TrainLead
@@ -38,6 +39,7 @@ async def training_service(
     dtype: torch.dtype | None = None,
     tracer: Tracer | None = None,
     config: EngineConfig = CONFIG,
+    security: Security | None = None,
 ) -> AsyncIterator[AsyncClient]:
     runner = build_runner(load(folder, dtype=dtype), config, 1 << 28)
     engine = build_engine(runner, config)
@@ -45,7 +47,7 @@ async def training_service(
     lead = TrainLead(side, Commands(None), engine.weights_changed)
     frontend = Frontend(LocalLink(engine, lead if trains else None))
     frontend.start()
-    server = build_server(frontend, "127.0.0.1:0", tracer=tracer)
+    server = build_server(frontend, "127.0.0.1:0", security=security, tracer=tracer)
     await server.start()
     try:
         async with AsyncClient(f"127.0.0.1:{server.port}") as client:
