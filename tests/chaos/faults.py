@@ -31,7 +31,7 @@ class World:
     served: Served
     training: Training
     disk: Path | None  # a small file system that holds the training run's folder, where one could be made
-    places: dict[int, tuple[str, int]] = field(default_factory=dict)  # of serving ranks: node, and its own process id
+    places: dict[int, tuple[str, int]] = field(default_factory=dict)  # of serving ranks: host, and its process id there
 
     def ranks(self, job: str) -> list[tuple[int, int, int]]:
         """Rank (-1: not known), node and process of every rank that is there."""
@@ -47,7 +47,7 @@ class World:
         return found
 
     def _serving_rank(self, number: int, pid: int) -> int:
-        here = (self.hosts.node(number), inner_pid(pid))
+        here = (self.hosts.name(number), inner_pid(pid))
         return next((rank for rank, place in self.places.items() if place == here), -1)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -49,6 +50,10 @@ class Hosts(Protocol):
 
     def node(self, number: int) -> str:
         """By what address the product names it."""
+        ...
+
+    def name(self, number: int) -> str:
+        """What it calls itself."""
         ...
 
     def command(self, words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
@@ -99,6 +104,9 @@ class Namespaces:
 
     def node(self, number: int) -> str:
         return f"10.77.0.1{number}"
+
+    def name(self, number: int) -> str:
+        return f"host{number}"
 
     def command(self, words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
         return [str(self._script), "in", str(HEAD), *words], self._env
@@ -159,6 +167,9 @@ class Raylets:
 
     def node(self, number: int) -> str:
         return str(self._nodes[number].node_ip_address)
+
+    def name(self, number: int) -> str:
+        return socket.gethostname()
 
     def command(self, words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
         return list(words), dict(os.environ) | _ray_settings()
