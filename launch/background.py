@@ -39,6 +39,10 @@ class Server:
         assert self._process is not None, "the server was not started"
         return self._process.pid
 
+    @property
+    def running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
     def __enter__(self) -> Self:
         self._process = subprocess.Popen(self._command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         lines: queue.SimpleQueue[str] = queue.SimpleQueue()

@@ -7,7 +7,7 @@ request is the front-end's business, what happens to a lost one launch.healing's
 from __future__ import annotations
 
 import asyncio
-import secrets
+import logging
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,36 +16,60 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cluster.actors.group import WorkerGroup
+from cluster.actors.kept_group import KeptGroup
 from cluster.actors.roster import Roster, await_room
-from cluster.actors.spec import FlightSpec, ServeSpec, TrainingConfig
+from cluster.actors.spec import ServeSpec
 from cluster.actors.worker import Ready
 from cluster.frontend.frontend import Frontend
 from cluster.frontend.socket_link import SocketLink
 from launch.healing import Healer
-from parallel.errors import TpError
+from launch.specs import spec_of
+from launch.standing import Left, Standing
+from parallel.errors import TpError, WorkerError
 
 if TYPE_CHECKING:
     from launch.serve import ServeConfig
+
+log = logging.getLogger(__name__)
 
 
 class Replicas:
     """`start` once; `close` ends everything, also what is still starting."""
 
-    def __init__(self, config: ServeConfig, model: Path, log_level: int) -> None:
+    def __init__(self, config: ServeConfig, model: Path, log_level: int, standing: Standing | None = None) -> None:
         self._parallel = config.parallel
+        self._standing = standing
         self._placement = replace(config.placement, log_level=log_level)
         self._closing = threading.Event()
-        self._specs = [_spec(config, model) for _ in range(config.parallel.dp)]
-        roster = Roster(len(self._specs))
-        self._groups = [
-            WorkerGroup(
-                spec, config.parallel.tp, config.parallel.device, self._placement, partial(roster.share, index)
-            )
-            for index, spec in enumerate(self._specs)
-        ]
+        self._specs = [spec_of(config, model) for _ in range(config.parallel.dp)]
+        self._left = standing.left() if standing else None
+        self._make_groups(self._left)
+
+    def _make_groups(self, left: Sequence[Left] | None) -> None:
+        """Not started yet, with the keys of those that were left if there are any."""
+        if left:
+            self._specs = [replace(spec, authkey=each.authkey) for spec, each in zip(self._specs, left, strict=True)]
+        self._roster = Roster(len(self._specs))
+        self._groups = [self._group(index, spec) for index, spec in enumerate(self._specs)]
+
+    def _group(self, index: int, spec: ServeSpec) -> WorkerGroup:
+        size, device, share = self._parallel.tp, self._parallel.device, partial(self._roster.share, index)
+        if self._standing is None:
+            return WorkerGroup(spec, size, device, self._placement, share)
+        keep = self._standing.keep(index)
+        return KeptGroup(spec, size, device, self._placement, share, keep=keep, moved=self._moved)
+
+    def _moved(self) -> None:
+        """A group has started, or was rebuilt: once all are there, the next command is told where."""
+        groups = [group for group in self._groups if isinstance(group, KeptGroup) and group.found]
+        if self._standing is not None and len(groups) == len(self._groups):
+            self._standing.write(groups, self._specs)
 
     async def start(self) -> list[list[Ready]]:
-        """What the ranks of each replica report. Where one does not start none is left."""
+        """What the ranks of each replica report: those that a command before this one left, if all of them go on, else
+        new ones. Where one does not start none is left."""
+        if self._left and (ready := await asyncio.to_thread(self._adopted, self._left)):
+            return ready
         if len(self._groups) > 1:
             room = partial(await_room, closing=self._closing)
             parallel = self._parallel
@@ -59,10 +83,32 @@ class Replicas:
             raise _named(*failed[0], len(starts))  # type: ignore[arg-type]
         return [task.result() for task in starts]
 
+    def _adopted(self, left: Sequence[Left]) -> list[list[Ready]] | None:
+        """All replicas that were left, as they are; None where one cannot be taken over."""
+        ready = []
+        no_wait = threading.Event()
+        no_wait.set()
+        try:
+            for index, (group, each) in enumerate(zip(self._groups, left, strict=True)):
+                assert isinstance(group, KeptGroup), "only those are left by a command"
+                ready.append(group.adopt(each.where))
+                self._roster.share(index, [rank.place for rank in ready[-1]], no_wait)
+        except WorkerError as error:
+            log.warning("%s; all ranks are started anew", error)
+            for group in self._groups:
+                if isinstance(group, KeptGroup):
+                    group.forgo()
+            self._make_groups(None)
+            return None
+        log.warning("the ranks that an earlier command left at work were taken over: nothing was loaded")
+        return ready
+
     async def close(self) -> None:
         """All at once."""
         self._closing.set()
         await asyncio.gather(*(asyncio.to_thread(group.close) for group in self._groups))
+        if self._standing is not None:
+            self._standing.clear()
 
     def connect(self, ready: Sequence[Sequence[Ready]]) -> list[SocketLink]:
         """A link to each replica's engine."""
@@ -80,28 +126,3 @@ class Replicas:
 def _named(index: int, error: BaseException, count: int) -> BaseException:
     """With the replica's number, where there are several."""
     return type(error)(f"replica {index}: {error}") if count > 1 and isinstance(error, TpError) else error
-
-
-def _spec(config: ServeConfig, model: Path) -> ServeSpec:
-    return ServeSpec(
-        model=str(model),
-        task=config.task,
-        adapter=None if config.adapter is None else str(Path(config.adapter).resolve()),
-        authkey=secrets.token_bytes(32),
-        parallel=replace(config.parallel, dp=1),  # a replica knows of no other
-        engine=config.engine,
-        training=_training(config.training),
-        start_timeout_s=config.placement.start_timeout_s,
-        weights_cache=config.placement.weights_cache,
-        flight=FlightSpec(secrets.token_hex(4), _folder(config.observe.flight_dir)),
-    )
-
-
-def _folder(path: str | None) -> str | None:
-    return None if path is None else str(Path(path).expanduser().resolve())
-
-
-def _training(config: TrainingConfig) -> TrainingConfig:
-    """With the root as a path that means the same on every rank, whose working folders differ."""
-    root = config.save_root
-    return config if root is None else replace(config, save_root=str(Path(root).expanduser().resolve()))

@@ -36,6 +36,7 @@ from cluster.training.states import StateFolder
 from launch.metrics import MetricsServer, ServeMetrics, check_host
 from launch.replicas import Replicas
 from launch.rolling import Upkeep
+from launch.standing import State, kept_state
 from launch.tracing import check_traces, open_tracer
 from parallel.errors import ConfigError, TpError, WorkerError
 from tp_decoders.adapter_files import read_adapter_config
@@ -68,8 +69,8 @@ def serve(config: ServeConfig, model: Path, log_level: int) -> int:
         StateFolder(Path(config.training.save_root).expanduser())
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the loop takes over
     try:
-        with ray_session(config.ray.address, config.ray.num_cpus):
-            return asyncio.run(_serve(config, model, log_level))
+        with kept_state(config, model) as state, ray_session(config.ray.address, config.ray.num_cpus):
+            return asyncio.run(_serve(config, model, log_level, state))
     except SystemExit as ended:  # Ray's own handler of SIGTERM, while Ray starts
         raise KeyboardInterrupt from ended
 
@@ -95,18 +96,18 @@ def check_port(host: str, port: int) -> None:
         raise ConfigError(f"cannot listen on {host}:{port}: {reason}; choose another port or host") from error
 
 
-async def _serve(config: ServeConfig, model: Path, log_level: int) -> int:
+async def _serve(config: ServeConfig, model: Path, log_level: int, state: State) -> int:
     loop = asyncio.get_running_loop()
     # a replica that starts or is watched holds a thread for as long as that takes
     loop.set_default_executor(ThreadPoolExecutor(THREADS + 4 * config.parallel.dp, "serve"))
     signals = _Signals(loop)
-    replicas = Replicas(config, model, log_level)
+    replicas = Replicas(config, model, log_level, state.standing)
     async with AsyncExitStack() as stack:
         stack.push_async_callback(replicas.close)
         ready = await _unless(signals.stop, replicas.start())
         if ready is None:
             return 0
-        frontend, upkeep, port, watched = await _open(config, model, replicas, ready, stack)
+        frontend, upkeep, port, watched = await _open(config, model, replicas, ready, stack, state)
         signals.restart = partial(upkeep.restart, config.server.drain_seconds)
         print(ready_line(config, model, ready, port) + watched, flush=True)
         await _run(frontend, signals, upkeep, config.server.drain_seconds)
@@ -114,7 +115,12 @@ async def _serve(config: ServeConfig, model: Path, log_level: int) -> int:
 
 
 async def _open(
-    config: ServeConfig, model: Path, replicas: Replicas, ready: Sequence[Sequence[Ready]], stack: AsyncExitStack
+    config: ServeConfig,
+    model: Path,
+    replicas: Replicas,
+    ready: Sequence[Sequence[Ready]],
+    stack: AsyncExitStack,
+    state: State,
 ) -> tuple[Frontend, Upkeep, int, str]:
     """Front-end and server over the replicas' engines, its port, and where its metrics are; the stack closes them."""
     for rank in (rank for ranks in ready for rank in ranks):
@@ -123,7 +129,7 @@ async def _open(
             log.warning("%s", line)
     links = await asyncio.to_thread(replicas.connect, ready)
     codec = codec_of(await asyncio.to_thread(load_tokenizer, model))
-    frontend = Frontend(links, codec=codec, config=_patience(config))
+    frontend = Frontend(links, codec=codec, config=_patience(config), ledger=state.ledger)
     stack.push_async_callback(frontend.close)
     upkeep = Upkeep(frontend, replicas.healers(frontend, ready))
     host = f"[{config.server.host}]" if ":" in config.server.host else config.server.host

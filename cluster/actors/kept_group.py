@@ -6,6 +6,7 @@ renewed here (detached.py), and one that was taken over is watched through a cal
 
 from __future__ import annotations
 
+import logging
 import secrets
 import threading
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from cluster.actors.bundles import Bundles
+from cluster.actors.bundles import Bundles, Tell
 from cluster.actors.detached import NAMESPACE, Keep, Whereabouts, end_leftovers
 from cluster.actors.faults import describe
 from cluster.actors.group import ANSWER_S, Share, WorkerGroup
@@ -22,6 +23,7 @@ from cluster.actors.place import PlacementConfig
 from cluster.actors.worker import Lease, MakeProgram, Ready
 from parallel.errors import WorkerError
 
+log = logging.getLogger(__name__)
 MOST_RENEW_S = 5.0
 
 
@@ -37,9 +39,13 @@ class KeptGroup(WorkerGroup):
         share: Share | None = None,
         *,
         keep: Keep,
+        moved: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__(make, size, device, config, share)
         self._keep = keep
+        self._moved = moved  # called when `whereabouts` has changed
+        self.found = False
+        """Whether there are ranks to be found."""
         self._names = [""] * size
         self._bundles = Bundles(size, device, self.config, self._closing, keep.name)
 
@@ -47,7 +53,15 @@ class KeptGroup(WorkerGroup):
         """Anew; what is left of an earlier group of this name is ended first."""
         end_leftovers(self._keep.name)
         self._begin_renewing()
-        return super().start(on_fault)
+        return self._told(super().start(on_fault))
+
+    def rebuild(self, tell: Tell = log.warning, make: MakeProgram | None = None, keep: bool = True) -> list[Ready]:
+        return self._told(super().rebuild(tell, make, keep))
+
+    def _told(self, ready: list[Ready]) -> list[Ready]:
+        self.found = True
+        self._moved()
+        return ready
 
     def adopt(self, left: Whereabouts) -> list[Ready]:
         """Takes over the ranks of an owner that is gone, which go on as they are; WorkerError where one does not."""
@@ -64,7 +78,12 @@ class KeptGroup(WorkerGroup):
         self._runs = [actor.watch.remote(self._life) for actor in self._actors]
         self._begin_renewing()
         self._begin_watch()
+        self.found = True
         return self._ready
+
+    def forgo(self) -> None:
+        """Lets go of what was taken over, without ending it."""
+        self._closing.set()
 
     @property
     def whereabouts(self) -> Whereabouts:

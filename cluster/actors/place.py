@@ -29,6 +29,7 @@ class PlacementConfig:
     silence_s: float = 6.0  # a rank that has not answered for this long is lost: frozen, or behind a dead link
     max_restarts: int = 5  # of a group, within restart_window_s; 0: the first fault ends it
     restart_window_s: float = 600.0
+    orphan_timeout_s: float = 300.0  # ranks that outlive their server (server.state_dir) end after so long without one
     weights_cache: str | None = None  # a folder on a disk of each node, for a copy of the checkpoint's files
     log_level: int = logging.WARNING
     log_json: bool = False  # the ranks' log as lines of JSON
@@ -46,6 +47,8 @@ class PlacementConfig:
             raise ConfigError(
                 f"placement.weights_cache is {self.weights_cache!r}; give a full path: it is each node's own"
             )
+        if not self.orphan_timeout_s >= 1.0:
+            raise ConfigError(f"placement.orphan_timeout_s is {self.orphan_timeout_s:g}; give at least 1 second")
         if not self.restart_window_s > 0:
             raise ConfigError(f"placement.restart_window_s is {self.restart_window_s:g}; give seconds above 0")
 
@@ -90,9 +93,7 @@ def check_room(nodes: Sequence[Mapping[str, Any]], size: int, device: str, strat
     raise ConfigError(f"{needs}{where}, the cluster has {has}; {advice}")
 
 
-def check_replicas(
-    nodes: Sequence[Mapping[str, Any]], replicas: int, tp: int, device: str, strategy: Strategy
-) -> None:
+def check_replicas(nodes: Sequence[Mapping[str, Any]], replicas: int, tp: int, device: str, strategy: Strategy) -> None:
     """Refuses at once more replicas of `tp` ranks than there is room for, with the number that fits."""
     check_room(nodes, tp, device, strategy)
     resource, word = ("GPU", "GPU") if device == "cuda" else ("CPU", "CPU core")
