@@ -2,7 +2,7 @@
 # make families  train a small model of each family on real text and serve it; about a quarter of an hour
 # make test   lint, types, import contracts, tests
 # make lint   the first three only
-# make fuzz   300 drawn configurations against their references (30 in make test); FUZZ_CASES, FUZZ_FIRST to walk on
+# make fuzz   300 drawn configurations and 300 padded calls against their references (30 in make test); FUZZ_CASES, FUZZ_FIRST to walk on
 # make walk   docs/multi-node.md on three hosts of this machine (root, sshd, rsync): ray up, train, lose a host, serve; five minutes
 # make chaos  100 faults under load on three hosts of this machine (root, unshare, ip); an hour at most; CHAOS_ARGS
 # make soak   half an hour of mixed load: memory and handles of every process must stay flat; SOAK_ARGS

@@ -7,8 +7,10 @@ number of ranks; all ranks make the same call.
 
 Positions, unless given, count the columns from a row's first token, so that a row's results do not depend on where its
 padding is. transformers' forward counts from the first column: with padding on the left it differs for learned
-positions (GPT-2, GPT-BigCode), until it is given the position_ids that its `generate` makes. Labels are shifted inside:
-one counts unless it is -100 or the column before it holds no token to predict it from; on padding it must be -100.
+positions (GPT-2, GPT-BigCode), until it is given the position_ids that its `generate` makes. Positions say where tokens
+are and nothing else: without mask and cache transformers takes some that do not count up by one for packed sequences,
+which here go through the flat forward. Labels are shifted inside: one counts unless it is -100 or the column before it
+holds no token to predict it from; on padding it must be -100.
 
 In train mode activations are dropped as config.json says. The masks follow from one seed, `seed` or else drawn from
 torch's default generator, which must be in the same state on all ranks.
@@ -29,6 +31,7 @@ from parallel.lora import dropping_branches
 from parallel.loss import IGNORE_INDEX, vocab_cross_entropy
 from parallel.probed import Asked, Encoded, Past, Probed
 from tp_decoders.decoder import Decoder
+from tp_decoders.padded_cache import columns_of
 from tp_decoders.padded_inputs import Call, Inputs, checked_ids, in_vocabulary
 from tp_decoders.padded_outputs import (
     CausalOutput,
@@ -71,10 +74,13 @@ class FlatPass:
             return None
         return gathered_cross_attentions(self.call.model, self.call.encoder, weights)
 
-    def past_key_values(self) -> KeyValues | None:
-        """The call's past and its new columns, and the encoder's keys and values."""
-        if not self.attend.kept.keys_values:
+    def past_key_values(self) -> Any:
+        """The call's past and its new columns, and the encoder's keys and values; in the cache that was handed in."""
+        if not self.call.asks("use_cache"):
             return None
+        return self.keys_values() if self.call.cache is None else self.call.cache.given
+
+    def keys_values(self) -> KeyValues:
         layers = padded_keys_values(self.padding, self.attend.kept.keys_values, self.call.past)
         if self.attend.encoder is None or self.call.encoder is None:
             return tuple(layers)
@@ -134,14 +140,14 @@ class PaddedModel:
         """The next call of a loop that appends tokens to input_ids and attention_mask: what is not in the past yet,
         at the positions that the mask leaves. inputs_embeds stand for the first call's input_ids.
         """
-        past, mask, types = (inputs.get(k) for k in ("past_key_values", "attention_mask", "token_type_ids"))
+        columns = columns_of(inputs.get("past_key_values"))
+        mask, types = inputs.get("attention_mask"), inputs.get("token_type_ids")
         call: dict[str, Any] = {**inputs}
         embeds = call.pop("inputs_embeds", None)
-        if past is not None:
-            columns = past[0][0].shape[2]  # type: ignore[index]
+        if columns:
             input_ids = input_ids[:, columns if input_ids.shape[1] > columns else -1 :]
-        new = input_ids.shape[1] if embeds is None or past is not None else embeds.shape[1]
-        call |= {"input_ids": input_ids} if embeds is None or past is not None else {"inputs_embeds": embeds}
+        new = input_ids.shape[1] if embeds is None or columns else embeds.shape[1]
+        call |= {"input_ids": input_ids} if embeds is None or columns else {"inputs_embeds": embeds}
         if isinstance(types, Tensor):
             call["token_type_ids"] = types[:, -new:]
         takes_positions = self.model.positions is not None or hasattr(self.model, "rotary")
@@ -157,7 +163,10 @@ class PaddedModel:
         attend = _attend(call, self._dropping(call.padding, inputs.get("seed")))
         seen: list[Tensor] | None = [] if call.asks("output_hidden_states") else None
         x_TD = model.through_blocks(x_TD, attend, *model.given(positions_T), seen=seen)
-        return FlatPass(call, model.final(x_TD), attend, seen)
+        flat = FlatPass(call, model.final(x_TD), attend, seen)
+        if call.cache is not None:
+            call.cache.extend(flat.keys_values())
+        return flat
 
     def _dropping(self, padding: Padding, seed: int | None) -> Dropping | None:
         """By rows of the batch and places in them."""
@@ -196,7 +205,7 @@ def targets_of(labels_BT: Tensor, padding: Padding, vocab_size: int) -> Tensor:
 def _attend(call: Call, dropping: Dropping | None) -> Probed:
     padding, past = call.padding, call.past
     asked = Asked(
-        keys_values=call.asks("use_cache"), weights=call.asks("output_attentions"), head_mask_LN=call.head_mask()
+        keys_values=call.keeps, weights=call.asks("output_attentions"), head_mask_LN=call.head_mask()
     )
     behind = None
     if past is not None:

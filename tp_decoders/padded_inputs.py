@@ -7,13 +7,14 @@ looked at, so padding may hold any id. B batch, T new and P past columns, L laye
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
 from parallel.errors import RequestError
 from tp_decoders.decoder import Decoder
+from tp_decoders.padded_cache import Caches
 from tp_decoders.padded_outputs import KeyValues
 from tp_decoders.padding import EncoderPadding, Padding
 
@@ -26,7 +27,7 @@ class Inputs(TypedDict, total=False):
     position_ids: Tensor | None  # [B, T] or [1, T]
     token_type_ids: Tensor | None  # [B, T], in the vocabulary
     head_mask: Tensor | None  # [N] for all layers, or [L, N]; by the numbers of unpruned heads
-    past_key_values: KeyValues | None  # what an earlier call returned
+    past_key_values: Any  # what an earlier call returned: key/values by layer, or a cache of transformers'
     encoder_hidden_states: Tensor | None  # [B, S, D]
     encoder_attention_mask: Tensor | None  # [B, S] or [B, T, S]
     use_cache: bool | None
@@ -44,19 +45,22 @@ class Call:
     given: Inputs
     padding: Padding
     encoder: EncoderPadding | None
+    cache: Caches | None = None  # what past_key_values came in, if not as tuples
 
     @staticmethod
     def of(model: Decoder, input_ids: Tensor | None, given: Inputs) -> Call:
         unknown = sorted(set(given) - set(Inputs.__annotations__))
         if unknown:
             raise RequestError(f"unknown inputs {unknown}; a call takes {', '.join(sorted(Inputs.__annotations__))}")
+        cache = Caches.of(given.get("past_key_values"))
+        if cache is not None:
+            given = {**given, "past_key_values": cache.keys_values()}
         embeds, past = given.get("inputs_embeds"), given.get("past_key_values")
         batch, time, device = _shape(input_ids, embeds, model.config.d_model)
         num_past = 0 if past is None else checked_past(model, past, batch)
         padding = Padding.of(given.get("attention_mask"), batch, time, num_past, device)
-        return Call(
-            model=model, input_ids=input_ids, given=given, padding=padding, encoder=_encoder(model, given, padding)
-        )
+        encoder = _encoder(model, given, padding, cache is not None)
+        return Call(model=model, input_ids=input_ids, given=given, padding=padding, encoder=encoder, cache=cache)
 
     def asks(self, flag: str) -> bool:
         """One of use_cache, output_attentions and output_hidden_states."""
@@ -65,6 +69,11 @@ class Call:
     @property
     def past(self) -> KeyValues | None:
         return self.given.get("past_key_values")
+
+    @property
+    def keeps(self) -> bool:
+        """Whether keys and values are left behind: a cache grows whether or not it is asked for."""
+        return self.cache is not None or self.asks("use_cache")
 
     def positions(self) -> Tensor:
         """[tokens]"""
@@ -177,7 +186,7 @@ def checked_past(model: Decoder, past: KeyValues, batch: int) -> int:
     return num_past
 
 
-def _encoder(model: Decoder, given: Inputs, padding: Padding) -> EncoderPadding | None:
+def _encoder(model: Decoder, given: Inputs, padding: Padding, grows: bool) -> EncoderPadding | None:
     states, mask, past = (
         given.get("encoder_hidden_states"), given.get("encoder_attention_mask"), given.get("past_key_values"),
     )  # fmt: skip
@@ -199,7 +208,8 @@ def _encoder(model: Decoder, given: Inputs, padding: Padding) -> EncoderPadding 
         )
     if past is not None and cached:
         checked_cross(model, past, states)
-    return EncoderPadding.of(mask, states.shape[1], padding, whole=asks(model, given, "use_cache") and not cached)
+    keeps = grows or asks(model, given, "use_cache")
+    return EncoderPadding.of(mask, states.shape[1], padding, whole=keeps and not cached)
 
 
 def checked_cross(model: Decoder, past: KeyValues, states: Tensor) -> None:

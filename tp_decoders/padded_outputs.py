@@ -1,14 +1,16 @@
 """What a padded call gives back, under transformers' names, and how it is made of what a flat pass left behind.
 
 Keys and values are this rank's: a layer is (k, v), [B, local k/v heads, time, head] each, or (k, v, cross k, cross v)
-with an encoder; one shared k/v head is on every rank. Attentions are gathered over the heads, in global order;
-everything else is the same on every rank. B batch, T time, D model, V vocabulary, N heads.
+with an encoder, or the cache that was handed in (padded_cache.py); one shared k/v head is on every rank. Attentions are
+gathered over the heads, in global order; everything else is the same on every rank. B batch, T time, D model, V
+vocabulary, N heads.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -100,6 +102,9 @@ def gathered_cross_attentions(
     return tuple(gathered)
 
 
-def reorder_cache(past: KeyValues, beam_ids: Tensor) -> KeyValues:
-    """The past of other rows: row i becomes what row beam_ids[i] was."""
+def reorder_cache(past: Any, beam_ids: Tensor) -> Any:
+    """The past of other rows: row i becomes what row beam_ids[i] was. A cache of transformers' changes in place."""
+    if not isinstance(past, tuple | list):
+        past.reorder_cache(beam_ids)
+        return past
     return tuple(tuple(x.index_select(0, beam_ids.to(x.device)) for x in layer) for layer in past)

@@ -82,14 +82,14 @@ def write(case: str, folder: Path, model: Any) -> Callable[[dict[str, Tensor]], 
     return as_bigcode
 
 
-def as_bigcode(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def as_bigcode(tensors: dict[str, Tensor], heads: int = HEADS) -> dict[str, Tensor]:
     """GPT-2's tensors laid out as GPT-BigCode's: [out, in], and rows of c_attn head by head."""
-    made = {}
+    made, width = {}, next(tensor.shape[1] for name, tensor in tensors.items() if name.endswith("wte.weight"))
     for name, tensor in tensors.items():
         if tensor.dim() == 2 and name.endswith(("c_attn.weight", "c_proj.weight", "q_attn.weight", "c_fc.weight")):
             tensor = tensor.t()
         if ".c_attn." in name:
-            rows = tensor.unflatten(0, (-1, HEADS, WIDTH // HEADS))
+            rows = tensor.unflatten(0, (-1, heads, width // heads))
             tensor = rows.transpose(0, 1).flatten(0, 2)
         made[name] = tensor.contiguous()
     return made

@@ -150,14 +150,14 @@ def write_drawn(case: Case, folder: Path) -> dict[str, float]:
     (model.save if case.dense else model.save_pretrained)(folder)
     tokens = torch.randint(case.config["vocab_size"], (sum(case.lengths),))
     narrow = _answers(model, case, tokens)
-    wide = _answers(_in_float64(model, case), case, tokens) if case.family != "mpt" or case.dense else narrow
+    wide = _answers(in_float64(model, case), case, tokens) if case.family != "mpt" or case.dense else narrow
     torch.save(wide, folder / "reference.pt")
     pairs = {name: (narrow[name], wide[name]) for name in ("logits", "loss")}
     pairs |= {name: (narrow["grads"][name], grad) for name, grad in wide["grads"].items()}
     return {name: float((a - b).abs().max() / b.abs().max()) for name, (a, b) in pairs.items()}
 
 
-def _in_float64(model: Any, case: Case) -> Any:
+def in_float64(model: Any, case: Case) -> Any:
     """The same function in float64. (transformers' MPT cannot: it fills float32 masks with float64's lowest number.)"""
     if case.dense:
         model.weights = {name: weight.detach().double().requires_grad_() for name, weight in model.weights.items()}

@@ -282,7 +282,7 @@ def deviation(group: Group, folder: str) -> dict[str, float]:
     call = reference["calls"][-1]
     time = reference["logits"].shape[1]
     whole = call.get("attention_mask")
-    whole = torch.ones(BATCH, time, dtype=torch.long) if whole is None else whole
+    whole = torch.ones(len(reference["logits"]), time, dtype=torch.long) if whole is None else whole
     here = whole[:, -time:, None]
     errors = {"logits": padded_error(out.logits, reference["logits"], here)}
     errors["loss"] = error(out.loss.detach(), reference["loss"].detach(), reference["loss"].detach())
