@@ -216,7 +216,7 @@ class Fleet:
 
     def _sit(self, replica: Replica, link: EngineLink) -> None:
         seat = Seat(replica.index, link)
-        link.start(partial(self._hand_over, self._hear, seat), partial(self._hand_over, self._hear_fault, seat))
+        link.start(partial(self._hand_over, self._on_events, seat), partial(self._hand_over, self._hear_fault, seat))
         replica.seat, replica.link, replica.fault, replica.doubt = seat, link, "", NO_CANARY
 
     def _empty(self, replica: Replica) -> list[Entry]:
@@ -233,10 +233,6 @@ class Fleet:
             self._loop.call_soon_threadsafe(target, seat, news)
         except RuntimeError:
             log.debug("dropped news of an engine: the event loop is closed")
-
-    def _hear(self, seat: Seat, events: Sequence[LinkEvent]) -> None:
-        if self.replicas[seat.replica].seat is seat:
-            self._on_events(seat, events)
 
     def _hear_fault(self, seat: Seat, cause: str) -> None:
         if self.replicas[seat.replica].seat is seat:

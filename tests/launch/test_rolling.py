@@ -167,6 +167,27 @@ def test_the_next_one_waits_until_a_lost_one_is_back() -> None:
     with_engines(5, main)
 
 
+def test_the_last_one_that_serves_is_not_ended_though_its_turn_has_come() -> None:
+    async def main(*engines: ServedEngine) -> None:
+        groups = [PlayedGroup([engines[0], engines[2]]), PlayedGroup([engines[1]], failures=10**6, max_restarts=10**6)]
+        async with Played(groups) as server:
+            task = asked(server.frontend, 3, 100)
+            await until(lambda: server.open == [1, 0])
+            restarting = asyncio.create_task(server.upkeep.restart(LONG_S))
+            await until(lambda: server.frontend.fleet.replicas[0].held)
+            groups[1].fail()
+            server.frontend.fault("its process died", 1)
+            assert (await task)[0].samples[0].token_ids == tokens_of([3], 1, 0, 100)
+            assert (await asked(server.frontend, 4, 10))[0].samples[0].token_ids == tokens_of([4], 1, 0, 10)
+            assert groups[0].kept == [] and server.states == [State.SERVING]
+            groups[1].engines += engines[3:]
+            groups[1].failures = 0
+            assert (await restarting).replicas == 2
+            assert groups[0].kept == [False] and server.states == [State.SERVING]
+
+    with_engines(5, main)
+
+
 def test_a_replica_that_cannot_be_healed_stays_out_until_a_restart_is_asked_for() -> None:
     async def main(*engines: ServedEngine) -> None:
         groups = [PlayedGroup([engines[0], engines[2]]), PlayedGroup([engines[1]], failures=2, max_restarts=2)]

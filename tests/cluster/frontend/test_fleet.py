@@ -146,7 +146,7 @@ def test_answers_over_replicas_that_die_in_turn_equal_those_of_one_that_lives() 
                 k: tokens_of([i, i + 1], i, k, 40) for k in (0, 1)
             }
         assert deaths >= 2 and frontend.num_open == 0
-        assert [replica.seat.tokens for replica in frontend.fleet.replicas if replica.seat] == [0, 0]
+        assert not any(replica.seat.tokens for replica in frontend.fleet.replicas if replica.seat)
         await frontend.close()
 
     run(main(), 120.0)
