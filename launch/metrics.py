@@ -1,4 +1,4 @@
-"""Prometheus metrics of a server: the numbers of engine and front-end under their public names, on an HTTP port.
+"""Prometheus metrics of a server: the numbers of engine and front-end under their public names.
 
 The one module that knows the metric library. Nothing is measured here: each scrape asks the front-end's loop once,
 which asks the engines between two steps. What an engine counts carries its replica's number; while a replica has no
@@ -12,9 +12,8 @@ import logging
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from concurrent.futures import CancelledError
 from operator import attrgetter
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -23,8 +22,7 @@ from cluster.frontend.fleet import Fleet
 from cluster.frontend.frontend import Frontend, State
 from cluster.frontend.meters import Histogram, Meters, TrainMeters
 from cluster.frontend.readiness import Readiness
-from cluster.rpc.auth_config import Security, is_loopback
-from parallel.errors import ConfigError, TpError
+from parallel.errors import TpError
 
 log = logging.getLogger(__name__)
 PREFIX = "tp_decoders_"
@@ -251,43 +249,3 @@ def histogram(name: str, words: str, values: Histogram) -> HistogramMetricFamily
         below += count
         buckets.append(("+Inf" if bound == float("inf") else repr(bound), below))
     return HistogramMetricFamily(PREFIX + name, words, buckets=buckets, sum_value=values.total)
-
-
-def check_host(host: str, security: Security, insecure: bool) -> None:
-    """The rule of the gRPC port, for a port that knows no tokens: others reach it with a certificate or not at all."""
-    certified = security.tls is not None and security.tls.client_ca is not None
-    if not (certified or insecure or is_loopback(host)):
-        raise ConfigError(
-            f"observe.metrics_host is {host!r}, which other machines can reach, and there are no client certificates "
-            "(--tls-client-ca): anybody could read the metrics. Give them, use 127.0.0.1, or say "
-            "--insecure-listen-anywhere if something else guards the port"
-        )
-
-
-class MetricsServer:
-    """An HTTP port that answers /metrics, until `close`."""
-
-    def __init__(
-        self, collector: Collector, host: str, port: int, security: Security | None = None, insecure: bool = False
-    ) -> None:
-        security = security or Security()
-        check_host(host, security, insecure)
-        registry = CollectorRegistry(auto_describe=False)
-        registry.register(collector)
-        tls: dict[str, Any] = {}
-        if security.tls is not None:
-            ca = security.tls.client_ca
-            tls = {"certfile": security.tls.cert, "keyfile": security.tls.key}
-            tls |= {"client_cafile": ca, "client_auth_required": True} if ca else {}
-        try:
-            self._server, self._thread = start_http_server(port, host, registry, **tls)
-        except OSError as error:
-            reason = error.strerror or str(error)
-            raise ConfigError(f"cannot give metrics on {host}:{port}: {reason}; choose another port") from error
-        self.port: int = self._server.server_port
-        log.info("metrics on %s:%d/metrics", host, self.port)
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join(5.0)

@@ -33,7 +33,8 @@ from cluster.rpc.auth_config import Security
 from cluster.rpc.control import ServiceInfo
 from cluster.rpc.server import build_server, check_security
 from cluster.training.states import StateFolder
-from launch.metrics import MetricsServer, ServeMetrics, check_host
+from launch.metrics import ServeMetrics
+from launch.metrics_server import MetricsServer, check_host
 from launch.replicas import Replicas
 from launch.rolling import Upkeep
 from launch.standing import State, kept_state

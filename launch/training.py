@@ -34,7 +34,7 @@ from cluster.training.schedule import Schedule
 from cluster.training.skips import OnNonFinite, names_batch
 from launch.healing import Restarts
 from launch.init import TOKENIZER_FILES, copy_tokenizer, write_random
-from launch.metrics import MetricsServer
+from launch.metrics_server import MetricsServer
 from launch.presets import Layer, build, find, read
 from launch.progress import header, watch
 from launch.serve import RayConfig

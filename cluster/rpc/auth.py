@@ -47,10 +47,14 @@ ROLES = {
 }
 OPEN = "/grpc.health.v1.Health/"
 REFLECTION = "/grpc.reflection."
+METRICS = "/metrics"
+"""Not a gRPC method but a path of the metrics' own port, which asks at the same gate."""
 
 
 def needed(method: str) -> frozenset[Role]:
     """The roles of which one is needed."""
+    if method == METRICS:
+        return OBSERVE | CONTROL
     return CONTROL if method.startswith(REFLECTION) else ROLES.get(method, frozenset())
 
 

@@ -24,7 +24,8 @@ from cluster.frontend.readiness import Readiness
 from cluster.rpc.auth_config import Security
 from cluster.rpc.client import AsyncClient
 from cluster.rpc.server import build_server
-from launch.metrics import MetricsServer, ServeMetrics, check_host
+from launch.metrics import ServeMetrics
+from launch.metrics_server import MetricsServer, check_host
 from launch.observe import ObserveConfig
 from launch.train_metrics import TrainMetrics
 from parallel.errors import ConfigError
