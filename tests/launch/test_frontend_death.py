@@ -23,16 +23,16 @@ from tests.launch.test_serve import alive, wait_until_gone
 
 __all__ = ["cluster", "model"]
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
-STREAMS, TOKENS, BEFORE = 5, 400, 40
+STREAMS, TOKENS, BEFORE = 5, 300, 30
 STOPPING = {"max_new_tokens": TOKENS, "ignore_eos": True}
 PATIENCE = 240.0
 """Of a client while the server is started again, on a machine that does anything else."""
 
 
 def server_of(model: Path, state: Path, *more: str) -> Server:
-    sizes = ["--preset", "small", "--cluster", "cpu-2", "engine.kv_blocks=512", "engine.max_sequences=16"]
-    sizes += ["ledger.orphan_seconds=240"]
-    return Server(["--model", str(model), *sizes, "--state-dir", str(state), *more, "-v"], timeout_s=PATIENCE)
+    flags = ["-v", "--model", str(model), "--state-dir", str(state), "--preset", "small", "--cluster", "cpu-2"]
+    settings = ["engine.kv_blocks=512", "engine.max_sequences=16", "ledger.orphan_seconds=240"]
+    return Server([*flags, *settings, *more], timeout_s=PATIENCE)
 
 
 def killed(server: Server) -> None:
