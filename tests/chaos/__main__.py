@@ -19,10 +19,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tests.chaos.faults import KINDS
-from tests.chaos.hosts import Namespaces, Raylets
+from tests.chaos.hosts import Namespaces, Raylets, free_port
 from tests.chaos.jobs import DISK_BYTES
 from tests.chaos.run import Plan, Run
-from tests.chaos.start import free_port, started
 from tests.multinode import ground
 
 TOOLS = ("unshare", "nsenter", "ip", "mount")
@@ -74,7 +73,8 @@ def inside(base: Path, plan: Plan) -> int:
 
 def on_raylets(plan: Plan, out: Path | None) -> int:
     base = Path(tempfile.mkdtemp(prefix="tp-chaos-"))
-    hosts = Raylets(started())
+    (base / "logs").mkdir()
+    hosts = Raylets(base)
     try:
         status = Run(hosts, base, Path(TEXT).resolve(), "127.0.0.1", free_port()).go(plan)
     finally:

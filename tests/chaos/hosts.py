@@ -17,7 +17,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from tests.multinode.commands import Failed
+from tests.chaos.usage import family_of
+from tests.multinode.commands import Command, Failed
 
 HEAD = 1
 CHECKS = {
@@ -38,7 +39,11 @@ class Hosts(Protocol):
 
     numbers: tuple[int, ...]
     can_cut: bool
-    address: str
+
+    @property
+    def address(self) -> str:
+        """Of Ray."""
+        ...
 
     def start(self, number: int) -> None:
         """A node's Ray, at first and again."""
@@ -147,43 +152,74 @@ class Raylets:
     numbers: tuple[int, ...] = (1, 2, 3)
     can_cut = False
 
-    def __init__(self, started: Any) -> None:
-        """`started`: a ray.cluster_utils.Cluster with its head."""
-        self._cluster = started
-        self._nodes: dict[int, Any] = {HEAD: started.head_node}
-        self.address = started.address
+    def __init__(self, base: Path) -> None:
+        """`base` holds what Ray writes: a short path, for its sockets."""
+        self._base = base
+        self._nodes: dict[int, Command] = {}
+        self._ip, self._port = "127.0.0.1", free_port()
+
+    @property
+    def address(self) -> str:
+        return f"{self._ip}:{self._port}"
 
     def start(self, number: int) -> None:
-        if number == HEAD:
-            return
-        if number in self._nodes:
-            self._cluster.remove_node(self._nodes.pop(number), allow_graceful=False)
-        self._nodes[number] = self._cluster.add_node(num_cpus=CORES, object_store_memory=STORE_BYTES)
+        head = ["--head", f"--port={self._port}", f"--temp-dir={self._base / 'ray'}", "--include-dashboard=false"]
+        head += [f"--ray-client-server-port={free_port()}"]
+        where = head if number == HEAD else [f"--address={self.address}"]
+        ports = ["--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0"]
+        size = [f"--num-cpus={CORES}", f"--object-store-memory={STORE_BYTES}"]
+        words = [str(Path(sys.executable).parent / "ray"), "start", "--block", "--disable-usage-stats"]
+        for left in reversed(range(ATTEMPTS)):
+            log = self._base / "logs" / f"ray-{number}.log"
+            node = Command([*words, *where, *size, *ports], env=self.command([])[1], log=log)
+            try:
+                node.says("Ray runtime started", 90)
+                self._nodes[number] = node
+                self._ip = node.says(r"Local node IP: \S+", 1)[1].split()[-1]
+                break
+            except Failed:
+                _end_family(node.pid)
+                if not left or "timed out during startup" not in node.text:
+                    raise
 
     def raylet(self, number: int) -> int | None:
         node = self._nodes.get(number)
-        processes = node.all_processes.get("raylet", []) if node else []
-        return processes[0].process.pid if processes and processes[0].process.poll() is None else None
+        found = [pid for pid in children(node.pid) if is_raylet(pid)] if node and node.status is None else []
+        return found[0] if found else None
 
     def node(self, number: int) -> str:
-        return str(self._nodes[number].node_ip_address)
+        return self._ip
 
     def name(self, number: int) -> str:
         return socket.gethostname()
 
     def command(self, words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-        return list(words), dict(os.environ) | _ray_settings()
+        return list(words), dict(os.environ) | _ray_settings() | {"RAY_AUTH_MODE": "disabled"}
 
     def link(self, number: int, state: str) -> None:
         raise AssertionError("raylets of one machine have no link")
 
     def clear(self, number: int) -> None:
-        until_gone(lambda: self.raylet(number) is not None)
-        if (pid := self.raylet(number)) is not None:
-            end(pid)
+        """`ray start` ends with its raylet, and ends the others."""
+        until_gone(lambda: self._nodes[number].status is None)
+        _end_family(self._nodes[number].pid)
 
     def close(self) -> None:
-        self._cluster.shutdown()
+        for number in reversed(self.numbers):
+            if number in self._nodes:
+                _end_family(self._nodes[number].pid)
+
+
+def _end_family(pid: int) -> None:
+    """A process and all below it."""
+    for each in sorted(family_of(pid)):
+        end(each)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _ray_settings() -> dict[str, str]:

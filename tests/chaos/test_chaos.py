@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import random
+import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -12,11 +13,10 @@ import pytest
 
 from parallel.native import library
 from tests.chaos.faults import KINDS, drawn, flip, tensor_byte
-from tests.chaos.hosts import Raylets
+from tests.chaos.hosts import Raylets, free_port
 from tests.chaos.jobs import KEEPS_STATE
 from tests.chaos.load import compare
 from tests.chaos.run import Plan, Run
-from tests.chaos.start import free_port, started
 
 TEXT = Path(__file__).resolve().parents[1] / "data" / "text" / "tinyshakespeare.txt"
 FIVE = (
@@ -61,19 +61,19 @@ def test_one_bit_of_a_tensor_flips_and_flips_back(tmp_path: Path) -> None:
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_five_faults_cost_no_token_no_answer_and_no_bit_of_training(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_five_faults_cost_no_token_no_answer_and_no_bit_of_training(capsys: pytest.CaptureFixture[str]) -> None:
     library.available()  # compiled here if need be
-    hosts = Raylets(started())
-    try:
-        status = Run(hosts, tmp_path, TEXT, "127.0.0.1", free_port()).go(
-            Plan(faults=5, seed=0, minutes=10, tokens=100, steps=300, kinds=FIVE)
-        )
-    finally:
-        hosts.close()
-    assert status == 0, capsys.readouterr().out
-    found = json.loads((tmp_path / "logs/chaos.json").read_text())
+    with tempfile.TemporaryDirectory(prefix="tp-", ignore_cleanup_errors=True) as folder:  # short, for Ray's sockets
+        base = Path(folder)
+        (base / "logs").mkdir()
+        hosts = Raylets(base)
+        try:
+            plan = Plan(faults=5, seed=0, minutes=10, tokens=100, steps=300, kinds=FIVE)
+            status = Run(hosts, base, TEXT, "127.0.0.1", free_port()).go(plan)
+        finally:
+            hosts.close()
+        assert status == 0, capsys.readouterr().out
+        found = json.loads((base / "logs/chaos.json").read_text())
     assert [fault["kind"] for fault in found["faults"]] == list(FIVE)
     assert all(fault["named"] and fault["healed"] for fault in found["faults"])
     assert len(found["laps"]) >= 2 and all(lap["same"] for lap in found["laps"])
