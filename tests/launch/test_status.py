@@ -20,11 +20,12 @@ from launch.main import main
 from tests.cluster.frontend.fakes import CODEC, FakeEngine
 
 
-def at_a_server(engine: FakeEngine, act: Callable[[str, Frontend], Any]) -> Any:
+def at_a_server(engine: FakeEngine, act: Callable[[str, Frontend], Any], *others: FakeEngine) -> Any:
     """What `act` returns, run in a thread beside a server at the address it is given."""
 
     async def serve() -> Any:
-        frontend = Frontend(LocalLink(engine), codec=CODEC)
+        links = [LocalLink(each) for each in (engine, *others)]
+        frontend = Frontend(links, codec=CODEC)
         readiness = Readiness(frontend)
         info = ServiceInfo(model_id="fake", family="none", dtype="float32", tensor_parallel_size=2)
         server = build_server(frontend, "127.0.0.1:0", info=info, readiness=readiness)
@@ -70,6 +71,18 @@ def test_an_engine_that_is_gone_is_shown_with_the_cause(capsys: pytest.CaptureFi
     assert at_a_server(FakeEngine(), act) == 1
     said = capsys.readouterr().out
     assert "FAILED" in said and "fault     rank 1 on 10.0.0.2: killed" in said and "engine    no answer" in said
+
+
+def test_each_replica_has_its_lines_and_one_that_is_out_says_why(capsys: pytest.CaptureFixture[str]) -> None:
+    def act(address: str, frontend: Frontend) -> int:
+        frontend._loop.call_soon_threadsafe(frontend.fault, "rank 0 on node-b: its process died", 1)
+        return main(["status", "--address", address])
+
+    assert at_a_server(FakeEngine(), act, FakeEngine()) == 0, "one replica serves"
+    said = capsys.readouterr().out
+    assert "SERVING, ready" in said and "fault     replica 1: rank 0 on node-b: its process died" in said
+    assert "replica 0  ready  0 open, 0 tokens outstanding  0 restarts  routed 0 by prefix, 0 by load" in said
+    assert "replica 1  OUT: rank 0 on node-b: its process died  0 open" in said
 
 
 def test_json_is_one_object_with_every_part(capsys: pytest.CaptureFixture[str]) -> None:
