@@ -57,7 +57,8 @@ class Past:
 
 class Probed:
     """Causal attention of packed sequences behind their past. `places` are the columns of each sequence's keys, past
-    and new, where they are not one after another: ALiBi counts distances in them.
+    and new, where they are not one after another: ALiBi counts distances in them. `added` are each sequence's summands
+    of the scores, [1 or all heads, Q, C], in place of causality.
     """
 
     def __init__(
@@ -69,8 +70,10 @@ class Probed:
         past: Past | None = None,
         places: Sequence[Tensor] | None = None,
         encoder: Encoded | None = None,
+        added: Sequence[Tensor] | None = None,
     ) -> None:
         self.kept, self.encoder, self.dropping = Kept(), encoder, dropping
+        self._added = added
         self._causal = Causal(lengths, dropping=dropping)
         self._asked, self._past, self._places = asked, past, places
         self._lengths = tuple(lengths)
@@ -81,15 +84,15 @@ class Probed:
         if self._asked.keys_values:  # not the second time, when a block is computed again in the backward
             self.kept.keys_values.setdefault(spec.layer, (_stored(k_TKH), _stored(v_TKH)))
         moved = spec.slopes is not None and self._places is not None
-        if self._past is None and not moved and not self._asked.steers():
+        if self._past is None and not moved and not self._asked.steers() and self._added is None:
             return self._causal(spec, q_TNH, k_TKH, v_TKH)
         masks = head_masks(self.dropping, spec.dropout, spec.layer, spec.head_ids, ATTENTION)
         outputs, weights, start = [], [], 0
         for s, (k_CKH, v_CKH) in enumerate(self._contexts(spec.layer, k_TKH, v_TKH)):
             stop = start + self._lengths[s]
             q_QNH, distance_QC = q_TNH[start:stop], self._distance(s, len(k_CKH), q_TNH.device)
-            order = _distance(torch.arange(len(k_CKH), device=q_TNH.device), stop - start)
-            weights_NQC = probabilities(spec, q_QNH, k_CKH, order > 0, distance_QC)
+            hidden_QC, added_NQC = self._seen(spec, s, distance_QC)
+            weights_NQC = probabilities(spec, q_QNH, k_CKH, hidden_QC, distance_QC, added_NQC)
             factors = masks.factors(start, stop, len(k_CKH)) if masks else None
             weights.append(_steered(weights_NQC, factors, self._asked, spec))
             outputs.append(mixed(weights[-1], v_CKH, q_QNH))
@@ -106,6 +109,14 @@ class Probed:
             (torch.cat((_like(pk, k), k)), torch.cat((_like(pv, v), v)))
             for pk, pv, (k, v) in zip(*old, new, strict=True)
         ]
+
+    def _seen(self, spec: AttentionSpec, sequence: int, like_QC: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """What is hidden from a sequence's queries, or what is added to their scores."""
+        if self._added is None:
+            queries, keys = like_QC.shape
+            return _distance(torch.arange(keys, device=like_QC.device), queries) > 0, None
+        added = self._added[sequence]
+        return None, added if added.shape[0] == 1 else added[list(spec.head_ids)]
 
     def _distance(self, sequence: int, num_keys: int, device: torch.device) -> Tensor:
         places = torch.arange(num_keys, device=device) if self._places is None else self._places[sequence]

@@ -151,7 +151,7 @@ class PaddedModel:
         if isinstance(types, Tensor):
             call["token_type_ids"] = types[:, -new:]
         takes_positions = self.model.positions is not None or hasattr(self.model, "rotary")
-        if isinstance(mask, Tensor) and inputs.get("position_ids") is None and takes_positions:
+        if isinstance(mask, Tensor) and mask.dim() == 2 and inputs.get("position_ids") is None and takes_positions:
             call["position_ids"] = (mask.long().cumsum(-1) - 1).masked_fill(mask == 0, 1)[:, -new:]
         return call
 
@@ -213,7 +213,8 @@ def _attend(call: Call, dropping: Dropping | None) -> Probed:
         behind = Past(lengths=padding.past_lengths, keys_values=flat)
     places = padding.columns if padding.gaps else None
     encoder = _encoded(call, asked, dropping)
-    return Probed(padding.lengths, asked, dropping=dropping, past=behind, places=places, encoder=encoder)
+    added = None if call.added is None else list(call.added)
+    return Probed(padding.lengths, asked, dropping=dropping, past=behind, places=places, encoder=encoder, added=added)
 
 
 def _encoded(call: Call, asked: Asked, dropping: Dropping | None) -> Encoded | None:

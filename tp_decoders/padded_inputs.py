@@ -15,6 +15,7 @@ from torch import Tensor
 from parallel.errors import RequestError
 from tp_decoders.decoder import Decoder
 from tp_decoders.padded_cache import Caches
+from tp_decoders.padded_mask import checked_matrix, of_four_axes
 from tp_decoders.padded_outputs import KeyValues
 from tp_decoders.padding import EncoderPadding, Padding
 
@@ -23,7 +24,7 @@ class Inputs(TypedDict, total=False):
     """What a call takes besides input_ids [B, T]. The three flags are config.json's where they are not given."""
 
     inputs_embeds: Tensor | None  # [B, T, D], in place of input_ids
-    attention_mask: Tensor | None  # [B, P + T] of 0 and 1
+    attention_mask: Tensor | None  # [B, P + T] of 0 and 1, or [B, 1 or N, T, P + T] (padded_mask.py)
     position_ids: Tensor | None  # [B, T] or [1, T]
     token_type_ids: Tensor | None  # [B, T], in the vocabulary
     head_mask: Tensor | None  # [N] for all layers, or [L, N]; by the numbers of unpruned heads
@@ -46,6 +47,7 @@ class Call:
     padding: Padding
     encoder: EncoderPadding | None
     cache: Caches | None = None  # what past_key_values came in, if not as tuples
+    added: Tensor | None = None  # to the scores, [B, 1 or N, T, P + T]: a mask of four axes
 
     @staticmethod
     def of(model: Decoder, input_ids: Tensor | None, given: Inputs) -> Call:
@@ -58,9 +60,14 @@ class Call:
         embeds, past = given.get("inputs_embeds"), given.get("past_key_values")
         batch, time, device = _shape(input_ids, embeds, model.config.d_model)
         num_past = 0 if past is None else checked_past(model, past, batch)
-        padding = Padding.of(given.get("attention_mask"), batch, time, num_past, device)
+        mask, added = given.get("attention_mask"), None
+        if mask is not None and of_four_axes(mask):
+            added, mask = checked_matrix(model, mask, batch, time, num_past).to(device), None
+        padding = Padding.of(mask, batch, time, num_past, device)
         encoder = _encoder(model, given, padding, cache is not None)
-        return Call(model=model, input_ids=input_ids, given=given, padding=padding, encoder=encoder, cache=cache)
+        return Call(
+            model=model, input_ids=input_ids, given=given, padding=padding, encoder=encoder, cache=cache, added=added
+        )
 
     def asks(self, flag: str) -> bool:
         """One of use_cache, output_attentions and output_hidden_states."""

@@ -58,13 +58,22 @@ def attend(
 
 
 def probabilities(
-    spec: AttentionSpec, q_QNH: Tensor, k_CKH: Tensor, hidden_QC: Tensor | None, distance_QC: Tensor
+    spec: AttentionSpec,
+    q_QNH: Tensor,
+    k_CKH: Tensor,
+    hidden_QC: Tensor | None,
+    distance_QC: Tensor,
+    added_NQC: Tensor | None = None,
 ) -> Tensor:
-    """[N, Q, C] in float32 (float64 where the inputs are); `distance` is key position minus query position."""
+    """[N, Q, C] in float32 (float64 where the inputs are); `distance` is key position minus query position, `added` a
+    summand of the scores.
+    """
     work = torch.promote_types(q_QNH.dtype, torch.float32)
     scores_NQC = torch.einsum("qnh,cnh->nqc", q_QNH.to(work), heads_like(k_CKH, q_QNH).to(work)) * spec.scale
     if spec.slopes is not None:
         scores_NQC = scores_NQC + spec.slopes.to(work)[:, None, None] * distance_QC.to(work)
+    if added_NQC is not None:
+        scores_NQC = scores_NQC + added_NQC.to(work)
     if hidden_QC is not None:
         scores_NQC = scores_NQC.masked_fill(hidden_QC, float("-inf"))
     return scores_NQC.softmax(-1)

@@ -282,7 +282,8 @@ def deviation(group: Group, folder: str) -> dict[str, float]:
     call = reference["calls"][-1]
     time = reference["logits"].shape[1]
     whole = call.get("attention_mask")
-    whole = torch.ones(len(reference["logits"]), time, dtype=torch.long) if whole is None else whole
+    if whole is None or whole.dim() == 4:  # with four axes every column holds a token
+        whole = torch.ones(len(reference["logits"]), time if whole is None else whole.shape[3], dtype=torch.long)
     here = whole[:, -time:, None]
     errors = {"logits": padded_error(out.logits, reference["logits"], here)}
     errors["loss"] = error(out.loss.detach(), reference["loss"].detach(), reference["loss"].detach())
