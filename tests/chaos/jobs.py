@@ -72,7 +72,8 @@ class Supervised:
         return next(((when, line) for when, line in self.lines[after:] if wanted.search(line)), None)
 
     def kill(self) -> None:
-        end(self.pid)
+        if self.status is None and self.command is not None:
+            end(self.pid)
 
     def stop(self, limit: float = 60.0) -> int:
         """SIGTERM, and its exit status."""

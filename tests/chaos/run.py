@@ -59,6 +59,13 @@ class Run:
             self.hosts, self.base, self._disk or self.base / "runs", self._text, self.base / "logs/train.log",
             plan.steps,
         )  # fmt: skip
+        try:
+            return await self._with(plan, training, began)
+        finally:
+            for each in (self.served, training):  # after a failure
+                each.kill()
+
+    async def _with(self, plan: Plan, training: Training, began: float) -> int:
         load = Load(self.served.address, plan.tokens)
         await asyncio.gather(self._learn(load, began), self._lap(training, began))
         striker = Striker(World(self.hosts, self.served, training, self._disk), load, plan.seed)
