@@ -16,15 +16,16 @@ from prometheus_client.parser import text_string_to_metric_families
 from cluster.engine.assembly import build_engine, build_runner
 from cluster.engine.config import EngineConfig
 from cluster.engine.engine import Engine
-from cluster.engine.request import EngineLoad
+from cluster.engine.request import EngineLoad, RankReport
 from cluster.frontend.calls import FrontendConfig
 from cluster.frontend.frontend import Frontend
 from cluster.frontend.local_link import LocalLink
+from cluster.frontend.meters import TrainMeters
 from cluster.frontend.readiness import Readiness
 from cluster.rpc.auth_config import Security
 from cluster.rpc.client import AsyncClient
 from cluster.rpc.server import build_server
-from launch.metrics import ServeMetrics
+from launch.metrics import ServeMetrics, engine_metrics, training_metrics
 from launch.metrics_server import MetricsServer, check_host
 from launch.observe import ObserveConfig
 from launch.train_metrics import TrainMetrics
@@ -165,9 +166,26 @@ LABELLED = (
 """Families that have no sample before something of their kind happened."""
 
 
+def test_time_in_collectives_is_given_by_kind_and_by_rank() -> None:
+    ranks = tuple(
+        RankReport(rank=rank, node="n", pid=1, memory_bytes=1, collective_seconds=2.5 + rank) for rank in (0, 1)
+    )
+    load = EngineLoad(
+        collectives={"tree_sum": (3, 99)}, collective_seconds={"tree_sum": 1.5, "barrier": 0.5}, ranks=ranks
+    )
+    train = TrainMeters(forward_seconds=4.0, collective_seconds=1.0)
+    families = (*engine_metrics({0: load}), *training_metrics(train))
+    found = {(s.name, *s.labels.values()): s.value for family in families for s in family.samples}
+    name = "tp_decoders_collective_seconds_total"
+    assert [found[name, "0", kind] for kind in ("tree_sum", "barrier")] == [1.5, 0.5]
+    assert [found["tp_decoders_rank_collective_seconds_total", "0", rank, "n"] for rank in "01"] == [2.5, 3.5]
+    assert found[("tp_decoders_training_collective_seconds_total",)] == 1.0
+
+
 def test_a_training_run_gives_its_last_step_and_totals_since_it_was_watched(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     record = {"step": 1, "loss": 9.0, "grad_norm": 2.0, "tokens": 100, "seconds": 0.5, "mfu": 0.2, "eval_loss": 8.5}
+    record["collective_seconds"] = 0.2
     path.write_text(json.dumps(record) + "\n")
     with closing(MetricsServer(TrainMetrics(path, 10), "127.0.0.1", 0)) as metrics:
         before = scrape(metrics.port)
@@ -180,6 +198,7 @@ def test_a_training_run_gives_its_last_step_and_totals_since_it_was_watched(tmp_
     expected = {"step": 3, "steps_wanted": 10, "loss": 6.0, "grad_norm": 2.0, "mfu_ratio": 0.2, "eval_loss": 8.5}
     assert {key: after[name + key] for key in expected} == expected
     assert after[name + "tokens_total"] == 200 and after[name + "step_seconds_total"] == 1.0
+    assert after[name + "collective_seconds_total"] == pytest.approx(0.4)
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::"])
