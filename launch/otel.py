@@ -8,6 +8,7 @@ background, at most 2048 wait; what a collector cannot take is dropped.
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -57,6 +58,7 @@ class OtelTracer:
     """Samples a share of the calls that come without a trace; of those with one, the caller has decided."""
 
     def __init__(self, exporter: SpanExporter, ratio: float) -> None:
+        self._exporter = exporter
         self._provider = TracerProvider(
             sampler=ParentBased(TraceIdRatioBased(ratio)),
             resource=Resource.create({"service.name": SERVICE}),
@@ -74,8 +76,13 @@ class OtelTracer:
         return OtelSpan(self._tracer, span, offset) if span.is_recording() else None
 
     def close(self) -> None:
-        """Sends what waits, for a few seconds at most."""
-        self._provider.shutdown()
+        """Sends what waits, for a few seconds at most: a collector that is not there holds up no end."""
+        sending = threading.Thread(target=self._provider.shutdown, name="last-spans", daemon=True)
+        sending.start()
+        sending.join(SEND_S)
+        if sending.is_alive():
+            self._exporter.shutdown()  # ends its attempts
+            sending.join(SEND_S)
 
 
 class Lines(SpanExporter):
