@@ -23,7 +23,7 @@ from tests.launch.test_serve import alive, wait_until_gone
 
 __all__ = ["cluster", "model"]
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
-STREAMS, TOKENS, BEFORE = 5, 300, 30
+STREAMS, TOKENS, BEFORE = 5, 600, 30
 STOPPING = {"max_new_tokens": TOKENS, "ignore_eos": True}
 PATIENCE = 240.0
 """Of a client while the server is started again, on a machine that does anything else."""

@@ -30,7 +30,7 @@ from tests.launch.test_healing import health_of
 from tests.launch.test_serve import processes_of, wait_until_gone
 from tp_decoders import load
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 PROMPTS = [[index, 3, 5] for index in range(6)]
 TOKENS, LIMIT_S = 500, 280.0
 

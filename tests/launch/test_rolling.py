@@ -68,7 +68,7 @@ class Played:
         return [len(replica.seat.open) if replica.seat else -1 for replica in self.frontend.fleet.replicas]
 
 
-def with_engines(count: int, main: Callable[..., Any], step_seconds: float = 0.01) -> None:
+def with_engines(count: int, main: Callable[..., Any], step_seconds: float = 0.02) -> None:
     with ExitStack() as stack:
         engines = [FakeEngine(step_seconds=step_seconds) for _ in range(count)]
         run(main(*(stack.enter_context(ServedEngine(engine)) for engine in engines)), 120)

@@ -15,13 +15,13 @@ from launch.init import copy_tokenizer, write_random
 from tests.launch.kill_training import TOKENIZER, Job
 from tp_decoders.tokenizer import load_tokenizer
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 NEOX = {
     "model_type": "gpt_neox", "vocab_size": 50257, "eos_token_id": 50256, "hidden_size": 12, "num_hidden_layers": 1,
     "num_attention_heads": 3, "intermediate_size": 48, "max_position_embeddings": 64, "rotary_pct": 0.5,
     "tie_word_embeddings": False,
 }  # fmt: skip
-NAMED_WITHIN_S = 90.0
+NAMED_WITHIN_S = 200.0
 """Ten on a machine that has time; this is for one that has none."""
 
 

@@ -14,7 +14,7 @@ from parallel.group import Group
 from parallel.tree import ReductionTree
 
 Run = Callable[..., list[Any]]
-LATE_S = 0.3
+LATE_S = 0.6
 
 
 def late_in(group: Group, kind: str) -> None:
@@ -52,7 +52,7 @@ KINDS = ("tree_sum", "sum", "all_reduce_max", "all_gather", "gather", "barrier",
 def test_who_waits_for_a_late_rank_counts_the_time_under_the_kind_it_waited_in(ranks: Run, comm: str) -> None:
     (first, in_all, counted), (second, in_all_of_second, _) = ranks(2, seconds_in, KINDS, comm=comm)
     assert set(first) == set(second) == counted >= set(KINDS)
-    least = LATE_S / 2  # a barrier does not let all go at the very same moment
+    least = LATE_S / 3  # a barrier does not let all go at the very same moment
     assert {kind: first[kind] > least for kind in KINDS[:-1]} == dict.fromkeys(KINDS[:-1], True)
     assert second["broadcast_bytes"] > least
     for seconds, of_kinds in ((in_all, first), (in_all_of_second, second)):

@@ -106,10 +106,10 @@ def test_orphans_end_by_themselves_and_give_their_room_back(tmp_path: Path) -> N
 
 
 def test_a_lease_that_is_renewed_does_not_run_out(tmp_path: Path) -> None:
-    group = kept("renewed", tmp_path, timeout_s=2.0)
+    group = kept("renewed", tmp_path, timeout_s=5.0)
     pids = [ready.pid for ready in group.start()]
     try:
-        assert group.wait_fault(4.0) is None
+        assert group.wait_fault(8.0) is None
         assert not any(gone(pid, 0.0) for pid in pids)
     finally:
         group.close()

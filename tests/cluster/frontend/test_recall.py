@@ -120,10 +120,10 @@ def test_retries_over_front_ends_that_die_again_and_again_get_the_undisturbed_an
 
 def test_an_open_call_goes_on_without_its_reader_who_gets_it_all_later(tmp_path: Path) -> None:
     async def main() -> None:
-        first = Server(tmp_path / "s", FakeEngine(step_seconds=0.002))
+        first = Server(tmp_path / "s", FakeEngine(step_seconds=0.008))
         seen = await begun(await first.frontend.open(LONG), 20)
         await first.killed()
-        async with server(tmp_path / "s", FakeEngine(step_seconds=0.002)) as second:
+        async with server(tmp_path / "s", FakeEngine(step_seconds=0.008)) as second:
             assert second.frontend.num_open == 1
             await until(lambda: second.engine.steps > 10)
             results = await answer(second.frontend, LONG)
@@ -152,7 +152,7 @@ def test_without_a_reader_it_ends_in_time_and_a_later_retry_takes_it_up(tmp_path
 def test_a_reader_that_leaves_and_comes_back_gets_the_same_drawn_answer(tmp_path: Path) -> None:
     async def main() -> None:
         asked = replace(LONG, sampling=SamplingParams())  # the server draws the seed
-        async with server(tmp_path / "s", FakeEngine(step_seconds=0.002)) as only:
+        async with server(tmp_path / "s", FakeEngine(step_seconds=0.008)) as only:
             stream = await only.frontend.open(asked)
             seen = await begun(stream, 10)
             stream.close()
@@ -165,7 +165,7 @@ def test_a_reader_that_leaves_and_comes_back_gets_the_same_drawn_answer(tmp_path
 
 def test_ids_are_each_caller_s_own(tmp_path: Path) -> None:
     async def main() -> None:
-        async with server(tmp_path / "s", FakeEngine(step_seconds=0.002)) as only:
+        async with server(tmp_path / "s", FakeEngine(step_seconds=0.008)) as only:
             drawn = replace(LONG, sampling=SamplingParams())
             mine = await only.frontend.open(drawn)
             with pytest.raises(DuplicateRequest):
@@ -182,7 +182,7 @@ def test_ids_are_each_caller_s_own(tmp_path: Path) -> None:
 
 def test_what_somebody_aborted_is_a_new_call_when_it_is_asked_again(tmp_path: Path) -> None:
     async def main() -> None:
-        async with server(tmp_path / "s", FakeEngine(step_seconds=0.002)) as only:
+        async with server(tmp_path / "s", FakeEngine(step_seconds=0.008)) as only:
             drawn = replace(LONG, sampling=SamplingParams())
             stream = await only.frontend.open(drawn)
             seen = await begun(stream, 8)

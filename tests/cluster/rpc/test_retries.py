@@ -31,7 +31,7 @@ class Place:
         self.port = 0
         self.stop: Any = None
 
-    async def serve(self, step_seconds: float = 0.005) -> None:
+    async def serve(self, step_seconds: float = 0.02) -> None:
         frontend = Frontend(LocalLink(FakeEngine(step_seconds=step_seconds)), codec=CODEC, config=FrontendConfig())
         frontend.start()
         server = build_server(frontend, f"127.0.0.1:{self.port}")
