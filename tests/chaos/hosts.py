@@ -28,7 +28,7 @@ CHECKS = {
 """As docs/serving.md has them."""
 CORES, STORE_BYTES = 2, 80_000_000
 """Of a node: any two of the three have room for two ranks that serve and two that train."""
-ATTEMPTS = 4
+ATTEMPTS = 8
 """Ray gives its own start half a minute, which a busy machine does not always keep to."""
 LEAVE_S = 12.0
 """How long what is left of a lost node may take to end by itself before it is ended."""
