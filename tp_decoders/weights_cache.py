@@ -61,7 +61,7 @@ class WeightsCache:
 
     def local(self, paths: Sequence[Path]) -> dict[Path, Path]:
         """Where to read each of one folder's files: its copy, made now by this process or another; or itself."""
-        home = self._home(paths[0].resolve().parent)
+        home = self._home(paths[0].parent.resolve())  # the files themselves may be links, into one folder for all
         copies = {path: _Copy(path, home / path.name) for path in paths}
         try:
             home.mkdir(parents=True, exist_ok=True, mode=0o700)

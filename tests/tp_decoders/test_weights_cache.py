@@ -22,7 +22,7 @@ from tp_decoders import load, weights_cache
 from tp_decoders.weights_cache import WeightsCache
 
 RANKS = 4  # dp 2 x tp 2
-LIMIT_S = 180.0
+STALL_S = 180.0
 SMALL_READS = 1 << 18
 """Of one process: config.json, the index, notes, what Python itself reads."""
 
@@ -39,7 +39,7 @@ def load_one(group: Group, folder: Path, cache_folder: Path | None) -> dict[str,
     own = Group(group.rank % 2, 2)
     sampler, seen = Sampler(), []
     before = sampler.now()
-    cache = WeightsCache(cache_folder, lambda *_: seen.append(sampler.now()), LIMIT_S) if cache_folder else None
+    cache = WeightsCache(cache_folder, lambda *_: seen.append(sampler.now()), STALL_S) if cache_folder else None
     chars, disk = counters()
     model = load(folder, group=own, cache=cache, progress=lambda *_: seen.append(sampler.now()))
     after = counters()
@@ -75,13 +75,13 @@ def size_of(folder: Path) -> int:
 def test_with_a_cache_two_replicas_of_two_ranks_read_each_byte_of_the_source_once(
     ranks: Any, big: Path, tiny: Path, tmp_path: Path
 ) -> None:
-    ranks(RANKS, load_one, tiny, None, limit=LIMIT_S)  # whatever is imported late
+    ranks(RANKS, load_one, tiny, None)  # whatever is imported late
     size = size_of(big)
-    first = ranks(RANKS, load_one, big, tmp_path, limit=LIMIT_S)
+    first = ranks(RANKS, load_one, big, tmp_path)
     assert sum(seen["fetched"] for seen in first) == size
     chars = sum(seen["chars"] for seen in first)
     assert size <= chars <= size + RANKS * SMALL_READS, "by the kernel's count of all read calls"
-    again = ranks(RANKS, load_one, big, tmp_path, limit=LIMIT_S)
+    again = ranks(RANKS, load_one, big, tmp_path)
     assert sum(seen["chars"] for seen in again) <= RANKS * SMALL_READS and not any(s["fetched"] for s in again)
     for seen in (*first, *again):
         assert seen["anonymous"] <= 1.1 * seen["shard"] + weights_cache.CHUNK, "copies are files, not memory"
@@ -89,7 +89,7 @@ def test_with_a_cache_two_replicas_of_two_ranks_read_each_byte_of_the_source_onc
     assert first[0]["digest"] == first[2]["digest"] != first[1]["digest"]
     home = next(tmp_path.iterdir())
     assert not list(home.glob("*.part"))
-    (digest,) = {seen["digest"] for seen in ranks(1, load_one, big, None, limit=LIMIT_S)}
+    (digest,) = {seen["digest"] for seen in ranks(1, load_one, big, None)}
     assert digest == first[0]["digest"], "the copies give the source's weights"
 
 
@@ -104,11 +104,11 @@ def evict(folder: Path) -> None:
 def test_without_a_cache_the_processes_of_a_host_share_what_the_disk_gave(ranks: Any, big: Path) -> None:
     size = size_of(big)
     evict(big)
-    (alone,) = ranks(1, load_one, big, None, limit=LIMIT_S)
+    (alone,) = ranks(1, load_one, big, None)
     if alone["disk"] < size / 4:
         pytest.skip("the kernel does not count what this file system reads, or does not forget it")
     evict(big)
-    together = sum(seen["disk"] for seen in ranks(RANKS, load_one, big, None, limit=LIMIT_S))
+    together = sum(seen["disk"] for seen in ranks(RANKS, load_one, big, None))
     assert together < 1.5 * size, f"{RANKS} processes fetched {together / size:.2f} times the files"
 
 
@@ -138,6 +138,16 @@ def test_a_copy_is_made_again_when_its_source_changed_and_only_then(source: Path
     (source / "b.safetensors").unlink()
     assert fetch(source, tmp_path / "cache") == (0, [True])
     assert not list((tmp_path / "cache").rglob("b.safetensors*")), "what the source has no more is removed"
+
+
+def test_folders_of_links_into_one_store_have_copies_of_their_own(source: Path, tmp_path: Path) -> None:
+    size = (source / "a.safetensors").stat().st_size
+    for revision, file in (("first", "a.safetensors"), ("second", "b.safetensors")):
+        (tmp_path / revision).mkdir()
+        (tmp_path / revision / "model.safetensors").symlink_to(source / file)
+    for expected in (size, 0):
+        for revision in ("first", "second"):
+            assert fetch(tmp_path / revision, tmp_path / "cache") == (expected, [True])
 
 
 def test_after_a_boot_or_a_change_a_copy_is_compared_with_its_checksum(
