@@ -41,7 +41,7 @@ async def code_of(s: Service, method: str, metadata: Metadata, data: bytes = b""
     """What becomes of raw bytes sent to a method; an empty message is enough to get past the gate or not."""
     channel: Any = s.client.channel
     try:
-        await channel.unary_unary(method)(data, timeout=10, metadata=metadata)
+        await channel.unary_unary(method)(data, timeout=60, metadata=metadata)
     except grpc.aio.AioRpcError as error:
         return error.code()
     return CODE.OK
@@ -122,7 +122,7 @@ def test_a_refused_call_is_answered_before_its_message_is_read(tmp_path: Path) -
     async def main() -> None:
         async with service(security=security(tmp_path)) as s:
             channel: Any = s.client.channel
-            call = channel.stream_unary(next(iter(ROLES)))(timeout=10)  # sends nothing, and never ends sending
+            call = channel.stream_unary(next(iter(ROLES)))(timeout=60)  # sends nothing, and never ends sending
             assert await call.code() is CODE.UNAUTHENTICATED
 
     run(main())

@@ -130,7 +130,7 @@ KINDS: tuple[Callable[[random.Random], Case], ...] = (
 async def outcome(client: AsyncClient, method: str, data: bytes) -> grpc.aio.AioRpcError:
     channel: Any = client.channel
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        answer = await channel.unary_unary(method)(data, timeout=30.0)
+        answer = await channel.unary_unary(method)(data, timeout=120.0)
         raise AssertionError(f"{method} {data[:60]!r} was answered with {answer[:60]!r}")
     return caught.value
 

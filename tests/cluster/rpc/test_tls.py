@@ -36,7 +36,7 @@ async def enters(s: Service, access: Access | None) -> bool:
     before = s.engine.submitted
     async with AsyncClient(s.address, access) as client:
         try:
-            await client.generate([[1]], stopping={"max_new_tokens": 2}, timeout=5)
+            await client.generate([[1]], stopping={"max_new_tokens": 2}, timeout=60)
         except ServiceError as error:
             assert error.code is grpc.StatusCode.UNAVAILABLE, error
             assert s.engine.submitted == before
