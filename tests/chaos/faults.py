@@ -59,6 +59,7 @@ class Strike:
     words: dict[str, str | None]
     mend: Callable[[], None] | None = None  # once it was named
     nodes: Sequence[int] = ()  # whose Ray has to be started again
+    at_restart: bool = False  # named when it is read again, not when it happens
 
 
 Kind = Callable[[World, random.Random], Strike]
@@ -146,7 +147,7 @@ def corrupt_checkpoint(world: World, rng: random.Random) -> Strike:
     for _, _, pid in ranks:
         end(pid)
     words = rf"{re.escape(newest.name)}.*{re.escape(path.name)}"
-    return Strike(f"{path.relative_to(newest.parent)}", {TRAINING: words})
+    return Strike(f"{path.relative_to(newest.parent)}", {TRAINING: words}, at_restart=True)
 
 
 def corrupt_model(world: World, rng: random.Random) -> Strike:
@@ -156,7 +157,8 @@ def corrupt_model(world: World, rng: random.Random) -> Strike:
     victim = rng.choice(sorted(world.ranks(SERVING)))
     end(victim[2])
     words = rf"rank \d+ on \S+ did not start: .*{re.escape(path.name)}"
-    return Strike(f"model.safetensors, under {world.hosts.node(victim[1])}", {SERVING: words}, lambda: flip(path, 9))
+    target = f"model.safetensors, under {world.hosts.node(victim[1])}"
+    return Strike(target, {SERVING: words}, lambda: flip(path, 9), at_restart=True)
 
 
 def flip(path: Path, at: int) -> None:

@@ -95,7 +95,8 @@ class Striker:
             return len(record.named) == len(strike.words)
 
         try:
-            await until(named, NAMED_S, f"{record.kind} ({strike.target}) named by {sorted(strike.words)}", self.tend)
+            limit = HEALED_S if strike.at_restart else NAMED_S
+            await until(named, limit, f"{record.kind} ({strike.target}) named by {sorted(strike.words)}", self.tend)
         finally:
             if strike.mend is not None:
                 strike.mend()
