@@ -17,7 +17,8 @@ from typing import IO, Self
 from parallel.errors import WorkerError
 
 READY = "ready: "
-STOP_S = 40.0
+STOP_S = 120.0
+"""A limit for what hangs: a busy machine takes its time."""
 
 
 class Server:

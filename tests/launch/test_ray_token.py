@@ -105,9 +105,10 @@ def ask(address: str, **environment: str) -> str:
 
 
 @pytest.mark.ray
+@pytest.mark.timeout(600)
 def test_who_has_not_the_token_is_refused_at_rays_port_and_it_is_shown_nowhere() -> None:
-    library.available()  # built here where it is not yet: the server is waited for no longer than usual
-    with Server(["--model", str(NANO), "--preset", "small", "--cluster", "cpu-2", "-v"]) as server:
+    library.available()  # built here where it is not yet
+    with Server(["--model", str(NANO), "--preset", "small", "--cluster", "cpu-2", "-v"], timeout_s=400) as server:
         address, session = setting(server, "gcs-address"), Path(setting(server, "session-dir"))
         token = (path := token_file(server)).read_text()
         for refused in ({MODE: "disabled"}, {MODE: "token", TOKEN: "0" * 64}):

@@ -6,6 +6,7 @@ import asyncio
 import json
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent import futures
 from contextlib import asynccontextmanager
@@ -18,12 +19,14 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 
 import launch.tracing
 from cluster.engine.config import EngineConfig
-from cluster.rpc.client import AsyncClient
+from cluster.rpc.client import AsyncClient, Client
 from cluster.rpc.proto import inference_pb2 as pb
 from cluster.rpc.proto.inference_pb2_grpc import InferenceStub
+from launch.background import Server
 from launch.observe import ObserveConfig
 from launch.tracing import open_tracer
 from parallel.errors import ConfigError
+from parallel.native import library
 from tests.cluster.engine.tiny_models import save_tiny
 from tests.cluster.rpc.training_service import DOCUMENTS, training_service
 
@@ -236,3 +239,29 @@ def test_what_cannot_be_is_said_before_anything_starts(tmp_path: Path, monkeypat
     with pytest.raises(ConfigError, match="grpc is not installed; pip install 'tp-decoders.otel.'") as refused:
         open_tracer(ObserveConfig(traces="http://127.0.0.1:4317"))
     assert str(refused.value).count("\n") == 0
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+def test_the_command_traces_a_call_through_the_ranks_of_a_group(tmp_path: Path) -> None:
+    library.available()  # built here where it is not yet
+    model, file = save_tiny("gpt2", tmp_path / "model"), tmp_path / "spans.jsonl"
+    settings = ["--preset", "small", "--cluster", "cpu-2", "engine.kv_blocks=64", f"observe.traces={file}"]
+    with Server(["--model", str(model), *settings], timeout_s=400) as server, Client(server.address) as client:
+        client.generate([[1, 2, 3]], sampling={"temperature": 0.0}, stopping={"max_new_tokens": 4, "ignore_eos": True})
+    spans = [json.loads(line) for line in file.read_text().splitlines()]
+    assert len(named(spans, "engine.step")) == 4 and len({span["context"]["trace_id"] for span in spans}) == 1
+    (prompt,) = named(spans, "prompt")
+    assert prompt["attributes"]["steps"] == 4 and children(spans, prompt) == ["queue", "prefill", "decode"]
+
+
+def test_a_collector_that_is_not_there_holds_up_no_end() -> None:
+    tracer = open_tracer(ObserveConfig(traces="http://127.0.0.1:9"))  # nobody listens at the port to discard
+    assert tracer is not None
+    for _ in range(3000):  # more than wait at once
+        span = tracer.begin("call", {})
+        assert span is not None
+        span.end(time.monotonic())
+    began = time.monotonic()
+    tracer.close()
+    assert time.monotonic() - began < 60
