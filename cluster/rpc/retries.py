@@ -43,16 +43,17 @@ class Patience:
 
     async def outlive(self, error: ServiceError, met: bool) -> None:
         """Waits until the call may be sent again; raises the error where it may not. Where there was no answer for too
-        long that is the first one, which says what happened.
+        long that is the first one, which says what happened; where the call's deadline comes first, the deadline's.
         """
         if not self._lost(error) or not (met or error.reason):
             raise error
         now = time.monotonic()
         self._lost_at, self._first = self._lost_at or now, self._first or error
         end = self._lost_at + self._seconds
-        if self._deadline is not None:
-            end = min(end, self._deadline)
         pause = self._pause * random.uniform(0.8, 1.2)
+        if self._deadline is not None and self._deadline <= min(end, now + pause):
+            await asyncio.sleep(self._deadline - now)
+            raise _late(self._first)
         if now + pause >= end:
             raise self._first
         self._pause = min(2 * self._pause, MOST_PAUSE_S)
@@ -63,6 +64,13 @@ class Patience:
         if error.code is grpc.StatusCode.UNAVAILABLE:
             return True
         return self._retries > 0 and error.reason == IN_USE
+
+
+def _late(lost: ServiceError) -> ServiceError:
+    """What a call with a deadline ends with, whatever it was that took too long."""
+    made = ServiceError(f"DEADLINE_EXCEEDED: the server was lost and not back in time: {lost}")
+    made.code = grpc.StatusCode.DEADLINE_EXCEEDED
+    return made
 
 
 @dataclass

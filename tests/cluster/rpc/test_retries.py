@@ -145,8 +145,9 @@ def test_a_server_that_does_not_come_back_is_waited_for_as_long_as_was_said() ->
             began = time.monotonic()
             with pytest.raises(ServiceError, match="UNAVAILABLE"):
                 await reader.task
-            with pytest.raises(ServiceError):
+            with pytest.raises(ServiceError, match="DEADLINE_EXCEEDED.*UNAVAILABLE") as late:
                 await client.generate([[1]], timeout=0.3)
+            assert late.value.code is grpc.StatusCode.DEADLINE_EXCEEDED
             assert time.monotonic() - began < 20
             await where.serve()
 
