@@ -70,7 +70,7 @@ class Load:
 
     async def learn(self) -> None:
         """The tokens of an undisturbed run, which all that follows is compared with."""
-        async with AsyncClient(self.address) as client:
+        async with AsyncClient(self.address, retry_seconds=PATIENCE_S) as client:
 
             async def one(index: int) -> None:
                 self.known[index] = await self._read(client, index, None)
@@ -119,7 +119,7 @@ class Load:
 
     async def _stream(self, slot: int) -> None:
         rng = random.Random(slot)
-        async with AsyncClient(self.address) as client:
+        async with AsyncClient(self.address, retry_seconds=PATIENCE_S) as client:
             while not self._stop.is_set():
                 index = rng.randrange(PROMPTS)
                 try:
@@ -133,7 +133,7 @@ class Load:
 
     async def _answers(self, number: int) -> None:
         rng = random.Random(100 + number)
-        async with AsyncClient(self.address) as client:
+        async with AsyncClient(self.address, retry_seconds=PATIENCE_S) as client:
             while not self._stop.is_set():
                 index = rng.randrange(PROMPTS)
                 try:
@@ -148,7 +148,7 @@ class Load:
     async def _hurried(self) -> None:
         """With a deadline: an answer or that status, and by then."""
         rng = random.Random(200)
-        async with AsyncClient(self.address) as client:
+        async with AsyncClient(self.address, retry_seconds=PATIENCE_S) as client:
             while not self._stop.is_set():
                 index, limit = rng.randrange(PROMPTS), rng.uniform(0.2, 4.0)
                 began = time.monotonic()
