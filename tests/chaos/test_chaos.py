@@ -60,7 +60,7 @@ def test_one_bit_of_a_tensor_flips_and_flips_back(tmp_path: Path) -> None:
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1000)
 def test_five_faults_cost_no_token_no_answer_and_no_bit_of_training(capsys: pytest.CaptureFixture[str]) -> None:
     library.available()  # compiled here if need be
     with tempfile.TemporaryDirectory(prefix="tp-", ignore_cleanup_errors=True) as folder:  # short, for Ray's sockets
@@ -68,7 +68,7 @@ def test_five_faults_cost_no_token_no_answer_and_no_bit_of_training(capsys: pyte
         (base / "logs").mkdir()
         hosts = Raylets(base)
         try:
-            plan = Plan(faults=5, seed=0, minutes=10, tokens=100, steps=300, kinds=FIVE)
+            plan = Plan(faults=5, seed=0, minutes=12, tokens=100, steps=300, kinds=FIVE)
             status = Run(hosts, base, TEXT, "127.0.0.1", free_port()).go(plan)
         finally:
             hosts.close()
