@@ -42,7 +42,7 @@ class Run:
     def __init__(self, hosts: Hosts, base: Path, text: Path, host: str, port: int, disk: Path | None = None) -> None:
         self.hosts, self.base = hosts, base
         for name in ("logs", "runs", "state"):
-            (base / name).mkdir(exist_ok=True)
+            (base / name).mkdir(mode=0o700, exist_ok=True)
         model = save_tiny("gpt_neox", base / "model", max_position_embeddings=512)
         self.served = Served(hosts, model, base / "state", base / "logs/serve.log", port, host)
         self.problems: list[str] = []
