@@ -85,7 +85,7 @@ def long_call(prompt: list[int]) -> Any:
 
 def with_engines(count: int, main: Callable[..., Any]) -> None:
     with ExitStack() as stack:
-        run(main(*(stack.enter_context(ServedEngine(FakeEngine(step_seconds=0.005))) for _ in range(count))))
+        run(main(*(stack.enter_context(ServedEngine(FakeEngine(step_seconds=0.02))) for _ in range(count))))
 
 
 def test_the_first_attempt_keeps_survivors_the_next_ones_start_anew_with_the_cache_of_before(

@@ -35,6 +35,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, dumps: Path) -> Iterator[Se
     states = ["--train", "--save-root", f"{dumps}-states"]
     flags = ["--preset", "small", "--cluster", "cpu-2", "--metrics-port", "0", *states]
     settings = ["engine.kv_blocks=64", f"observe.flight_dir={dumps}", "observe.canary_every_s=0.5"]
+    settings += ["placement.silence_s=60", "parallel.collective_timeout_s=60"]
     with Server(["--model", str(model), *flags, *settings]) as running:
         yield running
 

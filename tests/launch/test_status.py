@@ -48,7 +48,7 @@ def command(*flags: str) -> Callable[[str, Frontend], int]:
 def test_a_person_sees_state_health_load_and_training(capsys: pytest.CaptureFixture[str]) -> None:
     assert at_a_server(FakeEngine(), command()) == 0
     said = capsys.readouterr().out
-    assert "SERVING, ready  up 0:00:0" in said and "0 restarts" in said
+    assert "SERVING, ready  up 0:0" in said and "0 restarts" in said
     assert "health    server SERVING  Inference SERVING  Training SERVING  Control SERVING" in said
     assert "model     fake (none, float32)  tp=2 dp=1" in said
     assert "0 of 65536 blocks held" in said and "training  off" in said
