@@ -18,7 +18,7 @@ def collected() -> set[str]:
     """The ids of all tests in the files that the table names."""
     files = sorted({row.test.split("::")[0] for row in ROWS})
     command = [sys.executable, "-m", "pytest", "-q", "--collect-only", *files]
-    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
     assert listed.returncode == 0, listed.stdout[-2000:]
     return {line for line in listed.stdout.splitlines() if "::" in line}
 
