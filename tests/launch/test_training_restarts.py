@@ -30,7 +30,7 @@ class Stop(threading.Event):
 
 def lives(monkeypatch: pytest.MonkeyPatch, faults: list[str | None], stop: Stop) -> int:
     """How many there were, each ended by a fault or (None) by the run's end."""
-    begun = []
+    begun: list[str | None] = []
 
     def one_life(*_: Any) -> Iterator[None]:
         begun.append(faults[len(begun)])
