@@ -82,6 +82,8 @@ class Striker:
         record.target = strike.target
 
         def named() -> bool:
+            if world.training.lap != lap:  # it ended before this could reach it: a stopped raylet stops no rank
+                strike.words.pop(TRAINING, None)
             for job, words in strike.words.items():
                 if job in record.named:
                     continue
@@ -115,7 +117,7 @@ class Striker:
             self.world.hosts.start(node)
 
     async def _healed(self, record: Record, strike: Strike, struck: float, life: tuple[int, int | None]) -> None:
-        named = struck + max(record.named.values())
+        named = struck + max(record.named.values(), default=0.0)
         begun: dict[int | None, int] = {}
 
         def trains() -> bool:
