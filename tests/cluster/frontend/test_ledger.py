@@ -164,6 +164,7 @@ def test_answers_are_forgotten_by_age_and_by_size_and_the_folder_stays_bounded(t
             step(ledger, record, *(rng.randrange(50_000) for _ in range(5)))
         ledger.prompt_over(record, complete=True)
         assert ledger.retained_bytes <= 20_000
+        base_written(ledger)  # it is written beside, and the log grows until it is there
         now[0] += 0.01
     assert ledger.find(("alice", "299"), b"digest") is not None and ledger.find(("alice", "0"), b"digest") is None
     ledger.close()  # waits for the base
