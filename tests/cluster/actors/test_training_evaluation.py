@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -95,9 +96,11 @@ def test_records_and_tensorboard_of_a_resumed_run_have_each_step_once(start: Pat
     go(ranks, spec_of(start, out, TrainParallel(), **EVALUATED | {"steps": 4}))
     with (out / SAMPLES).open("a") as file:  # of steps after the checkpoint that is resumed from
         file.write('{"step": 5, "prompt": "lost"}\n')
+    time.sleep(1.1)  # TensorBoard reads files in the order of the second in their names
     board = TensorBoard(out / TENSORBOARD, step=4)
     board.write({"step": 5, "loss": 99.0})
     board.close()
+    time.sleep(1.1)
     go(ranks, spec_of(start, out, TrainParallel(), **EVALUATED))
     assert [r["step"] for r in read_records(out / SAMPLES)] == [2, 2, 4, 4, STEPS, STEPS]
     read = EventAccumulator(str(out / TENSORBOARD))
