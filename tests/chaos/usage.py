@@ -14,6 +14,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.launch.kill_training import family_of
+
 PAGE_MB = os.sysconf("SC_PAGE_SIZE") / 1e6
 MOST_MB_PER_MINUTE = 1.0
 MOST_HANDLES = 1.0
@@ -51,20 +53,6 @@ class Verdict:
     @property
     def flat(self) -> bool:
         return self.mb_per_minute < MOST_MB_PER_MINUTE and self.more_handles < MOST_HANDLES
-
-
-def family_of(pid: int) -> set[int]:
-    """A process and all its descendants."""
-    parents: dict[int, int] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parents[int(stat.parent.name)] = int(stat.read_text().rsplit(")", 1)[1].split()[1])
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-    family = {pid}
-    while grown := {child for child, parent in parents.items() if parent in family} - family:
-        family |= grown
-    return family
 
 
 def look(pid: int, ranks: dict[int, int], seconds: float) -> Iterator[Sample]:
