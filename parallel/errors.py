@@ -23,7 +23,13 @@ class RequestError(TpError, ValueError):
 
 
 class CapacityError(RequestError):
-    """A request that can never fit, or does not fit now: the message holds the numbers."""
+    """A request that can never fit: the message holds the numbers."""
+
+
+class QueueFull(CapacityError):
+    """No room now; `retry_seconds` is a guess at when there will be."""
+
+    retry_seconds: float = 1.0
 
 
 class CollectiveError(TpError, RuntimeError):

@@ -24,7 +24,7 @@ from cluster.engine.residents import Residents
 from cluster.engine.sequence import Answer, Order, Sequence
 from cluster.engine.validation import resolve, validate
 from cluster.engine.waiting import WaitingQueue
-from parallel.errors import CapacityError, RequestError
+from parallel.errors import QueueFull, RequestError
 
 
 class Scheduler:
@@ -57,7 +57,7 @@ class Scheduler:
                 f"request_id {request.request_id!r} is in use by a request that has not ended; choose another"
             )
         if len(self.waiting) >= self.config.max_queue:
-            raise CapacityError(
+            raise QueueFull(
                 f"{len(self.waiting)} sequences are waiting and engine.max_queue is {self.config.max_queue}; try later"
             )
         request = resolve(request, self.limits)

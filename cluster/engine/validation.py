@@ -67,8 +67,12 @@ def resolve(request: Request, limits: ModelLimits) -> Request:
 
 
 def room(request: Request, limits: ModelLimits) -> int:
-    """How many tokens can follow the prompt. The last one needs no place: it is never fed back."""
-    return min(limits.max_context, capacity_per_beam(request, limits)) + 1 - len(request.token_ids)
+    """How many tokens can follow the prompt: what is left of the context, and of the cache, where the last one needs no
+    place: it is never fed back. A prompt that fills the context is still followed by the one token it predicts.
+    """
+    prompt = len(request.token_ids)
+    left = max(limits.max_context - prompt, int(prompt == limits.max_context))
+    return min(left, capacity_per_beam(request, limits) + 1 - prompt)
 
 
 def capacity_per_beam(request: Request, limits: ModelLimits) -> int:

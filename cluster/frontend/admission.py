@@ -14,11 +14,11 @@ from cluster.engine.draws import fresh_seed
 from cluster.engine.request import ModelLimits, Request, SamplingParams
 from cluster.engine.validation import check_capacity, room
 from cluster.frontend.calls import Call, FillInMiddle, FrontendConfig, Prompt
-from cluster.frontend.errors import InvalidRequest, NoTokenizer, Violation
+from cluster.frontend.errors import DoesNotFit, InvalidRequest, NoTokenizer, Violation
 from cluster.frontend.reading import Reading, check_task, matters, pooling_of
 from cluster.frontend.rules import token_ids, violations
 from cluster.frontend.text import TextCodec
-from parallel.errors import CapacityError, RequestError
+from parallel.errors import RequestError
 
 NO_TOKENIZER = "this checkpoint has no tokenizer; send token ids (token_ids, bad_word_ids, stop_token_ids)"
 
@@ -79,10 +79,8 @@ class Admission:
             raise NoTokenizer(f"{field}: {NO_TOKENIZER}")
         most = self.limits.max_context * self.config.max_chars_per_token
         if len(text) > most:
-            raise _invalid(
-                field,
-                f"{len(text)} characters; the context of {self.limits.max_context} tokens never holds more than {most}",
-            )
+            holds = f"the context of {self.limits.max_context} tokens never holds more than {most}"
+            raise DoesNotFit.of(field, f"{len(text)} characters; {holds}; shorten it")
         return await asyncio.to_thread(self.encode, text) if beside else self.encode(text)
 
     async def _token_ids(self, prompt: Prompt, field: str, beside: bool) -> Sequence[int]:
@@ -139,7 +137,7 @@ class Admission:
         """max_new_tokens becomes what is left where more, or nothing, was asked for."""
         left, stopping = room(request, self.limits), request.stopping
         if left < 1:
-            raise _invalid(field, f"{len(request.token_ids)} tokens leave no room for a new one: {self._room()}")
+            raise DoesNotFit.of(field, f"{len(request.token_ids)} tokens leave no room for a new one: {self._room()}")
         most = left if stopping.max_new_tokens is None else min(left, stopping.max_new_tokens)
         stopping = replace(stopping, max_new_tokens=most, min_new_tokens=min(most, stopping.min_new_tokens))
         request = replace(request, stopping=stopping)
@@ -151,9 +149,9 @@ class Admission:
         if len(given) < least:
             raise _invalid(field, f"{len(given)} tokens; give at least {least}")
         if len(given) > self.limits.max_context:
-            raise _invalid(field, f"{len(given)} tokens are too long: {self._room()}")
+            raise DoesNotFit.of(field, f"{len(given)} tokens are too long: {self._room()}; shorten it")
         if len(given) > self.limits.kv_capacity_tokens + 1:
-            raise CapacityError(f"{field}: {len(given)} tokens never fit: {self._room()}; give the server more cache")
+            raise DoesNotFit.of(field, f"{len(given)} tokens never fit: {self._room()}; give the server more cache")
         ids = tuple(given)
         problem = token_ids(ids, self.limits.vocab_size, len(ids))
         if problem is not None:

@@ -36,6 +36,19 @@ class InvalidRequest(RequestError):
         return error
 
 
+class DoesNotFit(CapacityError):
+    """A field that asks for more than there can ever be room for; `violations` names it."""
+
+    violations: tuple[Violation, ...] = ()
+
+    @classmethod
+    def of(cls, field: str, rule: str) -> DoesNotFit:
+        violation = Violation(field, rule)
+        error = cls(str(violation))
+        error.violations = (violation,)
+        return error
+
+
 class NotImplementedField(RequestError):
     """A field of the interface that this version does not serve yet."""
 
@@ -66,12 +79,6 @@ class DuplicateRequest(RequestError):
 
 class RequestIdReused(RequestError):
     """An earlier call of this id, which is still remembered, asked something else."""
-
-
-class QueueFull(CapacityError):
-    """No room now; `retry_seconds` is a guess at when there will be."""
-
-    retry_seconds: float = 1.0
 
 
 class RestartRefused(TpError, RuntimeError):

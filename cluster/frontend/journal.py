@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING
 from cluster.engine.request import FinishReason, Request, Timings, TokenEvent
 from cluster.frontend.best_of import BestOf
 from cluster.frontend.calls import Account
-from cluster.frontend.errors import DuplicateRequest, QueueFull
+from cluster.frontend.errors import DuplicateRequest
 from cluster.frontend.streams import Chunk, PromptInfo, Stream
 from cluster.frontend.text import SampleText
 from cluster.frontend.tracing import PromptTrace
+from parallel.errors import CapacityError, QueueFull
 
 if TYPE_CHECKING:
     from cluster.frontend.fleet import Seat
@@ -170,6 +171,10 @@ class Journal:
         """Refuse a call of `count` samples that cannot be added now."""
         if caller in self._calls.get(call_id, {}):
             raise DuplicateRequest(f"request_id {call_id!r} is still open; give each call its own, or none")
+        if count > self._max_open:
+            raise CapacityError(
+                f"{count} samples were sent and at most {self._max_open} may be open; send fewer at a time"
+            )
         if self._num_samples + count > self._max_open:
             raise QueueFull(
                 f"{self._num_samples} samples are open and {count} more were sent; "

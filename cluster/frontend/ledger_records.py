@@ -26,7 +26,7 @@ from cluster.engine.request import (
     TokenLogprobs,
 )
 from cluster.frontend.calls import Call
-from cluster.frontend.errors import InvalidRequest, NoTokenizer, Violation
+from cluster.frontend.errors import DoesNotFit, InvalidRequest, NoTokenizer, Violation
 from cluster.frontend.streams import Stream
 from parallel.errors import CapacityError, RequestError
 
@@ -34,7 +34,7 @@ KNOWN = {
     (kind.__module__, kind.__qualname__): kind
     for kind in (
         BeamParams, FinishReason, Pooling, Request, ResponseOptions, SamplingParams, StoppingCriteria, Timings,
-        TokenLogprobs, CapacityError, InvalidRequest, NoTokenizer, RequestError, Violation,
+        TokenLogprobs, CapacityError, DoesNotFit, InvalidRequest, NoTokenizer, RequestError, Violation,
     )
 }  # fmt: skip
 """All that a record may hold beside plain values: a file makes nothing else come into being."""

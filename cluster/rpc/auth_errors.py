@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from cluster.frontend.errors import QueueFull
-from parallel.errors import CapacityError, TpError
+from parallel.errors import CapacityError, QueueFull, TpError
 
 
 class NotAuthenticated(TpError, PermissionError):

@@ -16,13 +16,13 @@ from google.rpc.status_pb2 import Status
 from grpc import StatusCode
 
 from cluster.frontend.errors import (
+    DoesNotFit,
     Draining,
     DuplicateRequest,
     EngineFault,
     InvalidRequest,
     NotImplementedField,
     NoTokenizer,
-    QueueFull,
     ReadingEnded,
     RequestFailed,
     RequestIdReused,
@@ -54,6 +54,7 @@ from parallel.errors import (
     CheckpointError,
     CollectiveError,
     ConfigError,
+    QueueFull,
     RequestError,
     TpError,
     WorkerError,
@@ -136,7 +137,7 @@ def status_of(error: BaseException | None) -> Status:
 def _details(error: BaseException, row: Row) -> list[Message]:
     info = ErrorInfo(reason=row.reason, domain=DOMAIN, metadata={"retryable": str(row.retryable).lower()})
     details: list[Message] = [info]
-    if isinstance(error, InvalidRequest):
+    if isinstance(error, InvalidRequest | DoesNotFit):
         details.append(_bad_request(error.violations))
     elif isinstance(error, NotImplementedField):
         details.append(_bad_request((Violation(error.field, "not implemented"),)))

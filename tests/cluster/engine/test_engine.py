@@ -13,7 +13,7 @@ from cluster.engine.request import (
     StoppingCriteria,
     TokenEvent,
 )
-from parallel.errors import CapacityError, RequestError
+from parallel.errors import CapacityError, QueueFull, RequestError
 from tests.cluster.engine.fake_executor import EOS, VOCAB, Clock, fake_engine, logprob_of, reference
 
 GREEDY = SamplingParams(temperature=0.0)
@@ -250,7 +250,7 @@ def test_a_full_queue_and_a_used_id_are_refused() -> None:
     with pytest.raises(RequestError, match="'a' is in use"):
         engine.submit(ask("a", 4))
     engine.submit(ask("b", 4))
-    with pytest.raises(CapacityError, match="2 sequences are waiting and engine.max_queue is 2"):
+    with pytest.raises(QueueFull, match="2 sequences are waiting and engine.max_queue is 2"):
         engine.submit(ask("c", 4))
     drain(engine)
     engine.submit(ask("a", 4))

@@ -13,7 +13,7 @@ from cluster.frontend.admission import Admission
 from cluster.frontend.calls import Call, FrontendConfig, Prompt
 from cluster.frontend.errors import InvalidRequest, NoTokenizer
 from cluster.frontend.text import FimTokens, fim_tokens
-from parallel.errors import CapacityError, RequestError
+from parallel.errors import CapacityError, QueueFull, RequestError
 from tests.cluster.frontend.fakes import CODEC, LIMITS
 from tests.cluster.frontend.harness import call, run
 
@@ -107,11 +107,9 @@ def test_values_at_the_ends_of_the_ranges_are_taken() -> None:
         (Prompt(token_ids=(1, 99)), "99 is not a token id"),
         (Prompt(token_ids=(13,)), "13 is not a token id; this model's are 0 to 12"),
         (Prompt(token_ids=(-1,)), "-1 is not a token id"),
-        (Prompt(token_ids=(1,) * 257), "257 tokens are too long"),
         (Prompt(), "exactly one"),
         (Prompt(text="a", token_ids=(1,)), "exactly one"),
         (Prompt(text=""), "0 tokens"),
-        (Prompt(text="a" * 40_000), "40000 characters"),
     ],
 )
 def test_a_prompt_that_cannot_work_fails_alone_and_says_why(prompt: Prompt, words: str) -> None:
@@ -130,6 +128,20 @@ def test_a_prompt_that_fits_the_context_but_never_the_cache_is_refused_with_both
     assert "100 tokens" in str(made) and "32" in str(made)
 
 
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        (Prompt(token_ids=(1,) * 257), "257 tokens are too long: the context is 256"),
+        (Prompt(text="a" * 40_000), "40000 characters"),
+    ],
+)
+def test_a_prompt_that_is_longer_than_the_context_does_not_fit(prompt: Prompt, words: str) -> None:
+    good, bad = run(admission().requests(Call(prompts=(Prompt(token_ids=(1,)), prompt))))
+    assert isinstance(good, Request)
+    assert isinstance(bad, CapacityError) and not isinstance(bad, QueueFull)
+    assert "prompts[1]" in str(bad) and words in str(bad)
+
+
 def test_fill_in_the_middle_tokens_are_found_by_either_spelling_and_only_all_together() -> None:
     santa = {"<fim-prefix>": 1, "<fim-suffix>": 3, "<fim-middle>": 2}
     star = {"<fim_prefix>": 4, "<fim_suffix>": 6, "<fim_middle>": 5}
@@ -143,8 +155,16 @@ def test_what_was_left_open_is_decided_and_what_is_too_much_is_cut() -> None:
     (too_much,) = run(admission().requests(call([1] * 10, stopping=StoppingCriteria(max_new_tokens=10_000))))
     assert isinstance(open_ended, Request) and isinstance(too_much, Request)
     assert open_ended.stopping.max_new_tokens == too_much.stopping.max_new_tokens
-    assert 246 <= (open_ended.stopping.max_new_tokens or 0) <= 247
+    assert open_ended.stopping.max_new_tokens == 246
     assert open_ended.sampling.seed is not None
+
+
+@pytest.mark.parametrize(("length", "new"), [(1, 255), (2, 254), (255, 1), (256, 1)])
+def test_prompt_and_answer_together_fill_the_context(length: int, new: int) -> None:
+    """One that fills it alone is followed by the one token that it predicts."""
+    for most in (None, 10_000):
+        (made,) = run(admission().requests(call([1] * length, stopping=StoppingCriteria(max_new_tokens=most))))
+        assert isinstance(made, Request) and made.stopping.max_new_tokens == new
 
 
 def test_prompts_of_one_call_get_different_seeds_unless_one_is_given() -> None:

@@ -7,11 +7,11 @@ import asyncio
 import pytest
 
 from cluster.engine.request import FinishReason, ResponseOptions, SamplingParams, StoppingCriteria, TokenEvent
-from cluster.frontend.errors import DuplicateRequest, InvalidRequest, QueueFull, RequestFailed
+from cluster.frontend.errors import DuplicateRequest, InvalidRequest, RequestFailed
 from cluster.frontend.frontend import Frontend, State
 from cluster.frontend.link import Rejected
 from cluster.frontend.streams import Chunk
-from parallel.errors import CapacityError
+from parallel.errors import CapacityError, QueueFull
 from tests.cluster.frontend.fakes import CODEC, ENDLESS, LASTING, PIECES, FakeEngine, scores_of, tokens_of
 from tests.cluster.frontend.harness import PlayedLink, answer, call, run, serving, until
 from tests.cluster.frontend.test_stops import brute_force
@@ -196,6 +196,9 @@ def test_an_id_in_use_and_a_full_queue_are_refused_until_there_is_room() -> None
             stream = await frontend.open(call([1], [2], request_id="x", stopping=stopping))
             with pytest.raises(DuplicateRequest, match="'x'"):
                 await frontend.open(call([1], request_id="x"))
+            with pytest.raises(CapacityError, match="4 samples were sent and at most 3") as never:
+                await frontend.open(call([1], sampling=SamplingParams(n=4)))
+            assert not isinstance(never.value, QueueFull)
             with pytest.raises(QueueFull, match="2 samples are open and 2 more"):
                 await frontend.open(call([1], sampling=SamplingParams(n=2)))
             await answer(frontend, call([3]))

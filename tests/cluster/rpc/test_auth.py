@@ -274,7 +274,7 @@ def test_neither_tokens_nor_prompts_are_logged_at_any_level(
         async with service(engine, security=limited, access=mine) as s:
             await s.client.generate(["abcab" * 3])
             await refused(s.client.generate([[9, 8, 7, 9]]), CODE.INTERNAL, "told to fail")
-            await refused(s.client.generate(["abcab" * 9999]), CODE.INVALID_ARGUMENT, "characters")
+            await refused(s.client.generate(["abcab" * 9999]), CODE.RESOURCE_EXHAUSTED, "characters")
             await refused(s.client.drain(0.0), CODE.PERMISSION_DENIED, "is for generate")
             assert await code_of(s, next(iter(ROLES)), bearer(wrong)) is CODE.UNAUTHENTICATED
             assert await code_of(s, next(iter(ROLES)), (*bearer(wrong), *bearer(wrong))) is CODE.UNAUTHENTICATED

@@ -11,9 +11,9 @@ from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 import cluster.frontend.errors as frontend_errors
 import cluster.rpc.auth_errors as auth_errors
 import parallel.errors as base_errors
-from cluster.frontend.errors import EngineFault, InvalidRequest, NotImplementedField, QueueFull, Violation
+from cluster.frontend.errors import EngineFault, InvalidRequest, NotImplementedField, Violation
 from cluster.rpc.errors import TABLE, row_of, status_of
-from parallel.errors import CapacityError, RequestError, TpError
+from parallel.errors import CapacityError, QueueFull, RequestError, TpError
 
 ALL = sorted(
     {
