@@ -11,3 +11,7 @@ class NonFinite(TpError, FloatingPointError):
 
 class PoisonBatch(NonFinite):
     """A batch that ends a run; it comes again whenever the run is taken up before it."""
+
+
+class BrokenUpdate(NonFinite):
+    """Finite gradients, from which an update would make weights or moments that are not finite; nothing was applied."""

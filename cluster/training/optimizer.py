@@ -12,14 +12,16 @@ so that every element goes through the same vector code, wherever a layout puts 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.optim import adamw
 
-from parallel.errors import ConfigError
+from cluster.training.nonfinite import NonFinite
+from cluster.training.update_guard import UpdateGuard
+from parallel.errors import ConfigError, WorkerError
 from parallel.grad_sum import ATTRIBUTE
 from parallel.grads import squared_norm
 from parallel.group import Group
@@ -81,6 +83,7 @@ class Flat:
         share = total // dp.size
         self.slice = slice(dp.rank * share, (dp.rank + 1) * share)
         self.dtypes = {parameter.dtype for parameter in self.parameters.values()}
+        self.limit = 0.99 * min(torch.finfo(dtype).max for dtype in self.dtypes)  # of a master that has a place in all
         for name, parameter in self.parameters.items():
             master = self.view(self.master, name)
             master.copy_(parameter.detach())
@@ -134,6 +137,7 @@ class ShardedAdamW:
         self.flats = [Flat(parameters, dp, decays) for parameters, decays in kinds if parameters]
         self.steps = 0
         self._moments: dict[Flat, dict[str, Tensor]] = {}  # of this dp rank's slices; made with the first update
+        self._guard = UpdateGuard(tp, dp, self.flats[0].master.device)
         self._hooks = [hook for flat in self.flats for hook in _accumulating(flat)]
 
     def local_state(self) -> Iterator[tuple[str, str, Tensor]]:
@@ -158,6 +162,7 @@ class ShardedAdamW:
         """Makes room for moments that `restore` then fills, as after `steps` updates."""
         self.steps = steps
         self._moments = {flat: {name: torch.zeros_like(flat.own_master) for name in MOMENTS} for flat in self.flats}
+        self._guard.forget()
 
     def restore(self, flat: Flat, name: str, moment: str, local: Tensor) -> None:
         """Takes over one moment, or the master, of a parameter: this tensor-parallel rank's whole shard of it."""
@@ -191,27 +196,46 @@ class ShardedAdamW:
                 piece.copy_(self.dp.talk.sum(piece))
 
     def step(self, config: OptimizerConfig | None = None) -> float:
-        """One update with the gradients added since the last; returns their norm before clipping. Not-finite: no
-        update, an error.
+        """One update with the gradients added since the last; returns their norm before clipping. Where the norm, or any
+        number that the update would write, is not finite: no update, the gradients are forgotten, an error on every rank.
         """
         config = config or self.config
         self.reduce()
         norm = self.grad_norm()
         if not math.isfinite(norm):
             self.zero_grad()
-            raise FloatingPointError(f"the gradient norm of step {self.steps} is {norm}; no parameter was changed")
-        scale = 1.0 if config.max_grad_norm is None else min(1.0, config.max_grad_norm / (norm + 1e-6))
+            raise NonFinite(f"the gradient norm of step {self.steps} is {norm}; no parameter was changed")
         if not self._moments:
             self.prepare_state(self.steps)
-        for flat in self.flats:
-            rates = Rates(
-                step=self.steps + 1, learning_rate=config.learning_rate, beta1=config.beta1, beta2=config.beta2,
-                epsilon=config.epsilon, weight_decay=config.weight_decay if flat.decays else 0.0, scale=scale,
-            )  # fmt: skip
-            _update(flat, rates, **self._moments[flat])
+        rates = [self._rates(config, flat, norm) for flat in self.flats]
+        try:
+            self._guard.check(self.flats, self._moments, rates, norm, _update_one)
+        except NonFinite:
+            self.zero_grad()
+            raise
+        self._write(rates)
         self.zero_grad()
         self.steps += 1
         return norm
+
+    def _rates(self, config: OptimizerConfig, flat: Flat, norm: float) -> Rates:
+        scale = 1.0 if config.max_grad_norm is None else min(1.0, config.max_grad_norm / (norm + 1e-6))
+        return Rates(
+            step=self.steps + 1, learning_rate=config.learning_rate, beta1=config.beta1, beta2=config.beta2,
+            epsilon=config.epsilon, weight_decay=config.weight_decay if flat.decays else 0.0, scale=scale,
+        )  # fmt: skip
+
+    def _write(self, rates: Sequence[Rates]) -> None:
+        """What fails before the first number is written has changed nothing; afterwards this rank's weights are lost."""
+        written = False
+        try:
+            for flat, rate in zip(self.flats, rates, strict=True):
+                for _ in _update(flat, rate, **self._moments[flat]):
+                    written = True
+        except Exception as error:
+            if not written:
+                raise
+            raise WorkerError(f"the update of step {self.steps} failed half-way: {error!r}; these weights are lost") from error
 
     def close(self) -> None:
         """Stops listening to the parameters' gradients."""
@@ -222,21 +246,32 @@ class ShardedAdamW:
                 delattr(parameter, ATTRIBUTE)
 
 
-def _update(flat: Flat, rates: Rates, exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
-    """This dp rank's slice, and all parameters from everybody's."""
-    grad, native = flat.grad[flat.slice], flat.master.is_cpu and library.available()
-    if native and flat.dp.size == 1 and flat.dtypes == {torch.bfloat16}:
+def _update(flat: Flat, rates: Rates, exp_avg: Tensor, exp_avg_sq: Tensor) -> Iterator[None]:
+    """This dp rank's slice, and all parameters from everybody's; yields whenever something has been written."""
+    grad = flat.grad[flat.slice]
+    if _native(flat.master) and flat.dp.size == 1 and flat.dtypes == {torch.bfloat16}:
         for name, parameter in flat.parameters.items():  # each one's master and its rounded copy in one go
             run = slice(*flat.places[name])
             copy = parameter.detach().view(-1)
             update(flat.master[run], grad[run], exp_avg[run], exp_avg_sq[run], rates, copy)
+            yield
             _touch(parameter)
-    elif native:
-        update(flat.own_master, grad, exp_avg, exp_avg_sq, rates)
-        flat.gather()
     else:
-        _torch_update(flat.own_master, grad, exp_avg, exp_avg_sq, rates)
+        _update_one(flat.own_master, grad, exp_avg, exp_avg_sq, rates)
+        yield
         flat.gather()
+
+
+def _native(master: Tensor) -> bool:
+    return master.is_cpu and library.available()
+
+
+def _update_one(master: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, rates: Rates) -> None:
+    """One run of masters and moments in place, by the kernel that there is; without the native one grad is scaled in
+    place.
+    """
+    apply = update if _native(master) else _torch_update
+    apply(master, grad, exp_avg, exp_avg_sq, rates)
 
 
 def _torch_update(master: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, rates: Rates) -> None:

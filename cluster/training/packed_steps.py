@@ -21,7 +21,7 @@ from cluster.training.data.batch import Batch
 from cluster.training.data.loader import Loader, RowDataset
 from cluster.training.flops import ModelFlops
 from cluster.training.losses import LossOptions
-from cluster.training.nonfinite import NonFinite, PoisonBatch
+from cluster.training.nonfinite import BrokenUpdate, NonFinite, PoisonBatch
 from cluster.training.task_losses import class_targets
 from cluster.training.trainer import PassResult, TrainBatch, Trainer
 from parallel.dropout import token_keys
@@ -81,6 +81,8 @@ def take_step(
         if not math.isfinite(loss):
             raise NonFinite(f"the loss is {loss}")
         done = trainer.optim_step(rate)
+    except BrokenUpdate as error:  # no document alone is at fault, and the words are the same on every rank
+        raise PoisonBatch(str(error)) from error
     except FloatingPointError as error:
         raise PoisonBatch(_account(trainer, batch, own, dropout_seed, str(error))) from error
     seconds = time.perf_counter() - began

@@ -33,7 +33,7 @@ from cluster.training.calls import (
 )
 from cluster.training.checkpoint import Checkpointer
 from cluster.training.losses import LossOptions
-from cluster.training.nonfinite import NonFinite
+from cluster.training.nonfinite import BrokenUpdate, NonFinite
 from cluster.training.task_losses import task_targets
 from cluster.training.trainer import PassResult, TrainBatch, Trainer, TrainerConfig
 from parallel.errors import CheckpointError, ConfigError, RequestError, TpError
@@ -145,7 +145,7 @@ class TrainSide:
         if call.kind is Kind.EVALUATE:
             return f"{call.kind.value} has no answer: {error}"
         what = f"{call.kind.value} was not applied, waiting gradients were dropped: {error}"
-        if not isinstance(error, FloatingPointError) or not call.kind.takes_sequences:
+        if isinstance(error, BrokenUpdate) or not isinstance(error, FloatingPointError) or not call.kind.takes_sequences:
             return what
         options = LossOptions(**call.loss_options)
         batch = batch_of(call, self._runner.device, self._runner.model.config.task, options)
