@@ -148,9 +148,7 @@ class ShardedAdamW:
             for moment in MOMENTS:
                 part = self._moments[flat][moment] if flat in self._moments else torch.zeros_like(flat.own_master)
                 whole = (
-                    part.clone()
-                    if self.dp.size == 1
-                    else self.dp.talk.all_gather(part, [len(part)] * self.dp.size, 0)
+                    part.clone() if self.dp.size == 1 else self.dp.talk.all_gather(part, [len(part)] * self.dp.size, 0)
                 )
                 for name in flat.parameters:
                     yield name, moment, flat.view(whole, name)
@@ -196,8 +194,8 @@ class ShardedAdamW:
                 piece.copy_(self.dp.talk.sum(piece))
 
     def step(self, config: OptimizerConfig | None = None) -> float:
-        """One update with the gradients added since the last; returns their norm before clipping. Where the norm, or any
-        number that the update would write, is not finite: no update, the gradients are forgotten, an error on every rank.
+        """One update with the gradients added since the last; returns their norm before clipping. Where the norm, or
+        any number that the update would write, is not finite: no update, no gradient is kept, an error on every rank.
         """
         config = config or self.config
         self.reduce()
@@ -226,7 +224,7 @@ class ShardedAdamW:
         )  # fmt: skip
 
     def _write(self, rates: Sequence[Rates]) -> None:
-        """What fails before the first number is written has changed nothing; afterwards this rank's weights are lost."""
+        """What fails before the first number is written has changed nothing; later, this rank's weights are lost."""
         written = False
         try:
             for flat, rate in zip(self.flats, rates, strict=True):
@@ -235,7 +233,8 @@ class ShardedAdamW:
         except Exception as error:
             if not written:
                 raise
-            raise WorkerError(f"the update of step {self.steps} failed half-way: {error!r}; these weights are lost") from error
+            what = f"the update after step {self.steps} failed half-way, which no weight survives: {error!r}"
+            raise WorkerError(what) from error
 
     def close(self) -> None:
         """Stops listening to the parameters' gradients."""

@@ -145,7 +145,8 @@ class TrainSide:
         if call.kind is Kind.EVALUATE:
             return f"{call.kind.value} has no answer: {error}"
         what = f"{call.kind.value} was not applied, waiting gradients were dropped: {error}"
-        if isinstance(error, BrokenUpdate) or not isinstance(error, FloatingPointError) or not call.kind.takes_sequences:
+        of_a_sequence = isinstance(error, FloatingPointError) and not isinstance(error, BrokenUpdate)
+        if not of_a_sequence or not call.kind.takes_sequences:
             return what
         options = LossOptions(**call.loss_options)
         batch = batch_of(call, self._runner.device, self._runner.model.config.task, options)

@@ -2,7 +2,7 @@
 
     bounds of masters and moments --rates, gradient norm--> bounds of what the update would make of them
         proven finite (the usual case): nothing is read, nothing is exchanged
-        not proven (no epsilon, a huge rate, float16): a trial on copies, piece by piece, by the kernel of the update itself
+        not proven (no epsilon, a huge rate, float16): a trial on copies, in pieces, by the update's own kernel
 
 Bounds are the whole group's, so every rank takes the same way. Two collectives per trial or measurement: a maximum over
 tensor-parallel and one over data-parallel ranks, none in groups of one.
@@ -49,8 +49,8 @@ class Bounds:
     def after(self, rates: Rates, gradient: float) -> Bounds:
         """Of the same after an update with gradients of at most `gradient` before they are scaled.
 
-        |m'| <= max(|m|, |g|) and v' <= max(v, g^2), as both are weighted means; |p'| <= |p| max(1, lr wd) + step size |m'|
-        / epsilon, as the root in the denominator is not negative. Not finite where that proves nothing.
+        |m'| <= max(|m|, |g|) and v' <= max(v, g^2), as both are weighted means; |p'| <= |p| max(1, lr wd) +
+        step size |m'| / epsilon, as the root in the denominator is not negative. Not finite where that proves nothing.
         """
         scaled = gradient * rates.scale * ROUNDING
         first = max(self.first, scaled) * ROUNDING
@@ -60,9 +60,10 @@ class Bounds:
         decay = rates.learning_rate * rates.weight_decay
         moved = step_size * first / rates.epsilon if rates.epsilon >= SMALL else math.inf
         master = (self.master * max(1.0, decay) + moved) * ROUNDING
-        sizes = (gradient, first, second, rates.epsilon, rates.learning_rate, rates.weight_decay, decay, step_size)
-        sizes = (*sizes, step_size * first, math.sqrt(second) / root, master)
-        return Bounds(master, first, second) if all(size <= LARGE for size in sizes) else Bounds(*[math.inf] * 3)
+        sizes = [gradient, first, second, rates.epsilon, rates.learning_rate, rates.weight_decay, decay, step_size]
+        sizes += [step_size * first, math.sqrt(second) / root, master]
+        proven = all(size <= LARGE for size in sizes)
+        return Bounds(master, first, second) if proven else Bounds(math.inf, math.inf, math.inf)
 
 
 class UpdateGuard:
@@ -137,8 +138,8 @@ class UpdateGuard:
 
 
 def _trial(flat: Flat, moments: Mapping[str, Tensor], name: str, rates: Rates, apply: Apply) -> Iterator[float]:
-    """The largest master, first and second moment of a parameter's part of this rank's slice after the update; inf where
-    one is not finite, or where the master has no place in the parameter's own type.
+    """The largest master, first and second moment of a parameter's part of this rank's slice after the update; inf
+    where one is not finite, or where the master has no place in the parameter's own type.
     """
     start, stop = flat.places[name]
     start, stop = max(start, flat.slice.start), min(stop, flat.slice.stop)
