@@ -94,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     chosen = next((word for word in given if not word.startswith("-")), None)
     try:
-        args = _parser(chosen).parse_args(given)
+        args = _arguments(_parser(chosen), given)
         return int(import_module(COMMANDS[args.command].module).run(args))
     except TpError as error:
         print(f"tp-decoders {chosen}: {error}", file=sys.stderr)
@@ -105,6 +105,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _arguments(parser: argparse.ArgumentParser, given: Sequence[str]) -> argparse.Namespace:
+    """Parsed; overrides may stand anywhere among the options, which argparse by itself takes in one place only."""
+    args, left = parser.parse_known_args(given)
+    overrides = getattr(args, "overrides", None)
+    foreign = [word for word in left if overrides is None or word.startswith("-") or "=" not in word]
+    if foreign:
+        parser.error(f"unrecognized arguments: {' '.join(foreign)}; see tp-decoders {args.command} --help")
+    if overrides is not None:
+        args.overrides = [*overrides, *left]
+    return args
 
 
 def _parser(chosen: str | None) -> argparse.ArgumentParser:

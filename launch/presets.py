@@ -3,16 +3,18 @@
     layers = [read(path), overrides(["engine.max_sequences=8"])]
     config = build(ServeConfig, layers)          # later layers win, key by key
 
-A preset is a partial mapping of the same shape as the dataclass. No defaults live here and nothing is guessed.
+A preset is a partial mapping of the same shape as the dataclass. No defaults live here and nothing is guessed. Values
+are read as YAML 1.2 reads them (core schema): 1e-3 is a number, `no` and 2024-01-31 are text.
 """
 
 from __future__ import annotations
 
+import re
 import types
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -61,6 +63,17 @@ def find(name: str, folder: str) -> Path:
     return CONFIGS / folder / f"{name}.yaml"
 
 
+@dataclass(frozen=True)
+class _Written:
+    """A scalar of the command line, where nobody quotes: `out=2024` names a folder, `steps=2024` counts."""
+
+    text: str
+    value: bool | int | float
+
+    def __repr__(self) -> str:
+        return repr(self.value)
+
+
 def overrides(settings: Sequence[str]) -> Layer:
     """`engine.max_sequences=8` and the like, values written as in YAML."""
     values: dict[str, Any] = {}
@@ -72,7 +85,8 @@ def overrides(settings: Sequence[str]) -> Layer:
             value = yaml.load(text, Loader=_StrictLoader)
         except yaml.YAMLError as error:
             raise ConfigError(f"{setting!r}: the value is not valid YAML: {' '.join(str(error).split())}") from error
-        _put(values, name.split("."), value, setting)
+        written = _Written(text, value) if isinstance(value, bool | int | float) else value
+        _put(values, name.split("."), written, setting)
     return Layer("command line", values)
 
 
@@ -97,6 +111,9 @@ def _checked(kind: type[Any], values: Any, where: str) -> dict[str, Any]:
 
 def _value(hint: Any, value: Any, where: str) -> Any:
     """One value of one type; whole numbers do where a float is wanted, nothing else is converted."""
+    if isinstance(value, _Written):
+        text = str in (hint, *get_args(hint)) and type(value.value) not in get_args(hint)
+        return _value(hint, value.text.strip() if text else value.value, where)
     if is_dataclass(hint):
         return _checked(hint, value, where)  # type: ignore[arg-type]
     origin, arguments = get_origin(hint), get_args(hint)
@@ -113,6 +130,8 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         return tuple(_value(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if hint is float and value != value:
+        raise ConfigError(f"{where} is not a number (nan); give one")
     if not isinstance(hint, type) or not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise ConfigError(f"{where} is {_kind(value)}; it must be {_WORDS.get(hint, hint)}")
     return value
@@ -167,7 +186,9 @@ def _shown(path: Path) -> str:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML where a key given twice is an error, not the last one's silent victory."""
+    """YAML 1.2's core schema, where a key given twice is an error, not the last one's silent victory."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         mapping = super().construct_mapping(node, deep)
@@ -176,3 +197,23 @@ class _StrictLoader(yaml.SafeLoader):
             twice = sorted({str(name) for name in names if names.count(name) > 1})
             raise yaml.constructor.ConstructorError(None, None, f"given twice: {twice}", node.start_mark)
         return mapping
+
+    def construct_int(self, node: yaml.ScalarNode) -> int:
+        text = str(self.construct_scalar(node))
+        return int(text, 0) if text[:2] in ("0x", "0o") else int(text)
+
+
+def _resolve(tag: str, pattern: str, first: str) -> None:
+    _StrictLoader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(f"^(?:{pattern})$"), list(first))
+
+
+_resolve("null", "~|null|Null|NULL|", "~nN")
+_StrictLoader.yaml_implicit_resolvers[""] = [("tag:yaml.org,2002:null", re.compile("^$"))]
+_resolve("bool", "true|True|TRUE|false|False|FALSE", "tTfF")
+_resolve("int", "[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789")
+_resolve(
+    "float",
+    r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+    "-+.0123456789",
+)
+_StrictLoader.add_constructor("tag:yaml.org,2002:int", _StrictLoader.construct_int)

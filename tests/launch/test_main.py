@@ -92,3 +92,17 @@ def test_a_server_that_is_not_there_is_status_1_and_one_line(capsys: pytest.Capt
     error = capsys.readouterr().err
     assert "127.0.0.1:1" in error
     assert error.count("\n") == 1, error
+
+
+def test_overrides_may_stand_anywhere_among_the_options(capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["serve", "engine.kv_blocks=8", "--model", "nowhere", "engine.block_size=16", "--tp", "1", "server.port=0"]
+    assert main(given) == 2
+    assert "nowhere has no config.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("word", ["nonsense", "--nonsense=1"])
+def test_what_is_no_override_is_refused_by_name(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["serve", "--model", "nowhere", "engine.kv_blocks=8", "--tp", "1", word])
+    assert ended.value.code == 2
+    assert f"unrecognized arguments: {word}; see tp-decoders serve --help" in capsys.readouterr().err

@@ -125,3 +125,31 @@ def test_an_optional_part_is_made_where_it_is_given_and_a_list_or_a_text_is_take
     assert build(Loose, [layer(inner={"tp": 3}), layer(inner=None)]) == Loose()
     with pytest.raises(ConfigError, match=r"there.yaml.names is 5"):
         build(Loose, [layer(names=5)])
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-3", 0.001), ("1E5", 1e5), ("-1.5e+3", -1500.0), (".5", 0.5), ("5.", 5.0), ("010", 10), ("0x10", 16),
+        ("no", "no"), ("on", "on"), ("2024-01-31", "2024-01-31"), ("1:30", "1:30"), ("1_000", "1_000"),
+        ("true", True), ("", None), ("null", None), ("~", None), ("[1e-3, no]", [0.001, "no"]),
+    ],
+)  # fmt: skip
+def test_a_preset_is_read_as_yaml_1_2(tmp_path: Path, text: str, value: object) -> None:
+    path = tmp_path / "preset.yaml"
+    path.write_text(f"given: {text}\n")
+    read_value = read(path).values["given"]
+    assert read_value == value and type(read_value) is type(value)
+
+
+def test_what_is_written_for_a_text_stays_as_it_is_written() -> None:
+    assert build(Outer, [overrides(["model=2024"])]).model == "2024"
+    assert build(Outer, [overrides(["model=1e3"])]).model == "1e3"
+    assert build(Outer, [overrides(["model=true", "inner.share=1e-1", "inner.limit=3"])]) == Outer(
+        model="true", inner=Inner(share=0.1, limit=3)
+    )
+
+
+def test_nan_is_no_number_for_a_setting() -> None:
+    with pytest.raises(ConfigError, match=r"command line.inner.share is not a number \(nan\)"):
+        build(Outer, [overrides(["model=m", "inner.share=.nan"])])
