@@ -77,8 +77,10 @@ def run(args: argparse.Namespace) -> int:
 
 def check_address(address: str) -> None:
     host, colon, port = address.rpartition(":")
-    if not (colon and host and port.isdigit()):
+    if not (colon and host and "/" not in host and port.isdecimal() and 0 < int(port) < 65536):
         raise ConfigError(f"--address is {address!r}; write host:port, as in localhost:50051")
+    if ":" in host and not (host.startswith("[") and host.endswith("]")):
+        raise ConfigError(f"--address is {address!r}; write an IPv6 address in brackets, as in [::1]:50051")
 
 
 def fill_in_middle(args: argparse.Namespace, prompt: str | list[int]) -> Prompt:

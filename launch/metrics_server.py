@@ -20,7 +20,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from cluster.rpc.auth import METRICS, Gate
-from cluster.rpc.auth_config import Security, TlsConfig, is_loopback
+from cluster.rpc.auth_config import Security, TlsConfig, is_loopback, shown_address
 from cluster.rpc.auth_errors import NotAuthenticated, NotPermitted
 from cluster.rpc.auth_tokens import TokenFile
 from parallel.errors import ConfigError, TpError
@@ -58,11 +58,11 @@ class MetricsServer:
             self._server = _Server(host, port, registry, security)
         except OSError as error:
             reason = error.strerror or str(error)
-            raise ConfigError(f"cannot give metrics on {host}:{port}: {reason}; choose another port") from error
+            raise ConfigError(f"cannot give metrics on {shown_address(host, port)}: {reason}; choose another port") from error
         self._thread = threading.Thread(target=self._server.serve_forever, name="metrics", daemon=True)
         self._thread.start()
         self.port: int = self._server.server_port
-        log.info("metrics on %s:%d%s", host, self.port, METRICS)
+        log.info("metrics on %s%s", shown_address(host, self.port), METRICS)
 
     def close(self) -> None:
         self._server.shutdown()

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from cluster.actors.place import Place, PlacementConfig
 from launch import logs
-from launch.ray_token import token_of_this_run
+from launch.own_ray import own_ray
 from parallel.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
         os.environ.setdefault(name, value)
     if args.ranks < 1:
         raise ConfigError(f"--ranks is {args.ranks}; give at least 1")
-    with token_of_this_run(None if args.ray_address == "local" else args.ray_address):
+    with own_ray(None if args.ray_address == "local" else args.ray_address):
         reports = look(args, level)
     print("\n".join(table(reports)))
     odd = oddities(reports)

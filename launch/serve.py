@@ -22,8 +22,8 @@ from cluster.rpc.auth_config import Security, TlsConfig, check_exposure
 from cluster.rpc.limits import ServerLimits
 from launch import logs
 from launch.observe import ObserveConfig
+from launch.own_ray import own_ray
 from launch.presets import Layer, build, find, overrides, read
-from launch.ray_token import token_of_this_run
 from parallel.errors import ConfigError
 
 FLAGS = {
@@ -186,7 +186,7 @@ def run(args: argparse.Namespace) -> int:
     config = configuration(args)
     for name, value in ENVIRONMENT.items():  # before Ray is imported, which reads some of them then
         os.environ.setdefault(name, value)
-    with token_of_this_run(config.ray.address):
+    with own_ray(config.ray.address):
         from launch.serving import serve  # brings in Ray, gRPC and torch
 
         return serve(config, Path(config.model).resolve(), level)

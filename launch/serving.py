@@ -29,7 +29,7 @@ from cluster.frontend.calls import FrontendConfig
 from cluster.frontend.frontend import Frontend
 from cluster.frontend.readiness import Readiness
 from cluster.frontend.text import codec_of
-from cluster.rpc.auth_config import Security
+from cluster.rpc.auth_config import Security, shown_address
 from cluster.rpc.control import ServiceInfo
 from cluster.rpc.server import build_server, check_security
 from cluster.training.states import StateFolder
@@ -94,7 +94,7 @@ def check_port(host: str, port: int) -> None:
             probe.bind((host, port))
     except OSError as error:
         reason = error.strerror or str(error)
-        raise ConfigError(f"cannot listen on {host}:{port}: {reason}; choose another port or host") from error
+        raise ConfigError(f"cannot listen on {shown_address(host, port)}: {reason}; choose another port or host") from error
 
 
 async def _serve(config: ServeConfig, model: Path, log_level: int, state: State) -> int:
@@ -133,10 +133,9 @@ async def _open(
     frontend = Frontend(links, codec=codec, config=_patience(config), ledger=state.ledger)
     stack.push_async_callback(frontend.close)
     upkeep = Upkeep(frontend, replicas.healers(frontend, ready))
-    host = f"[{config.server.host}]" if ":" in config.server.host else config.server.host
     info = _service_info(config, model, ready[0][0].facts)
     readiness = Readiness(frontend, config.observe.canary_every_s, config.observe.canary_timeout_s)
-    address = f"{host}:{config.server.port}"
+    address = shown_address(config.server.host, config.server.port)
     tracer = open_tracer(config.observe)
     if tracer is not None:
         stack.push_async_callback(asyncio.to_thread, tracer.close)
@@ -165,7 +164,7 @@ async def _observe(
         observe.metrics_host, observe.metrics_port, server.security, server.insecure_listen_anywhere,
     )  # fmt: skip
     stack.push_async_callback(asyncio.to_thread, metrics.close)
-    return f"  metrics {observe.metrics_host}:{metrics.port}"
+    return f"  metrics {shown_address(observe.metrics_host, metrics.port)}"
 
 
 async def _run(frontend: Frontend, signals: _Signals, upkeep: Upkeep, drain_s: float) -> None:
@@ -197,7 +196,7 @@ def ready_line(config: ServeConfig, model: Path, ready: Sequence[Sequence[Ready]
     size = sum(rank.facts.kv_bytes for rank in ready[0]) / 1e6
     dp = f"dp={len(ready)} " if len(ready) > 1 else ""
     return (
-        f"ready: {config.server.host}:{port}  model {model.name} ({facts.family}, {facts.dtype})  "
+        f"ready: {shown_address(config.server.host, port)}  model {model.name} ({facts.family}, {facts.dtype})  "
         + (f"{config.task}  " if config.task != CAUSAL else "")
         + f"tp={config.parallel.tp} {dp}on {config.parallel.device} ({facts.transport}, attention {facts.attention})  "
         f"KV cache {tokens} tokens ({facts.kv_blocks} blocks of {facts.block_size}, {size:.1f} MB)"

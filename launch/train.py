@@ -9,8 +9,8 @@ import argparse
 import os
 
 from launch import logs
+from launch.own_ray import own_ray
 from launch.presets import Layer, find, overrides, read
-from launch.ray_token import token_of_this_run
 from launch.serve import ENVIRONMENT
 
 
@@ -32,5 +32,5 @@ def run(args: argparse.Namespace) -> int:
     from launch.training import configuration, prepare, train
 
     config = configuration(layers)
-    with token_of_this_run(config.ray.address):
+    with own_ray(config.ray.address):
         return train(config, prepare(config), level)

@@ -1,8 +1,8 @@
 """Joining a Ray cluster, or starting one on this machine for as long as it is needed.
 
 A local cluster is asked for by name (address "local"): without it Ray would join whatever a stale address file points
-at. Reads no environment of its own; what a standing cluster needs there is in docs/serving.md, and the token of one
-that is started here comes from launch.ray_token.
+at. Reads no environment of its own; what a standing cluster needs there is in docs/serving.md, and folder and token of
+one that is started here come from launch.own_ray.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ from __future__ import annotations
 import logging
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
+from pathlib import Path
 from typing import Any
 
 import ray
 
+from cluster.actors.own_cluster import own_address
 from parallel.errors import ConfigError, WorkerError
 
 log = logging.getLogger(__name__)
@@ -24,6 +26,8 @@ CONNECT_S = 5.0
 STARTS = 4
 """How often a local cluster is started: Ray gives it half a minute, which a busy machine does not always keep to."""
 
+PACKAGES = Path(__file__).resolve().parents[2]
+"""Where this package and its neighbours lie."""
 TOO_SLOW = ("timed out during startup", "Timed out waiting for file")
 
 
@@ -34,6 +38,8 @@ def ray_session(address: str | None = None, num_cpus: int | None = None, log_to_
         raise ConfigError(f"num_cpus is {num_cpus}; a local Ray cluster needs at least 1")
     if num_cpus is not None and address is not None:
         raise ConfigError(f"num_cpus={num_cpus} is for a local cluster; {address} has the cores it has: leave it out")
+    if address == "auto":
+        address = own_address()
     if address is not None:
         check_reachable(address)
     options: dict[str, Any] = {"log_to_driver": log_to_driver, "logging_level": logging.ERROR}
@@ -50,10 +56,15 @@ def ray_session(address: str | None = None, num_cpus: int | None = None, log_to_
 
 
 def _init(address: str, options: dict[str, Any]) -> None:
-    """What a start that was too slow leaves behind ends with this process."""
+    """What a start that was too slow leaves behind ends with this process.
+
+    Ray puts the folder it is called from before all others where its workers look for modules: called from where our
+    packages lie, since the user's own may hold a `cluster` or a `queue.py`.
+    """
     for left in reversed(range(STARTS)):
         try:
-            ray.init(address=address, **options)
+            with chdir(PACKAGES):
+                ray.init(address=address, **options)
             return
         except Exception as error:
             if not any(words in str(error) for words in TOO_SLOW):
@@ -80,7 +91,7 @@ def check_reachable(address: str) -> None:
             f"ray.address is {address!r}; write auto, or HOST:PORT of the cluster's head, as in 10.0.0.1:6379"
         )
     try:
-        socket.create_connection((host, int(port)), CONNECT_S).close()
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
     except OSError as error:
         reason = error.strerror or str(error)
         raise WorkerError(f"no Ray cluster answers at {address} ({reason}); is that its head, and is it up?") from error
@@ -90,8 +101,8 @@ def _cannot_join(address: str | None, error: Exception) -> str:
     if address is None:
         return f"could not start a local Ray cluster: {first_line(error)}"
     return (
-        f"could not join the Ray cluster at {address}: {first_line(error)}; where it asks for a token, "
-        "set RAY_AUTH_MODE=token here too"
+        f"could not join the Ray cluster at {address}: {first_line(error)}; where it asks for a token (`ray start` "
+        "says so), set RAY_AUTH_MODE=token here and have its head's ~/.ray/auth_token; where it asks for none, disabled"
     )
 
 

@@ -102,6 +102,11 @@ def is_loopback(host: str) -> bool:
     return bool(addresses) and all(ipaddress.ip_address(address).is_loopback for address in addresses)
 
 
+def shown_address(host: str, port: int) -> str:
+    """HOST:PORT as clients take it: brackets around an IPv6 address (RFC 3986)."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def check_exposure(host: str, security: Security, insecure: bool) -> None:
     """Refuse an address that others can reach where they could listen in, or call without saying who they are."""
     missing = []

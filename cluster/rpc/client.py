@@ -22,9 +22,10 @@ from cluster.rpc.proto import training_pb2 as training
 from cluster.rpc.proto.control_pb2_grpc import ControlStub
 from cluster.rpc.proto.inference_pb2_grpc import InferenceStub
 from cluster.rpc.proto.training_pb2_grpc import TrainingStub
+from cluster.rpc.reach import advice
 from cluster.rpc.retries import RETRY_SECONDS, Continued, Patience
 from cluster.rpc.service_error import ServiceError
-from cluster.rpc.tls import call_metadata, channel
+from cluster.rpc.tls import call_metadata, channel, host_of
 
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 OPTIONS = (
@@ -92,6 +93,7 @@ class AsyncClient:
         access = access or Access()
         self._retry_seconds = retry_seconds
         self._met = False  # whether the server has ever answered
+        self._host, self._encrypted = host_of(address), access.encrypted
         self.metadata = call_metadata(access)
         self.channel = channel(address, access, OPTIONS)
         self.inference = InferenceStub(self.channel)
@@ -115,6 +117,7 @@ class AsyncClient:
                 self._met = True
         except TimeoutError as error:
             text = f"no server answered within {timeout:g} s; is it running, and is the address right?"
+            text = "; ".join(filter(None, (text, advice(self._host, self._encrypted))))
             raise ServiceError(text) from error
 
     async def call(self, method: Any, request: Message, timeout: float | None = None) -> Any:
@@ -122,7 +125,7 @@ class AsyncClient:
         try:
             answer = await method(request, timeout=timeout, metadata=self.metadata)
         except grpc.RpcError as error:
-            raise self._heard(ServiceError.of(error)) from error
+            raise self._heard(error) from error
         self._met = True
         return answer
 
@@ -158,15 +161,18 @@ class AsyncClient:
                         yield news
                 return
             except grpc.RpcError as error:
-                lost = self._heard(ServiceError.of(error))
+                lost = self._heard(error)
                 await patience.outlive(lost, self._met)
                 continued.begin_again(lost)
             finally:
                 call.cancel()
 
-    def _heard(self, error: ServiceError) -> ServiceError:
-        self._met |= bool(error.reason)
-        return error
+    def _heard(self, error: grpc.RpcError) -> ServiceError:
+        """With what may be in the way, where it is not the server that has spoken."""
+        lost = error.code() is grpc.StatusCode.UNAVAILABLE and not self._met
+        heard = ServiceError.of(error, advice(self._host, self._encrypted, error.details() or "") if lost else "")
+        self._met |= bool(heard.reason)
+        return heard
 
     async def score(
         self, sequences: Sequence[Prompt], *, timeout: float | None = None, **fields: Any

@@ -19,9 +19,9 @@ class ServiceError(TpError, RuntimeError):
     details: tuple[Message, ...] = ()
 
     @classmethod
-    def of(cls, error: grpc.RpcError) -> ServiceError:
+    def of(cls, error: grpc.RpcError, advice: str = "") -> ServiceError:
         code, text = error.code(), error.details()
-        made = cls(f"{code.name}: {text}")
+        made = cls(f"{code.name}: {text}" + (f"; {advice}" if advice else ""))
         made.code = code
         made.details = _details(error)
         return made

@@ -82,9 +82,13 @@ def _check(config: TlsConfig) -> None:
 
 
 def channel(address: str, access: Access, options: tuple[tuple[str, Any], ...]) -> grpc.aio.Channel:
-    """A connection to a server, encrypted where `access` says so."""
+    """A connection to a server, encrypted where `access` says so; to this machine itself never through a proxy, which
+    grpc would take from http_proxy even for 127.0.0.1.
+    """
+    host = host_of(address)
+    if is_loopback(host):
+        options = (*options, ("grpc.enable_http_proxy", 0))
     if not access.encrypted:
-        host = address.rpartition(":")[0].strip("[]")
         if access.token_file is not None and not access.plain_token and not is_loopback(host):
             raise ConfigError(
                 f"the token would go to {address} in plain text; give the server's CA (--tls-ca) or --tls, or say "
@@ -97,6 +101,11 @@ def channel(address: str, access: Access, options: tuple[tuple[str, Any], ...]) 
     if access.tls_server_name is not None:
         options = (*options, ("grpc.ssl_target_name_override", access.tls_server_name))
     return grpc.aio.secure_channel(address, grpc.ssl_channel_credentials(ca, key, cert), options=options)
+
+
+def host_of(address: str) -> str:
+    """Of HOST:PORT, without the brackets around an IPv6 address."""
+    return address.rpartition(":")[0].strip("[]")
 
 
 def call_metadata(access: Access) -> tuple[tuple[str, str], ...]:

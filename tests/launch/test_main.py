@@ -76,6 +76,9 @@ def test_wrong_arguments_exit_with_2(arguments: list[str], capsys: pytest.Captur
         (["generate", "hello", "--fim-order", "suffix"], "--fim-order says in which order --suffix is read"),
         (["generate", "--token-ids", "1", "--suffix", "x"], "--suffix goes with a prompt of text"),
         (["generate", "hello", "--address", "nonsense"], "--address is 'nonsense'; write host:port"),
+        (["generate", "hello", "--address", "http://localhost:50051"], "write host:port, as in localhost:50051"),
+        (["status", "--address", "localhost:0"], "--address is 'localhost:0'; write host:port"),
+        (["status", "--address", "::1:50051"], "write an IPv6 address in brackets, as in [::1]:50051"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(

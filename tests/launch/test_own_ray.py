@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from launch.background import Server
-from launch.ray_token import FILE, MODE, TOKEN, token_of_this_run
+from launch.own_ray import FILE, MODE, TOKEN, own_ray
 from parallel.native import library
 
 NANO = Path(__file__).resolve().parents[1] / "data" / "gpt-nano-sort"
@@ -43,7 +43,7 @@ def seen() -> dict[str, str]:
 def test_a_run_has_a_token_of_its_own_that_only_its_user_reads_and_that_goes_with_it() -> None:
     tokens = set()
     for _ in range(2):
-        with token_of_this_run(None):
+        with own_ray(None):
             assert seen().keys() == {MODE, FILE} and seen()[MODE] == "token"
             path = Path(seen()[FILE])
             assert stat.S_IMODE(path.stat().st_mode) == 0o600 and stat.S_IMODE(path.parent.stat().st_mode) == 0o700
@@ -53,7 +53,7 @@ def test_a_run_has_a_token_of_its_own_that_only_its_user_reads_and_that_goes_wit
 
 
 def test_the_token_goes_where_the_run_fails() -> None:
-    with pytest.raises(KeyboardInterrupt), token_of_this_run(None):
+    with pytest.raises(KeyboardInterrupt), own_ray(None):
         path = Path(seen()[FILE])
         raise KeyboardInterrupt
     assert not path.parent.exists() and not seen()
@@ -63,13 +63,13 @@ def test_the_token_goes_where_the_run_fails() -> None:
 def test_what_somebody_has_set_is_left_as_it_is(given: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    with token_of_this_run(None):
+    with own_ray(None):
         assert seen() == given
     assert seen() == given
 
 
 def test_a_standing_cluster_has_its_own() -> None:
-    with token_of_this_run("10.0.0.1:6379"):
+    with own_ray("10.0.0.1:6379"):
         assert not seen()
 
 
