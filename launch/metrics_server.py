@@ -58,7 +58,8 @@ class MetricsServer:
             self._server = _Server(host, port, registry, security)
         except OSError as error:
             reason = error.strerror or str(error)
-            raise ConfigError(f"cannot give metrics on {shown_address(host, port)}: {reason}; choose another port") from error
+            where = shown_address(host, port)
+            raise ConfigError(f"cannot give metrics on {where}: {reason}; choose another port") from error
         self._thread = threading.Thread(target=self._server.serve_forever, name="metrics", daemon=True)
         self._thread.start()
         self.port: int = self._server.server_port

@@ -45,11 +45,11 @@ def ray_folder() -> Path:
 
 
 def _candidates() -> Iterator[tuple[str, str]]:
-    for name in VARIABLES:
-        if os.environ.get(name):
-            yield name, os.environ[name]
-    for folder in dict.fromkeys((tempfile.gettempdir(), "/tmp", "/var/tmp", "/dev/shm")):
-        yield "folder", folder
+    """(setting, folder), each folder once."""
+    given = {os.environ[name]: name for name in reversed(VARIABLES) if os.environ.get(name)}
+    shared = (tempfile.gettempdir(), "/tmp", "/var/tmp", "/dev/shm")
+    for folder in dict.fromkeys((*reversed(given), *shared)):
+        yield given.get(folder, "folder"), folder
 
 
 def _room() -> int:

@@ -94,7 +94,8 @@ def check_port(host: str, port: int) -> None:
             probe.bind((host, port))
     except OSError as error:
         reason = error.strerror or str(error)
-        raise ConfigError(f"cannot listen on {shown_address(host, port)}: {reason}; choose another port or host") from error
+        where = shown_address(host, port)
+        raise ConfigError(f"cannot listen on {where}: {reason}; choose another port or host") from error
 
 
 async def _serve(config: ServeConfig, model: Path, log_level: int, state: State) -> int:
