@@ -28,7 +28,7 @@ FORMATS = ("huggingface", "deepspeed", "tensorflow")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("input", type=Path, help="the checkpoint's folder")
+    parser.add_argument("input", help="the checkpoint's folder, or ORG/NAME[@revision] of the Hugging Face hub")
     parser.add_argument("output", type=Path, help="the folder to write; it must be empty or new")
     parser.add_argument(
         "--from", dest="format", choices=FORMATS, default="huggingface",
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "from configs/models (as gpt-neox-20b) or a .yaml of that kind",
     )  # fmt: skip
     parser.add_argument(
-        "--tokenizer", type=Path, help="a folder with tokenizer files, or a tokenizer.json, to copy along"
+        "--tokenizer", help="a folder (or ORG/NAME[@revision]) with tokenizer files, or a tokenizer.json, to copy along"
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the checkpoint's own")
     parser.add_argument("--max-shard-size", default="5GB", help="of one file, as in 500MB (default 5GB)")
@@ -67,14 +67,15 @@ def run(args: argparse.Namespace) -> int:
 def open_source(args: argparse.Namespace, stack: ExitStack) -> tuple[TensorSource, DecoderConfig, dict[str, Path]]:
     """The tensors, the configuration, and the files to copy beside them."""
     if args.format == "deepspeed":
-        return _open_deepspeed(args.input, args.config)
+        return _open_deepspeed(Path(args.input), args.config)
     if args.format == "tensorflow":
-        return _open_tensorflow(args.input, args.config)
+        return _open_tensorflow(Path(args.input), args.config)
+    from tp_decoders.hub import locate
     from tp_decoders.rewrite import HuggingFaceSource
 
     if args.config is not None:
         raise ConfigError("--config is for --from deepspeed or tensorflow: a Hugging Face folder has its config.json")
-    source = HuggingFaceSource(args.input, stack)
+    source = HuggingFaceSource(locate(args.input), stack)
     return source, source.config, {}
 
 
@@ -134,10 +135,14 @@ def _values(path: Path) -> Mapping[str, Any]:
     return values
 
 
-def tokenizer_files(given: Path | None) -> dict[str, Path]:
+def tokenizer_files(where: str | None) -> dict[str, Path]:
     """The files to copy, by the name they get."""
-    if given is None:
+    if where is None:
         return {}
+    from tp_decoders.hub import locate
+    from tp_decoders.hub_cache import TOKENIZER
+
+    given = locate(where, TOKENIZER)
     if given.is_file():
         return {"tokenizer.json": given}
     files = {name: given / name for name in TOKENIZER_FILES if (given / name).is_file()}

@@ -23,14 +23,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output", type=Path, help="the folder to write; it must be empty or new")
     parser.add_argument("--seed", type=int, default=0, help="of the random weights (default 0)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    parser.add_argument("--tokenizer", type=Path, help="a folder whose tokenizer files are copied beside the weights")
+    parser.add_argument(
+        "--tokenizer", help="a folder, or ORG/NAME[@revision], whose tokenizer files are copied beside the weights"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
+    from tp_decoders.hub import locate
+    from tp_decoders.hub_cache import TOKENIZER
+
     layer = read(find(args.preset, "models"))
+    tokenizer = None if args.tokenizer is None else locate(args.tokenizer, TOKENIZER)
     count = write_random(layer.values, args.output, seed=args.seed, dtype=args.dtype)
-    if args.tokenizer is not None:
-        copy_tokenizer(args.tokenizer, args.output)
+    if tokenizer is not None:
+        copy_tokenizer(tokenizer, args.output)
     print(f"{args.output}: {layer.values['model_type']}, {count / 1e6:.1f} M random parameters, {args.dtype}")
     return 0
 

@@ -19,8 +19,9 @@ UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--model", required=True, help="a name from configs/models, a .yaml file, or a folder with a config.json"
-    )
+        "--model", required=True,
+        help="a name from configs/models, a .yaml file, a folder with a config.json, or ORG/NAME[@revision]",
+    )  # fmt: skip
     parser.add_argument("--gpus", type=int, required=True, metavar="N", help="ranks in all; cores with --device cpu")
     parser.add_argument("--gpu-memory", required=True, metavar="SIZE", help="of each rank, as in 80GiB")
     parser.add_argument("--per-node", type=int, default=8, metavar="N", help="ranks of one node (default 8)")

@@ -30,18 +30,25 @@ from cluster.training.memory.layouts import Candidate, Plan, Question, make_plan
 from launch.presets import find, read
 from parallel.errors import ConfigError
 from tp_decoders.config import DecoderConfig
+from tp_decoders.hub import is_name, locate
+from tp_decoders.hub_cache import CONFIG
 from tp_decoders.lora import LoraConfig
 from tp_decoders.registry import config_from_hf, read_config
 
 GiB = 2**30
+YAML = (".yaml", ".yml")
 KINDS = tuple(field.name for field in fields(RankMemory))
 
 
 def model_config(name: str) -> DecoderConfig:
-    """A preset of configs/models, a YAML file of that kind, or a checkpoint's folder."""
-    if Path(name).is_dir():
-        return read_config(name)
+    """A preset of configs/models, a YAML file of that kind, or a checkpoint's folder or name on the hub."""
+    if Path(name).is_dir() or is_hub(name):
+        return read_config(locate(name, CONFIG))
     return config_from_hf(dict(read(find(name, "models")).values))
+
+
+def is_hub(name: str) -> bool:
+    return not Path(name).exists() and is_name(name) and not name.endswith(YAML)
 
 
 def question_of(args: argparse.Namespace, memory: int) -> Question:
@@ -191,9 +198,9 @@ def _serving(question: Question, best: Candidate) -> dict[str, Any]:
 
 def _training(question: Question, best: Candidate, model: str) -> dict[str, Any]:
     layout, lora = best.layout, question.setup.lora
-    values: dict[str, Any] = (
-        {"model": str(Path(model).resolve())} if Path(model).is_dir() else {"scratch": {"preset": model}}
-    )
+    values: dict[str, Any] = {"scratch": {"preset": model}}
+    if Path(model).is_dir() or is_hub(model):
+        values = {"model": model if is_hub(model) else str(Path(model).resolve())}
     values |= {
         "corpus": {"tokens_per_sample": question.sequence, "batch_size": question.batch_size},
         "steps": 1000,

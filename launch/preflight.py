@@ -13,7 +13,6 @@ import statistics
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cluster.actors.place import Place, PlacementConfig
@@ -33,7 +32,7 @@ LITTLE_MEMORY = 0.8
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ranks", type=int, required=True, help="how many, as tp x dp of the work to come")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--model", metavar="FOLDER", help="a checkpoint that must be the same on every node")
+    parser.add_argument("--model", metavar="MODEL", help="a checkpoint that must be the same on every node")
     parser.add_argument(
         "--whole-files", action="store_true", help="compare every byte of it (default: names, sizes, ends)"
     )
@@ -75,8 +74,9 @@ def look(args: argparse.Namespace, log_level: int = logging.WARNING) -> list[Rep
     from cluster.actors.group import WorkerGroup
     from cluster.actors.preflight import PreflightSpec
     from cluster.actors.session import ray_session
+    from tp_decoders.hub import locate
 
-    model = str(Path(args.model).expanduser().absolute()) if args.model else None
+    model = str(locate(args.model).absolute()) if args.model else None
     spec = PreflightSpec(model=model, device=args.device, whole_files=args.whole_files)
     quiet = logging.ERROR if log_level == logging.WARNING else log_level  # every slow transport is measured anyway
     placement = PlacementConfig(strategy=args.strategy, join_timeout_s=args.wait, log_level=quiet)

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import argparse
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os.path import expanduser
-from pathlib import Path
 from typing import Any
 
 from cluster.actors.place import PlacementConfig
@@ -121,8 +120,13 @@ class ServeConfig:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, help="the folder of a Hugging Face checkpoint")
-    parser.add_argument("--adapter", metavar="FOLDER", help="a PEFT LoRA adapter, merged into the weights as they load")
+    parser.add_argument(
+        "--model", required=True, help="the folder of a Hugging Face checkpoint, or ORG/NAME[@revision] of the hub"
+    )
+    parser.add_argument(
+        "--adapter", metavar="ADAPTER",
+        help="a PEFT LoRA adapter (a folder or ORG/NAME[@revision]), merged into the weights as they load",
+    )  # fmt: skip
     parser.add_argument(
         "--task",
         help="causal-lm (default), sequence-classification, token-classification, question-answering or double-heads",
@@ -188,8 +192,13 @@ def run(args: argparse.Namespace) -> int:
         os.environ.setdefault(name, value)
     with own_ray(config.ray.address):
         from launch.serving import serve  # brings in Ray, gRPC and torch
+        from tp_decoders.hub import locate
+        from tp_decoders.hub_cache import ADAPTER
 
-        return serve(config, Path(config.model).resolve(), level)
+        model = locate(config.model).resolve()
+        if config.adapter is not None:
+            config = replace(config, adapter=str(locate(config.adapter, ADAPTER)))
+        return serve(config, model, level)
 
 
 def _flags(args: argparse.Namespace) -> Layer:

@@ -41,6 +41,7 @@ from launch.standing import State, kept_state
 from launch.tracing import check_traces, open_tracer
 from parallel.errors import ConfigError, TpError, WorkerError
 from tp_decoders.adapter_files import read_adapter_config
+from tp_decoders.hub import shown_name
 from tp_decoders.registry import read_config
 from tp_decoders.task_config import CAUSAL, check_task, task_of
 from tp_decoders.tokenizer import load_tokenizer
@@ -197,7 +198,7 @@ def ready_line(config: ServeConfig, model: Path, ready: Sequence[Sequence[Ready]
     size = sum(rank.facts.kv_bytes for rank in ready[0]) / 1e6
     dp = f"dp={len(ready)} " if len(ready) > 1 else ""
     return (
-        f"ready: {shown_address(config.server.host, port)}  model {model.name} ({facts.family}, {facts.dtype})  "
+        f"ready: {shown_address(config.server.host, port)}  model {shown_name(model)} ({facts.family}, {facts.dtype})  "
         + (f"{config.task}  " if config.task != CAUSAL else "")
         + f"tp={config.parallel.tp} {dp}on {config.parallel.device} ({facts.transport}, attention {facts.attention})  "
         f"KV cache {tokens} tokens ({facts.kv_blocks} blocks of {facts.block_size}, {size:.1f} MB)"
@@ -232,7 +233,7 @@ def start_line(rank: Ready) -> str:
 
 def _service_info(config: ServeConfig, model: Path, facts: RankFacts) -> ServiceInfo:
     return ServiceInfo(
-        model_id=model.name,
+        model_id=shown_name(model),
         family=facts.family,
         dtype=facts.dtype,
         device=config.parallel.device,

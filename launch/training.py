@@ -42,6 +42,8 @@ from launch.train_metrics import TrainMetrics
 from parallel.errors import ConfigError, WorkerError
 from parallel.options import Recompute
 from tp_decoders import build as build_model
+from tp_decoders.hub import locate
+from tp_decoders.hub_cache import TOKENIZER
 from tp_decoders.lora import LoraConfig, targeted
 from tp_decoders.registry import config_from_hf, read_config
 from tp_decoders.task_config import CAUSAL
@@ -61,8 +63,8 @@ class ScratchConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Everything about one run; a preset holds any part of it. `model` is a checkpoint folder, in place of scratch.
-    What has the name of a field of TrainSpec is that field.
+    """Everything about one run; a preset holds any part of it. `model` is a checkpoint, a folder or a name of
+    the hub, in place of scratch. What has the name of a field of TrainSpec is that field.
     """
 
     out: str
@@ -139,7 +141,7 @@ def prepare(config: TrainConfig) -> TrainSpec:
 
 
 def _from_folder(folder: str) -> _Origin:
-    model = Path(folder).resolve()
+    model = locate(folder).resolve()
     return _Origin(model, folder_origin(model), read_config(model).hf, model, lambda: None)
 
 
@@ -147,7 +149,7 @@ def _from_scratch(scratch: ScratchConfig, out: Path) -> _Origin:
     if scratch.preset is None or scratch.tokenizer is None:
         raise ConfigError("nothing to train: give model, a checkpoint folder, or scratch.preset and scratch.tokenizer")
     shape = dict(read(find(scratch.preset, "models")).values)
-    tokenizer, start = Path(scratch.tokenizer), out / START
+    tokenizer, start = locate(scratch.tokenizer, TOKENIZER), out / START
 
     def write() -> None:
         if start.is_dir():

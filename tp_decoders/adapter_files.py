@@ -26,6 +26,8 @@ from torch import Tensor, nn
 from parallel.errors import CheckpointError, ConfigError
 from parallel.shard import full_shape_of, rule_of, sharded
 from tp_decoders.decoder import Decoder
+from tp_decoders.hub import locate
+from tp_decoders.hub_cache import ADAPTER, cached_of
 from tp_decoders.lora import (
     LoraConfig,
     adapted,
@@ -56,7 +58,7 @@ HARMLESS = (
 
 def load_adapter(model: Decoder, folder: str | Path, trainable: bool = False) -> None:
     """Puts a saved adapter beside the model's weights; frozen, as everything else is then, unless it is to train on."""
-    folder = Path(folder)
+    folder = locate(folder, ADAPTER)
     config = read_adapter_config(folder)
     with ExitStack() as stack:
         file = _open(folder, stack)
@@ -179,12 +181,14 @@ def adapter_config(model: Decoder) -> dict[str, Any]:
     config = model.lora
     if config is None:
         raise ConfigError("the model has no adapter to save; attach or load one first")
+    base = cached_of(model.source) if model.source else None
     names = family_of(model.config.model_type).names
     flips = any(names.theirs(f"{name}.weight")[0].transposed for name, _, _ in adapted(model))
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(model.source) if model.source else None,
+        "base_model_name_or_path": base.repo if base else str(model.source) if model.source else None,
+        "revision": base.commit if base else None,
         "r": config.rank,
         "lora_alpha": _whole(config.alpha),
         "lora_dropout": config.dropout,

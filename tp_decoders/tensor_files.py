@@ -162,7 +162,7 @@ def _open_files(paths: Sequence[Path], stack: ExitStack, cache: WeightsCache | N
 
 
 def _open_index(folder: Path, layout: str, stack: ExitStack, cache: WeightsCache | None) -> dict[str, TensorFile]:
-    weight_map = _weight_map(folder / layout)
+    weight_map = read_weight_map(folder / layout)
     absent = sorted({name for name in weight_map.values() if not (folder / name).is_file()})
     if absent:
         raise CheckpointError(
@@ -175,7 +175,7 @@ def _open_index(folder: Path, layout: str, stack: ExitStack, cache: WeightsCache
     return {tensor: opened[name] for tensor, name in weight_map.items()}
 
 
-def _weight_map(path: Path) -> dict[str, str]:
+def read_weight_map(path: Path) -> dict[str, str]:
     try:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
     except (ValueError, KeyError, TypeError) as error:

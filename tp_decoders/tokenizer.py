@@ -19,6 +19,8 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as HFTokenizer
 
 from parallel.errors import CheckpointError, RequestError
+from tp_decoders.hub import locate
+from tp_decoders.hub_cache import TOKENIZER
 
 END_OF_TEXT = "<|endoftext|>"
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -200,8 +202,8 @@ class JapaneseVocabulary:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer | None:
-    """The tokenizer in a checkpoint folder, None where there is none."""
-    folder = Path(path)
+    """The tokenizer in a checkpoint folder or repository of the hub, None where there is none."""
+    folder = locate(path, TOKENIZER)
     try:
         vocabulary = _vocabulary(folder)
     except CheckpointError:

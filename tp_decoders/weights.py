@@ -16,13 +16,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from parallel.errors import CheckpointError
+from parallel.errors import CheckpointError, TpError
 from parallel.group import Group
 from parallel.native.memory import give_back
 from parallel.norm import LayerNorm
 from parallel.shard import Replicated, full_shape_of, rule_of
 from tp_decoders.config import DecoderConfig
 from tp_decoders.decoder import Decoder, Place
+from tp_decoders.hub import is_name, locate, pin
 from tp_decoders.lora import whole_parameters
 from tp_decoders.names import TASK_HEAD, NameMap
 from tp_decoders.registry import family_of, read_config
@@ -36,6 +37,7 @@ log = logging.getLogger(__name__)
 MAX_SHARD_SIZE = 5_000_000_000
 HEAD_WEIGHT = "head.linear.weight"
 HEAD_SEED = 0
+HUB_ANSWERS_S = 120.0
 
 
 def build(
@@ -60,13 +62,16 @@ def load(
     cache: WeightsCache | None = None,
     progress: Progress | None = None,
 ) -> Decoder:
-    """This rank's shard of a checkpoint folder, in eval mode; in the checkpoint's own type unless one is given.
+    """This rank's shard of a checkpoint, in eval mode; in the checkpoint's own type unless one is given.
+
+    `path` is a folder, or ORG/NAME[@revision] of the Hugging Face hub, which all ranks read at one commit.
 
     `labels` (names, or how many) and `problem` are for a head that the checkpoint lacks and that is made anew; `cache`
     is where this host keeps a copy of the files; `progress` is told the bytes of the shard that were read.
     """
-    folder, group = Path(path), group or Group.single()
+    group = group or Group.single()
     check_task(task)
+    folder = locate_together(path, group)
     config = with_task(read_config(folder), task, labels, problem)
     with open_checkpoint(folder, cache) as checkpoint:
         model = build(config, group, dtype or checkpoint.dtype, device)
@@ -75,6 +80,22 @@ def load(
     model.source = folder
     give_back()  # what reading took: caches are sized by what is free
     return model
+
+
+def locate_together(path: str | Path, group: Group) -> Path:
+    """The folder to read; where the ranks can talk, rank 0 says which commit a name of the hub means now."""
+    if group.size == 1 or group.comm is None or not is_name(path):
+        return locate(path)
+    word = b""
+    if group.rank == 0:
+        try:
+            word = b"=" + pin(path).encode()
+        except TpError as error:
+            word = b"!" + str(error).encode()
+    word = group.talk.broadcast_bytes(word or None, HUB_ANSWERS_S)
+    if word[:1] == b"!":
+        raise CheckpointError(word[1:].decode())
+    return locate(word[1:].decode())
 
 
 def _fill_all(

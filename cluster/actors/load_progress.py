@@ -59,6 +59,7 @@ BUDGETS: Mapping[str, tuple[float, str]] = {
     "imports": (30.0, "how fast the node reads the Python environment: a local disk beats a shared one"),
     "building the kernels": (180.0, "the compiler; it is once per machine and version, later starts find the library"),
     "meeting the other ranks": (30.0, "that every node reaches rank 0's, and which rank came last"),
+    "finding the model": (20.0, "the network to the Hugging Face hub: this node fetches what its cache lacks"),
     "reading weights": (
         20.0,
         "the disk or network behind it; placement.weights_cache keeps a copy on the node",

@@ -27,6 +27,7 @@ from parallel.comm import Comm
 from parallel.errors import CheckpointError
 from parallel.mesh import Groups, Wiring, connect, init_groups
 from parallel.native import library
+from tp_decoders.hub import here
 
 if TYPE_CHECKING:
     from cluster.actors.worker import Phases, Program
@@ -97,7 +98,8 @@ class PreflightRank:
         with self.phases("building the kernels"):
             library.available()
         with self.phases("reading the checkpoint"):
-            digest = checkpoint_digest(spec.model, spec.whole_files) if spec.model and place.local_rank == 0 else ""
+            looks = spec.model is not None and place.local_rank == 0
+            digest = checkpoint_digest(str(here(str(spec.model))), spec.whole_files) if looks else ""
         with self.phases("meeting the other ranks"):
             self._groups = init_groups(place.rank, place.world, place.world, 1, place.address, wiring=self._wiring())
         with self.phases("comparing clocks"):

@@ -39,9 +39,17 @@ from parallel.native import library
 from tp_decoders import load
 from tp_decoders.adapter_files import load_merged
 from tp_decoders.decoder import Decoder
+from tp_decoders.hub import here
+from tp_decoders.hub_cache import ADAPTER
 from tp_decoders.tokenizer import eos_token_ids, load_tokenizer
 
 log = logging.getLogger(__name__)
+
+
+def on_this_node(spec: ServeSpec) -> ServeSpec:
+    """With folders of this node for what came from the hub; the front-end's node may have another cache."""
+    adapter = None if spec.adapter is None else str(here(spec.adapter, ADAPTER))
+    return replace(spec, model=str(here(spec.model)), adapter=adapter)
 
 
 class ServeRank:
@@ -64,6 +72,8 @@ class ServeRank:
     def start(self) -> RankFacts:
         parallel, phases = self._spec.parallel, self._phases
         self._cores = claim_cores(self._place, parallel.threads, parallel.device)
+        with phases("finding the model"):
+            self._spec = on_this_node(self._spec)
         with phases("building the kernels"):  # a minute, once per machine and version
             library.available()
         with phases("meeting the other ranks"):
@@ -84,7 +94,7 @@ class ServeRank:
         """With new peers: the model as it is, now connected to them; the ranks' collectives are those of a start."""
         assert isinstance(make, ServeSpec), "a serving rank is made by its spec"
         assert self._groups is not None and self._model is not None, "a rank that was ready has both"
-        self._spec, self._place, self._phases = make, place, phases
+        self._spec, self._place, self._phases = on_this_node(make), place, phases
         os.sched_setaffinity(0, self._all_cores)
         self._cores = claim_cores(place, make.parallel.threads, make.parallel.device)
         with phases("meeting the other ranks"):

@@ -51,6 +51,7 @@ from parallel.native import library
 from tp_decoders import load
 from tp_decoders.adapter_files import load_adapter
 from tp_decoders.fields import Fields
+from tp_decoders.hub import here
 from tp_decoders.lora import attach
 from tp_decoders.registry import read_config
 from tp_decoders.task_config import CAUSAL, SINGLE_LABEL, label_names, task_of
@@ -73,6 +74,7 @@ class TrainRank:
         self._records: RunRecords | None = None
 
     def start(self) -> TrainFacts:
+        self._spec = replace(self._spec, model=str(here(self._spec.model)))  # a snapshot of the hub's, on this node
         spec, phases = self._spec, self._phases
         claim_cores(self._place, spec.parallel.threads, spec.parallel.device)
         with phases("waiting for the run's folder"):
