@@ -35,7 +35,9 @@ def read_config(folder: str | Path) -> DecoderConfig:
     """Reads a checkpoint folder's config.json."""
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise CheckpointError(f"{folder} has no config.json; give the folder of a Hugging Face checkpoint, or its ORG/NAME on the hub")
+        raise CheckpointError(
+            f"{folder} has no config.json; give the folder of a Hugging Face checkpoint, or its ORG/NAME on the hub"
+        )
     try:
         hf = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -47,7 +47,7 @@ def test_convert_reads_the_environment_that_huggingface_hub_reads(hub: LocalHub,
     def convert(out: str, **more: str) -> subprocess.CompletedProcess[str]:
         words = [sys.executable, "-m", "launch", "convert", "org/model", str(tmp_path / out)]
         environment = os.environ | {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home"), **more}
-        return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
+        return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
 
     done = convert("first")
     assert done.returncode == 0, done.stderr
