@@ -48,9 +48,7 @@ class Wanted:
         return ", ".join(missing) or None
 
 
-CHECKPOINT = Wanted(
-    what="checkpoint", small=("config.json", *COMPANIONS), needed=("config.json",), weights=LAYOUTS
-)
+CHECKPOINT = Wanted(what="checkpoint", small=("config.json", *COMPANIONS), needed=("config.json",), weights=LAYOUTS)
 CONFIG = Wanted(what="configuration", small=("config.json",), needed=("config.json",))
 TOKENIZER = Wanted(what="tokenizer", small=("config.json", *COMPANIONS), needed=())
 ADAPTER = Wanted(

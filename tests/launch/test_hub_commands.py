@@ -17,6 +17,7 @@ import torch
 from launch import training
 from launch.main import main
 from launch.presets import Layer
+from launch.serve import ServeConfig
 from tests.tp_decoders.local_hub import LocalHub
 from tests.tp_decoders.test_hub import TOKENIZER_FOLDER, use
 from tp_decoders import build, initialise, load, save
@@ -96,10 +97,15 @@ def test_serve_finds_model_and_adapter_before_it_starts(
     hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     begun = []
-    monkeypatch.setattr("launch.serving.serve", lambda config, model, level: begun.append((config, model)) or 0)
+
+    def serve(config: ServeConfig, model: Path, level: int) -> int:
+        begun.append((config, model))
+        return 0
+
+    monkeypatch.setattr("launch.serving.serve", serve)
     assert main(["serve", "--model", "org/model", "--adapter", "org/lora"]) == 0
     config, model = begun[0]
-    found = [cached_of(model), cached_of(config.adapter)]
+    found = [cached_of(model), cached_of(str(config.adapter))]
     assert [cached and cached.repo for cached in found] == ["org/model", "org/lora"]
     assert main(["serve", "--model", "org/model@v9"]) == 2
     assert "org/model on" in (text := capsys.readouterr().err) and "has no revision 'v9'" in text

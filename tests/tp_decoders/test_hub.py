@@ -195,9 +195,7 @@ def test_refusals_of_the_hub_are_one_line_each(hub: LocalHub, monkeypatch: pytes
     assert load(NAME).config.model_type == "gpt_neox"
 
 
-def test_what_passes_is_tried_again_and_a_slow_hub_is_given_up(
-    hub: LocalHub, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_passes_is_tried_again_and_a_slow_hub_is_given_up(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.faults = {"revision/main": [500, 503], "config.json": [502], "model.safetensors": [429]}
     assert load(NAME).config.model_type == "gpt_neox"
     hub.delay_s = 1.0
