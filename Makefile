@@ -6,17 +6,20 @@
 # make walk   docs/multi-node.md on three hosts of this machine (root, sshd, rsync): ray up, train, lose a host, serve; five minutes
 # make chaos  100 faults under load on three hosts of this machine (root, unshare, ip); an hour at most; CHAOS_ARGS
 # make soak   half an hour of mixed load: memory and handles of every process must stay flat; SOAK_ARGS
+# make outside-files   checkpoints as transformers 4 and 5 write them, against both; makes .venv-transformers5 for the second
 # make proto  regenerate the gRPC code from its .proto files
 
 PYTHON ?= python3.11
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+VENV5  := .venv-transformers5
+STAMP5 := $(VENV5)/.installed
 PYTEST_ARGS ?=
 CHAOS_ARGS ?=
 SOAK_ARGS ?=
 
-.PHONY: demo families test lint style contracts types tests walk chaos soak format proto setup clean
+.PHONY: demo families test lint style contracts types tests walk chaos soak outside-files format proto setup clean
 
 setup: $(STAMP)
 
@@ -60,6 +63,15 @@ chaos: $(STAMP)
 soak: $(STAMP)
 	$(BIN)/python -m tests.chaos.soak --minutes 30 $(SOAK_ARGS)
 
+outside-files: $(STAMP) $(STAMP5)
+	$(BIN)/python -m pytest tests/outside/files $(PYTEST_ARGS)
+
+$(STAMP5): constraints-transformers5.txt | $(STAMP)
+	test -x $(VENV5)/bin/python || $(PYTHON) -m venv $(VENV5)
+	$(VENV5)/bin/python -m pip install --quiet -c constraints-transformers5.txt transformers sentencepiece
+	$(BIN)/python -c "import pathlib, torch; print(pathlib.Path(torch.__file__).parents[1])" > $$(ls -d $(VENV5)/lib/python*/site-packages)/torch-of-the-first.pth
+	touch $@
+
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -68,5 +80,5 @@ proto: $(STAMP)
 	$(BIN)/python -m cluster.rpc.generate
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(VENV5) .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -48,7 +48,7 @@ def write_random(shape: Mapping[str, Any], output: Path, seed: int = 0, dtype: s
     from tp_decoders import build, initialise, save
     from tp_decoders.registry import config_from_hf
 
-    model = initialise(build(config_from_hf(dict(shape)), dtype=getattr(torch, dtype)), seed)
+    model = initialise(build(config_from_hf(dict(shape), unread="refuse"), dtype=getattr(torch, dtype)), seed)
     save(model, output)
     return sum(parameter.numel() for parameter in model.parameters())
 

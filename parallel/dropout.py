@@ -89,8 +89,8 @@ class Odds:
     p: float
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.p) and 0.0 <= self.p < 1.0):
-            raise ConfigError(f"dropout probability {self.p} is outside [0, 1); give the share of elements to drop")
+        if not (math.isfinite(self.p) and 0.0 <= self.p <= 1.0):
+            raise ConfigError(f"dropout probability {self.p} is outside [0, 1]; give the share of elements to drop")
 
     @property
     def threshold(self) -> int:
@@ -98,7 +98,7 @@ class Odds:
 
     @property
     def scale(self) -> float:
-        return 1.0 / (1.0 - self.p)
+        return 1.0 / (1.0 - self.p) if self.p < 1.0 else 0.0  # as torch: nothing is left, and nothing flows back
 
     def factors(self, keys: Tensor, columns: Tensor) -> Tensor:
         """[*keys, columns] float32: what each element is multiplied with."""

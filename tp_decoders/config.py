@@ -11,11 +11,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from parallel.activation import check_activation
 from parallel.errors import ConfigError
-from tp_decoders.fields import Fields
+from tp_decoders.fields import MOST, Fields
 
 if TYPE_CHECKING:
     from tp_decoders.task_config import TaskConfig
+
+
+MOST_POSITIONS = 2**22
+"""Of a context: tables of rotations are made whole."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +69,22 @@ def head_size(where: str, d_model: int, n_heads: int) -> int:
     return d_model // n_heads
 
 
+def check_sizes(config: DecoderConfig, where: str) -> DecoderConfig:
+    """The config itself, if a machine can hold what follows from its numbers."""
+    for name, value, most in (("d_ff", config.d_ff, MOST), ("the context", config.max_positions, MOST_POSITIONS)):
+        if not 1 <= value <= most:
+            raise ConfigError(f"{where}: {name} comes to {value}; it must be from 1 to {most}")
+    return config
+
+
 def probability(fields: Fields, key: str, default: float) -> float:
     """A dropout probability; null means none."""
     return 0.0 if fields.take(key, default) is None else fields.number(key, default, within=(0.0, 1.0))
+
+
+def activation(fields: Fields, key: str, default: str) -> str:
+    """The name of an activation that exists here."""
+    name = fields.take(key, default)
+    if not isinstance(name, str):
+        raise fields.refuse(key, "a name of transformers' activations")
+    return check_activation(name[:60])

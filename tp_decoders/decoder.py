@@ -31,6 +31,7 @@ from parallel.shard import Replicated, sharded
 from parallel.tokens import gather_tokens, scatter_tokens, token_shards
 from parallel.vocab import VocabEmbedding, VocabHead
 from tp_decoders.config import DecoderConfig
+from tp_decoders.fields import Fields
 from tp_decoders.names import NameMap
 from tp_decoders.task_heads import task_head
 
@@ -142,9 +143,7 @@ class Decoder(nn.Module):
         """Whether a pass with masks drops anything."""
         return self.config.dropout.any or (self.lora is not None and self.lora.dropout > 0.0)
 
-    def through_blocks(
-        self, x_TD: Tensor, attend: Attend, *given: object, seen: list[Tensor] | None = None
-    ) -> Tensor:
+    def through_blocks(self, x_TD: Tensor, attend: Attend, *given: object, seen: list[Tensor] | None = None) -> Tensor:
         """The embeddings' dropout and all blocks in turn, which are handed (x, attend, *given, tokens). Divides the
         tokens between them where asked for. What every block is given is added to `seen`.
         """
@@ -204,7 +203,7 @@ class Family:
     """What the registry knows of a family: how to read its config, build its model and name its tensors."""
 
     model_type: str
-    from_hf: Callable[[dict[str, object]], DecoderConfig]
+    from_hf: Callable[[Fields], DecoderConfig]
     model: Callable[[DecoderConfig, Group, Place], Decoder]
     names: NameMap
     init_std: Callable[[DecoderConfig, str], float] = plain_std

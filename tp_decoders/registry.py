@@ -4,13 +4,22 @@ the parity test.
 
 from __future__ import annotations
 
-import json
+import logging
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, Literal
 
-from parallel.errors import CheckpointError, ConfigError
-from tp_decoders.config import DecoderConfig
+from parallel.errors import ConfigError
+from tp_decoders.config import DecoderConfig, check_sizes
 from tp_decoders.decoder import Family
 from tp_decoders.families import gpt2, gpt_bigcode, gpt_neox, gpt_neox_japanese, mpt
+from tp_decoders.fields import Fields, shown
+from tp_decoders.json_files import read_json_object
+
+log = logging.getLogger(__name__)
+
+Unread = Literal["warn", "refuse", "ignore"]
+"""Of the keys of a config that nobody asked for: one warning names them, they are errors, or nothing is said."""
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
@@ -19,29 +28,35 @@ FAMILIES: dict[str, Family] = {
 
 
 def family_of(model_type: object) -> Family:
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ConfigError(
-            f"model_type {model_type!r} is not one of this project's families: {', '.join(sorted(FAMILIES))}"
+            f"model_type {shown(model_type)} is not one of this project's families: {', '.join(sorted(FAMILIES))}"
         )
-    return FAMILIES[str(model_type)]
+    return FAMILIES[model_type]
 
 
-def config_from_hf(hf: dict[str, object]) -> DecoderConfig:
-    """Reads the contents of a config.json, strictly."""
-    return family_of(hf.get("model_type")).from_hf(hf)
+def config_from_hf(
+    hf: Mapping[str, Any], *, mpt_reference: str | None = None, unread: Unread = "warn"
+) -> DecoderConfig:
+    """Reads the contents of a config.json. `unread`: what becomes of keys that no family's model depends on;
+    `mpt_reference` decides whose meaning an MPT's options have (families.mpt_config), whatever the file says.
+    """
+    family = family_of(hf.get("model_type"))
+    if mpt_reference is not None and family is mpt.FAMILY:
+        hf = {**hf, "mpt_reference": mpt_reference}
+    fields = Fields(hf, f"config.json ({family.model_type})")
+    config = check_sizes(family.from_hf(fields), fields.where)
+    if unread == "refuse" and fields.unread:
+        raise ConfigError(
+            f"{fields.where}: {', '.join(sorted(fields.unread))}: not an option this project knows; it accepts "
+            f"{', '.join(sorted(fields.seen))}"
+        )
+    for line in fields.warnings() if unread == "warn" else ():
+        log.warning("%s", line)
+    return config
 
 
-def read_config(folder: str | Path) -> DecoderConfig:
+def read_config(folder: str | Path, *, mpt_reference: str | None = None, unread: Unread = "warn") -> DecoderConfig:
     """Reads a checkpoint folder's config.json."""
-    path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise CheckpointError(
-            f"{folder} has no config.json; give the folder of a Hugging Face checkpoint, or its ORG/NAME on the hub"
-        )
-    try:
-        hf = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(hf, dict):
-        raise CheckpointError(f"{path} should hold a JSON object, not {type(hf).__name__}")
-    return config_from_hf(hf)
+    hf = read_json_object(Path(folder) / "config.json")
+    return config_from_hf(hf, mpt_reference=mpt_reference, unread=unread)

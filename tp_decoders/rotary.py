@@ -21,25 +21,33 @@ from torch import Tensor
 from parallel.errors import ConfigError
 from parallel.native import elementwise
 from parallel.products import uses_native
+from tp_decoders.config import MOST_POSITIONS
 from tp_decoders.fields import Fields
 
 KINDS = ("default", "linear", "dynamic")
+UNUSED_BY_THESE = ("factor", "finetuned")
+"""Of the settings of a scaling."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RotaryConfig:
-    """`size` elements of each head are rotated; `kind` says how positions beyond the trained context are treated."""
+    """`size` elements of each head are rotated; `kind` says how positions beyond the trained context are treated, which
+    is `original` where max_positions counts those already.
+    """
 
     size: int
     base: float
     max_positions: int
     kind: str = "default"
     factor: float = 1.0
+    original: int | None = None
 
     @property
     def reach(self) -> int:
         """The longest sequence that can be computed."""
-        return int(self.max_positions * self.factor) if self.kind == "dynamic" else self.max_positions
+        if self.kind == "default":
+            return self.max_positions
+        return max(self.max_positions, int((self.original or self.max_positions) * self.factor))
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,30 +149,44 @@ class _Rotate(torch.autograd.Function):
 
 
 def rotary_from_hf(fields: Fields, head_dim: int, max_positions: int, default_share: float) -> RotaryConfig:
-    """Reads rotary_pct, rotary_emb_base and rope_scaling, under their older and newer names."""
+    """Reads the rotary settings under any of their names.
+
+    transformers 5 says all of them in rope_parameters (or in rope_scaling, which then comes first); what is not there
+    is read from rotary_pct (partial_rotary_factor), rotary_emb_base (rope_theta) and rope_scaling, as before.
+    """
     share = fields.number("rotary_pct", default_share, within=(0.0, 1.0), aliases=("partial_rotary_factor",))
     base = fields.number("rotary_emb_base", 10000, above=0.0, aliases=("rope_theta",))
+    whole, scaling = fields.section("rope_parameters"), fields.section("rope_scaling")
+    given = scaling if scaling is not None and scaling.values else whole
+    if given is not None:
+        share = given.number("partial_rotary_factor", share, within=(0.0, 1.0))
+        base = given.number("rope_theta", base, above=0.0)
     size = int(head_dim * share)
     if size % 2:
         raise ConfigError(
             f"{fields.where}: rotary_pct = {share} of heads of {head_dim} rotates {size} elements; they turn in pairs, "
             "so give a share that makes an even number"
         )
-    kind, factor = _scaling_from_hf(fields.section("rope_scaling"), max_positions)
+    kind, factor, original = _scaling_from_hf(given)
     if kind == "dynamic" and size <= 2:
         raise ConfigError(
             f"{fields.where}: dynamic rope_scaling needs more than 2 rotated elements per head, not {size}"
         )
-    return RotaryConfig(size=size, base=base, max_positions=max_positions, kind=kind, factor=factor)
+    if max_positions * factor > MOST_POSITIONS:
+        raise ConfigError(
+            f"{fields.where}: factor {factor} makes a context of more than {MOST_POSITIONS} of {max_positions}"
+        )
+    return RotaryConfig(size=size, base=base, max_positions=max_positions, kind=kind, factor=factor, original=original)
 
 
-def _scaling_from_hf(scaling: Fields | None, max_positions: int) -> tuple[str, float]:
+def _scaling_from_hf(scaling: Fields | None) -> tuple[str, float, int | None]:
+    """The kind, its factor and, where it is not max_positions, the context that the factor extends."""
     if scaling is None:
-        return "default", 1.0
-    kind = str(scaling.take("rope_type", "default", aliases=("type",)))
+        return "default", 1.0, None
+    kind = scaling.take("rope_type", None, aliases=("type",)) or "default"
     if kind not in KINDS:
         raise scaling.refuse("rope_type" if "rope_type" in scaling.values else "type", ", ".join(KINDS))
     factor = 1.0 if kind == "default" else scaling.number("factor", within=(1.0, float("inf")))
-    scaling.only("original_max_position_embeddings", None, max_positions)
-    scaling.finish()
-    return kind, factor
+    original = scaling.optional_integer("original_max_position_embeddings")
+    scaling.finish(UNUSED_BY_THESE)
+    return kind, factor, original if kind == "linear" else None  # which transformers does not read for the dynamic kind

@@ -20,6 +20,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from tp_decoders.written_config import config_to_write
+
 DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 COMPANIONS = (
     "generation_config.json",
@@ -141,9 +143,7 @@ class FolderWriter:
         """Adds config.json and the companions of `source`, renames the draft; what went wrong, if anything did."""
         try:
             if self.error is None:
-                self._write_json(
-                    "config.json", {**hf, ("torch_dtype" if "torch_dtype" in hf else "dtype"): str(self._dtype)[6:]}
-                )
+                self._write_json("config.json", config_to_write(hf, self._dtype))
                 self._write_index()
                 self._copy_companions(source)
                 os.replace(self.draft, self.target)

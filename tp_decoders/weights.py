@@ -26,7 +26,7 @@ from tp_decoders.decoder import Decoder, Place
 from tp_decoders.hub import is_name, locate, pin
 from tp_decoders.lora import whole_parameters
 from tp_decoders.names import TASK_HEAD, NameMap
-from tp_decoders.registry import family_of, read_config
+from tp_decoders.registry import Unread, family_of, read_config
 from tp_decoders.save_files import FolderWriter, TensorPlan
 from tp_decoders.task_config import CAUSAL, check_task, task_of, with_task
 from tp_decoders.tensor_files import Checkpoint, TensorFile, open_checkpoint
@@ -59,6 +59,7 @@ def load(
     *,
     labels: Sequence[str] | int | None = None,
     problem: str | None = None,
+    mpt_reference: str | None = None,
     cache: WeightsCache | None = None,
     progress: Progress | None = None,
 ) -> Decoder:
@@ -66,13 +67,15 @@ def load(
 
     `path` is a folder, or ORG/NAME[@revision] of the Hugging Face hub, which all ranks read at one commit.
 
-    `labels` (names, or how many) and `problem` are for a head that the checkpoint lacks and that is made anew; `cache`
+    `labels` (names, or how many) and `problem` are for a head that the checkpoint lacks and that is made anew;
+    `mpt_reference` says whose meaning an MPT's options have ("transformers" or "llm-foundry"; else its origin); `cache`
     is where this host keeps a copy of the files; `progress` is told the bytes of the shard that were read.
     """
     group = group or Group.single()
     check_task(task)
     folder = locate_together(path, group)
-    config = with_task(read_config(folder), task, labels, problem)
+    unread: Unread = "warn" if group.rank == 0 else "ignore"
+    config = with_task(read_config(folder, mpt_reference=mpt_reference, unread=unread), task, labels, problem)
     with open_checkpoint(folder, cache) as checkpoint:
         model = build(config, group, dtype or checkpoint.dtype, device)
         sources = match_tensors(model, checkpoint, family_of(config.model_type).names)

@@ -36,6 +36,7 @@ from tp_decoders.names import Name
 from tp_decoders.registry import family_of
 from tp_decoders.save_files import COMPANIONS, TensorPlan
 from tp_decoders.slice_files import SliceFiles, owned_pieces
+from tp_decoders.written_config import config_to_write
 
 MAX_FILE_BYTES = 5_000_000_000
 STEP_NAME = re.compile(r"step-(\d{8})")
@@ -223,8 +224,7 @@ def described(model: Decoder) -> tuple[str, Mapping[str, Any]]:
     """The name and contents of the file that describes a checkpoint: the adapter's where there is one."""
     if model.lora is not None:
         return ADAPTER_CONFIG, adapter_config(model)
-    hf, dtype = model.config.hf, next(model.parameters()).dtype
-    return "config.json", {**hf, ("torch_dtype" if "torch_dtype" in hf else "dtype"): str(dtype).removeprefix("torch.")}
+    return "config.json", config_to_write(model.config.hf, next(model.parameters()).dtype)
 
 
 def lines_of(model: Decoder) -> list[Line]:

@@ -126,8 +126,22 @@ def test_a_backend_that_cannot_drop_gives_way_to_one_that_can() -> None:
     assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_probability_of_one_leaves_nothing_as_in_torch(dtype: torch.dtype) -> None:
+    x = torch.randn(sum(LENGTHS), 64).to(dtype).requires_grad_()
+    site = DropoutSite(1.0, 0, MLP, Group.single())
+    dropped = site(x, DROPPING)
+    dropped.sum().backward()
+    assert not dropped.any() and x.grad is not None and not x.grad.any()
+    assert torch.equal(site(x, None), x)
+    q, spec = torch.randn(sum(LENGTHS), 2, 16).requires_grad_(), AttentionSpec(0, 0.25, None, 1.0, range(2))
+    attended = Causal(LENGTHS, "cpu", DROPPING)(spec, q, q, q)
+    attended.sum().backward()
+    assert not attended.any() and q.grad is not None and not q.grad.any()
+
+
 def test_wrong_probabilities_and_keys_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"dropout probability 1.0 is outside \[0, 1\)"):
-        DropoutSite(1.0, 0, MLP, Group.single())
+    with pytest.raises(ConfigError, match=r"dropout probability 1.5 is outside \[0, 1\]"):
+        DropoutSite(1.5, 0, MLP, Group.single())
     with pytest.raises(ConfigError, match="dropout keys of 218 tokens for sequences of 9"):
         Causal([9], None, DROPPING)

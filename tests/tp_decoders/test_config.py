@@ -106,7 +106,6 @@ BASES: dict[str, dict[str, typing.Any]] = {family: {"model_type": family} for fa
 @pytest.mark.parametrize(
     ("family", "option", "said"),
     [
-        ("gpt2", {"rotary_pct": 0.5}, "rotary_pct = 0.5: not an option this project knows"),
         ("gpt2", {"quantization_config": {"bits": 4}}, "quantization_config"),
         ("gpt_neox", {"add_cross_attention": True}, "add_cross_attention = True is not supported; accepted: False"),
         ("gpt2", {"is_encoder_decoder": True}, "is_encoder_decoder = True"),
@@ -124,13 +123,9 @@ BASES: dict[str, dict[str, typing.Any]] = {family: {"model_type": family} for fa
         "rope_type = 'yarn' is not supported; accepted: "),
         ("gpt_neox", {"rope_scaling": {"type": "linear"}}, "has no 'factor'"),
         ("gpt_neox", {"rope_scaling": {"type": "linear", "factor": 0.5}}, "factor = 0.5"),
-        ("gpt_neox", {"rope_scaling": {"type": "linear", "factor": 2.0, "beta_fast": 3}},
-        "rope_scaling: beta_fast = 3"),
         ("gpt_neox", {"rope_scaling": "linear"}, "rope_scaling should be a JSON object"),
         ("gpt_neox", {"rotary_pct": 0.27}, "rotates 25 elements; they turn in pairs"),
         ("gpt_neox", {"rotary_emb_base": 10000, "rope_theta": 500}, "disagree"),
-        ("gpt_neox", {"hidden_dropout_prob": 0.1}, "hidden_dropout_prob = 0.1"),
-        ("gpt_neox_japanese", {"use_parallel_residual": True}, "use_parallel_residual = True: not an option"),
         ("gpt_neox_japanese", {"intermediate_multiple_size": 0}, "intermediate_multiple_size"),
         ("mpt", {"attn_config": {"prefix_lm": True}},
         "attn_config: prefix_lm = True is not supported; accepted: False"),
@@ -138,7 +133,6 @@ BASES: dict[str, dict[str, typing.Any]] = {family: {"model_type": family} for fa
         ("mpt", {"attn_config": {"attn_type": "grouped_query_attention"}}, "attn_type = 'grouped_query_attention'"),
         ("mpt", {"attn_config": {"rope": True}}, "rope = True"),
         ("mpt", {"attn_config": {"sliding_window_size": 128}}, "sliding_window_size = 128"),
-        ("mpt", {"attn_config": {"novelty": 1}}, "attn_config: novelty = 1: not an option this project knows"),
         ("mpt", {"logit_scale": "sqrt"}, "logit_scale = 'sqrt' is not supported; accepted: inv_sqrt_d_model"),
         ("mpt", {"norm_type": "rmsnorm"}, "norm_type = 'rmsnorm'"),
         ("mpt", {"embedding_fraction": 0.5}, "embedding_fraction = 0.5"),
@@ -158,6 +152,36 @@ def test_what_is_not_supported_is_an_error_that_names_it(family: str, option: di
     with pytest.raises(ConfigError) as caught:
         config_from_hf({**BASES[family], **option})
     assert said in str(caught.value)
+
+
+UNREAD: list[tuple[str, dict[str, typing.Any], list[str]]] = [
+    ("gpt2", {"rotary_pct": 0.5, "n_special": 0}, ["n_special", "rotary_pct"]),
+    ("gpt_neox", {"rope_scaling": {"type": "linear", "factor": 2.0, "beta_fast": 3}}, ["rope_scaling.beta_fast"]),
+    ("gpt_neox", {"hidden_dropout_prob": 0.1}, ["hidden_dropout_prob"]),
+    ("gpt_neox_japanese", {"use_parallel_residual": True}, ["use_parallel_residual"]),
+    ("mpt", {"attn_config": {"novelty": 1}, "ffn_config": {"ffn_type": "mptmlp", "moe": 2}, "zoo": []},
+    ["attn_config.novelty", "ffn_config.moe", "zoo"]),
+    ("gpt_bigcode", {"forged\nline": 1, "future_option": {"deep": [1]}}, ["'forged\\nline'", "future_option"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "option", "named"), UNREAD)
+def test_keys_that_nobody_knows_are_named_in_one_warning_and_change_nothing(
+    family: str, option: dict[str, object], named: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    known = {key: value for key, value in option.items() if key == "rope_scaling"}
+    assert replace(config_from_hf({**BASES[family], **option})) == config_from_hf(
+        {**BASES[family], **{key: {"type": "linear", "factor": 2.0} for key in known}}
+    )
+    (line,) = [record.getMessage() for record in caplog.records if "not read" in record.getMessage()]
+    assert "\n" not in line and line.split(": ")[1] == ", ".join(named)
+
+
+@pytest.mark.parametrize(("family", "option", "named"), UNREAD)
+def test_our_own_presets_are_read_strictly(family: str, option: dict[str, object], named: list[str]) -> None:
+    with pytest.raises(ConfigError, match="not an option this project knows; it accepts") as caught:
+        config_from_hf({**BASES[family], **option}, unread="refuse")
+    assert ", ".join(named) in str(caught.value)
 
 
 def test_unknown_model_type_lists_the_families(tmp_path: Path) -> None:

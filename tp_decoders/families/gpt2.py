@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from parallel.activation import check_activation
 from parallel.attention import Attend, AttentionSpec
 from parallel.dropout import ATTENDED, MLP, DropoutSite
 from parallel.group import Group
@@ -20,10 +19,10 @@ from parallel.heads import HeadLayout
 from parallel.linear import ColumnLinear, RowLinear
 from parallel.norm import LayerNorm
 from parallel.shard import Part, VirtualShards
-from tp_decoders.config import DecoderConfig, Dropout, head_size, probability
+from tp_decoders.config import DecoderConfig, Dropout, activation, head_size, probability
 from tp_decoders.cross_attention import CrossAttention
 from tp_decoders.decoder import Decoder, Family, Parts, Place, residual_std
-from tp_decoders.fields import Fields
+from tp_decoders.fields import MOST_LAYERS, Fields
 from tp_decoders.names import Name, NameMap, block_names
 from tp_decoders.pruning import pruned_from_hf
 
@@ -53,13 +52,12 @@ class Options:
         return scale / (layer + 1) if self.scale_by_inverse_layer else scale
 
 
-def from_hf(hf: dict[str, object]) -> DecoderConfig:
-    fields = Fields(hf, "config.json (gpt2)")
+def from_hf(fields: Fields) -> DecoderConfig:
     d_model = fields.integer("n_embd", 768, aliases=("hidden_size",))
     n_heads = fields.integer("n_head", 12, aliases=("num_attention_heads",))
     config = DecoderConfig(
         model_type="gpt2",
-        n_layers=fields.integer("n_layer", 12, aliases=("num_hidden_layers",)),
+        n_layers=_layers(fields),
         n_heads=n_heads,
         n_kv_heads=n_heads,
         head_dim=head_size(fields.where, d_model, n_heads),
@@ -67,10 +65,10 @@ def from_hf(hf: dict[str, object]) -> DecoderConfig:
         d_ff=fields.optional_integer("n_inner") or 4 * d_model,
         vocab_size=fields.integer("vocab_size", 50257),
         max_positions=fields.integer("n_positions", 1024, aliases=("max_position_embeddings",)),
-        activation=check_activation(str(fields.take("activation_function", "gelu_new"))),
+        activation=activation(fields, "activation_function", "gelu_new"),
         norm_eps=fields.number("layer_norm_epsilon", 1e-5, above=0.0),
         tie=fields.flag("tie_word_embeddings", True),
-        initializer_range=fields.number("initializer_range", 0.02),
+        initializer_range=fields.number("initializer_range", 0.02, within=(0.0, 1e6)),
         dropout=Dropout(
             embedding=probability(fields, "embd_pdrop", 0.1),
             attention=probability(fields, "attn_pdrop", 0.1),
@@ -81,12 +79,17 @@ def from_hf(hf: dict[str, object]) -> DecoderConfig:
             scale_by_inverse_layer=fields.flag("scale_attn_by_inverse_layer_idx", False),
             reorder_and_upcast=fields.flag("reorder_and_upcast_attn", False),
             cross_attention=fields.flag("add_cross_attention", False),
-            pruned=pruned_from_hf(fields, fields.integer("n_layer", 12, aliases=("num_hidden_layers",)), n_heads),
+            pruned=pruned_from_hf(fields, _layers(fields), n_heads),
         ),
-        hf=hf,
+        hf=fields.values,
     )
+    fields.only("attention_head_type", None, "multihead")  # the name of multi-query before GPT-BigCode was one
     fields.finish(DOUBLE_HEADS)
     return config
+
+
+def _layers(fields: Fields) -> int:
+    return fields.integer("n_layer", 12, most=MOST_LAYERS, aliases=("num_hidden_layers",))
 
 
 def layout_of(config: DecoderConfig, layer: int, group: Group) -> HeadLayout:

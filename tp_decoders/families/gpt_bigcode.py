@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from parallel.activation import check_activation
 from parallel.attention import Attend, AttentionSpec
 from parallel.dropout import ATTENDED, MLP, DropoutSite
 from parallel.errors import ConfigError
@@ -21,10 +20,10 @@ from parallel.heads import HeadLayout, share_heads
 from parallel.linear import ColumnLinear, RowLinear
 from parallel.norm import LayerNorm
 from parallel.shard import Part, VirtualShards
-from tp_decoders.config import DecoderConfig, Dropout, head_size, probability
+from tp_decoders.config import DecoderConfig, Dropout, activation, head_size, probability
 from tp_decoders.cross_attention import CrossAttention
 from tp_decoders.decoder import Decoder, Family, Parts, Place, residual_std
-from tp_decoders.fields import Fields
+from tp_decoders.fields import MOST_LAYERS, Fields
 from tp_decoders.names import Name, NameMap, block_names
 
 INFERENCE_HINTS = (
@@ -55,15 +54,14 @@ class Options:
     cross_attention: bool = False
 
 
-def from_hf(hf: dict[str, object]) -> DecoderConfig:
-    fields = Fields(hf, "config.json (gpt_bigcode)")
+def from_hf(fields: Fields) -> DecoderConfig:
     d_model = fields.integer("n_embd", 768, aliases=("hidden_size",))
     n_heads = fields.integer("n_head", 12, aliases=("num_attention_heads",))
     multi_query = fields.flag("multi_query", True)
     fields.only("num_key_value_heads", 1 if multi_query else n_heads)
     config = DecoderConfig(
         model_type="gpt_bigcode",
-        n_layers=fields.integer("n_layer", 12, aliases=("num_hidden_layers",)),
+        n_layers=fields.integer("n_layer", 12, most=MOST_LAYERS, aliases=("num_hidden_layers",)),
         n_heads=n_heads,
         n_kv_heads=1 if multi_query else n_heads,
         head_dim=head_size(fields.where, d_model, n_heads),
@@ -71,10 +69,10 @@ def from_hf(hf: dict[str, object]) -> DecoderConfig:
         d_ff=fields.optional_integer("n_inner") or 4 * d_model,
         vocab_size=fields.integer("vocab_size", 50257),
         max_positions=fields.integer("n_positions", 1024, aliases=("max_position_embeddings",)),
-        activation=check_activation(str(fields.take("activation_function", "gelu_pytorch_tanh"))),
+        activation=activation(fields, "activation_function", "gelu_pytorch_tanh"),
         norm_eps=fields.number("layer_norm_epsilon", 1e-5, above=0.0),
         tie=fields.flag("tie_word_embeddings", True),
-        initializer_range=fields.number("initializer_range", 0.02),
+        initializer_range=fields.number("initializer_range", 0.02, within=(0.0, 1e6)),
         dropout=Dropout(
             embedding=probability(fields, "embd_pdrop", 0.1),
             attention=probability(fields, "attn_pdrop", 0.1),
@@ -87,7 +85,7 @@ def from_hf(hf: dict[str, object]) -> DecoderConfig:
             scaled_softmax_in_float32=fields.flag("scale_attention_softmax_in_fp32", True),
             cross_attention=fields.flag("add_cross_attention", False),
         ),
-        hf=hf,
+        hf=fields.values,
     )
     if multi_query and config.options.cross_attention:
         raise ConfigError(

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from parallel.activation import check_activation
 from parallel.attention import Attend, AttentionSpec
 from parallel.dropout import ATTENDED, MLP, DropoutSite
 from parallel.group import Group
@@ -20,11 +19,14 @@ from parallel.heads import HeadLayout
 from parallel.linear import ColumnLinear, Partial, RowLinear, reduce_sum
 from parallel.norm import LayerNorm
 from parallel.shard import VirtualShards
-from tp_decoders.config import DecoderConfig, Dropout, head_size, probability
+from tp_decoders.config import DecoderConfig, Dropout, activation, head_size, probability
 from tp_decoders.decoder import Decoder, Family, Place
-from tp_decoders.fields import Fields
+from tp_decoders.fields import MOST_LAYERS, Fields
 from tp_decoders.names import Name, NameMap, block_names
 from tp_decoders.rotary import Rotary, RotaryConfig, Rotation, rotary_from_hf, rotated
+
+EARLY_NAMES = ("attention_probs_dropout_prob", "hidden_dropout_prob")
+"""Of dropout, which transformers does not read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +36,7 @@ class Options:
     attention_bias: bool
 
 
-def from_hf(hf: dict[str, object]) -> DecoderConfig:
-    fields = Fields(hf, "config.json (gpt_neox)")
+def from_hf(fields: Fields) -> DecoderConfig:
     d_model = fields.integer("hidden_size", 6144)
     n_heads = fields.integer("num_attention_heads", 64)
     head_dim = head_size(fields.where, d_model, n_heads)
@@ -43,7 +44,7 @@ def from_hf(hf: dict[str, object]) -> DecoderConfig:
     hidden_dropout = probability(fields, "hidden_dropout", 0.0)
     config = DecoderConfig(
         model_type="gpt_neox",
-        n_layers=fields.integer("num_hidden_layers", 44),
+        n_layers=fields.integer("num_hidden_layers", 44, most=MOST_LAYERS),
         n_heads=n_heads,
         n_kv_heads=n_heads,
         head_dim=head_dim,
@@ -51,10 +52,10 @@ def from_hf(hf: dict[str, object]) -> DecoderConfig:
         d_ff=fields.integer("intermediate_size", 24576),
         vocab_size=fields.integer("vocab_size", 50432),
         max_positions=rotary.reach,
-        activation=check_activation(str(fields.take("hidden_act", "gelu"))),
+        activation=activation(fields, "hidden_act", "gelu"),
         norm_eps=fields.number("layer_norm_eps", 1e-5, above=0.0),
         tie=fields.flag("tie_word_embeddings", False),
-        initializer_range=fields.number("initializer_range", 0.02),
+        initializer_range=fields.number("initializer_range", 0.02, within=(0.0, 1e6)),
         dropout=Dropout(
             embedding=hidden_dropout, attention=probability(fields, "attention_dropout", 0.0), residual=hidden_dropout
         ),
@@ -63,11 +64,9 @@ def from_hf(hf: dict[str, object]) -> DecoderConfig:
             parallel_residual=fields.flag("use_parallel_residual", True),
             attention_bias=fields.flag("attention_bias", True),
         ),
-        hf=hf,
+        hf=fields.values,
     )
-    fields.only("attention_probs_dropout_prob", 0, None)  # early names, which transformers does not read
-    fields.only("hidden_dropout_prob", 0, None)
-    fields.finish(["classifier_dropout"])
+    fields.finish(name for name in EARLY_NAMES if not fields.values.get(name))
     return config
 
 

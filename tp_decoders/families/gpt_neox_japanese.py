@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from parallel.activation import check_activation
 from parallel.attention import Attend, AttentionSpec
 from parallel.dropout import ATTENDED, MLP, DropoutSite
 from parallel.group import Group
@@ -18,9 +17,9 @@ from parallel.heads import HeadLayout
 from parallel.linear import ColumnLinear, RowLinear
 from parallel.norm import LayerNorm
 from parallel.shard import VirtualShards
-from tp_decoders.config import DecoderConfig, Dropout, head_size, probability
+from tp_decoders.config import DecoderConfig, Dropout, activation, head_size, probability
 from tp_decoders.decoder import Decoder, Family, Place
-from tp_decoders.fields import Fields
+from tp_decoders.fields import MOST_LAYERS, Fields
 from tp_decoders.names import Name, NameMap
 from tp_decoders.rotary import Rotary, RotaryConfig, Rotation, rotary_from_hf, rotated
 
@@ -30,15 +29,14 @@ class Options:
     rotary: RotaryConfig
 
 
-def from_hf(hf: dict[str, object]) -> DecoderConfig:
-    fields = Fields(hf, "config.json (gpt_neox_japanese)")
+def from_hf(fields: Fields) -> DecoderConfig:
     d_model = fields.integer("hidden_size", 2560)
     n_heads = fields.integer("num_attention_heads", 32)
     head_dim = head_size(fields.where, d_model, n_heads)
     rotary = rotary_from_hf(fields, head_dim, fields.integer("max_position_embeddings", 2048), default_share=1.0)
     config = DecoderConfig(
         model_type="gpt_neox_japanese",
-        n_layers=fields.integer("num_hidden_layers", 32),
+        n_layers=fields.integer("num_hidden_layers", 32, most=MOST_LAYERS),
         n_heads=n_heads,
         n_kv_heads=n_heads,
         head_dim=head_dim,
@@ -46,15 +44,15 @@ def from_hf(hf: dict[str, object]) -> DecoderConfig:
         d_ff=int(d_model * fields.number("intermediate_multiple_size", 4, above=0.0)),
         vocab_size=fields.integer("vocab_size", 32000),
         max_positions=rotary.reach,
-        activation=check_activation(str(fields.take("hidden_act", "gelu"))),
+        activation=activation(fields, "hidden_act", "gelu"),
         norm_eps=fields.number("layer_norm_eps", 1e-5, above=0.0),
         tie=fields.flag("tie_word_embeddings", True),
-        initializer_range=fields.number("initializer_range", 0.02),
+        initializer_range=fields.number("initializer_range", 0.02, within=(0.0, 1e6)),
         dropout=Dropout(
             attention=probability(fields, "attention_dropout", 0.1), residual=probability(fields, "hidden_dropout", 0.0)
         ),
         options=Options(rotary=rotary),
-        hf=hf,
+        hf=fields.values,
     )
     fields.finish()
     return config

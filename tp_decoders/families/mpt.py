@@ -1,14 +1,10 @@
 """MPT: ALiBi instead of positions, no biases, q, k and v as three blocks, tied head.
 
-The meaning of the options is llm-foundry's, who made the format: transformers 4.57 reads several (alibi,
-alibi_bias_max, qk_ln, logit_scale, no_bias, learned_pos_emb, expansion_ratio, attn_type) without heeding them. With
-qk_ln every layer gathers q and k once, because that norm runs over the whole width. T tokens, D model, N local heads,
-K k/v heads, H head, V vocabulary.
+What an MPT's options mean, and to whom, is mpt_config's matter. With qk_ln every layer gathers q and k once, because
+that norm runs over the whole width. T tokens, D model, N local heads, K k/v heads, H head, V vocabulary.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -16,122 +12,15 @@ from torch import Tensor, nn
 from parallel.attention import Attend, AttentionSpec
 from parallel.collectives import gather_from, scatter_to
 from parallel.dropout import ATTENDED, MLP, DropoutSite
-from parallel.errors import ConfigError
 from parallel.group import Group
 from parallel.heads import HeadLayout, alibi_slopes, share_heads
 from parallel.linear import ColumnLinear, RowLinear
 from parallel.norm import LayerNorm
 from parallel.shard import Part, VirtualShards
-from tp_decoders.config import DecoderConfig, Dropout, head_size, probability
+from tp_decoders.config import DecoderConfig
 from tp_decoders.decoder import Decoder, Family, Parts, Place
-from tp_decoders.fields import Fields
+from tp_decoders.families.mpt_config import from_hf
 from tp_decoders.names import Name, NameMap, block_names
-
-HARMLESS = ("init_config", "init_device", "verbose", "fc_type", "use_pad_tok_in_ffn")
-ATTENTION_HARMLESS = ("rope_theta", "rope_impl", "rope_dail_config", "rope_hf_config", "tie_word_embeddings")
-"""Details of a rotary embedding that is off, and what transformers writes into every nested config."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """`alibi_bias_max` is None where ALiBi is off."""
-
-    alibi_bias_max: float | None
-    learned_positions: bool
-    bias: bool
-    clip_qkv: float | None
-    softmax_scale: float
-    qk_norm: bool
-    logit_scale: float
-
-
-def from_hf(hf: dict[str, object]) -> DecoderConfig:
-    fields = Fields(hf, "config.json (mpt)")
-    d_model = fields.integer("d_model", 2048, aliases=("hidden_size",))
-    n_heads = fields.integer("n_heads", 16, aliases=("num_attention_heads",))
-    head_dim = head_size(fields.where, d_model, n_heads)
-    attention = fields.section("attn_config") or Fields({}, f"{fields.where}: attn_config")
-    shares = (
-        attention.choice("attn_type", "multihead_attention", ("multihead_attention", "multiquery_attention"))
-        != "multihead_attention"
-    )
-    attention.only("kv_n_heads", 1 if shares else n_heads, None)
-    config = DecoderConfig(
-        model_type="mpt",
-        n_layers=fields.integer("n_layers", 24, aliases=("num_hidden_layers",)),
-        n_heads=n_heads,
-        n_kv_heads=1 if shares else n_heads,
-        head_dim=head_dim,
-        d_model=d_model,
-        d_ff=_ffn_width(fields, d_model),
-        vocab_size=fields.integer("vocab_size", 50368),
-        max_positions=fields.integer("max_seq_len", 2048),
-        activation="gelu",
-        norm_eps=fields.number("layer_norm_epsilon", 1e-5, above=0.0),
-        tie=fields.flag("tie_word_embeddings", True),
-        initializer_range=fields.number("initializer_range", 0.02),
-        dropout=Dropout(
-            embedding=probability(fields, "emb_pdrop", 0.0),
-            attention=probability(attention, "attn_pdrop", 0.0),
-            residual=probability(fields, "resid_pdrop", 0.0),
-        ),
-        options=_options(fields, attention, d_model, head_dim),
-        hf=hf,
-    )
-    _refuse_the_rest(fields, attention)
-    return config
-
-
-def _options(fields: Fields, attention: Fields, d_model: int, head_dim: int) -> Options:
-    alibi = attention.flag("alibi", True)
-    bias_max = attention.number("alibi_bias_max", 8, above=0.0)
-    scale = attention.optional_number("softmax_scale")
-    return Options(
-        alibi_bias_max=bias_max if alibi else None,
-        learned_positions=fields.flag("learned_pos_emb", True) and not alibi,
-        bias=not fields.flag("no_bias", True),
-        clip_qkv=attention.optional_number("clip_qkv", above=0.0),
-        softmax_scale=head_dim**-0.5 if scale is None else scale,
-        qk_norm=attention.flag("qk_ln", False),
-        logit_scale=_logit_scale(fields, d_model),
-    )
-
-
-def _ffn_width(fields: Fields, d_model: int) -> int:
-    ratio = fields.number("expansion_ratio", 4, above=0.0)
-    if int(d_model * ratio) != d_model * ratio:
-        raise ConfigError(f"{fields.where}: expansion_ratio = {ratio} times {d_model} is no whole number of columns")
-    return int(d_model * ratio)
-
-
-def _logit_scale(fields: Fields, d_model: int) -> float:
-    value = fields.take("logit_scale", None)
-    if isinstance(value, str):
-        fields.choice("logit_scale", "", ("inv_sqrt_d_model",))
-        return float(d_model**-0.5)
-    return 1.0 if value is None else fields.number("logit_scale")
-
-
-def _refuse_the_rest(fields: Fields, attention: Fields) -> None:
-    """Options of llm-foundry that are understood and accepted at their neutral value only."""
-    attention.only("prefix_lm", False)
-    attention.only("attn_uses_sequence_id", False)
-    attention.only("qk_gn", False)
-    attention.only("rope", False)
-    attention.only("sliding_window_size", -1, None)
-    attention.only("attn_logit_softcapping", None)
-    attention.only("fused_qkv", True)
-    attention.finish(ATTENTION_HARMLESS)
-    ffn = fields.section("ffn_config") or Fields({}, "ffn_config")
-    ffn.only("ffn_type", "mptmlp")
-    ffn.only("ffn_hidden_size", None)
-    ffn.only("ffn_act_fn", None)
-    ffn.finish(["fc_type"])
-    fields.only("norm_type", "low_precision_layernorm", "layernorm")
-    fields.only("embedding_fraction", 1)
-    fields.only("block_overrides", None)
-    fields.only("final_logit_softcapping", None)
-    fields.finish(HARMLESS)
 
 
 class QueryKeyNorm(nn.Module):
