@@ -228,7 +228,8 @@ def _kv_heads(attention: Fields, n_heads: int) -> int:
     """Of multi-head and multi-query attention; grouped queries only where they come to one of these."""
     kinds = {"multihead_attention": n_heads, "multiquery_attention": 1}
     given = attention.optional_integer("kv_n_heads")
-    if attention.values.get("attn_type") == "grouped_query_attention" and given in kinds.values():
+    grouped = attention.values.get("attn_type") == "grouped_query_attention"
+    if grouped and given is not None and given in kinds.values():
         attention.take("attn_type")
         return given
     kv_heads = kinds[attention.choice("attn_type", "multihead_attention", kinds)]
