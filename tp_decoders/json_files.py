@@ -35,9 +35,8 @@ def _text(path: Path) -> str:
     try:
         found = path.stat()
     except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{path.parent} has no {path.name}; give the folder of a Hugging Face checkpoint, or its ORG/NAME on the hub"
-        ) from error
+        what = "give the folder of a Hugging Face checkpoint, or its ORG/NAME on the hub"
+        raise CheckpointError(f"{path.parent} has no {path.name}; {what}") from error
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error}") from error
     if not stat.S_ISREG(found.st_mode):
