@@ -1,4 +1,5 @@
-"""The table of what a call's parameters may be: one row per field. Every broken rule is reported, not just the first.
+"""The rules of a call's parameters, one row per field: ranges are the table's (ranges.py), and what depends on the
+model or on several fields at once is here. Every broken rule is reported, not just the first.
 
 Only what does not depend on a single prompt; prompts are checked one by one in admission.py, because each has its own
 status.
@@ -14,6 +15,7 @@ from cluster.engine.request import ModelLimits
 from cluster.engine.validation import beam_problems
 from cluster.frontend.calls import Call, FrontendConfig
 from cluster.frontend.errors import Violation
+from cluster.frontend.ranges import FIELDS
 from cluster.frontend.reading import problems
 
 
@@ -47,6 +49,19 @@ def whole(low: int, high: int, wanted: str) -> Check:
     return lambda value: in_range(value) if isinstance(value, int) else f"{value!r} is not allowed; give {wanted}"
 
 
+def ranged(message: str, field: str, kind: type[int] | type[float] = float) -> Check:
+    """The rule of a field's row in the table of ranges; of a map it is about the values."""
+    row = FIELDS[message][field]
+    kinds = (int,) if kind is int else (int, float)
+
+    def check(value: object) -> Problem:
+        if isinstance(value, kinds) and not isinstance(value, bool):
+            return row.problem(value)
+        return f"{value!r} is not allowed; give {row.wanted}"
+
+    return check
+
+
 def unset_or(check: Check) -> Check:
     return lambda value: None if value is None else check(value)
 
@@ -60,18 +75,18 @@ def token_ids(ids: Iterable[object], vocab_size: int, most: int) -> Problem:
     return None if wrong is None else f"{wrong!r} is not a token id; this model's are 0 to {vocab_size - 1}"
 
 
-TEMPERATURE = number(1e-4, 1e4, "from 0.0001 to 10000")
-DRAWING_TEMPERATURE = number(1e-4, 1e4, "0 (greedy), or from 0.0001 to 10000")
-TOP_K = unset_or(whole(1, 2**32, "a whole number of at least 1, or leave it out"))
-TOP_P = unset_or(number(1e-9, 1.0, "above 0 and at most 1, or leave it out"))
-MIN_P = unset_or(number(0.0, 1.0, "from 0 to 1, or leave it out"))
-SEED = unset_or(whole(0, 2**63 - 1, "a whole number from 0 to 2^63 - 1, or leave it out"))
-NGRAM = whole(0, 2**32, "a whole number (0: no rule)")
-REPETITION = number(1e-2, 1e2, "from 0.01 to 100 (1: none)")
-PENALTY = number(-1e2, 1e2, "from -100 to 100 (0: none)")
-BIAS = number(-1e4, 1e4, "from -10000 to 10000")
-MAX_NEW_TOKENS = unset_or(whole(1, 2**32, "a whole number of at least 1, or leave it out"))
-PRIORITY = whole(-1_000_000, 1_000_000, "a whole number from -1000000 to 1000000 (lower goes first)")
+TEMPERATURE = ranged("ResponseOptions", "logprobs_temperature")
+DRAWING_TEMPERATURE = ranged("SamplingParams", "temperature")
+TOP_K = unset_or(ranged("SamplingParams", "top_k", int))
+TOP_P = unset_or(ranged("SamplingParams", "top_p"))
+MIN_P = unset_or(ranged("SamplingParams", "min_p"))
+SEED = unset_or(ranged("SamplingParams", "seed", int))
+NGRAM = ranged("SamplingParams", "no_repeat_ngram_size", int)
+REPETITION = ranged("SamplingParams", "repetition_penalty")
+PENALTY = ranged("SamplingParams", "presence_penalty")
+BIAS = ranged("SamplingParams", "logit_bias")
+MAX_NEW_TOKENS = unset_or(ranged("StoppingCriteria", "max_new_tokens", int))
+PRIORITY = ranged("GenerateRequest", "priority", int)
 DEADLINE = unset_or(number(1e-9, math.inf, "seconds above 0"))
 
 
@@ -83,11 +98,6 @@ def _request_id(s: Scope) -> Problem:
 def _prompts(s: Scope) -> Problem:
     count, most = len(s.call.prompts), s.config.max_prompts_per_call
     return None if 1 <= count <= most else f"{count} given; a call takes 1 to {most}"
-
-
-def _temperature(s: Scope) -> Problem:
-    given = s.call.sampling.temperature
-    return None if given == 0 and not isinstance(given, bool) else DRAWING_TEMPERATURE(given)
 
 
 def _n(s: Scope) -> Problem:
@@ -175,7 +185,7 @@ SHARED: tuple[Row, ...] = (
 )
 GENERATE: tuple[Row, ...] = (
     ("prompts", _prompts),
-    ("sampling.temperature", _temperature),
+    ("sampling.temperature", lambda s: DRAWING_TEMPERATURE(s.call.sampling.temperature)),
     ("sampling.top_k", lambda s: TOP_K(s.call.sampling.top_k)),
     ("sampling.top_p", lambda s: TOP_P(s.call.sampling.top_p)),
     ("sampling.min_p", lambda s: MIN_P(s.call.sampling.min_p)),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import replace
@@ -19,6 +18,7 @@ from cluster.frontend.calls import FrontendConfig
 from cluster.frontend.errors import InvalidRequest, Violation
 from cluster.frontend.link import EngineLink
 from cluster.frontend.meters import TrainMeters
+from cluster.frontend.ranges import FIELDS
 from cluster.frontend.task_labels import known_losses, task_violations
 from cluster.frontend.weights import WeightsRecord
 from cluster.training.calls import (
@@ -45,24 +45,6 @@ NEEDS: Mapping[str, tuple[str, ...]] = {
     DPO: ("reference_logprobs",),
 }
 PER_TOKEN = ("loss_weights", "old_logprobs", "advantages", "reference_logprobs")
-RANGES: Mapping[str, tuple[float, float]] = {
-    "optimizer.learning_rate": (0.0, math.inf),
-    "optimizer.epsilon": (0.0, math.inf),
-    "optimizer.weight_decay": (0.0, math.inf),
-    "optimizer.max_grad_norm": (0.0, math.inf),
-    "optimizer.beta1": (0.0, 1.0),
-    "optimizer.beta2": (0.0, 1.0),
-    "loss_options.clip_low": (0.0, 1.0),
-    "loss_options.clip_high": (0.0, math.inf),
-    "loss_options.beta": (5e-324, math.inf),
-    "loss_options.label_smoothing": (0.0, 0.5),
-    "loss_options.num_choices": (0, 2**31),
-    "loss_options.questions": (5e-324, math.inf),
-    "loss_options.language_weight": (0.0, math.inf),
-    "loss_options.choice_weight": (0.0, math.inf),
-    "normaliser": (5e-324, math.inf),
-}
-"""From the first number on, and below the second."""
 
 
 class TrainingDesk:
@@ -182,14 +164,13 @@ def _retries(call: TrainCall, config: FrontendConfig) -> Iterator[tuple[str, str
 
 
 def _numbers(call: TrainCall) -> Iterator[tuple[str, str]]:
-    given = {f"optimizer.{name}": value for name, value in call.optimizer.items()}
-    given |= {f"loss_options.{name}": value for name, value in call.loss_options.items()}
-    if call.normaliser is not None:
-        given["normaliser"] = call.normaliser
-    for field, value in given.items():
-        low, high = RANGES[field]
-        if not low <= value < high:
-            yield field, f"{value} is outside [{low:g}, {high:g}); give a finite number inside"
+    groups = (("optimizer", "OptimizerOptions", call.optimizer), ("loss_options", "LossOptions", call.loss_options))
+    for prefix, message, given in groups:
+        for name, value in given.items():
+            if problem := FIELDS[message][name].problem(value):
+                yield f"{prefix}.{name}", problem
+    if call.normaliser is not None and (problem := FIELDS["TrainStepRequest"]["normaliser"].problem(call.normaliser)):
+        yield "normaliser", problem
 
 
 def _sequence(sequence: TrainSequence, loss: str, limits: ModelLimits) -> Iterator[tuple[str, str]]:
@@ -207,11 +188,9 @@ def _sequence(sequence: TrainSequence, loss: str, limits: ModelLimits) -> Iterat
             yield name, f"missing; the loss {loss!r} needs it"
         elif values and len(values) != length - 1:
             yield name, f"{len(values)} numbers for {length} tokens; give {length - 1}, one per token after the first"
-        low = 0.0 if name == "loss_weights" else -math.inf
-        wrong = next((i for i, value in enumerate(values) if not (math.isfinite(value) and value >= low)), None)
+        wrong = FIELDS["TrainSequence"][name].problem_at(values)
         if wrong is not None:
-            rule = "finite and at least 0" if name == "loss_weights" else "finite"
-            yield f"{name}[{wrong}]", f"{values[wrong]}; numbers must be {rule}"
+            yield f"{name}[{wrong[0]}]", wrong[1]
 
 
 def _labels(sequence: TrainSequence, limits: ModelLimits) -> Iterator[tuple[str, str]]:

@@ -18,6 +18,7 @@ from typing import Any
 import grpc
 from google.protobuf.message import Message
 
+from cluster.frontend.calls import FrontendConfig
 from cluster.frontend.tracing import Tracer
 from cluster.rpc.auth import Gate
 from cluster.rpc.auth_errors import SlowSender
@@ -25,6 +26,7 @@ from cluster.rpc.auth_limits import CALLER, WHO, Account, OpenCalls
 from cluster.rpc.errors import row_of, status_of
 from cluster.rpc.limits import ServerLimits
 from cluster.rpc.proto import control_pb2, inference_pb2, training_pb2
+from cluster.rpc.range_check import RangeCheck
 from cluster.rpc.strict import parse
 from cluster.rpc.tracing import traced
 from parallel.errors import RequestError, TpError
@@ -48,10 +50,15 @@ class Boundary(grpc.aio.ServerInterceptor):
     """Strictness and the table of errors apply to this protocol's methods, the gate and the counting to all."""
 
     def __init__(
-        self, gate: Gate | None = None, limits: ServerLimits | None = None, tracer: Tracer | None = None
+        self,
+        gate: Gate | None = None,
+        limits: ServerLimits | None = None,
+        tracer: Tracer | None = None,
+        config: FrontendConfig | None = None,
     ) -> None:
         limits = limits or ServerLimits()
         self._tracer = tracer
+        self._ranges = RangeCheck(config or FrontendConfig())
         self._gate = Gate(None) if gate is None else gate
         self._open = OpenCalls(limits.max_calls_per_client)
         self._receive_seconds = limits.receive_seconds
@@ -74,7 +81,7 @@ class Boundary(grpc.aio.ServerInterceptor):
         if kind is None:
             function = self._counted(_function(handler), account)
             return _handler(handler.request_streaming, handler, function, handler.request_deserializer)
-        inner = received(bounded(_function(handler), kind), self._receive_seconds)
+        inner = received(bounded(_function(handler), kind, self._ranges), self._receive_seconds)
         inner = traced(inner, self._tracer, method, handler_call_details.invocation_metadata)
         return _handler(True, handler, self._counted(inner, account))  # a stream, to be counted before it is read
 
@@ -164,12 +171,16 @@ def received(method: Call, seconds: float) -> Call:
     return call
 
 
-def bounded(method: Any, kind: type[Message]) -> Callable[[bytes, grpc.aio.ServicerContext], Awaitable[Any]]:
-    """The method over raw bytes, with every error turned into a status."""
+def bounded(
+    method: Any, kind: type[Message], ranges: RangeCheck
+) -> Callable[[bytes, grpc.aio.ServicerContext], Awaitable[Any]]:
+    """The method over raw bytes, whose fields are in their ranges, with every error turned into a status."""
 
     async def call(data: bytes, context: grpc.aio.ServicerContext) -> Any:
         try:
-            return await method(parse(kind, data), context)
+            message = parse(kind, data)
+            ranges.check(message)
+            return await method(message, context)
         except Exception as error:  # noqa: BLE001 (the boundary: everything becomes a status)
             await fail(context, error)
 

@@ -193,11 +193,11 @@ def test_options_of_each_task_and_what_is_refused(tmp_path: Path) -> None:
             await refused(client.classify([[5, 200]]), invalid, "200 is not a token id")
             await refused(client.classify([[5]] * 7), invalid, "at most 6")
             await refused(client.classify([[5]], marks=[0]), invalid, "belong to double-heads")
-            await refused(client.classify([[5] * 65]), invalid, "too long")
+            await refused(client.classify([[5] * 65]), grpc.StatusCode.RESOURCE_EXHAUSTED, "too long")
             error = await refused(client.generate([[5]]), wrong, "started for sequence-classification")
             assert info(error).reason == "WRONG_TASK"
             await refused(client.score([[5, 6]]), wrong, "call Classify or Embed")
-            await refused(client.embed([[5]], pooling=7), invalid, "give LAST or MEAN")
+            await refused(client.embed([[5]], pooling=7), invalid, "POOLING_LAST")
             await refused(client.embed(["text"]), wrong, "no tokenizer")
             last, mean = [await client.embed([[5, 9]], pooling=kind) for kind in (0, pb.POOLING_MEAN)]
             assert list(last.results[0].values) != list(mean.results[0].values)

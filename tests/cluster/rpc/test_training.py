@@ -177,7 +177,7 @@ def test_malformed_steps_name_the_field_and_change_nothing(tiny: Path) -> None:
             await refused(unsafe, grpc.StatusCode.INVALID_ARGUMENT, "expected_step: missing")
             keyless = client.forward_backward(DOCUMENTS, expected_step=0)
             await refused(keyless, grpc.StatusCode.INVALID_ARGUMENT, "idempotency_key: missing")
-            exploding = [{"token_ids": [1, 2], "advantages": [1e38], "old_logprobs": [-80.0]}]
+            exploding = [{"token_ids": [1, 2], "advantages": [1.0], "old_logprobs": [-1000.0]}]
             call = client.train_step(exploding, loss="importance_sampling", expected_step=0)
             await refused(call, grpc.StatusCode.ABORTED, "was not applied")
             assert (await client.train_state()).step == 0 and await scores(client) == before
