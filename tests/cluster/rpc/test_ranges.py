@@ -122,7 +122,8 @@ def test_a_refusal_names_the_field_what_was_given_and_what_may_be(message: Messa
 
 def paths(message: Message, before: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], FieldDescriptor]]:
     """Every number, list and text that can be set in a message; of a list of messages in its first one."""
-    for field in message.DESCRIPTOR.fields:
+    fields: Any = message.DESCRIPTOR.fields
+    for field in fields:
         if needs_row(field):
             yield (*before, field.name), field
         if field.message_type is not None and not is_map(field):
@@ -141,7 +142,8 @@ def holder(message: Message, path: tuple[str, ...]) -> Any:
 
 def changed(base: Message, path: tuple[str, ...], field: FieldDescriptor) -> Iterator[Message]:
     """The message with the field at each odd value that its type can hold."""
-    row = CHECK._rows[field.containing_type.name][field.name]
+    kind: Any = field.containing_type
+    row = CHECK._rows[kind.name][field.name]
     for value in values_of(field, row):
         message = type(base)()
         message.CopyFrom(base)
@@ -165,7 +167,9 @@ def values_of(field: FieldDescriptor, row: Range) -> Iterator[Any]:
     if row.entries is None:
         yield from singles
         return
-    counts = {0, 1, row.entries[1] + 1, *([row.entries[1]] if row.entries[1] <= 65536 else [])}
+    most = row.entries[1]
+    assert not isinstance(most, str)
+    counts = {0, 1, most + 1, *([most] if most <= 65536 else [])}
     if row.keys is not None:
         yield from ({1: value} for value in singles)
         yield from ({key: 1.0} for key in (0, 3, 2**32 - 1))
