@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.init import TOKENIZER_FILES
+from launch.init import found_tokenizer
 from launch.presets import find, read
 from parallel.errors import ConfigError
 
@@ -145,10 +145,7 @@ def tokenizer_files(where: str | None) -> dict[str, Path]:
     given = locate(where, TOKENIZER)
     if given.is_file():
         return {"tokenizer.json": given}
-    files = {name: given / name for name in TOKENIZER_FILES if (given / name).is_file()}
-    if not files:
-        raise ConfigError(f"{given} holds none of {list(TOKENIZER_FILES)}; give a folder with a tokenizer")
-    return files
+    return found_tokenizer(given)
 
 
 def parse_size(text: str) -> int:

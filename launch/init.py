@@ -7,15 +7,12 @@ Hugging Face config.json would.
 from __future__ import annotations
 
 import argparse
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from launch.presets import find, read
 from parallel.errors import ConfigError
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "vocab.txt", "emoji.json")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,8 +52,16 @@ def write_random(shape: Mapping[str, Any], output: Path, seed: int = 0, dtype: s
 
 def copy_tokenizer(source: Path, output: Path) -> None:
     """The tokenizer's files of one checkpoint, into another's folder."""
-    files = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
-    if not files:
-        raise ConfigError(f"{source} holds none of {list(TOKENIZER_FILES)}; give a folder with a tokenizer")
-    for file in files:
-        shutil.copyfile(file, output / file.name)
+    from tp_decoders.companions import copy_files
+
+    copy_files(found_tokenizer(source), output)
+
+
+def found_tokenizer(folder: Path) -> dict[str, Path]:
+    """The tokenizer's files of a folder, which must hold one."""
+    from tp_decoders.companions import VOCABULARIES, tokenizer_files
+
+    files = tokenizer_files(folder)
+    if not any(name in files for name in VOCABULARIES):
+        raise ConfigError(f"{folder} holds none of {list(VOCABULARIES)}; give a folder with a tokenizer")
+    return files

@@ -33,7 +33,7 @@ from cluster.training.samples import Prompts
 from cluster.training.schedule import Schedule
 from cluster.training.skips import OnNonFinite, names_batch
 from launch.healing import Restarts
-from launch.init import TOKENIZER_FILES, copy_tokenizer, write_random
+from launch.init import copy_tokenizer, write_random
 from launch.metrics_server import MetricsServer
 from launch.presets import Layer, build, find, read
 from launch.progress import header, watch
@@ -42,6 +42,7 @@ from launch.train_metrics import TrainMetrics
 from parallel.errors import ConfigError, WorkerError
 from parallel.options import Recompute
 from tp_decoders import build as build_model
+from tp_decoders.companions import VOCABULARIES
 from tp_decoders.hub import locate
 from tp_decoders.hub_cache import TOKENIZER
 from tp_decoders.lora import LoraConfig, targeted
@@ -169,7 +170,7 @@ def _check_fit(spec: TrainSpec, origin: _Origin) -> None:
     model = config_from_hf(dict(origin.shape))
     tokenizer = load_tokenizer(origin.tokenizer)
     if tokenizer is None:
-        raise ConfigError(f"{origin.tokenizer} has no tokenizer; it needs some of {list(TOKENIZER_FILES)}")
+        raise ConfigError(f"{origin.tokenizer} has no tokenizer; it needs one of {list(VOCABULARIES)}")
     if tokenizer.vocab_size > model.vocab_size:
         raise ConfigError(
             f"the tokenizer in {origin.tokenizer} has {tokenizer.vocab_size} tokens, more than the model's vocabulary "

@@ -8,7 +8,6 @@ slices from it.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,9 +18,10 @@ from torch import Tensor
 
 from parallel.errors import CheckpointError
 from parallel.shard import full_shape_of
+from tp_decoders.companions import companions, copy_files
 from tp_decoders.config import DecoderConfig
 from tp_decoders.registry import family_of, read_config
-from tp_decoders.save_files import COMPANIONS, FolderWriter, TensorPlan
+from tp_decoders.save_files import FolderWriter, TensorPlan
 from tp_decoders.task_config import task_of, with_task
 from tp_decoders.tensor_files import Checkpoint, open_checkpoint
 from tp_decoders.weights import MAX_SHARD_SIZE, build, match_tensors
@@ -71,18 +71,13 @@ def rewrite(
         for plan in plans:
             writer.write(plan.name, source.read(plan.name).to(dtype))
             _check(writer.error)
-        for name, path in {**_companions(source.folder), **(files or {})}.items():
-            shutil.copyfile(path, writer.draft / name)
+        copy_files({**companions(source.folder), **(files or {})}, writer.draft)
     except BaseException as error:
         writer.error = writer.error or repr(error)
         writer.finish(config.hf, None)  # takes the draft away
         raise
     _check(writer.finish(config.hf, None))
     return dtype
-
-
-def _companions(folder: Path) -> dict[str, Path]:
-    return {name: folder / name for name in COMPANIONS if (folder / name).is_file()}
 
 
 def _check(error: str | None) -> None:

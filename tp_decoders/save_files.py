@@ -20,20 +20,10 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from tp_decoders.companions import companions, copy_files
 from tp_decoders.written_config import config_to_write
 
 DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-COMPANIONS = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "vocab.txt",
-    "emoji.json",
-)
 
 
 @dataclass(frozen=True)
@@ -145,7 +135,8 @@ class FolderWriter:
             if self.error is None:
                 self._write_json("config.json", config_to_write(hf, self._dtype))
                 self._write_index()
-                self._copy_companions(source)
+                if source is not None:
+                    copy_files(companions(source), self.draft)
                 os.replace(self.draft, self.target)
         except OSError as error:
             self.error = f"cannot finish the checkpoint {self.target}: {error}"
@@ -169,8 +160,3 @@ class FolderWriter:
 
     def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
         (self.draft / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-    def _copy_companions(self, source: Path | None) -> None:
-        for name in COMPANIONS:
-            if source is not None and (source / name).is_file():
-                shutil.copyfile(source / name, self.draft / name)

@@ -1,37 +1,45 @@
 """Text to token ids and back, for checkpoints that come with a tokenizer: `load_tokenizer(folder)` is None for those
 that do not.
 
-Three kinds: tokenizer.json, and vocab.json + merges.txt, through `tokenizers`; the Japanese sub-word vocabulary
-(vocab.txt + emoji.json) through transformers' own class. Decoding is done by bytes: every token stands for some, and
-only whole characters become text. Nothing is trimmed or cleaned up: what a model wrote is what comes out. How ids are
-streamed is in detokenizer.py.
+Three kinds: tokenizer.json, and vocab.json + merges.txt, through `tokenizers` (fast_tokenizer.py); the Japanese
+sub-word vocabulary (vocab.txt + emoji.json). Decoding is done by bytes: every token stands for some, and only whole
+characters become text. Nothing is trimmed or cleaned up: what a model wrote is what comes out. How ids are streamed is
+in detokenizer.py.
 """
 
 from __future__ import annotations
 
-import json
+import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Protocol
 
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as HFTokenizer
+from tokenizers import decoders
 
 from parallel.errors import CheckpointError, RequestError
+from tp_decoders.fast_tokenizer import open_tokenizer
 from tp_decoders.hub import locate
 from tp_decoders.hub_cache import TOKENIZER
+from tp_decoders.japanese_tokenizer import FILES as JAPANESE_FILES
+from tp_decoders.japanese_tokenizer import JapaneseVocabulary
+from tp_decoders.tokenizer_settings import JAPANESE, read_json, tokenizer_class
 
-END_OF_TEXT = "<|endoftext|>"
+log = logging.getLogger(__name__)
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
+UNREAD = ("tokenizer.model", "spiece.model", "tiktoken.model", "vocab.txt")
 
 
 class Vocabulary(Protocol):
     """What differs between the kinds of tokenizers."""
 
     size: int
-    special_ids: frozenset[int]
+    special_tokens: Mapping[int, str]
+    """The tokens that are not shown as text, by their ids."""
+    first_ids: tuple[int, ...]
+    """What is put before every text."""
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]: ...
 
@@ -56,7 +64,9 @@ class Tokenizer:
     def __init__(self, vocabulary: Vocabulary, eos_token_ids: tuple[int, ...]) -> None:
         self.vocabulary = vocabulary
         self.eos_token_ids = eos_token_ids
-        self.special_ids = vocabulary.special_ids
+        self.special_tokens = vocabulary.special_tokens
+        self.special_ids = frozenset(vocabulary.special_tokens)
+        self.first_ids = vocabulary.first_ids
         self.vocab_size = vocabulary.size
 
     @property
@@ -64,7 +74,11 @@ class Tokenizer:
         return self.eos_token_ids[0] if self.eos_token_ids else None
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """The ids of a text. Special tokens spelled out in it are recognised, as in transformers."""
+        """The ids of a text. Special tokens spelled out in it are recognised, as in transformers.
+
+        `add_special_tokens` False: of a fragment, without what the tokenizer puts before and after every text. A text
+        that begins with these very tokens does not get them twice.
+        """
         if not isinstance(text, str):
             raise RequestError(f"only text can be tokenized, not {type(text).__name__}; give a string")
         try:
@@ -107,17 +121,24 @@ class FastVocabulary:
     """A tokenizer of the `tokenizers` library; byte-level ones give bytes per token."""
 
     def __init__(self, tokenizer: HFTokenizer) -> None:
-        tokenizer.no_truncation()  # files may carry both, and would silently shorten or fill a prompt
-        tokenizer.no_padding()
         self._tokenizer = tokenizer
         self._byte_level = isinstance(tokenizer.decoder, decoders.ByteLevel)
-        self._pieces: dict[int, bytes] = {}
         added = tokenizer.get_added_tokens_decoder()
-        self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        # an added token is text as it stands, also where its characters could be stand-ins for bytes (é, Ġ)
+        self._pieces = {token_id: token.content.encode() for token_id, token in added.items()}
+        self.special_tokens: Mapping[int, str] = {
+            token_id: token.content for token_id, token in added.items() if token.special
+        }
+        probe = tokenizer.encode("a")
+        self.first_ids = tuple(probe.ids[: _leading(probe.special_tokens_mask)])
         self.size = max([*tokenizer.get_vocab(with_added_tokens=True).values(), -1]) + 1
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+        encoding = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        ids, count = list(encoding.ids), len(self.first_ids)
+        if count and add_special_tokens and tuple(ids[count : 2 * count]) == self.first_ids:
+            return ids[count:] if _leading(encoding.special_tokens_mask) == count else ids
+        return ids
 
     def token_bytes(self, token_id: int) -> bytes | None:
         if not self._byte_level:
@@ -141,6 +162,11 @@ class FastVocabulary:
         return found
 
 
+def _leading(mask: Sequence[int]) -> int:
+    """How many tokens at the start are not of the text itself."""
+    return next((i for i, added in enumerate(mask) if not added), len(mask))
+
+
 def _byte_of_character() -> dict[str, int]:
     """GPT-2's printable stand-ins for the 256 bytes: printable bytes are themselves, the others start at U+0100."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
@@ -152,7 +178,7 @@ BYTE_OF = _byte_of_character()
 
 
 def _unmapped(token: str | None) -> bytes:
-    """A byte-level token's bytes; an added token outside the stand-in alphabet (a run of spaces) is literal."""
+    """The bytes of a token of the byte-level vocabulary; one outside the stand-in alphabet is literal."""
     if token is None:
         return b""
     if all(character in BYTE_OF for character in token):
@@ -160,103 +186,43 @@ def _unmapped(token: str | None) -> bytes:
     return token.encode()
 
 
-class JapaneseVocabulary:
-    """GPT-NeoX-Japanese's sub-words: <|byteN|> is a byte of a character, tags are spaces, lines and emoji."""
-
-    TAGS: ClassVar[dict[str, str]] = {
-        "<SP>": " ",
-        "<BR>": "\n",
-        "<TAB>": "\t",
-        "<BLOCK>": "▀",
-        "<KIGOU>": "ǀ",
-        "<U2000U2BFF>": "‖",
-    }
-
-    def __init__(self, folder: Path) -> None:
-        from transformers import GPTNeoXJapaneseTokenizer  # only this kind needs transformers, which is slow to import
-
-        self._tokenizer = GPTNeoXJapaneseTokenizer(str(folder / "vocab.txt"), str(folder / "emoji.json"))
-        self._words = self._tokenizer.ids_to_tokens
-        self._emoji: dict[str, str] = self._tokenizer.emoji["emoji_inv"]
-        self.special_ids = frozenset(self._tokenizer.all_special_ids)
-        self.size = len(self._words)
-
-    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens))
-
-    def token_bytes(self, token_id: int) -> bytes:
-        if token_id not in self._words:
-            return b""
-        word = self._words[token_id][0]
-        if word.startswith("<|byte") and word.endswith("|>"):
-            return bytes([int(word[6:-2])])
-        return str(self.TAGS.get(word) or self._emoji.get(word) or word).encode()
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return b"".join(map(self.token_bytes, ids)).decode("utf-8", "replace")
-
-    decode_certain = decode  # never asked for: every token stands for bytes
-
-    def find(self, token: str) -> int | None:
-        return int(self._tokenizer.vocab[token]) if token in self._tokenizer.vocab else None
-
-
 def load_tokenizer(path: str | Path) -> Tokenizer | None:
     """The tokenizer in a checkpoint folder or repository of the hub, None where there is none."""
     folder = locate(path, TOKENIZER)
     try:
-        vocabulary = _vocabulary(folder)
+        found = _vocabulary(folder)
     except CheckpointError:
         raise
-    except Exception as error:  # the `tokenizers` library raises bare Exception for whatever is wrong with a file
-        raise CheckpointError(f"the tokenizer in {folder} cannot be read: {error}; fetch it again") from error
-    if vocabulary is None:
+    except BaseException as error:  # the `tokenizers` library raises bare Exception, and panics, for a wrong file
+        if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
+            raise
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise CheckpointError(f"the tokenizer in {folder} cannot be read: {reason}; fetch it again") from error
+    if found is None:
+        _warn_of_other_kinds(folder)
         return None
-    return Tokenizer(vocabulary, eos_token_ids(folder) or _eos_by_name(folder, vocabulary))
+    vocabulary, eos_token = found
+    named = vocabulary.find(eos_token) if eos_token else None
+    return Tokenizer(vocabulary, eos_token_ids(folder) or (() if named is None else (named,)))
 
 
-def _vocabulary(folder: Path) -> Vocabulary | None:
-    if (folder / "tokenizer.json").is_file():
-        return FastVocabulary(HFTokenizer.from_file(str(folder / "tokenizer.json")))
-    if (folder / "vocab.txt").is_file() and (folder / "emoji.json").is_file():
-        return JapaneseVocabulary(folder)
-    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        return FastVocabulary(_byte_level_bpe(folder))
-    return None
+def _vocabulary(folder: Path) -> tuple[Vocabulary, str | None] | None:
+    """What reads and writes text, and the token that ends one by its own files."""
+    japanese = all((folder / name).is_file() for name in JAPANESE_FILES)
+    if japanese and (tokenizer_class(folder) == JAPANESE or not (folder / "tokenizer.json").is_file()):
+        vocabulary = JapaneseVocabulary(folder)
+        return vocabulary, vocabulary.eos_token
+    opened = open_tokenizer(folder)
+    return None if opened is None else (FastVocabulary(opened[0]), opened[1].name("eos_token"))
 
 
-def _byte_level_bpe(folder: Path) -> HFTokenizer:
-    """GPT-2's own format: the vocabulary and the merges, byte-level, with the added tokens listed beside it."""
-    tokenizer = HFTokenizer(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
-    prefix = bool(read_json(folder / "tokenizer_config.json").get("add_prefix_space", False))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
-    tokenizer.decoder = decoders.ByteLevel()
-    added: dict[str, int] = read_json(folder / "added_tokens.json")
-    for token, expected in sorted(added.items(), key=lambda item: item[1]):
-        tokenizer.add_tokens([AddedToken(token, normalized=False)])
-        if tokenizer.token_to_id(token) != expected:
-            raise CheckpointError(
-                f"{folder / 'added_tokens.json'} gives {token!r} the id {expected}, which is not the next free one"
-            )
-    special = {
-        token
-        for name in ("special_tokens_map.json", "tokenizer_config.json")
-        for token in _special_names(read_json(folder / name))
-    }
-    known = sorted(token for token in special | {END_OF_TEXT} if tokenizer.token_to_id(token) is not None)
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in known])
-    return tokenizer
-
-
-def _special_names(table: dict[str, Any]) -> list[str]:
-    names = [_content(table.get(key)) for key in ("bos_token", "eos_token", "unk_token", "pad_token")]
-    return [name for name in [*names, *map(_content, table.get("additional_special_tokens") or [])] if name]
-
-
-def _content(token: object) -> str | None:
-    """Special tokens are written as text or as {"content": text, ...}."""
-    found = token.get("content") if isinstance(token, dict) else token
-    return found if isinstance(found, str) else None
+def _warn_of_other_kinds(folder: Path) -> None:
+    found = next((name for name in UNREAD if (folder / name).is_file()), None)
+    if found is not None:
+        log.warning(
+            "%s has a tokenizer in a form that is not read here (%s), so text cannot be used: save it with "
+            "transformers as tokenizer.json", folder, found,
+        )  # fmt: skip
 
 
 def eos_token_ids(path: str | Path) -> tuple[int, ...]:
@@ -265,29 +231,16 @@ def eos_token_ids(path: str | Path) -> tuple[int, ...]:
         value = read_json(Path(path) / name).get("eos_token_id")
         if value is not None:
             ids = value if isinstance(value, list) else [value]
-            if not all(isinstance(token_id, int) and token_id >= 0 for token_id in ids):
+            if not all(type(token_id) is int for token_id in ids):
                 raise CheckpointError(f"{Path(path) / name}: eos_token_id = {value!r} should be an id or a list of ids")
-            return tuple(ids)
+            return tuple(dict.fromkeys(ids))
     return ()
 
 
-def _eos_by_name(folder: Path, vocabulary: Vocabulary) -> tuple[int, ...]:
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        token = _content(read_json(folder / name).get("eos_token"))
-        found = vocabulary.find(token) if token else None
-        if found is not None:
-            return (found,)
-    return ()
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """An optional JSON object; empty where the file is not there."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} should hold a JSON object, not {type(value).__name__}")
-    return value
+def check_vocabulary(tokenizer: Tokenizer | None, vocab_size: int, where: object) -> None:
+    """Warns of a tokenizer with ids that the model does not have; a text that needs them is refused when it comes."""
+    if tokenizer is not None and tokenizer.vocab_size > vocab_size:
+        log.warning(
+            "the tokenizer in %s has %d tokens, more than the model's vocabulary of %d: a text with one of the others "
+            "is refused", where, tokenizer.vocab_size, vocab_size,
+        )  # fmt: skip

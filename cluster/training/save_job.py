@@ -31,10 +31,11 @@ from parallel.mesh import Groups
 from parallel.shard import full_shape_of
 from tp_decoders.adapter_files import CONFIG as ADAPTER_CONFIG
 from tp_decoders.adapter_files import adapter_config, adapter_tensors
+from tp_decoders.companions import companions, copy_files
 from tp_decoders.decoder import Decoder
 from tp_decoders.names import Name
 from tp_decoders.registry import family_of
-from tp_decoders.save_files import COMPANIONS, TensorPlan
+from tp_decoders.save_files import TensorPlan
 from tp_decoders.slice_files import SliceFiles, owned_pieces
 from tp_decoders.written_config import config_to_write
 
@@ -176,9 +177,8 @@ class SaveJob:
 
     def _write_config(self) -> None:
         _write_synced(self.draft / self.config_name, json.dumps(self.config, indent=2, sort_keys=True) + "\n")
-        for name in COMPANIONS:
-            if self.source is not None and (self.source / name).is_file():
-                shutil.copyfile(self.source / name, self.draft / name)
+        if self.source is not None:
+            copy_files(companions(self.source), self.draft)
 
     def _prune(self) -> None:
         for old in complete_steps(self.target.parent)[: -self.order.keep] if self.order.keep else []:
