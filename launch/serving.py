@@ -44,7 +44,7 @@ from tp_decoders.adapter_files import read_adapter_config
 from tp_decoders.hub import shown_name
 from tp_decoders.registry import read_config
 from tp_decoders.task_config import CAUSAL, check_task, task_of
-from tp_decoders.tokenizer import load_tokenizer
+from tp_decoders.tokenizer import check_vocabulary, load_tokenizer
 
 if TYPE_CHECKING:
     from launch.serve import ServeConfig
@@ -131,9 +131,10 @@ async def _open(
         for line in slow_parts(rank):
             log.warning("%s", line)
     links = await asyncio.to_thread(replicas.connect, ready)
-    codec = codec_of(await asyncio.to_thread(load_tokenizer, model))
-    frontend = Frontend(links, codec=codec, config=_patience(config), ledger=state.ledger)
+    tokenizer = await asyncio.to_thread(load_tokenizer, model)
+    frontend = Frontend(links, codec=codec_of(tokenizer), config=_patience(config), ledger=state.ledger)
     stack.push_async_callback(frontend.close)
+    check_vocabulary(tokenizer, frontend.limits.vocab_size, model)
     upkeep = Upkeep(frontend, replicas.healers(frontend, ready))
     info = _service_info(config, model, ready[0][0].facts)
     readiness = Readiness(frontend, config.observe.canary_every_s, config.observe.canary_timeout_s)

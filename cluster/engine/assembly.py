@@ -90,12 +90,21 @@ def build_runner(model: Decoder, config: EngineConfig, free_bytes: int) -> Model
 
 
 def limits_of(model: Decoder, eos_token_ids: Many[int] = ()) -> ModelLimits:
-    """The model's own limits; an engine adds its cache's and its batch's."""
+    """The model's own limits; an engine adds its cache's and its batch's.
+
+    Files often name an end of text that a small or cut vocabulary does not have: GPT-2's own is transformers' default.
+    """
+    vocab_size = model.config.vocab_size
+    beyond = [token_id for token_id in eos_token_ids if not 0 <= token_id < vocab_size]
+    if beyond:
+        log.warning(
+            "the checkpoint's eos_token_id %s is not in its vocabulary of %d; it is ignored", beyond, vocab_size
+        )
     return ModelLimits(
-        vocab_size=model.config.vocab_size,
+        vocab_size=vocab_size,
         max_context=model.config.max_positions,
         kv_capacity_tokens=0,
-        eos_token_ids=tuple(eos_token_ids),
+        eos_token_ids=tuple(token_id for token_id in eos_token_ids if token_id not in beyond),
         task=model.config.task,
     )
 

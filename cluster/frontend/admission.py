@@ -59,10 +59,11 @@ class Admission:
                 made.append(error)
         return made
 
-    def encode(self, text: str) -> tuple[int, ...]:
+    def encode(self, text: str, whole: bool = True) -> tuple[int, ...]:
+        """The ids of a text, or of a part of one (not `whole`), which has no first and last token of its own."""
         if self.codec is None:
             raise NoTokenizer(NO_TOKENIZER)
-        return tuple(self.codec.tokenizer.encode(text))
+        return tuple(self.codec.tokenizer.encode(text, add_special_tokens=whole))
 
     def decode(self, ids: Sequence[int], field: str) -> str | RequestError:
         """The text of tokens, or what is wrong with them."""
@@ -73,7 +74,7 @@ class Admission:
         except RequestError as error:
             return error
 
-    async def encode_bounded(self, text: str, field: str, beside: bool) -> tuple[int, ...]:
+    async def encode_bounded(self, text: str, field: str, beside: bool, whole: bool = True) -> tuple[int, ...]:
         """`encode`, `beside` the event loop if asked to; refused where the text is too long to fit."""
         if self.codec is None:
             raise NoTokenizer(f"{field}: {NO_TOKENIZER}")
@@ -81,7 +82,7 @@ class Admission:
         if len(text) > most:
             holds = f"the context of {self.limits.max_context} tokens never holds more than {most}"
             raise DoesNotFit.of(field, f"{len(text)} characters; {holds}; shorten it")
-        return await asyncio.to_thread(self.encode, text) if beside else self.encode(text)
+        return await asyncio.to_thread(self.encode, text, whole) if beside else self.encode(text, whole)
 
     async def _token_ids(self, prompt: Prompt, field: str, beside: bool) -> Sequence[int]:
         if sum(given is not None for given in (prompt.text, prompt.token_ids, prompt.fim)) != 1:
@@ -90,18 +91,33 @@ class Admission:
             return prompt.token_ids
         if prompt.fim is not None:
             return await self._fill_in_middle(prompt.fim, f"{field}.fim", beside)
-        return await self.encode_bounded(prompt.text or "", field, beside)
+        return self._known(await self.encode_bounded(prompt.text or "", field, beside), field)
 
     async def _fill_in_middle(self, fim: FillInMiddle, field: str, beside: bool) -> Sequence[int]:
-        """Prefix, suffix, then the middle is the model's to write; or the suffix first and then the prefix with it."""
-        prefix = await self.encode_bounded(fim.prefix, f"{field}.prefix", beside)
-        suffix = await self.encode_bounded(fim.suffix, f"{field}.suffix", beside)
-        marks = self.codec.fim if self.codec else None
+        """Prefix, suffix, then the middle is the model's to write; or the suffix first and then the prefix with it.
+
+        What the tokenizer puts before every text comes once, before all of it.
+        """
+        prefix = self._known(await self.encode_bounded(fim.prefix, f"{field}.prefix", beside, False), f"{field}.prefix")
+        suffix = self._known(await self.encode_bounded(fim.suffix, f"{field}.suffix", beside, False), f"{field}.suffix")
+        marks, first = (self.codec.fim, self.codec.first_ids) if self.codec else (None, ())
         if marks is None:
             raise _invalid(field, "this model's vocabulary has no fill-in-the-middle tokens; send text or token_ids")
         if fim.suffix_first:
-            return (marks.prefix, marks.suffix, *suffix, marks.middle, *prefix)
-        return (marks.prefix, *prefix, marks.suffix, *suffix, marks.middle)
+            return (*first, marks.prefix, marks.suffix, *suffix, marks.middle, *prefix)
+        return (*first, marks.prefix, *prefix, marks.suffix, *suffix, marks.middle)
+
+    def _known(self, ids: tuple[int, ...], field: str) -> tuple[int, ...]:
+        """The ids of a text, which a tokenizer with more tokens than the model can put beyond its vocabulary."""
+        if ids and max(ids) >= self.limits.vocab_size and self.codec is not None:
+            wrong = max(ids)
+            shown = self.codec.tokenizer.token_bytes(wrong).decode("utf-8", "replace")
+            raise _invalid(
+                field,
+                f"holds {shown!r}, which is token {wrong} of the tokenizer; this model's are 0 to "
+                f"{self.limits.vocab_size - 1}",
+            )
+        return ids
 
     def _request(self, call: Call, given: Sequence[int], sampling: SamplingParams, index: int) -> Request:
         field = f"{call.prompts_field}[{index}]"
@@ -165,7 +181,8 @@ class Admission:
     def _banned(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
         """Each word as it stands and after a space: most vocabularies hold both."""
         spelled = (spelling for word in words for spelling in (word, " " + word.lstrip()))
-        return tuple(dict.fromkeys(ids for ids in map(self.encode, spelled) if ids))
+        found = (self._known(self.encode(spelling, whole=False), "sampling.bad_words") for spelling in spelled)
+        return tuple(dict.fromkeys(ids for ids in found if ids))
 
 
 def _invalid(field: str, rule: str) -> InvalidRequest:

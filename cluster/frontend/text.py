@@ -6,8 +6,8 @@ A checkpoint without one has `codec=None` and then yields no text.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
@@ -24,7 +24,9 @@ FIM_SPELLINGS = ("<fim_{}>", "<fim-{}>")  # StarCoder's, SantaCoder's
 class Tokenizer(Protocol):
     """What a front-end needs of a tokenizer."""
 
-    def encode(self, text: str) -> list[int]: ...
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """The ids of a text; of a part of one, without what begins and ends every text, if that is False."""
+        ...
 
     def decode(self, ids: Sequence[int]) -> str: ...
 
@@ -55,6 +57,10 @@ class TextCodec:
     tokenizer: Tokenizer
     detokenizer: Callable[[], Detokenizer]
     fim: FimTokens | None = None
+    special_tokens: Mapping[int, str] = field(default_factory=dict)
+    """Tokens that the detokenizer does not show, and how they are written."""
+    first_ids: tuple[int, ...] = ()
+    """What the tokenizer puts before every text."""
 
 
 def codec_of(tokenizer: CheckpointTokenizer | None) -> TextCodec | None:
@@ -66,7 +72,13 @@ def codec_of(tokenizer: CheckpointTokenizer | None) -> TextCodec | None:
     )
 
     fim = fim_tokens(tokenizer.vocabulary.find)
-    return TextCodec(tokenizer=tokenizer, detokenizer=partial(IncrementalDetokenizer, tokenizer), fim=fim)
+    return TextCodec(
+        tokenizer=tokenizer,
+        detokenizer=partial(IncrementalDetokenizer, tokenizer),
+        fim=fim,
+        special_tokens=tokenizer.special_tokens,
+        first_ids=tokenizer.first_ids,
+    )
 
 
 def fim_tokens(find: Callable[[str], int | None]) -> FimTokens | None:
@@ -94,9 +106,8 @@ class SampleText:
 
     def __init__(self, codec: TextCodec | None, stopping: StoppingCriteria) -> None:
         self._detokenizer = codec.detokenizer() if codec else None
-        self._stops = (
-            StopMatcher(stopping.stop_sequences, stopping.include_stop_sequence) if stopping.stop_sequences else None
-        )
+        self._special = codec.special_tokens if codec else {}
+        self._stops = _matcher(stopping, self._special)
         self._free_tokens = stopping.min_new_tokens
 
     def push(self, token_ids: Sequence[int]) -> Piece:
@@ -107,7 +118,7 @@ class SampleText:
             return Piece(len(token_ids), self._detokenizer.push(token_ids))
         texts = []
         for count, token_id in enumerate(token_ids, start=1):
-            text, stop = self._match(self._detokenizer.push((token_id,)))
+            text, stop = self._match(self._detokenizer.push((token_id,)), token_id)
             texts.append(text)
             if stop is not None:
                 return Piece(count, "".join(texts), stop)
@@ -123,10 +134,20 @@ class SampleText:
         released = self._stops.push(rest)
         return Piece(0, released.text + self._stops.flush(), released.stop)
 
-    def _match(self, text: str) -> tuple[str, str | None]:
+    def _match(self, text: str, token_id: int) -> tuple[str, str | None]:
+        """What a token adds to the text, which may be a special token that is not shown."""
         assert self._stops is not None, "only called with stop strings"
         if self._free_tokens:
             self._free_tokens -= 1
             return text, None
         released = self._stops.push(text)
+        if released.stop is None and self._stops.looks_at_hidden and token_id in self._special:
+            more = self._stops.push(self._special[token_id], hidden=True)
+            return released.text + more.text, more.stop
         return released.text, released.stop
+
+
+def _matcher(stopping: StoppingCriteria, special: Mapping[int, str]) -> StopMatcher | None:
+    if not stopping.stop_sequences:
+        return None
+    return StopMatcher(stopping.stop_sequences, stopping.include_stop_sequence, special.values())

@@ -15,8 +15,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
-import tokenizer_cases
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from tests.outside import tokenizer_cases
 
 TEXTS = 200
 

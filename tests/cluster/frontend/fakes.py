@@ -50,7 +50,7 @@ LASTING = 1 << 24
 class PieceTokenizer:
     """Longest piece first; one token stands for one piece of bytes."""
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         data, ids = text.encode(), []
         while data:
             fits = [i for i, piece in enumerate(PIECES) if data.startswith(piece)]
