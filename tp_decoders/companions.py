@@ -20,6 +20,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+COMPANIONS = ("generation_config.json", *TOKENIZER_FILES)
 VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt")
 """One of these is in every folder with a tokenizer."""
 TEMPLATE_FOLDER = "additional_chat_templates"
@@ -35,9 +36,9 @@ def tokenizer_files(folder: Path) -> dict[str, Path]:
 
 
 def companions(folder: Path) -> dict[str, Path]:
-    """What is copied along with the weights."""
-    generation = folder / "generation_config.json"
-    return {**tokenizer_files(folder), **({generation.name: generation} if generation.is_file() else {})}
+    """What is copied along with the weights: generation settings and all that belongs to the tokenizer."""
+    generation = {name: folder / name for name in COMPANIONS[:1] if (folder / name).is_file()}
+    return {**generation, **tokenizer_files(folder)}
 
 
 def copy_files(files: Mapping[str, Path], folder: Path) -> None:

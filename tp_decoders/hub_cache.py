@@ -18,7 +18,7 @@ from pathlib import Path
 from huggingface_hub import constants
 
 from parallel.errors import CheckpointError
-from tp_decoders.save_files import COMPANIONS
+from tp_decoders.companions import COMPANIONS
 from tp_decoders.tensor_files import LAYOUTS, read_weight_map
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
