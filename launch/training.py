@@ -24,7 +24,9 @@ from cluster.actors.place import PlacementConfig, split_replicas
 from cluster.actors.session import ray_session
 from cluster.actors.train_spec import CorpusConfig, SampleConfig, TrainParallel, TrainSpec
 from cluster.training.checkpoint import latest_checkpoint, read_state
-from cluster.training.data.labelled import LabelConfig
+from cluster.training.data.labelled import LabelConfig, read_rows
+from cluster.training.data.peek import peek
+from cluster.training.data.sources import open_source
 from cluster.training.metrics import check_tensorboard, read_records
 from cluster.training.optimizer import OptimizerConfig
 from cluster.training.plots import can_plot, plot_loss
@@ -119,8 +121,6 @@ def configuration(layers: Sequence[Layer]) -> TrainConfig:
 
 def prepare(config: TrainConfig) -> TrainSpec:
     """The run's specification, with its folder claimed and its first weights in place."""
-    if not Path(config.corpus.path).exists():
-        raise ConfigError(f"corpus.path {config.corpus.path} does not exist; give a text or JSONL file, or a folder")
     if config.tensorboard:
         check_tensorboard()
     out = Path(config.out).resolve()
@@ -135,15 +135,31 @@ def prepare(config: TrainConfig) -> TrainSpec:
         "weights_cache": config.placement.weights_cache,
     }
     spec = TrainSpec(**same | given)
+    _check_corpus(spec)
     _check_fit(spec, origin)
     claim_folder(out, spec.run())
     origin.write()
     return spec
 
 
+def _check_corpus(spec: TrainSpec) -> None:
+    """That it is there and can be read as the settings say; the whole of it is read by the ranks."""
+    corpus = spec.corpus
+    if not Path(corpus.path).exists():
+        raise ConfigError(f"corpus.path {corpus.path} does not exist; give a text or JSONL file, or a folder")
+    try:
+        if spec.task == CAUSAL:
+            peek(open_source(corpus.path, corpus.source_options))
+        else:
+            read_rows(Path(corpus.path).read_bytes(), Path(corpus.path), spec.labels)
+    except OSError as error:
+        raise ConfigError(f"corpus.path {corpus.path} cannot be read: {error.strerror or error}") from error
+
+
 def _from_folder(folder: str) -> _Origin:
     model = locate(folder).resolve()
-    return _Origin(model, folder_origin(model), read_config(model).hf, model, lambda: None)
+    shape = read_config(model).hf
+    return _Origin(model, folder_origin(model), shape, model, lambda: None)
 
 
 def _from_scratch(scratch: ScratchConfig, out: Path) -> _Origin:
@@ -235,6 +251,8 @@ def one_life(spec: TrainSpec, placement: PlacementConfig, stop: threading.Event)
             print(f"note: {sentence}", flush=True)
         facts = ready[0].facts
         weights = facts.parameters * NUMBER_BYTES[facts.dtype] // spec.parallel.tp
+        for line in facts.notes:
+            print(f"note: {line}", flush=True)
         for line in (line for rank in ready for line in over_budget(rank.place, rank.seconds, weights)):
             print(f"note: {line}", flush=True)
         print(header(spec, facts), flush=True)

@@ -13,6 +13,7 @@ from cluster.actors.place import Place
 from cluster.actors.spec import Device, Dtype, Numerics, ParallelConfig, Transport
 from cluster.engine.request import SamplingParams
 from cluster.training.data.labelled import LabelConfig
+from cluster.training.data.sources import SourceOptions
 from cluster.training.data.split import SplitRule
 from cluster.training.optimizer import OptimizerConfig
 from cluster.training.schedule import Schedule
@@ -26,21 +27,37 @@ if TYPE_CHECKING:
     from cluster.actors.worker import Phases, Program
 
 
+READING = ("kind", "encoding", "field", "prompt_field", "dataset_split")
+"""Settings of a corpus that not every run has; where one has none of them its record is as before there were any."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class CorpusConfig:
     """Which text, how it is cut into batches, and which part of it is held out."""
 
     path: str
+    kind: str | None = None  # text, jsonl or table; None: as the files' names say
+    encoding: str | None = None  # of text and JSON lines; None: utf-8
     separator: str | None = None  # between documents of a text file; None: a file is one document
     tokens_per_sample: int = 128
     batch_size: int = 8  # samples of one step, over all replicas
     seed: int = 0
     split: SplitRule = field(default_factory=SplitRule)
+    field: str | None = None  # of JSON lines and tables: what to learn; None: text
+    prompt_field: str | None = None  # of JSON lines and tables: what comes before it and is not learned
+    dataset_split: str | None = None  # one split of a dataset's folder
 
     def __post_init__(self) -> None:
         for name in ("tokens_per_sample", "batch_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"corpus.{name} is {getattr(self, name)}; give at least 1")
+
+    @property
+    def source_options(self) -> SourceOptions:
+        return SourceOptions(
+            kind=self.kind, encoding=self.encoding, separator=self.separator, field=self.field,
+            prompt_field=self.prompt_field, split=self.dataset_split,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,6 +189,7 @@ class TrainSpec:
         if self.task == SEQUENCES:
             prompts, separator = self.samples.prompts, self.corpus.separator
             unfit = {"samples.prompts": prompts, "lora": self.lora, "corpus.separator": separator}
+            unfit |= {f"corpus.{name}": getattr(self.corpus, name) for name in READING}
             for name in (name for name, value in unfit.items() if value):
                 raise ConfigError(f"{name} is not for task {self.task}; leave it out")
 
@@ -183,7 +201,8 @@ class TrainSpec:
 
     def run(self) -> dict[str, Any]:
         """Everything that decides the run's numbers but how long it goes on and how it is spread over ranks."""
-        corpus = {name: value for name, value in asdict(self.corpus).items() if name != "path"}
+        left_out = {"path", *(name for name in READING if getattr(self.corpus, name) is None)}
+        corpus = {name: value for name, value in asdict(self.corpus).items() if name not in left_out}
         decided = {
             "origin": self.origin,
             "corpus": corpus,
@@ -210,3 +229,4 @@ class TrainFacts:
     tokens: int  # of the corpus
     peak_flops: float  # of this rank
     peak_source: str  # where that figure is from
+    notes: tuple[str, ...] = ()  # what the user should know before it begins

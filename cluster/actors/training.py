@@ -31,10 +31,11 @@ from cluster.training.checkpoint import (
     restore_optimizer,
     sound_checkpoint,
 )
+from cluster.training.data.document import NothingHeldOut
 from cluster.training.data.labelled import LabelledDataset, LabelledStore, store_labelled
 from cluster.training.data.loader import Loader, RowDataset
 from cluster.training.data.packed import PackedDataset
-from cluster.training.data.sources import SourceOptions, open_source
+from cluster.training.data.sources import open_source
 from cluster.training.data.state import DataState
 from cluster.training.data.store import TokenStore
 from cluster.training.data.tokenize import tokenize_corpus
@@ -72,6 +73,7 @@ class TrainRank:
         self._groups: Groups | None = None
         self._lock: IO[str] | None = None
         self._records: RunRecords | None = None
+        self._notes: tuple[str, ...] = ()
 
     def start(self) -> TrainFacts:
         self._spec = replace(self._spec, model=str(here(self._spec.model)))  # a snapshot of the hub's, on this node
@@ -97,7 +99,7 @@ class TrainRank:
         return TrainFacts(
             family=model.config.model_type, dtype=str(self._dtype).removeprefix("torch."),
             parameters=num_parameters(model), step=self._trainer.step, tokens=store.num_tokens,
-            peak_flops=peak, peak_source=source,
+            peak_flops=peak, peak_source=source, notes=self._notes,
         )  # fmt: skip
 
     def run(self) -> None:
@@ -191,7 +193,7 @@ class TrainRank:
             known = label_names(Fields(hf, "config.json")) if task_of(hf) == self._spec.task else ()
             labels = replace(self._spec.labels, names=self._spec.labels.names or known)
             return store_labelled(Path(corpus.path), labels, tokenizer, folder)
-        return tokenize_corpus(open_source(corpus.path, SourceOptions(separator=corpus.separator)), tokenizer, folder)
+        return tokenize_corpus(open_source(corpus.path, corpus.source_options), tokenizer, folder)
 
     def _dataset(self, store: Store, part: str) -> RowDataset:
         corpus = self._spec.corpus
@@ -220,9 +222,20 @@ class TrainRank:
             self._dataset(store, "train"), state, batch_size=spec.corpus.batch_size, dp_rank=groups.dp.rank,
             dp_size=groups.dp.size,
         )  # fmt: skip
-        holds_out = spec.eval_every is not None and spec.corpus.split.eval_fraction > 0
-        self._held_out = self._dataset(store, "eval") if holds_out else None
+        self._held_out = self._evaluated(store)
         self._checkpointer = Checkpointer(self._out, groups, keep=spec.keep, timeout_s=spec.start_timeout_s)
+
+    def _evaluated(self, store: Store) -> RowDataset | None:
+        """What evaluations read. A preset's share of a small corpus may come to nothing: the run goes on without."""
+        split = self._spec.corpus.split
+        if self._spec.eval_every is None or split.eval_fraction == 0:
+            return None
+        try:
+            return self._dataset(store, "eval")
+        except NothingHeldOut:
+            words = f"corpus.split.eval_fraction={split.eval_fraction:g} holds nothing of this corpus out"
+            self._notes += (f"{words}: there is no held-out loss; raise it, or set corpus.split.unit=piece",)
+            return None
 
     def _newest(self) -> Path | None:
         """The checkpoint to go on from: rank 0 compares checksums, for all."""

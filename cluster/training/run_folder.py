@@ -42,10 +42,18 @@ def folder_origin(model: Path) -> str:
 
 
 def claim_folder(out: Path, run: Mapping[str, Any]) -> Path:
-    """The run's folder, new or this very run's; an error for anybody else's."""
+    """The run's folder, new or this very run's; an error for anybody else's, or where it cannot be written."""
+    try:
+        return _claimed(out, run)
+    except OSError as error:
+        raise ConfigError(f"out {out} cannot be written: {error.strerror or error}; choose another folder") from error
+
+
+def _claimed(out: Path, run: Mapping[str, Any]) -> Path:
     path = out / RUN
     if path.is_file():
         check_run(out, run, json.loads(path.read_text(encoding="utf-8")))
+        (out / f".{RUN}.part").touch()
         return out
     if out.is_dir() and any(not entry.name.startswith(".") for entry in out.iterdir()):
         raise ConfigError(f"{out} holds files but no {RUN}: it is not a run of this command; choose a new folder")

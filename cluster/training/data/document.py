@@ -16,6 +16,10 @@ class DataError(ConfigError):
     """A corpus or a folder of tokens that is missing, unreadable, damaged, or not the one that was meant."""
 
 
+class NothingHeldOut(DataError):
+    """The part of a corpus that evaluations read is empty."""
+
+
 @dataclass(frozen=True)
 class Document:
     """One text to learn. Nothing is learned of `prompt`, which comes before it. `where` names it in an error;

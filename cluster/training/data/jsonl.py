@@ -20,7 +20,10 @@ def text_field(row: object, field: str, where: str) -> str:
             f"{{{field!r}: 'some text'}}"
         )
     if field not in row:
-        raise DataError(f"{where}: no field {field!r}; it has {sorted(row)}; name the field that holds the text")
+        raise DataError(
+            f"{where}: no field {field!r}; it has {sorted(row)}; name the field that holds the text "
+            "(corpus.field, or labels.text_field of labelled texts)"
+        )
     value = row[field]
     if not isinstance(value, str):
         raise DataError(

@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 
 from cluster.training.data.batch import Batch
-from cluster.training.data.document import DataError
+from cluster.training.data.document import DataError, NothingHeldOut
 from cluster.training.data.fingerprint import Tokenizer, tokenizer_fingerprint
 from cluster.training.data.jsonl import text_field
 from cluster.training.data.packed import Row
@@ -178,7 +178,8 @@ class LabelledDataset:
         held_out = split.in_eval(np.asarray(store.hashes), np.zeros(len(store.hashes), np.uint64))
         self._texts = np.flatnonzero(held_out if part == "eval" else ~held_out)
         if not len(self._texts):
-            raise DataError(f"the {part} part of {store.folder} has no text; change corpus.split.eval_fraction")
+            kind = NothingHeldOut if part == "eval" else DataError
+            raise kind(f"the {part} part of {store.folder} has no text; change corpus.split.eval_fraction")
         self.identity: dict[str, Any] = {
             "tokenizer": store.meta["tokenizer"], "corpus": store.meta["source"], "tokens_per_sample": max_tokens,
             "seed": seed, "shuffle": shuffle, "split": split.to_json(), "part": part, "names": store.meta["names"],

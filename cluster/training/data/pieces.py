@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from cluster.training.data.document import DataError
+from cluster.training.data.document import DataError, NothingHeldOut
 from cluster.training.data.split import PARTS, SplitRule
 from cluster.training.data.store import TokenStore
 from parallel.errors import ConfigError
@@ -67,10 +67,11 @@ class PieceTable:
         self._kept = self._select(counts, split, part)
         self.size = len(self._kept)
         if self.size == 0:
-            raise DataError(
-                f"{store.folder}: none of its {store.num_documents} documents is in the {part!r} part at eval_fraction "
-                f"{split.eval_fraction}, seed {split.seed}; change these, or cut the corpus into more documents with a "
-                "separator, or split it by unit='piece'"
+            kind = NothingHeldOut if part == "eval" else DataError
+            raise kind(
+                f"{store.folder}: none of its {store.num_documents} documents is in the {part!r} part at "
+                f"corpus.split.eval_fraction={split.eval_fraction:g}, corpus.split.seed={split.seed}; change these, or "
+                "cut the corpus into more documents with corpus.separator, or set corpus.split.unit=piece"
             )
 
     def _select(self, counts: Ints, split: SplitRule, part: str) -> NDArray[np.unsignedinteger]:

@@ -36,7 +36,7 @@ class SourceOptions:
 
     def __post_init__(self) -> None:
         if self.kind is not None and self.kind not in KINDS.values():
-            raise ConfigError(f"kind {self.kind!r} is unknown; choose one of {sorted(set(KINDS.values()))}")
+            raise ConfigError(f"corpus.kind {self.kind!r} is unknown; choose one of {sorted(set(KINDS.values()))}")
 
     def check(self, kind: str) -> None:
         """Refuse options that would have no effect on a corpus of this kind."""
@@ -47,8 +47,9 @@ class SourceOptions:
         }
         for name in ("encoding", "separator", "field", "prompt_field", "split"):
             if getattr(self, name) is not None and name not in used[kind]:
+                setting = "dataset_split" if name == "split" else name
                 raise ConfigError(
-                    f"{name}={getattr(self, name)!r} means nothing for a corpus of kind {kind!r}; leave it out"
+                    f"corpus.{setting}={getattr(self, name)!r} means nothing for kind {kind!r}; leave it out"
                 )
 
 
@@ -81,7 +82,7 @@ def _files(path: Path, options: SourceOptions) -> list[Path]:
     wanted = [file for file in found if options.kind or file.suffix in KINDS]
     if not wanted:
         raise DataError(
-            f"{path} has no file that ends in {', '.join(KINDS)}; rename the files or say what they are (kind=...)"
+            f"{path} has no file that ends in {', '.join(KINDS)}; rename the files or say what they are (corpus.kind)"
         )
     return sorted(wanted, key=lambda file: file.relative_to(path).as_posix())
 
@@ -100,7 +101,7 @@ def _kind(path: Path, files: list[Path]) -> str:
     kind = kinds.pop() if kinds else "table"
     if not kind:
         raise DataError(
-            f"{path}: names read here end in {', '.join(KINDS)}; rename the file or say what it is (kind=...)"
+            f"{path}: names read here end in {', '.join(KINDS)}; rename the file or say what it is (corpus.kind)"
         )
     return kind
 

@@ -23,11 +23,11 @@ def check_encoding(encoding: str) -> str:
         name, line_feed = codecs.lookup(encoding).name, "\n".encode(encoding)
     except (LookupError, UnicodeError) as error:
         raise ConfigError(
-            f"encoding {encoding!r} is unknown; give one of Python's, such as 'utf-8', 'shift_jis' or 'cp932'"
+            f"corpus.encoding {encoding!r} is unknown; give one of Python's, such as 'utf-8', 'shift_jis' or 'cp932'"
         ) from error
     if line_feed != b"\n":
         raise ConfigError(
-            f"encoding {encoding!r} is not read here: lines must end with the byte 0x0A; convert the text to UTF-8"
+            f"corpus.encoding {encoding!r} is not read here: lines must end with byte 0x0A; convert the text to UTF-8"
         )
     return name
 
@@ -37,7 +37,7 @@ def undecodable(path: Path, encoding: str, position: int, error: UnicodeDecodeEr
     bad = error.object[error.start : error.end].hex(" ") or "the end of the file"
     return DataError(
         f"{path} is not {encoding}: {bad} at byte {position} ({error.reason}); convert the file, or give its encoding "
-        "(encoding=...)"
+        "(corpus.encoding)"
     )
 
 
@@ -86,7 +86,7 @@ class TextSource:
     def __post_init__(self) -> None:
         check_encoding(self.encoding)
         if self.separator == "":
-            raise ConfigError("separator is empty; leave it out to make each file one document")
+            raise ConfigError("corpus.separator is empty; leave it out to make each file one document")
 
     @property
     def settings(self) -> dict[str, str | None]:

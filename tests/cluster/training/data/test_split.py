@@ -71,7 +71,7 @@ def test_one_long_document_is_split_by_pieces_when_asked(tmp_path: Path) -> None
 def test_nothing_is_held_out_unless_asked(tmp_path: Path) -> None:
     store = store_of(tmp_path, TEXTS[:20])
     assert len(documents(store, "train", SplitRule())) == 20
-    with pytest.raises(DataError, match=r"'eval' part at eval_fraction 0\.0"):
+    with pytest.raises(DataError, match=r"'eval' part at corpus\.split\.eval_fraction=0"):
         documents(store, "eval", SplitRule())
 
 
