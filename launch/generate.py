@@ -101,9 +101,17 @@ def prompt_of(args: argparse.Namespace) -> str | list[int]:
     """The one prompt that was given, as text or ids."""
     if (args.text is None) == (args.token_ids is None):
         raise ConfigError("give the prompt either as text or with --token-ids")
-    if args.text == "-":
-        return sys.stdin.read()
-    return parse_ids(args.token_ids) if args.text is None else str(args.text)
+    if args.text is None:
+        return parse_ids(args.token_ids)
+    try:
+        text = sys.stdin.read() if args.text == "-" else str(args.text)
+        text.encode()
+    except (UnicodeDecodeError, UnicodeEncodeError) as error:
+        raise ConfigError(
+            f"the prompt is not in this terminal's encoding ({sys.stdin.encoding}): {error.reason} at {error.start}; "
+            "convert it, or set LC_ALL to the locale it is in"
+        ) from error
+    return text
 
 
 def parse_ids(text: str) -> list[int]:

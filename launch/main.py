@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from io import TextIOWrapper
 
 from parallel.errors import CheckpointError, ConfigError, RequestError, TpError
 
@@ -92,6 +93,8 @@ BAD_INPUT = (ConfigError, CheckpointError, RequestError)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if isinstance(sys.stdout, TextIOWrapper):  # a terminal that has not every character is shown the others' numbers
+        sys.stdout.reconfigure(errors="backslashreplace")
     chosen = next((word for word in given if not word.startswith("-")), None)
     try:
         args = _arguments(_parser(chosen), given)
@@ -101,6 +104,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2 if isinstance(error, BAD_INPUT) else 1
     except BrokenPipeError:  # the reader of our output has gone: nothing more to say, and nowhere to say it
         sys.stdout = None  # type: ignore[assignment]
+        return 1
+    except OSError as error:  # of the surroundings: a disk that is full, a file that may not be read
+        where = f"{error.filename}: " if error.filename is not None else ""
+        print(f"tp-decoders {chosen}: {where}{error.strerror or error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

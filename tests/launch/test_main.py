@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -109,3 +110,29 @@ def test_what_is_no_override_is_refused_by_name(word: str, capsys: pytest.Captur
         main(["serve", "--model", "nowhere", "engine.kv_blocks=8", "--tp", "1", word])
     assert ended.value.code == 2
     assert f"unrecognized arguments: {word}; see tp-decoders serve --help" in capsys.readouterr().err
+
+
+def test_a_terminal_without_the_characters_is_shown_their_numbers() -> None:
+    code = "import sys; from launch.main import main\ntry: main(['--version'])\nexcept SystemExit: print('Ж😀')"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True,
+        text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0 and done.stdout.endswith("\\u0416\\U0001f600\n")
+
+
+def test_a_prompt_that_is_no_text_in_this_encoding_is_one_line() -> None:
+    for argument, given in ((b"caf\xe9", b""), (b"-", b"caf\xe9")):
+        done = subprocess.run(
+            [sys.executable, "-m", "launch", "generate", argument, "--address", "127.0.0.1:9"], cwd=ROOT, input=given,
+            env={**os.environ, "LC_ALL": "C.UTF-8", "PYTHONUTF8": "0"}, capture_output=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 2 and done.stderr.count(b"\n") == 1
+        assert b"the prompt is not in this terminal's encoding (utf-8)" in done.stderr
+
+
+def test_what_the_surroundings_refuse_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "taken").write_text("")
+    assert main(["init", "tiny-gpt2", str(tmp_path / "taken" / "below")]) in (1, 2)
+    error = capsys.readouterr().err
+    assert "taken" in error and error.count("\n") == 1

@@ -91,6 +91,13 @@ def test_killed_robbed_of_a_rank_and_stopped_it_ends_with_the_undisturbed_bits(t
         (["corpus.path=/nowhere.txt"], "corpus.path /nowhere.txt does not exist"),
         (["optimizer.learning_rate=0.5"], "set schedule.learning_rate"),
         (["scratch.tokenizer=null"], "nothing to train"),
+        (["corpus.encoding=rot13"], "corpus.encoding 'rot13' is"),
+        (["corpus.kind=csv"], "corpus.kind 'csv' is unknown; choose one of ['jsonl', 'table', 'text']"),
+        (["corpus.field=content"], "corpus.field='content' means nothing for kind 'text'"),
+        (["corpus.encoding=ascii", "corpus.path=tests/data/text/soseki-botchan.txt"], "is not ascii"),
+        (["corpus.path=/dev/null"], "say what they are (corpus.kind)"),
+        (["model=/nowhere"], "/nowhere"),
+        (["scratch.tokenizer=/nowhere"], "/nowhere has no tokenizer"),
         (["lora.rank=0"], "lora rank 0; give at least 1"),
         (["lora.targets=[q_proj]"], "name no linear layer; choose from attn.c_attn"),
         (["lora.targets=all-linear", "lora.rnk=8"], "lora: unknown ['rnk']"),
@@ -103,6 +110,15 @@ def test_a_mistake_is_one_line_and_status_2_and_leaves_no_folder(
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("out", ["/proc/no/such", "/dev/null", "/dev/null/below"])
+def test_a_folder_that_cannot_be_written_is_one_line(
+    text: Path, capsys: pytest.CaptureFixture[str], out: str
+) -> None:
+    assert main(command(text, Path(out))) == 2
+    error = capsys.readouterr().err
+    assert f"out {out} cannot be written" in error and error.count("\n") == 1
 
 
 def test_tensorboard_that_is_not_there_is_an_error_at_once_and_a_plot_that_cannot_be_drawn_is_none(

@@ -98,7 +98,8 @@ def _arrow_batches(stream: Any) -> Iterator[Any]:
 def _check_columns(names: list[str], wanted: list[str], path: Path) -> None:
     for name in wanted:
         if name not in names:
-            raise DataError(f"{path}: no column {name!r}; it has {sorted(names)}; name the one of the text (corpus.field)")
+            has = f"it has {sorted(names)}; name the one of the text (corpus.field)"
+            raise DataError(f"{path}: no column {name!r}; {has}")
 
 
 def _texts(batch: Any, name: str, path: Path) -> list[str | None]:

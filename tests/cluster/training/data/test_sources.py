@@ -121,5 +121,5 @@ def test_what_a_corpus_is_must_be_clear(tmp_path: Path) -> None:
 @pytest.mark.parametrize("option", [{"field": "body"}, {"prompt_field": "q"}, {"split": "train"}])
 def test_an_option_without_effect_is_refused(tmp_path: Path, option: dict[str, str]) -> None:
     (tmp_path / "a.txt").write_text("x")
-    with pytest.raises(ConfigError, match=f"{next(iter(option))}=.* means nothing for a corpus of kind 'text'"):
+    with pytest.raises(ConfigError, match=f"{next(iter(option))}=.* means nothing for kind 'text'"):
         open_source(tmp_path / "a.txt", SourceOptions(**option))
