@@ -17,6 +17,7 @@ from typing import Any
 import ray
 
 from cluster.actors.own_cluster import own_address
+from cluster.actors.rank_output import show_rank_output
 from parallel.errors import ConfigError, WorkerError
 
 log = logging.getLogger(__name__)
@@ -65,6 +66,8 @@ def _init(address: str, options: dict[str, Any]) -> None:
         try:
             with chdir(PACKAGES):
                 ray.init(address=address, **options)
+            if options["log_to_driver"]:
+                show_rank_output()
             return
         except Exception as error:
             if not any(words in str(error) for words in TOO_SLOW):

@@ -1,0 +1,48 @@
+"""What ranks write to their output, shown by the process that started them: their log lines as they are.
+
+Ray brings the lines here and would print each behind a coloured `(Worker pid=...)`, which no reader of JSON takes,
+and between them lines of its own C++. A rank's line says already which rank it is (cluster.actors.worker).
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from ray._private.ray_logging import global_worker_stdstream_dispatcher as dispatcher
+
+from cluster.json_lines import JsonLines
+
+log = logging.getLogger(__name__)
+NAME = "tp-decoders"
+RAYS = "ray_print_logs"
+"""Ray's own printer among those that get the lines."""
+COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+CPP = re.compile(r"^\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d+ \w \d+ \d+\]|^\*\*\* SIG|^\[symbolize_|^\(raylet\)")
+"""How a line of Ray's C++ begins, or of the stack it prints."""
+
+
+def show_rank_output() -> None:
+    """From now on, in place of Ray's own printing."""
+    dispatcher.remove_handler(RAYS)
+    dispatcher.remove_handler(NAME)
+    dispatcher.add_handler(NAME, show)
+
+
+def show(batch: Mapping[str, Any]) -> None:
+    """Some lines of one process, as Ray describes them."""
+    source, as_json = batch.get("pid"), _as_json()
+    for line in (COLOURS.sub("", line) for line in batch["lines"]):
+        if source in ("raylet", "autoscaler") or CPP.search(line):
+            log.debug("%s: %s", source, line)
+        elif as_json and not line.startswith("{"):
+            log.warning("process %s: %s", source, line)
+        else:
+            sys.stderr.write(f"{line}\n")
+
+
+def _as_json() -> bool:
+    return any(isinstance(handler.formatter, JsonLines) for handler in logging.getLogger().handlers)
