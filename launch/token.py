@@ -26,6 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--requests-per-second", type=float, metavar="N", help="default: no limit")
     parser.add_argument("--tokens-in-flight", type=int, metavar="N", help="of all its open calls (default: no limit)")
     parser.add_argument("--calls", type=int, metavar="N", help="open at once (default: the server's limit)")
+    parser.add_argument("--weight", type=float, metavar="N", help="of the engine, beside others' (default: 1)")
+    parser.add_argument("--max-priority", type=int, metavar="N", help="levels of priority (default: 10; control: all)")
 
 
 def run(args: argparse.Namespace) -> int:

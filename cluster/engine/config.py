@@ -23,6 +23,7 @@ class EngineConfig:
     max_sequences: int = 64
     max_queue: int = 4096
     priority_patience: float = 30.0  # seconds of waiting that outweigh one level of priority: nobody waits for ever
+    share_stretch: float = 2.0  # while callers share, a step may take so many times as long as their shortest
     prefix_caching: bool = True
     attention_backend: str | None = None  # eager, cpu, sdpa or flash; the best one that works unless given
 
@@ -47,6 +48,8 @@ class EngineConfig:
             )
         if not (self.priority_patience > 0 and math.isfinite(self.priority_patience)):
             raise ConfigError(f"engine.priority_patience is {self.priority_patience!r}; give seconds above 0")
+        if not self.share_stretch > 1.0:
+            raise ConfigError(f"engine.share_stretch is {self.share_stretch!r}; give a number above 1")
 
 
 def num_kv_blocks(config: EngineConfig, bytes_per_block: int, free_bytes: int, max_context: int) -> int:

@@ -105,6 +105,7 @@ class Engine:
         scheduled = time.perf_counter()
         result = self.executor.execute(plan)
         executed = time.perf_counter()
+        self.scheduler.took(plan, executed - scheduled)
         events = self.scheduler.commit(plan, result)
         committed = time.perf_counter()
         self._seconds.add(started, scheduled, executed, committed, result)

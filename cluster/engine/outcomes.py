@@ -122,7 +122,7 @@ class Outcomes:
         scheduler, leader = self._scheduler, group.leader
         answer, reason = leader.answer, events[0].finish_reason
         scheduler.tables.release(group)
-        scheduler.waiting.discard(leader)
+        scheduler.shares.discard(leader)
         for seq in group.sequences:
             seq.done = True
         answer.live.clear()
@@ -138,7 +138,7 @@ class Outcomes:
     def _close(self, answer: Answer, reason: FinishReason | None) -> None:
         """Counts the request once nothing of it is left."""
         counters = self._scheduler.counters
-        if not answer.live and self._scheduler.answers.pop(answer.request.request_id, None) is not None:
+        if not answer.live and self._scheduler.forget(answer):
             counters.finished_requests += reason is not FinishReason.ABORTED
             counters.aborted_requests += reason is FinishReason.ABORTED
 
@@ -188,7 +188,7 @@ class Outcomes:
             return
         forks = seq.forks
         scheduler.residents.release(seq)
-        scheduler.waiting.discard(seq)
+        scheduler.shares.discard(seq)
         seq.done, seq.forks = True, []
         del answer.live[seq.index]
         self._events.append(
@@ -215,14 +215,14 @@ class Outcomes:
         heir = forks[0]
         heir.forks = forks[1:]
         heir.scores = seq.scores and not seq.answer.prompt_sent
-        self._scheduler.waiting.push(heir)
+        self._scheduler.shares.push(heir)
 
     def _spread(self, seq: Sequence) -> None:
         """The prompt is computed: its other samples run on from here, or wait where no block is left to copy into."""
         forks, seq.forks = seq.forks, []
         for fork in forks:
             if not self._scheduler.residents.fork(seq, fork):
-                self._scheduler.waiting.push(fork)
+                self._scheduler.shares.push(fork)
 
     def _scored(self, score: PromptScore, values: list[TokenLogprobs] | str) -> None:
         """Log-probabilities of some of the prompt's tokens; for a request that is only scored, perhaps its end."""

@@ -106,6 +106,15 @@ class Pooling:
     normalize: bool = False  # each row to length 1
 
 
+@dataclass(frozen=True)
+class Share:
+    """Whose a request is: callers share an engine by weight, and so do the parts of one caller among them."""
+
+    caller: str = ""
+    part: str = ""
+    weight: float = 1.0
+
+
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """One prompt to be continued (n samples, which share its cache). `resumed_ids` were sent before a restart."""
@@ -115,7 +124,7 @@ class Request:
     sampling: SamplingParams = SamplingParams()
     stopping: StoppingCriteria = StoppingCriteria()
     response: ResponseOptions = ResponseOptions()
-    priority: int = 0  # lower goes first; a level is worth engine.priority_patience seconds of waiting
+    priority: int = 0  # lower goes first of its caller's; a level is worth engine.priority_patience seconds
     deadline: float | None = None  # seconds from submission
     resumed_ids: tuple[
         tuple[int, ...], ...
@@ -126,6 +135,7 @@ class Request:
     score_only: bool = False  # prompt log-probabilities only: no token is generated
     pooling: Pooling | None = None  # the prompt is read and answered: no token is generated
     traced: bool = False  # its steps are reported
+    share: Share = Share()
 
     @property
     def wants_tokens(self) -> bool:

@@ -20,12 +20,16 @@ class Residents:
     """Running sequences, first come first, with their slots and blocks."""
 
     def __init__(self, pool: BlockPool, max_sequences: int, prefix_caching: bool = False) -> None:
-        self.pool, self.prefix_caching = pool, prefix_caching
+        self.pool, self.prefix_caching, self.max_sequences = pool, prefix_caching, max_sequences
         self.running: list[Sequence] = []
         self.looked_up = self.reused = 0  # tokens of sequences that were admitted; of these, found in the cache
         self._slots = list(range(max_sequences - 1, -1, -1))
         self._tables: list[TableChange] = []
         self._copies: dict[int, int] = {}  # target: source
+
+    @property
+    def num_free_slots(self) -> int:
+        return len(self._slots)
 
     def admit(self, seq: Sequence, spare: int) -> bool:
         """Gives the sequence blocks for its known tokens, and slots to it and the samples that will fork from it.

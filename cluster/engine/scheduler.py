@@ -1,10 +1,7 @@
 """Which tokens are computed next: continuous batching over a pool of cache blocks.
 
-Every step takes the running sequences first come first: one token of each that is generating, chunks of those still
-reading their prompt, then new ones from the queue while tokens, slots and blocks last. When a generating sequence
-needs a block and none is free, the latest arrival gives its blocks back and is computed again later (its tokens stay,
-and draws depend on positions only, so the answer does not change). The first of all can always go on, so every
-admitted request ends. No tensor, no clock of its own.
+What a step takes is planner.py's choice, what callers have of it shares.py's. Of all that runs one sequence can always
+go on, so every admitted request ends. No tensor, no clock of its own.
 """
 
 from __future__ import annotations
@@ -14,16 +11,18 @@ import time
 from collections.abc import Callable
 from collections.abc import Sequence as Many
 
-from cluster.engine.beam_group import BeamGroup, BeamTables, search_of
+from cluster.engine.beam_group import BeamGroup, search_of
 from cluster.engine.blocks import BlockPool
 from cluster.engine.config import EngineConfig
 from cluster.engine.outcomes import Counters, Outcomes
+from cluster.engine.pace import Pace
 from cluster.engine.plan import PlanBuilder, StepPlan, StepResult
+from cluster.engine.planner import Planner
 from cluster.engine.request import EngineLoad, FinishReason, ModelLimits, Request, TokenEvent
 from cluster.engine.residents import Residents
 from cluster.engine.sequence import Answer, Order, Sequence
+from cluster.engine.shares import Shares
 from cluster.engine.validation import resolve, validate
-from cluster.engine.waiting import WaitingQueue
 from parallel.errors import QueueFull, RequestError
 
 
@@ -35,11 +34,13 @@ class Scheduler:
     ) -> None:
         self.config, self.limits, self.clock = config, limits, clock
         self.residents = Residents(pool, config.max_sequences, config.prefix_caching)
-        self.waiting = WaitingQueue()
+        self.shares = Shares(config.max_step_tokens, clock)
         self.beams: dict[str, BeamGroup] = {}  # by request
-        self.tables = BeamTables(self.residents, self._make_room)
         self.answers: dict[str, Answer] = {}
         self.counters = Counters()
+        self.pace = Pace(config.share_stretch, config.max_step_tokens, clock)
+        self._planner = Planner(config, self.residents, self.shares, self.counters, self.pace, self._started)
+        self.tables = self._planner.tables
         self._outcomes = Outcomes(self)
         self._deadlines: list[tuple[float, int, str]] = []
         self._submissions = 0
@@ -56,18 +57,26 @@ class Scheduler:
             raise RequestError(
                 f"request_id {request.request_id!r} is in use by a request that has not ended; choose another"
             )
-        if len(self.waiting) >= self.config.max_queue:
+        if len(self.shares) >= self.config.max_queue:
             raise QueueFull(
-                f"{len(self.waiting)} sequences are waiting and engine.max_queue is {self.config.max_queue}; try later"
+                f"{len(self.shares)} sequences are waiting and engine.max_queue is {self.config.max_queue}; try later"
             )
         request = resolve(request, self.limits)
         now = self.clock()
-        answer = Answer(request, now, None if request.deadline is None else now + request.deadline)
+        deadline = None if request.deadline is None else now + request.deadline
+        answer = Answer(request, self.shares.join(request.share), now, deadline)
         self._submissions += 1
         if answer.deadline is not None:
-            heapq.heappush(self._deadlines, (answer.deadline, self._submissions, request.request_id))
+            self._limit(answer.deadline, request.request_id)
         self._enqueue(answer)
         return request
+
+    def _limit(self, deadline: float, request_id: str) -> None:
+        """The deadlines of requests that have ended go as soon as they are the most."""
+        heapq.heappush(self._deadlines, (deadline, self._submissions, request_id))
+        if len(self._deadlines) > 64 and len(self._deadlines) > 2 * (len(self.answers) + 1):
+            self._deadlines = sorted(entry for entry in self._deadlines if entry[2] in self.answers)
+            heapq.heappush(self._deadlines, (deadline, self._submissions, request_id))
 
     def _enqueue(self, answer: Answer) -> None:
         request = answer.request
@@ -91,7 +100,14 @@ class Scheduler:
             samples.remove(seq)
         self._share_prompt(samples)
         if not answer.live:
-            self.answers.pop(request.request_id, None)
+            self.forget(answer)
+
+    def forget(self, answer: Answer) -> bool:
+        """Nothing of it is left; False where that is known already."""
+        if self.answers.pop(answer.request.request_id, None) is None:
+            return False
+        self.shares.leave(answer.flow)
+        return True
 
     def _enqueue_beams(self, answer: Answer, when: float, stop_ids: frozenset[int]) -> None:
         """One place in the queue; the sequences of a beam search come and go together."""
@@ -102,7 +118,7 @@ class Scheduler:
         self.answers[request.request_id] = answer
         self.beams[request.request_id] = BeamGroup(beams, search_of(request, self.limits))
         answer.live = {0: beams[0]}
-        self.waiting.push(beams[0])
+        self.shares.push(beams[0])
 
     def _share_prompt(self, samples: list[Sequence]) -> None:
         """Samples of a bare prompt fork from the first once it is computed; resumed ones go by themselves."""
@@ -110,7 +126,7 @@ class Scheduler:
             samples[0].forks = samples[1:]
             samples = samples[:1]
         for seq in samples:
-            self.waiting.push(seq)
+            self.shares.push(seq)
 
     def abort(self, request_ids: Many[str]) -> None:
         """Ends requests; their blocks are free at once. Unknown ids (already ended) are no error."""
@@ -151,102 +167,35 @@ class Scheduler:
             self.tables.settle(group)
         self.counters.steps += 1
         plan = PlanBuilder(self.counters.steps)
-        budget = self._plan_running(plan)
-        self._plan_waiting(plan, budget)
+        for seq, count in self._planner.choose().items():
+            plan.add(seq, count)
+            seq.last_step = plan.number
         if not plan.sequences:
             self.counters.steps -= 1
             return None
         return plan.plan(*self.residents.take_changes())
 
-    def _plan_running(self, plan: PlanBuilder) -> tuple[int, int]:
-        """Plans running sequences; returns how many tokens, and how many scored ones, are left for others."""
-        running, block_size = self.residents.running, self.residents.pool.block_size
-        decoding = 0
-        for seq in running:
-            decoding += len(seq.tokens) - seq.computed == 1  # set aside for them
-        budget, scored = self.config.max_step_tokens - decoding, self.config.max_scored_tokens
-        place = 0
-        while place < len(running):  # preemption shortens the list at its end
-            seq = running[place]
-            place += 1
-            last = len(seq.tokens) - seq.computed == 1
-            if last and seq.held:
-                continue
-            if last and not seq.scores:
-                if seq.computed == len(seq.blocks) * block_size and not self._grow(seq):
-                    continue
-                plan.add(seq, 1)
-            else:
-                budget, scored = self._plan_chunk(plan, seq, budget + last, scored)
-        return budget, scored
-
-    def _plan_chunk(self, plan: PlanBuilder, seq: Sequence, budget: int, scored: int) -> tuple[int, int]:
-        """The next part of a prompt, as far as the budgets go; returns what is left of them."""
-        count = min(budget, seq.target - seq.computed)
-        if seq.computed + count > len(seq.blocks) * self.residents.pool.block_size and not self._grow(seq):
-            return budget, scored
-        if seq.unscored:
-            unscored = seq.prompt_len - 1 - max(seq.computed, len(seq.answer.prompt_logprobs))
-            count = min(count, scored)
-            scored -= min(count, unscored)
-        if count > 0:
-            plan.add(seq, count)
-        return budget - count, scored
-
-    def _grow(self, seq: Sequence) -> bool:
-        """A block for one more token, if need be from the latest arrival; False if that is the sequence itself."""
-        while self.residents.pool.num_free == 0:
-            victim = self.residents.running[-1]
-            self._set_aside(victim)
-            if victim is seq:
-                return False
-        self.residents.grow(seq)
-        return True
-
-    def _set_aside(self, seq: Sequence) -> None:
-        """Takes back what a running sequence holds; it waits, at its own place, to be computed again."""
-        if seq.beam is not None:  # all of them or none
-            self.tables.set_aside(seq.beam)
-            seq = seq.beam.leader
-        self.residents.release(seq)
-        self.waiting.push(seq)
-        self.counters.preemptions += 1
-        seq.answer.preempted += 1
-
-    def _make_room(self, count: int, group: BeamGroup) -> bool:
-        """Blocks for beams, if need be from the latest arrivals; False if the search itself is set aside."""
-        while self.residents.pool.num_free < count:
-            victim = self.residents.running[-1]
-            self._set_aside(victim)
-            if victim.beam is group:
-                return False
-        return True
-
     def forget_cache(self) -> None:
         """The weights have changed: what runs is computed again with the new ones, and nothing old is shared."""
         while self.residents.running:
-            self._set_aside(self.residents.running[-1])
+            self._planner.set_aside(self.residents.running[-1])
         self.residents.pool.forget()
 
-    def _plan_waiting(self, plan: PlanBuilder, budgets: tuple[int, int]) -> None:
-        """Admits from the head of the queue; nobody overtakes a head that does not fit."""
-        budget, scored = budgets
-        while budget > 0 and (seq := self.waiting.head()) is not None:
-            spare = min(len(self.residents.running), 1 + self.residents.pool.num_blocks // 64)
-            if seq.beam is not None:
-                spare += self.tables.blocks_to_spread(seq.beam)
-            if (scored == 0 and seq.unscored) or not self.residents.admit(seq, spare):
-                return
-            self.waiting.discard(seq)
-            if seq.answer.started is None:
-                seq.answer.started = self.clock()
-                self.counters.prompt_tokens += seq.prompt_len
-            budget, scored = self._plan_chunk(plan, seq, budget, scored)
+    def _started(self, seq: Sequence) -> None:
+        if seq.answer.started is None:
+            seq.answer.started = self.clock()
+            self.counters.prompt_tokens += seq.prompt_len
+
+    def took(self, plan: StepPlan, seconds: float) -> None:
+        """How long the ranks were at a step."""
+        rows = plan.query_lens.count(1)
+        self.pace.took(rows, len(plan.tokens) - rows, seconds)
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[TokenEvent]:
         """Takes in what the step computed; returns everything that happened since the last call."""
         block_size = self.residents.pool.block_size if self.config.prefix_caching else 1 << 62
         for seq, count in zip(plan.sequences, plan.query_lens, strict=True):
+            self.shares.charge(seq, seq.computed, seq.computed + count)
             seq.computed += count
             if seq.computed >= (seq.chained + 1) * block_size:
                 self.residents.remember(seq)
@@ -261,7 +210,7 @@ class Scheduler:
         pool, counters = self.residents.pool, self.counters
         return EngineLoad(
             running=len(self.residents.running),
-            waiting=len(self.waiting),
+            waiting=len(self.shares),
             kv_blocks_total=pool.num_blocks,
             kv_blocks_free=pool.num_free,
             kv_blocks_cached=pool.num_remembered,

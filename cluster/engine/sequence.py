@@ -16,6 +16,7 @@ from cluster.engine.request import Request, Timings, TokenLogprobs
 if TYPE_CHECKING:
     from cluster.engine.adjustments import Adjustments
     from cluster.engine.beam_group import BeamGroup
+    from cluster.engine.flows import Flow
     from cluster.engine.pooling import Gathered
 
 Order = tuple[float, int, int]
@@ -27,6 +28,7 @@ class Answer:
     """What the samples of one request share: its parameters, its clock, and the prompt's log-probabilities."""
 
     request: Request
+    flow: Flow  # whose it is
     submitted: float
     deadline: float | None
     live: dict[int, Sequence] = field(default_factory=dict)  # by sample index
@@ -47,8 +49,8 @@ class Sequence:
     """One sample: tokens, table of blocks, and what decides when it ends."""
 
     __slots__ = (
-        "adjustments", "answer", "beam", "blocks", "chain", "chained", "computed", "done", "forks", "greedy_from",
-        "held", "index", "max_tokens", "min_tokens", "order", "plain",
+        "adjustments", "answer", "beam", "blocks", "chain", "chained", "charged", "computed", "done", "earned", "flow",
+        "forks", "greedy_from", "held", "index", "last_step", "max_tokens", "min_tokens", "order", "plain",
         "prompt_len", "request_id", "sampling", "scores", "slot", "stop_ids", "stream", "tokens", "top_logprobs",
     )  # fmt: skip
 
@@ -60,6 +62,10 @@ class Sequence:
         self.tokens = [*request.token_ids, *resumed]
         self.prompt_len = len(request.token_ids)
         self.computed = 0
+        self.flow = answer.flow
+        self.charged = 0  # tokens that its flow was charged with
+        self.earned = 0  # tokens computed anew since it started
+        self.last_step = 0
         self.blocks: list[int] = []
         self.chain = self.chained = 0  # what the pool remembers of this sequence: chain, and number of blocks
         self.slot: int | None = None

@@ -132,9 +132,10 @@ class Admission:
             sampling=sampling,
             stopping=call.stopping,
             response=call.response,
-            priority=call.priority,
+            priority=call.level,
             deadline=call.deadline,
             score_only=call.score,
+            share=call.share,
         )
         return request if call.score else self._resolved(request, field)
 
@@ -142,9 +143,10 @@ class Admission:
         request = Request(
             request_id=call.request_id,
             token_ids=matters(ids, reading, self.limits.task, index),
-            priority=call.priority,
+            priority=call.level,
             deadline=call.deadline,
             pooling=pooling_of(reading, self.limits),
+            share=call.share,
         )
         check_capacity(request, self.limits)
         return request

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
-from cluster.engine.request import ResponseOptions, SamplingParams, StoppingCriteria
+from cluster.engine.request import ResponseOptions, SamplingParams, Share, StoppingCriteria
 from cluster.frontend.routing import RoutingConfig
 
 if TYPE_CHECKING:
@@ -66,6 +66,13 @@ class Call:
     reading: Reading | None = None
     account: Account | None = None
     caller: str = ""  # whose request_id it is
+    share: Share = Share()  # whose part of the engine it takes
+    levels: int | None = None  # of priority that count, in either direction; None: all
+
+    @property
+    def level(self) -> int:
+        """The nearest to its priority that it may have."""
+        return self.priority if self.levels is None else max(-self.levels, min(self.levels, self.priority))
 
     @property
     def prompts_field(self) -> str:

@@ -20,6 +20,7 @@ from cluster.engine.request import (
     Request,
     ResponseOptions,
     SamplingParams,
+    Share,
     StoppingCriteria,
     Timings,
     TokenEvent,
@@ -33,7 +34,8 @@ from parallel.errors import CapacityError, RequestError
 KNOWN = {
     (kind.__module__, kind.__qualname__): kind
     for kind in (
-        BeamParams, FinishReason, Pooling, Request, ResponseOptions, SamplingParams, StoppingCriteria, Timings,
+        BeamParams, FinishReason, Pooling, Request, ResponseOptions, SamplingParams, Share,
+        StoppingCriteria, Timings,
         TokenLogprobs, CapacityError, DoesNotFit, InvalidRequest, NoTokenizer, RequestError, Violation,
     )
 }  # fmt: skip

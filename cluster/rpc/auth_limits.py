@@ -13,8 +13,9 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
+from cluster.engine.request import Share
 from cluster.rpc.auth_errors import OverQuota, RateLimited, TokensInFlight, TooManyCalls
-from cluster.rpc.auth_tokens import Grant
+from cluster.rpc.auth_tokens import MAX_PRIORITY, Grant
 
 
 @dataclass
@@ -98,6 +99,16 @@ class OpenCalls:
                 del self._open[client]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Terms:
+    """On which terms a call is served: whose part of the engine it takes, and how far its priority counts."""
+
+    share: Share = Share()
+    levels: int = MAX_PRIORITY
+
+
+TERMS: ContextVar[Terms] = ContextVar("terms", default=Terms())
+"""Of the call that is being answered in this context."""
 WHO: ContextVar[str] = ContextVar("who", default="")
 """Whose request ids are meant in this context: a token's or a certificate's; of callers without a name all are one."""
 CALLER: ContextVar[Account | None] = ContextVar("caller", default=None)

@@ -6,6 +6,8 @@
     requests_per_second = 5                # these and `expires = 2027-01-01T00:00:00Z` may be left out
     tokens_in_flight = 20000
     calls = 16
+    weight = 2.0                           # of the engine, beside others' 1 (0.01 to 100)
+    max_priority = 20                      # how many levels its calls may go before, or after, its own others
 
 A file that is broken, gone or readable by strangers after a change keeps the grants it had, and the log says so.
 """
@@ -30,7 +32,12 @@ from parallel.errors import ConfigError
 log = logging.getLogger(__name__)
 WHAT = "the token file"
 MIN_TOKEN_CHARACTERS = 16
-LIMITS = ("requests_per_second", "tokens_in_flight", "calls")
+LIMITS = ("requests_per_second", "tokens_in_flight", "calls", "weight", "max_priority")
+WEIGHTS = (0.01, 100.0)
+MAX_PRIORITY = 10
+"""How many levels of priority a caller has that is not told otherwise, in either direction; with the role control
+all."""
+EVERY_PRIORITY = 1_000_000
 KEYS = {"sha256", "token", "roles", "expires", *LIMITS}
 
 
@@ -53,7 +60,16 @@ class Grant:
     requests_per_second: float | None = None
     tokens_in_flight: int | None = None
     calls: int | None = None
+    weight: float = 1.0
+    max_priority: int | None = None
     expires: datetime | None = None
+
+    @property
+    def levels(self) -> int:
+        """Of priority, in either direction."""
+        if self.max_priority is not None:
+            return self.max_priority
+        return EVERY_PRIORITY if Role.CONTROL in self.roles else MAX_PRIORITY
 
     def valid(self, now: datetime) -> bool:
         return self.expires is None or now < self.expires
@@ -161,7 +177,10 @@ def _roles(values: Mapping[str, Any], where: str) -> frozenset[Role]:
 
 
 def _positive(value: Any, key: str, where: str) -> Any:
-    kinds = (int, float) if key == "requests_per_second" else (int,)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < float("inf"):
-        raise ConfigError(f"{where}.{key} is {value!r}; give a number above 0, or leave it out for no limit")
+    kinds = (int, float) if key in ("requests_per_second", "weight") else (int,)
+    least = -1 if key == "max_priority" else 0
+    if isinstance(value, bool) or not isinstance(value, kinds) or not least < value < float("inf"):
+        raise ConfigError(f"{where}.{key} is {value!r}; give a number above {least}, or leave it out for the default")
+    if key == "weight" and not WEIGHTS[0] <= value <= WEIGHTS[1]:
+        raise ConfigError(f"{where}.weight is {value!r}; give a number from {WEIGHTS[0]:g} to {WEIGHTS[1]:g}")
     return value

@@ -18,11 +18,12 @@ from typing import Any
 import grpc
 from google.protobuf.message import Message
 
+from cluster.engine.request import Share
 from cluster.frontend.calls import FrontendConfig
 from cluster.frontend.tracing import Tracer
 from cluster.rpc.auth import Gate
 from cluster.rpc.auth_errors import SlowSender
-from cluster.rpc.auth_limits import CALLER, WHO, Account, OpenCalls
+from cluster.rpc.auth_limits import CALLER, TERMS, WHO, Account, OpenCalls, Terms
 from cluster.rpc.errors import row_of, status_of
 from cluster.rpc.limits import ServerLimits
 from cluster.rpc.proto import control_pb2, inference_pb2, training_pb2
@@ -91,6 +92,7 @@ class Boundary(grpc.aio.ServerInterceptor):
         async def call(request: Any, context: grpc.aio.ServicerContext) -> Any:
             CALLER.set(account)
             WHO.set(_name(account, context))
+            TERMS.set(_terms(account, context))
             try:
                 with self._place(account, context):
                     return await inner(request, context)
@@ -117,6 +119,14 @@ def _name(account: Account | None, context: Any) -> str:
         return f"token {account.grant.name!r}"
     names = list(context.auth_context().get("x509_common_name", ())) if context.peer_identities() else []
     return f"certificate {names[0].decode(errors='replace')!r}" if names else ""
+
+
+def _terms(account: Account | None, context: Any) -> Terms:
+    """By name; without one by address, whose connections share what the address gets."""
+    if account is not None:
+        return Terms(share=Share(_name(account, context), "", account.grant.weight), levels=account.grant.levels)
+    name = _name(account, context)
+    return Terms(share=Share(name) if name else Share(_client(account, context), context.peer()))
 
 
 def _client(account: Account | None, context: Any) -> str:

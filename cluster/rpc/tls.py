@@ -85,6 +85,7 @@ def channel(address: str, access: Access, options: tuple[tuple[str, Any], ...]) 
     """A connection to a server, encrypted where `access` says so; to this machine itself never through a proxy, which
     grpc would take from http_proxy even for 127.0.0.1.
     """
+    options = (*options, ("grpc.use_local_subchannel_pool", 1))  # a connection of its own: servers tell them apart
     host = host_of(address)
     if is_loopback(host):
         options = (*options, ("grpc.enable_http_proxy", 0))

@@ -10,7 +10,15 @@ import random
 import pytest
 
 from cluster.engine.engine import Engine
-from cluster.engine.request import FinishReason, Request, ResponseOptions, SamplingParams, StoppingCriteria, TokenEvent
+from cluster.engine.request import (
+    FinishReason,
+    Request,
+    ResponseOptions,
+    SamplingParams,
+    Share,
+    StoppingCriteria,
+    TokenEvent,
+)
 from parallel.errors import CapacityError
 from tests.cluster.engine.fake_executor import VOCAB, Clock, fake_engine, logprob_of, reference
 
@@ -39,6 +47,8 @@ class Walk:
         self.ends: dict[tuple[str, int], FinishReason] = {}
         self.scores: dict[str, list[float]] = {}
         self.submitted = 0
+        names = [Share("a"), Share("b", weight=3.0), Share("address", "1"), Share("address", "2")]
+        self.shares = names[: self.rng.choice([1, 2, 4])]
         self.prefixes = [[self.rng.randrange(VOCAB) for _ in range(40)] for _ in range(2)]
 
     def request(self) -> Request:
@@ -66,6 +76,7 @@ class Walk:
             priority=rng.choice([0, 0, 0, 1, -1]),
             deadline=rng.choice([None, None, None, 5.0, 60.0]),
             score_only=rng.random() < 0.1,
+            share=rng.choice(self.shares),
         )
 
     def submit(self) -> None:
@@ -115,6 +126,7 @@ class Walk:
         assert self.engine.idle, "the engine does not come to an end"
         load = self.engine.load()
         assert (load.kv_blocks_free, load.running, load.waiting) == (self.num_blocks, 0, 0)
+        assert not self.engine.scheduler.shares.flows, "a caller without requests is still there"
         for request in self.asked.values():
             self.check(request)
 
