@@ -39,8 +39,8 @@ class Scheduler:
         self.answers: dict[str, Answer] = {}
         self.counters = Counters()
         self.pace = Pace(config.share_stretch, config.max_step_tokens, clock)
-        self._planner = Planner(config, self.residents, self.shares, self.counters, self.pace, self._started)
-        self.tables = self._planner.tables
+        self.planner = Planner(config, self.residents, self.shares, self.counters, self.pace, self._started)
+        self.tables = self.planner.tables
         self._outcomes = Outcomes(self)
         self._deadlines: list[tuple[float, int, str]] = []
         self._submissions = 0
@@ -167,7 +167,7 @@ class Scheduler:
             self.tables.settle(group)
         self.counters.steps += 1
         plan = PlanBuilder(self.counters.steps)
-        for seq, count in self._planner.choose().items():
+        for seq, count in self.planner.choose().items():
             plan.add(seq, count)
             seq.last_step = plan.number
         if not plan.sequences:
@@ -178,7 +178,7 @@ class Scheduler:
     def forget_cache(self) -> None:
         """The weights have changed: what runs is computed again with the new ones, and nothing old is shared."""
         while self.residents.running:
-            self._planner.set_aside(self.residents.running[-1])
+            self.planner.set_aside(self.residents.running[-1])
         self.residents.pool.forget()
 
     def _started(self, seq: Sequence) -> None:

@@ -73,7 +73,7 @@ class Shares:
         key = (share.caller, share.part)
         flow = self._flows.get(key)
         if flow is None:
-            flow = self._flows[key] = self._idle.pop(key, None) or self._new(key)
+            flow = self._flows[key] = self._idle.pop(key) if key in self._idle else self._new(key)
             flow.caller.live += 1
             flow.burst = min(self._max_burst, flow.burst + (self._clock() - flow.left) * self._max_burst)
         flow.caller.weight = share.weight

@@ -107,7 +107,7 @@ class Terms:
     levels: int = MAX_PRIORITY
 
 
-TERMS: ContextVar[Terms] = ContextVar("terms", default=Terms())
+TERMS: ContextVar[Terms | None] = ContextVar("terms", default=None)
 """Of the call that is being answered in this context."""
 WHO: ContextVar[str] = ContextVar("who", default="")
 """Whose request ids are meant in this context: a token's or a certificate's; of callers without a name all are one."""

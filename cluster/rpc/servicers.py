@@ -11,7 +11,7 @@ from cluster.frontend.errors import SlowReader
 from cluster.frontend.frontend import Frontend
 from cluster.frontend.streams import Stream, collect, raise_if_all_failed
 from cluster.rpc import decode
-from cluster.rpc.auth_limits import CALLER, TERMS, WHO
+from cluster.rpc.auth_limits import CALLER, TERMS, WHO, Terms
 from cluster.rpc.encode import Encoder, texts, token_lists
 from cluster.rpc.encode_readings import classes, embeddings
 from cluster.rpc.limits import ServerLimits
@@ -80,7 +80,7 @@ class Inference(InferenceServicer):
         return texts(self._frontend.detokenize([sequence.ids for sequence in request.sequences]))
 
     async def _open(self, call: Call) -> Stream:
-        terms = TERMS.get()
+        terms = TERMS.get() or Terms()
         mine = replace(call, account=CALLER.get(), caller=WHO.get(), share=terms.share, levels=terms.levels)
         return await self._frontend.open(mine)
 

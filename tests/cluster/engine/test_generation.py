@@ -18,7 +18,7 @@ from cluster.engine.commands import Commands
 from cluster.engine.config import EngineConfig
 from cluster.engine.engine import Engine, Result, generate
 from cluster.engine.executors import follow
-from cluster.engine.request import Request, ResponseOptions, SamplingParams, StoppingCriteria
+from cluster.engine.request import Request, ResponseOptions, SamplingParams, Share, StoppingCriteria
 from cluster.engine.sequence import Sequence
 from parallel.attention import Causal
 from parallel.group import Group
@@ -140,6 +140,7 @@ SCENES: dict[str, tuple[int, dict[str, int]]] = {
         97,
         {"max_sequences": 128, "max_step_tokens": 4096, "kv_blocks": 195, "prefix_caching": False},
     ),
+    "beside three callers": (60, {"max_sequences": 32, "max_step_tokens": 96, "kv_blocks": 60}),
 }
 """How many others ride along, and the engine's sizes."""
 
@@ -169,13 +170,13 @@ def told(result: Result) -> list[Any]:
 def preempted_by(engine: Engine) -> set[str]:
     """A set that will hold the requests the engine preempts."""
     scheduler, names = engine.scheduler, set()
-    set_aside = scheduler._set_aside
+    set_aside = scheduler.planner.set_aside
 
     def noted(seq: Sequence) -> None:
         names.add(seq.request_id)
         set_aside(seq)
 
-    scheduler._set_aside = noted  # type: ignore[method-assign]
+    scheduler.planner.set_aside = noted  # type: ignore[method-assign]
     return names
 
 
@@ -185,6 +186,8 @@ def serve_scene(model: Decoder, commands: Commands | None, scene: str) -> tuple[
     config = EngineConfig(**{"kv_blocks": 100, "max_sequences": 24, "max_step_tokens": 128, **sizes})  # type: ignore[arg-type]
     engine = build_engine(build_runner(model, config, 0), config, commands=commands)
     preempted, crowd = preempted_by(engine), company(others)
+    if "callers" in scene:
+        crowd = [replace(each, share=Share(f"caller {i % 3}")) for i, each in enumerate(crowd)]
     if "cached" in scene:
         generate(engine, [replace(PROBES[0], request_id="before", stopping=StoppingCriteria(max_new_tokens=1))])
         assert len(engine.scheduler.residents.pool.find(PROBES[0].token_ids, 2)[0]) == 2

@@ -14,6 +14,7 @@ from torch import Tensor
 from cluster.engine.adjustments import Adjustments
 from cluster.engine.cuts import _floor_by_bins, cut, top_values
 from cluster.engine.draws import stream_of, uniform
+from cluster.engine.flows import Caller, Flow
 from cluster.engine.request import ModelLimits, Request, ResponseOptions, SamplingParams, StoppingCriteria
 from cluster.engine.sampling import Sampler, look_up
 from cluster.engine.sequence import Answer, Sequence
@@ -32,7 +33,7 @@ def sequence(
     sampling = SamplingParams(**{"seed": 1, **fields})  # type: ignore[arg-type]
     request = resolve(Request(request_id="r", token_ids=prompt, sampling=sampling, stopping=stopping), limits)  # type: ignore[arg-type]
     stop_ids = frozenset(request.stopping.stop_token_ids)
-    seq = Sequence(Answer(request, 0.0, None), index, (0.0, 0, index), stop_ids)
+    seq = Sequence(Answer(request, Flow(Caller(""), "", 0.0), 0.0, None), index, (0.0, 0, index), stop_ids)
     seq.tokens += output or []
     return seq
 
