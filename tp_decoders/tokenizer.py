@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import decoders
 
-from parallel.errors import CheckpointError, RequestError
+from parallel.errors import CheckpointError, RequestError, TpError
 from tp_decoders.fast_tokenizer import open_tokenizer
 from tp_decoders.hub import locate
 from tp_decoders.hub_cache import TOKENIZER
@@ -87,7 +88,8 @@ class Tokenizer:
             raise RequestError(
                 f"the text has a lone surrogate at character {error.start}; give valid Unicode"
             ) from error
-        return self.vocabulary.encode(text, add_special_tokens)
+        with _of_the_library(RequestError, "the tokenizer cannot read this text", "give another, or token ids"):
+            return self.vocabulary.encode(text, add_special_tokens)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of the ids; bytes that are no character become U+FFFD, ids beyond the vocabulary nothing."""
@@ -129,8 +131,7 @@ class FastVocabulary:
         self.special_tokens: Mapping[int, str] = {
             token_id: token.content for token_id, token in added.items() if token.special
         }
-        probe = tokenizer.encode("a")
-        self.first_ids = tuple(probe.ids[: _leading(probe.special_tokens_mask)])
+        self.first_ids = _before_every_text(tokenizer)
         self.size = max([*tokenizer.get_vocab(with_added_tokens=True).values(), -1]) + 1
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
@@ -162,6 +163,13 @@ class FastVocabulary:
         return found
 
 
+def _before_every_text(tokenizer: HFTokenizer) -> tuple[int, ...]:
+    if tokenizer.num_special_tokens_to_add(False) == 0:
+        return ()
+    probe = tokenizer.encode("a")
+    return tuple(probe.ids[: _leading(probe.special_tokens_mask)])
+
+
 def _leading(mask: Sequence[int]) -> int:
     """How many tokens at the start are not of the text itself."""
     return next((i for i, added in enumerate(mask) if not added), len(mask))
@@ -186,18 +194,25 @@ def _unmapped(token: str | None) -> bytes:
     return token.encode()
 
 
+@contextmanager
+def _of_the_library(kind: type[TpError], what: str, do: str) -> Iterator[None]:
+    """The `tokenizers` library raises bare Exception, and panics, for whatever is wrong with a file."""
+    try:
+        yield
+    except TpError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise kind(f"{what}: {reason}; {do}") from error
+
+
 def load_tokenizer(path: str | Path) -> Tokenizer | None:
     """The tokenizer in a checkpoint folder or repository of the hub, None where there is none."""
     folder = locate(path, TOKENIZER)
-    try:
+    with _of_the_library(CheckpointError, f"the tokenizer in {folder} cannot be read", "fetch it again"):
         found = _vocabulary(folder)
-    except CheckpointError:
-        raise
-    except BaseException as error:  # the `tokenizers` library raises bare Exception, and panics, for a wrong file
-        if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
-            raise
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise CheckpointError(f"the tokenizer in {folder} cannot be read: {reason}; fetch it again") from error
     if found is None:
         _warn_of_other_kinds(folder)
         return None
