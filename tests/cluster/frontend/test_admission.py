@@ -10,11 +10,11 @@ import pytest
 
 from cluster.engine.request import ModelLimits, Request, ResponseOptions, SamplingParams, StoppingCriteria
 from cluster.frontend.admission import Admission
-from cluster.frontend.calls import Call, FrontendConfig, Prompt
+from cluster.frontend.calls import Call, FillInMiddle, FrontendConfig, Prompt
 from cluster.frontend.errors import InvalidRequest, NoTokenizer
 from cluster.frontend.text import FimTokens, fim_tokens
 from parallel.errors import CapacityError, QueueFull, RequestError
-from tests.cluster.frontend.fakes import CODEC, LIMITS
+from tests.cluster.frontend.fakes import CODEC, LIMITS, PieceTokenizer
 from tests.cluster.frontend.harness import call, run
 
 NAN, INF = math.nan, math.inf
@@ -203,3 +203,56 @@ def refused(asked: Call) -> InvalidRequest:
         admission().check(asked)
     assert isinstance(caught.value, InvalidRequest)
     return caught.value
+
+
+class FirstTokenTokenizer(PieceTokenizer):
+    """Begins and ends every text with a token, as its files may ask for."""
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        ids = super().encode(text)
+        return [FIRST, *ids, FIRST] if add_special_tokens else ids
+
+
+FIRST = 7
+FIRST_CODEC = replace(CODEC, tokenizer=FirstTokenTokenizer(), fim=FimTokens(8, 9, 10), first_ids=(FIRST,))
+
+
+def ids_of(made: list[Request | RequestError]) -> tuple[int, ...]:
+    (request,) = made
+    assert isinstance(request, Request)
+    return request.token_ids
+
+
+@pytest.mark.parametrize(
+    ("suffix_first", "wanted"), [(False, (7, 8, 0, 9, 1, 10)), (True, (7, 8, 9, 1, 10, 0))], ids=["prefix", "suffix"]
+)
+def test_the_first_token_comes_once_before_a_text_with_a_hole(suffix_first: bool, wanted: tuple[int, ...]) -> None:
+    hole = Prompt(fim=FillInMiddle("a", "b", suffix_first))
+    admission = Admission(limits=LIMITS, config=FrontendConfig(), codec=FIRST_CODEC)
+    assert ids_of(run(admission.requests(Call(prompts=(hole,))))) == wanted
+
+
+def test_bad_words_are_banned_without_the_first_and_last_token_of_a_text() -> None:
+    admission = Admission(limits=LIMITS, config=FrontendConfig(), codec=FIRST_CODEC)
+    made = run(admission.requests(Call(prompts=(Prompt(text="a"),), bad_words=("abx",))))
+    assert ids_of(made) == (7, 0, 7)
+    (request,) = made
+    assert isinstance(request, Request)
+    assert request.sampling.bad_words == ((3, 8), (5, 3, 8))
+
+
+@pytest.mark.parametrize("prompt", [Prompt(text="a é"), Prompt(fim=FillInMiddle("a", "é"))], ids=["text", "fim"])
+def test_a_text_whose_tokens_the_model_does_not_have_is_refused_with_the_token(prompt: Prompt) -> None:
+    codec = replace(CODEC, fim=FimTokens(7, 8, 9))
+    admission = Admission(limits=replace(LIMITS, vocab_size=10), config=FrontendConfig(), codec=codec)
+    refused, other = run(admission.requests(Call(prompts=(prompt, Prompt(text="a")))))
+    assert isinstance(refused, InvalidRequest)
+    assert "prompts[0]" in str(refused)
+    assert "'é', which is token 10 of the tokenizer; this model's are 0 to 9" in str(refused)
+    assert isinstance(other, Request)
+
+
+def test_a_bad_word_whose_tokens_the_model_does_not_have_is_refused_by_name() -> None:
+    admission = Admission(limits=replace(LIMITS, vocab_size=10), config=FrontendConfig(), codec=CODEC)
+    with pytest.raises(InvalidRequest, match=r"sampling.bad_words: holds 'é'"):
+        run(admission.requests(Call(prompts=(Prompt(text="a"),), bad_words=("é",))))
