@@ -1,8 +1,8 @@
 """How a checkpoint's tensor names correspond to ours: one table per family, read in both directions.
 
 A line is `Name("h.{i}.attn.c_attn.weight", "blocks.{i}.qkv.weight", transposed=True)`; `{i}` stands for a layer
-number and ours=None marks a buffer that old checkpoints carry and nobody needs. Historic checkpoints leave out the
-prefix (`transformer.`); loading takes either.
+number. Historic checkpoints leave out the prefix (`transformer.`), trainers write more (`module.`), old versions saved
+buffers that nobody needs: loading takes them all.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class Name:
     """One line of a table. Names outside the base model (the head's) have no prefix."""
 
     theirs: str
-    ours: str | None
+    ours: str
     transposed: bool = False
     prefixed: bool = True
 
@@ -56,6 +56,15 @@ HEADS = tuple(
 """The heads of other tasks than language modelling, named alike in every family."""
 
 
+WRAPPERS = re.compile(r"(module\.|_orig_mod\.|model\.)+")
+"""What DistributedDataParallel, torch.compile and trainers write before every name."""
+BUFFER = re.compile(
+    r"(.*\.)?((attn|attention|crossattention)\.(bias|masked_bias)|rotary_emb\.(inv_freq|cos_cached|sin_cached)"
+    r"|attn_bias|alibi)|bias"
+)
+"""Masks and tables that versions of transformers and llm-foundry saved beside the weights, and make anew."""
+
+
 class NameMap:
     """A family's table, compiled. `prefix` is what transformers writes before the base model's tensors."""
 
@@ -63,17 +72,17 @@ class NameMap:
         self.prefix = prefix
         self.names = (*names, *HEADS)
         self._theirs = [(_pattern(name.theirs), name) for name in self.names]
-        self._ours = [(_pattern(name.ours), name) for name in self.names if name.ours]
+        self._ours = [(_pattern(name.ours), name) for name in self.names]
 
     def find(self, theirs: str) -> Found | None:
-        """What the table says of a checkpoint's name; None for a name that no line covers."""
-        bare = theirs.removeprefix(self.prefix)
+        """What the table says of a checkpoint's name, or that it is a buffer; None for a name nobody knows."""
+        bare = WRAPPERS.sub("", theirs).removeprefix(self.prefix)
         for pattern, name in self._theirs:
             match = pattern.fullmatch(bare)
             if match:
-                ours = name.ours and name.ours.replace(LAYER, match.groupdict().get("i", ""))
+                ours = name.ours.replace(LAYER, match.groupdict().get("i", ""))
                 return Found(ours, name.transposed)
-        return None
+        return Found(None, False) if BUFFER.fullmatch(bare) else None
 
     def theirs(self, ours: str) -> tuple[Name, str]:
         """The line and the checkpoint's name, with its prefix, of one of our parameters."""

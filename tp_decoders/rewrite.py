@@ -20,11 +20,12 @@ from parallel.errors import CheckpointError
 from parallel.shard import full_shape_of
 from tp_decoders.companions import companions, copy_files
 from tp_decoders.config import DecoderConfig
+from tp_decoders.matching import match_tensors, stored_dtype, warn_of_different_twins
 from tp_decoders.registry import family_of, read_config
 from tp_decoders.save_files import FolderWriter, TensorPlan
 from tp_decoders.task_config import task_of, with_task
 from tp_decoders.tensor_files import Checkpoint, open_checkpoint
-from tp_decoders.weights import MAX_SHARD_SIZE, build, match_tensors
+from tp_decoders.weights import MAX_SHARD_SIZE, build
 
 
 class TensorSource(Protocol):
@@ -95,9 +96,11 @@ class HuggingFaceSource:
         self.config = with_task(config, task_of(config.hf))  # a head is carried along, never made
         self._checkpoint: Checkpoint = stack.enter_context(open_checkpoint(folder))
         names = family_of(self.config.model_type).names
-        found = match_tensors(build(self.config, device="meta"), self._checkpoint, names)
+        shapes = build(self.config, device="meta")
+        found = match_tensors(shapes, self._checkpoint, names)
+        warn_of_different_twins(shapes, self._checkpoint, names, found)
         self._stored: Mapping[str, str] = {names.theirs(ours)[1]: stored for ours, (stored, _) in found.items()}
-        self.dtype = self._checkpoint.dtype
+        self.dtype = stored_dtype(self.config, self._checkpoint, names)
         lost = sorted(set(tensor_shapes(self.config)) - set(self._stored))
         if lost:
             raise CheckpointError(f"{folder} holds no {', '.join(lost)}, which its architectures promise; mend it")

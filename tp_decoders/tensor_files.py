@@ -27,6 +27,11 @@ from tp_decoders.weights_cache import WeightsCache
 log = logging.getLogger(__name__)
 
 LAYOUTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+LONGEST_HEADER = 100_000_000
+"""Bytes, as safetensors itself reads."""
+UNREADABLE = (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError,
+              ArithmeticError, ImportError, MemoryError)  # fmt: skip
+"""What unpickling a damaged or made-up file may raise."""
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -36,9 +41,14 @@ class TensorFile(Protocol):
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
 
+    @property
+    def name(self) -> str: ...
+
     def dtype(self, name: str) -> torch.dtype | None:
-        """None for a tensor that is not of a floating-point type."""
+        """None for a tensor that is not of a type that weights can have."""
         ...
+
+    def type_name(self, name: str) -> str: ...
 
     def read(self, name: str, index: Index) -> Tensor: ...
 
@@ -47,14 +57,18 @@ class SafetensorsFile:
     """A .safetensors file, mapped; or its copy, read in its place."""
 
     def __init__(self, path: Path, stack: ExitStack, copy: Path | None = None) -> None:
+        self.name = path.name
         try:
             self._file = stack.enter_context(safe_open(copy or path, framework="pt"))
             self.shapes = {name: tuple(self._file.get_slice(name).get_shape()) for name in self._file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError, ValueError) as error:
-            raise _corrupt(path, error) from error
+            raise _corrupt(path, error, _misplaced(copy or path)) from error
 
     def dtype(self, name: str) -> torch.dtype | None:
-        return DTYPES.get(self._file.get_slice(name).get_dtype())
+        return DTYPES.get(self.type_name(name))
+
+    def type_name(self, name: str) -> str:
+        return str(self._file.get_slice(name).get_dtype())
 
     def read(self, name: str, index: Index) -> Tensor:
         return self._file.get_slice(name)[index]
@@ -64,12 +78,16 @@ class PickledFile:
     """A .bin file; nothing but tensors is unpickled."""
 
     def __init__(self, path: Path, copy: Path | None = None) -> None:
+        self.name = path.name
         self._tensors = _load_pickled(copy or path)
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
 
     def dtype(self, name: str) -> torch.dtype | None:
         dtype = self._tensors[name].dtype
-        return dtype if dtype.is_floating_point else None
+        return dtype if dtype in DTYPES.values() else None
+
+    def type_name(self, name: str) -> str:
+        return str(self._tensors[name].dtype).removeprefix("torch.")
 
     def read(self, name: str, index: Index) -> Tensor:
         return self._tensors[name][index]
@@ -84,15 +102,51 @@ def _load_pickled(path: Path) -> dict[str, Tensor]:
                 path,
             )
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped or None)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} cannot be read: it holds more than tensors, or is damaged, and nothing in it is run; fetch it "
+            "again, or convert it to safetensors where you trust it"
+        ) from error
+    except UNREADABLE as error:
         raise _corrupt(path, error) from error
-    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
+    if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
+        loaded = loaded["state_dict"]
+    if not isinstance(loaded, dict) or not all(isinstance(name, str) for name in loaded):
         raise CheckpointError(f"{path} does not hold a table of tensors; give a state dict saved by torch.save")
+    others = [name for name, value in loaded.items() if not _is_plain(value)]
+    if others:
+        raise CheckpointError(
+            f"{path} does not hold a table of tensors (plain ones; {', '.join(others[:8])} are none); give a state "
+            "dict saved by torch.save"
+        )
     return loaded
 
 
-def _corrupt(path: Path, error: Exception) -> CheckpointError:
+def _is_plain(value: object) -> bool:
+    return isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+
+
+def _misplaced(path: Path) -> str | None:
+    """The first tensor whose bytes are not where and as many as a safetensors header says, where that can be known."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 0 < length <= LONGEST_HEADER:
+                return None
+            header = json.loads(file.read(length))
+        room = path.stat().st_size - 8 - length
+        for name, entry in header.items():
+            start, stop = entry["data_offsets"] if name != "__metadata__" else (0, 0)
+            if not 0 <= start <= stop <= room:
+                return str(name)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        pass  # the reason that is given names no tensor then
+    return None
+
+
+def _corrupt(path: Path, error: Exception, tensor: str | None = None) -> CheckpointError:
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    reason += f" ({tensor!a})" if tensor is not None and tensor not in reason else ""
     return CheckpointError(
         f"{path} cannot be read ({path.stat().st_size if path.exists() else 0} bytes): {reason}; fetch it again"
     )
@@ -107,18 +161,24 @@ class Checkpoint:
         self._stack = stack
         self.shapes = {name: file.shapes[name] for name, file in files.items()}
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The type of the first floating-point tensor."""
-        found = (file.dtype(name) for name, file in self._files.items())
-        return next((dtype for dtype in found if dtype is not None), torch.float32)
+    def dtype_of(self, name: str) -> torch.dtype | None:
+        """None for a tensor of a type that weights cannot have."""
+        return self._files[name].dtype(name)
 
     def is_floating(self, name: str) -> bool:
-        return self._files[name].dtype(name) is not None
+        return self.dtype_of(name) is not None
+
+    def type_name(self, name: str) -> str:
+        """A tensor's type in words, whatever it is."""
+        return self._files[name].type_name(name)
+
+    def file_of(self, name: str) -> str:
+        """The name of the file that a tensor lies in."""
+        return self._files[name].name
 
     def itemsize(self, name: str) -> int:
         """Bytes of one number of a floating-point tensor, as it is stored."""
-        return (self._files[name].dtype(name) or self.dtype).itemsize
+        return (self.dtype_of(name) or torch.float32).itemsize
 
     def read(self, name: str, index: Index) -> Tensor:
         return self._files[name].read(name, index)
@@ -178,10 +238,10 @@ def _open_index(folder: Path, layout: str, stack: ExitStack, cache: WeightsCache
 def read_weight_map(path: Path) -> dict[str, str]:
     try:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path} has no readable 'weight_map': {error!r}") from error
     if not isinstance(weight_map, dict) or not all(
-        isinstance(name, str) and Path(name).name == name for name in weight_map.values()
+        isinstance(name, str) and Path(name).name == name and name != ".." for name in weight_map.values()
     ):
         raise CheckpointError(f"{path}: weight_map should give each tensor the name of a file in the same folder")
     return weight_map

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -25,17 +25,16 @@ from tp_decoders.config import DecoderConfig
 from tp_decoders.decoder import Decoder, Place
 from tp_decoders.hub import is_name, locate, pin
 from tp_decoders.lora import whole_parameters
-from tp_decoders.names import TASK_HEAD, NameMap
+from tp_decoders.matching import Sources, match_tensors, stored_dtype, warn_of_different_twins
 from tp_decoders.registry import Unread, family_of, read_config
 from tp_decoders.save_files import FolderWriter, TensorPlan
-from tp_decoders.task_config import CAUSAL, check_task, task_of, with_task
+from tp_decoders.task_config import check_task, with_task
 from tp_decoders.tensor_files import Checkpoint, TensorFile, open_checkpoint
 from tp_decoders.weights_cache import Progress, WeightsCache
 
 log = logging.getLogger(__name__)
 
 MAX_SHARD_SIZE = 5_000_000_000
-HEAD_WEIGHT = "head.linear.weight"
 HEAD_SEED = 0
 HUB_ANSWERS_S = 120.0
 
@@ -76,9 +75,11 @@ def load(
     folder = locate_together(path, group)
     unread: Unread = "warn" if group.rank == 0 else "ignore"
     config = with_task(read_config(folder, mpt_reference=mpt_reference, unread=unread), task, labels, problem)
+    names = family_of(config.model_type).names
     with open_checkpoint(folder, cache) as checkpoint:
-        model = build(config, group, dtype or checkpoint.dtype, device)
-        sources = match_tensors(model, checkpoint, family_of(config.model_type).names)
+        sources = match_tensors(build(config, group, device="meta"), checkpoint, names)  # before memory is taken
+        model = build(config, group, dtype or stored_dtype(config, checkpoint, names), device)
+        warn_of_different_twins(model, checkpoint, names, sources)
         _fill_all(model, checkpoint, sources, progress or (lambda what, done, total: None))
     model.source = folder
     give_back()  # what reading took: caches are sized by what is free
@@ -102,7 +103,7 @@ def locate_together(path: str | Path, group: Group) -> Path:
 
 
 def _fill_all(
-    model: Decoder, checkpoint: Checkpoint, sources: Mapping[str, tuple[str, bool]], progress: Progress
+    model: Decoder, checkpoint: Checkpoint, sources: Sources, progress: Progress
 ) -> None:
     """Reads what the checkpoint holds of a shard, and makes the rest."""
     parameters = dict(model.named_parameters())
@@ -115,78 +116,6 @@ def _fill_all(
             progress("reading weights", done, total)
         else:
             fresh(model, ours, parameter, HEAD_SEED)
-
-
-def match_tensors(model: Decoder, checkpoint: Checkpoint, names: NameMap) -> dict[str, tuple[str, bool]]:
-    """Where each parameter lies in the checkpoint: (its name there, whether it is stored transposed)."""
-    wanted = dict(model.named_parameters())
-    sources: dict[str, tuple[str, bool]] = {}
-    extra, misshapen = [], []
-    for theirs in checkpoint.shapes:
-        found = names.find(theirs)
-        if found is not None and found.ours in wanted:
-            doubt = _doubt(wanted[found.ours], checkpoint, theirs, found.transposed, sources.get(found.ours))
-            misshapen.extend([f"{theirs} {doubt}"] if doubt else [])
-            sources[found.ours] = (theirs, found.transposed)
-        elif found is None or not (found.ours is None or _is_tied_head(model, found.ours)):
-            extra.append(theirs)
-    missing = {ours: names.theirs(ours)[1] for ours in wanted if ours not in sources}
-    if model.task != CAUSAL:
-        missing, extra = _without_heads(model, checkpoint.folder, missing, extra, sources, names)
-    problems = {"missing": list(missing.values()), "unexpected": extra, "of another shape": misshapen}
-    _refuse(checkpoint.folder, problems, model)
-    return sources
-
-
-def _without_heads(
-    model: Decoder,
-    folder: Path,
-    missing: dict[str, str],
-    extra: list[str],
-    sources: dict[str, tuple[str, bool]],
-    names: NameMap,
-) -> tuple[dict[str, str], list[str]]:
-    """What is wrong besides the heads: a head that is missing whole will be made, another task's is left out."""
-    tell = log.warning if model.group.rank == 0 else log.debug
-    made = [theirs for ours, theirs in missing.items() if ours.startswith(TASK_HEAD)]
-    if made and not any(ours.startswith(TASK_HEAD) for ours in sources):
-        tell("%s holds no head for %s: %s made anew, train before use", folder, model.task, ", ".join(made))
-        missing = {ours: theirs for ours, theirs in missing.items() if not ours.startswith(TASK_HEAD)}
-    heads = [theirs for theirs in extra if (found := names.find(theirs)) and is_head(found.ours or "")]
-    if heads:
-        tell("%s: %s not needed for %s and left out", folder, ", ".join(heads), model.task)
-    return missing, [theirs for theirs in extra if theirs not in heads]
-
-
-def is_head(ours: str) -> bool:
-    return ours == HEAD_WEIGHT or ours.startswith(TASK_HEAD)
-
-
-def _doubt(
-    parameter: nn.Parameter, checkpoint: Checkpoint, theirs: str, transposed: bool, earlier: tuple[str, bool] | None
-) -> str | None:
-    """Why a stored tensor cannot be the parameter's, if it cannot."""
-    shape = full_shape_of(parameter)[::-1] if transposed else full_shape_of(parameter)
-    if checkpoint.shapes[theirs] != shape:
-        return f"{list(checkpoint.shapes[theirs])} instead of {list(shape)}"
-    if not checkpoint.is_floating(theirs):
-        return "of integers instead of floating-point numbers"
-    return f"is the same tensor as {earlier[0]}" if earlier else None
-
-
-def _is_tied_head(model: Decoder, ours: str) -> bool:
-    """Old checkpoints hold a copy of the embedding under the head's name; tied models do not read it."""
-    return model.config.tie and ours == HEAD_WEIGHT
-
-
-def _refuse(folder: Path, problems: dict[str, list[str]], model: Decoder) -> None:
-    found = [f"{len(names)} {kind}: {', '.join(sorted(names))}" for kind, names in problems.items() if names]
-    if found:
-        made_for = task_of(model.config.hf) if model.task == CAUSAL else model.task
-        raise CheckpointError(
-            f"the tensors in {folder} are not those that its config.json describes; {'; '.join(found)}"
-            + (f"; it was made for another task: load it with task={made_for!r}" if made_for != model.task else "")
-        )
 
 
 @torch.no_grad()

@@ -147,7 +147,7 @@ def test_all_that_is_wrong_is_listed_in_one_error(tmp_path: Path) -> None:
     assert "2 missing: transformer.h.1.ln_1.bias, transformer.wpe.weight" in message
     assert "2 unexpected: score.weight, transformer.h.2.ln_1.bias" in message
     assert "transformer.h.0.mlp.c_fc.weight [96, 24] instead of [24, 96]" in message
-    assert "transformer.ln_f.weight of integers" in message
+    assert "transformer.ln_f.weight of I64 instead of float32" in message
 
 
 def test_tensor_under_both_names_is_refused(tmp_path: Path) -> None:

@@ -171,10 +171,6 @@ NAMES = (
     Name("ln_f.weight", "norm.weight"),
     Name("ln_f.bias", "norm.bias"),
     Name("lm_head.weight", "head.linear.weight", prefixed=False),
-    Name("h.{i}.attn.bias", None),
-    Name("h.{i}.attn.masked_bias", None),
-    Name("h.{i}.crossattention.bias", None),
-    Name("h.{i}.crossattention.masked_bias", None),
 )
 
 FAMILY = Family("gpt2", from_hf, Model, NameMap("transformer.", NAMES), residual_std)

@@ -184,9 +184,6 @@ NAMES = (
     Name("ln_f.weight", "norm.weight"),
     Name("ln_f.bias", "norm.bias"),
     Name("lm_head.weight", "head.linear.weight", prefixed=False),
-    Name("bias", None),
-    Name("h.{i}.attn.bias", None),
-    Name("h.{i}.attn.masked_bias", None),
 )
 
 FAMILY = Family("gpt_bigcode", from_hf, Model, NameMap("transformer.", NAMES), residual_std)

@@ -136,10 +136,7 @@ NAMES = (
     Name("final_layer_norm.weight", "norm.weight"),
     Name("final_layer_norm.bias", "norm.bias"),
     Name("embed_out.weight", "head.linear.weight", prefixed=False),
-    Name("layers.{i}.attention.bias", None),
-    Name("layers.{i}.attention.masked_bias", None),
-    Name("layers.{i}.attention.rotary_emb.inv_freq", None),
-    Name("rotary_emb.inv_freq", None),
+    Name("lm_head.weight", "head.linear.weight", prefixed=False),  # by the name that transformers 5 has for it
 )
 
 FAMILY = Family("gpt_neox", from_hf, Model, NameMap("gpt_neox.", NAMES))
