@@ -212,7 +212,8 @@ class ServeRank:
             tokenizer = load_tokenizer(self._spec.model)
             ends = tokenizer.eos_token_ids if tokenizer else ()
         self._engine = build_engine(runner, self._spec.engine, ends, commands if self._place.world > 1 else None)
-        lead = TrainLead(self._training, commands, self._engine.weights_changed) if self._training else None
+        changed, idle = self._engine.weights_changed, self._spec.training.session_idle_s
+        lead = TrainLead(self._training, commands, changed, idle) if self._training else None
         self._server = EngineServer(self._engine, self._spec.authkey, host=self._place.node, training=lead)
 
     def _facts(self, runner: ModelRunner, cores: tuple[int, ...]) -> RankFacts:

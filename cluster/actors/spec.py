@@ -65,6 +65,7 @@ class TrainingConfig:
     micro_batch_tokens: int = 2048  # computed at once; a longer sequence is computed whole
     recompute: Recompute = "none"
     save_timeout_s: float = 600.0
+    session_idle_s: float = 300.0  # after that long without a call, waiting gradients give way to another caller's
 
     def __post_init__(self) -> None:
         if self.save_root is not None and not self.enabled:
@@ -74,6 +75,8 @@ class TrainingConfig:
         check_recompute(self.recompute)
         if not self.save_timeout_s > 0:
             raise ConfigError(f"training.save_timeout_s is {self.save_timeout_s}; give seconds above 0")
+        if not self.session_idle_s >= 0:
+            raise ConfigError(f"training.session_idle_s is {self.session_idle_s}; give seconds, 0 or more")
 
 
 @dataclass(frozen=True)

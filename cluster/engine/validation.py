@@ -144,9 +144,7 @@ def _check_sampling(given: SamplingParams, vocab_size: int) -> None:
         _within("sampling.seed", given.seed, "a whole number of at most 64 bits", -(2**63) <= given.seed < 2**64)
     _within("sampling.n", given.n, f"between 1 and {MAX_SAMPLES}", type(given.n) is int and 1 <= given.n <= MAX_SAMPLES)
     ngram, best_of = given.no_repeat_ngram_size, given.best_of
-    _within(
-        "sampling.no_repeat_ngram_size", ngram, "a whole number, 0 for no rule", type(ngram) is int and ngram >= 0
-    )
+    _within("sampling.no_repeat_ngram_size", ngram, "a whole number, 0 for no rule", type(ngram) is int and ngram >= 0)
     if best_of is not None:
         good = type(best_of) is int and given.n <= best_of <= MAX_SAMPLES
         _within("sampling.best_of", best_of, f"between sampling.n = {given.n} and {MAX_SAMPLES}, or left out", good)

@@ -34,7 +34,7 @@ from cluster.frontend.wire import (
     accept,
     set_limit,
 )
-from cluster.training.calls import TrainAnswer
+from cluster.training.calls import TrainAnswer, TrainFuture, TrainingCancelled
 from parallel.errors import TpError
 
 log = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class EngineServer:
         self._listener = socket.create_server((host, 0), backlog=8)
         self._wire: Wire | None = None
         self._open: dict[str, set[int]] = {}  # samples of the present front-end that have not ended
-        self._trainings: dict[int, Future[TrainAnswer]] = {}
+        self._trainings: dict[int, TrainFuture] = {}
         self._lock = threading.Lock()
         self._stopping = threading.Event()
 
@@ -138,7 +138,7 @@ class EngineServer:
             asker = self._wire  # a tag means nothing to the next front-end
             future.add_done_callback(lambda done: self._answer_training(asker, message.tag, done))
         elif isinstance(message, CancelTrain) and (begun := self._trainings.get(message.tag)) is not None:
-            begun.cancel()  # of no effect once it runs
+            begun.cancel()  # one that runs is given up after the part it is in
 
     def _drop(self, wire: Wire) -> None:
         """The front-end is gone: nobody reads its requests any more."""
@@ -147,7 +147,7 @@ class EngineServer:
             left, self._open = list(self._open), {}
         self._loop.abort(left)
         for begun in list(self._trainings.values()):
-            begun.cancel()  # those that had their turn are finished
+            begun.cancel()
         wire.close()
         self._await_ends()
 
@@ -183,9 +183,9 @@ class EngineServer:
 
     def _answer_training(self, asker: Wire | None, tag: int, done: Future[TrainAnswer]) -> None:
         self._trainings.pop(tag, None)
-        if done.cancelled() or asker is None:
+        if asker is None:
             return
-        error = done.exception()
+        error = TrainingCancelled("cancelled before its turn") if done.cancelled() else done.exception()
         if error is None:
             asker.send(Trained(tag, done.result()))
         elif isinstance(error, TpError):

@@ -8,6 +8,7 @@ half-way has no next.
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -16,7 +17,16 @@ from typing import Protocol
 
 from cluster.engine.request import EngineLoad, ModelLimits, Request, TokenEvent
 from cluster.frontend.link import EventSink, LinkEvent, Rejected, SampleId
-from cluster.training.calls import Later, TrainAnswer, TrainCall, TrainingUnavailable
+from cluster.training.calls import (
+    InParts,
+    Kind,
+    Later,
+    TrainAnswer,
+    TrainCall,
+    TrainFuture,
+    TrainingCancelled,
+    TrainingUnavailable,
+)
 from parallel.errors import CollectiveError, RequestError, TpError, WorkerError
 
 
@@ -48,13 +58,16 @@ class EngineSurface(Protocol):
         ...
 
 
-TrainFunction = Callable[[TrainCall], TrainAnswer | Later]
+GIVEN_UP = "its client left; the call was given up, and nothing of it was applied"
+Outcome = TrainAnswer | Later | InParts
+Work = Callable[[], Outcome]
+TrainFunction = Callable[[TrainCall], Outcome]
 """What executes training calls beside an engine, in the engine's thread; what is done elsewhere is answered later."""
 
 
 class EngineLoop:
-    """`run` in one thread, the rest from any. Each `idle_seconds` without work the engine is kept alive. Between two
-    engine steps at most one training call runs, so that neither waits long for the other.
+    """`run` in one thread, the rest from any. Each `idle_seconds` without work the engine is kept alive. Training goes
+    on part by part (a micro-batch, say); while there are requests, engine steps get as much time after each as it took.
     """
 
     def __init__(
@@ -66,7 +79,9 @@ class EngineLoop:
     ) -> None:
         self._engine = engine
         self._training = training
-        self._train_inbox: deque[tuple[TrainCall, Future[TrainAnswer]]] = deque()
+        self._train_inbox: deque[tuple[Work, TrainFuture]] = deque()
+        self._under_way: tuple[InParts, TrainFuture] | None = None
+        self._turn = 0.0  # from when on it is training's again
         self._sink = sink
         self._idle_seconds = idle_seconds
         self._inbox: deque[Callable[[], None]] = deque()
@@ -86,13 +101,21 @@ class EngineLoop:
         self._post(partial(self._answer_load, answer, prove))
         return answer
 
-    def train(self, call: TrainCall) -> Future[TrainAnswer]:
-        """The answer, once the call had its turn between two engine steps."""
-        answer: Future[TrainAnswer] = Future()
-        with self._wake:
-            self._train_inbox.append((call, answer))
-            self._wake.notify()
+    def train(self, call: TrainCall) -> TrainFuture:
+        """The answer, once the call had its turns between engine steps. Calls run one after the other, but for
+        questions of the state.
+        """
+        answer, work = TrainFuture(), partial(self._execute, call)
+        if call.kind is Kind.STATE:
+            self._post(partial(self._begin, work, answer))
+        else:
+            self._post_training(work, answer)
         return answer
+
+    def _post_training(self, work: Work, answer: TrainFuture) -> None:
+        with self._wake:
+            self._train_inbox.append((work, answer))
+            self._wake.notify()
 
     def stop(self) -> None:
         """End `run` after the step it is in."""
@@ -106,14 +129,14 @@ class EngineLoop:
             self._drain_inbox()
             if self._stopping:
                 return
-            if self._train_inbox:
-                self._train(*self._train_inbox.popleft())
+            if self._trains and (self._engine.idle or time.monotonic() >= self._turn):
+                self._train()
             if not self._engine.idle:
                 self._news += self._engine.step()
             if self._news:
                 news, self._news = self._news, []
                 self._sink(news)
-            elif self._engine.idle and not self._train_inbox:
+            elif self._engine.idle and not self._trains:
                 self._rest()
 
     def _post(self, command: Callable[[], None]) -> None:
@@ -147,18 +170,42 @@ class EngineLoop:
         if answer.set_running_or_notify_cancel():
             answer.set_result(self._engine.prove() if prove else self._engine.load())
 
-    def _train(self, call: TrainCall, answer: Future[TrainAnswer]) -> None:
-        if answer.set_running_or_notify_cancel():
-            self._settle(answer, partial(self._execute, call))
+    @property
+    def _trains(self) -> bool:
+        return self._under_way is not None or bool(self._train_inbox)
 
-    def _execute(self, call: TrainCall) -> TrainAnswer | Later:
+    def _train(self) -> None:
+        """One part of the call under way, or the beginning of the next."""
+        began = time.monotonic()
+        if self._under_way is not None:
+            self._go_on(*self._under_way)
+        else:
+            self._begin(*self._train_inbox.popleft())
+        now = time.monotonic()
+        self._turn = now + (now - began)
+
+    def _begin(self, work: Work, answer: TrainFuture) -> None:
+        if answer.running() and answer.unwanted:  # something long, nothing of which is applied yet
+            answer.set_exception(TrainingCancelled(GIVEN_UP))
+        elif answer.running() or answer.set_running_or_notify_cancel():
+            self._settle(answer, work)
+
+    def _go_on(self, call: InParts, answer: TrainFuture) -> None:
+        self._under_way = None
+        if answer.unwanted:
+            call.cancel()
+            answer.set_exception(TrainingCancelled(GIVEN_UP))
+        else:
+            self._settle(answer, lambda: call.advance() or call)
+
+    def _execute(self, call: TrainCall) -> Outcome:
         if self._training is None:
             raise TrainingUnavailable(
                 "this server only generates; start it with --train (training.enabled=true) to let its clients train"
             )
         return self._training(call)
 
-    def _settle(self, answer: Future[TrainAnswer], work: Callable[[], TrainAnswer | Later]) -> None:
+    def _settle(self, answer: TrainFuture, work: Work) -> None:
         """A refusal is the call's own; anything else ends the loop, as in a step."""
         try:
             outcome = work()
@@ -169,10 +216,17 @@ class EngineLoop:
             answer.set_exception(error)
         else:
             if isinstance(outcome, Later):
-                finish = outcome.finish
-                outcome.done.add_done_callback(lambda _: self._post(partial(self._settle, answer, finish)))
+                outcome.done.add_done_callback(partial(self._finish_later, outcome, answer))
+            elif isinstance(outcome, InParts):
+                self._under_way = outcome, answer
             else:
                 answer.set_result(outcome)
+
+    def _finish_later(self, later: Later, answer: TrainFuture, _: object) -> None:
+        if later.exclusive:
+            self._post_training(later.finish, answer)
+        else:
+            self._post(partial(self._settle, answer, later.finish))
 
 
 def describe_fault(error: BaseException, rank: int, node: str) -> str:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from functools import partial
 
 from cluster.engine.request import EngineLoad, ModelLimits, Request
 from cluster.frontend.link import EventSink, FaultSink, SampleId
@@ -48,7 +49,7 @@ class SocketLink:
         self._closing = False
         self._tags = itertools.count()
         self._loads: dict[int, Future[EngineLoad]] = {}
-        self._trainings: dict[int, Future[TrainAnswer]] = {}
+        self._trainings: dict[int, _Asked] = {}
         self._reader: threading.Thread | None = None
 
     @property
@@ -67,16 +68,11 @@ class SocketLink:
 
     def train(self, call: TrainCall) -> Future[TrainAnswer]:
         """Of a connection that is lost before the answer, the fault is the answer."""
-        tag, answer = next(self._tags), Future[TrainAnswer]()
-        self._trainings[tag] = answer
-        answer.add_done_callback(lambda done: self._forget_training(tag, done))
+        tag = next(self._tags)
+        self._trainings[tag] = answer = _Asked(partial(self._wire.send, CancelTrain(tag)))
+        answer.add_done_callback(lambda done: self._trainings.pop(tag, None))
         self._wire.send(Train(tag, call))
         return answer
-
-    def _forget_training(self, tag: int, done: Future[TrainAnswer]) -> None:
-        self._trainings.pop(tag, None)
-        if done.cancelled():
-            self._wire.send(CancelTrain(tag))
 
     def load(self, timeout: float = 5.0, prove: bool = False) -> EngineLoad:
         """Raises WorkerError where the engine does not answer in time."""
@@ -151,3 +147,16 @@ class SocketLink:
             trained.set_exception(message.answer)
         else:
             trained.set_result(message.answer)
+
+
+class _Asked(Future[TrainAnswer]):
+    """Cancelled, it still waits for the answer: whether the call was applied is known where it is run."""
+
+    def __init__(self, ask: Callable[[], None]) -> None:
+        super().__init__()
+        self._ask = ask
+
+    def cancel(self) -> bool:
+        if not self.done():
+            self._ask()
+        return False

@@ -59,14 +59,9 @@ def _sequence(sequence: TrainSequence, task: TaskConfig, limits: ModelLimits) ->
     bad = next((i for i, token in enumerate(sequence.token_ids) if not 0 <= token < limits.vocab_size), None)
     if bad is not None:
         yield f"token_ids[{bad}]", f"{sequence.token_ids[bad]} is not a token; ids are 0 to {limits.vocab_size - 1}"
-    for name in ("old_logprobs", "advantages", "reference_logprobs"):
-        if getattr(sequence, name):
-            yield name, f"not used by the loss {TASK!r}; leave it out"
     yield from _weights(sequence, task)
     if task.name == CHOICES:
         yield from _choice(sequence, limits)
-    elif sequence.chosen or sequence.mark is not None:
-        yield "chosen", f"and mark belong to {CHOICES}; leave them out"
     elif task.name == SEQUENCES:
         yield from _classes(sequence, task)
     elif task.name in (TOKENS, SPANS):
@@ -97,8 +92,6 @@ def _classes(sequence: TrainSequence, task: TaskConfig) -> Iterator[Broken]:
 
 
 def _places(sequence: TrainSequence, task: TaskConfig) -> Iterator[Broken]:
-    if sequence.values:
-        yield "values", f"{task.name} learns from labels; leave values out"
     if task.name == TOKENS:
         yield from _ids(sequence, task, len(sequence.token_ids))
     elif len(sequence.labels) != 2:
@@ -116,8 +109,6 @@ def _ids(sequence: TrainSequence, task: TaskConfig, count: int) -> Iterator[Brok
 
 def _choice(sequence: TrainSequence, limits: ModelLimits) -> Iterator[Broken]:
     length, labels = len(sequence.token_ids), sequence.labels
-    if sequence.values:
-        yield "values", f"not used by {CHOICES}; leave them out"
     if labels and len(labels) != length:
         yield "labels", f"{len(labels)} labels for {length} tokens; give {length}, one per token as in transformers"
     if any(label != IGNORED_LABEL and not 0 <= label < limits.vocab_size for label in labels):

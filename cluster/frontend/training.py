@@ -20,6 +20,7 @@ from cluster.frontend.link import EngineLink
 from cluster.frontend.meters import TrainMeters
 from cluster.frontend.ranges import FIELDS
 from cluster.frontend.task_labels import known_losses, task_violations
+from cluster.frontend.training_fields import unread
 from cluster.frontend.weights import WeightsRecord
 from cluster.training.calls import (
     CROSS_ENTROPY,
@@ -142,6 +143,7 @@ def _violations(call: TrainCall, limits: ModelLimits, config: FrontendConfig) ->
         return
     if call.loss not in known:
         return
+    yield from unread(call, limits.task)
     if call.loss == TASK and limits.task is not None:
         yield from task_violations(call, limits.task, limits)
         return
@@ -155,7 +157,9 @@ def _violations(call: TrainCall, limits: ModelLimits, config: FrontendConfig) ->
 def _retries(call: TrainCall, config: FrontendConfig) -> Iterator[tuple[str, str]]:
     if len(call.idempotency_key) > config.max_request_id:
         yield "idempotency_key", f"{len(call.idempotency_key)} characters; at most {config.max_request_id}"
-    if call.idempotency_key or call.kind in (Kind.EVALUATE, Kind.STATE) or call.kind.writes:
+    if len(call.session) > config.max_request_id:
+        yield "session", f"{len(call.session)} characters; at most {config.max_request_id}"
+    if call.idempotency_key or call.kind in (Kind.EVALUATE, Kind.STATE, Kind.DROP) or call.kind.writes:
         return  # a name that was written is refused when it is given again
     if call.kind is Kind.FORWARD_BACKWARD:
         yield "idempotency_key", "missing; without it a repeated call would add its gradients twice"

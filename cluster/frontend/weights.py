@@ -29,17 +29,20 @@ class WeightsRecord:
         self._saved: tuple[str, Stand] | None = None
         self._gradients = False
         self._rebuilt = ""
-        self._asked = True
+        self._lost = False
+        self._asked: set[str] = set()  # callers who have seen where training stands since then
 
     def note(self, call: TrainCall, answer: TrainAnswer) -> None:
         """A call was answered. What was under way when an engine died never was: it counts as not applied."""
-        self._asked |= call.kind is Kind.STATE
+        if call.kind is Kind.STATE:
+            self._asked.add(call.caller)
         if answer.replayed:
             return
         self.seen(answer)
         if call.kind in (Kind.SAVE, Kind.LOAD):
             self._saved = call.name, Stand(answer.step, answer.weight_version)
-        self._gradients = call.kind is Kind.FORWARD_BACKWARD or (self._gradients and not call.kind.changes_weights)
+        over = call.kind.changes_weights or answer.dropped > 0
+        self._gradients = call.kind is Kind.FORWARD_BACKWARD or (self._gradients and not over)
 
     def seen(self, answer: TrainAnswer) -> None:
         """Where an engine says that it stands. What it was asked before an answer to another may be told after it."""
@@ -79,16 +82,17 @@ class WeightsRecord:
             lost = f"{lost or 'the weights are as they were'}; gradients that waited are lost"
         if lost or point is not None:
             self._rebuilt = f"the server was rebuilt after a fault{': ' if lost else ''}{lost}"
-        self._asked, self._gradients = not lost, False
+        self._lost, self._gradients = bool(lost), False
+        self._asked.clear()
         return lost
 
     def check(self, call: TrainCall) -> None:
         """Refuses what would go on from a step that its caller has not seen, or that a repeated call cannot be told
         from a new one: the keys of calls are lost with an engine.
         """
-        if not self._rebuilt or call.kind in (Kind.STATE, Kind.EVALUATE) or call.kind.writes:
+        if not self._rebuilt or call.kind in (Kind.STATE, Kind.EVALUATE, Kind.DROP) or call.kind.writes:
             return
-        if not self._asked:
+        if self._lost and call.caller not in self._asked:
             raise StepConflict(f"{self._rebuilt}; ask GetTrainState where training stands, and go on from there")
         if call.expected_step is None:
             raise StepConflict(

@@ -19,6 +19,8 @@ SCHEME = "Bearer "
 GENERATE, TRAIN, CONTROL, OBSERVE = (frozenset({role}) for role in Role)
 ABORT = GENERATE | CONTROL
 """To generate: of one's own requests; to control: of anybody's."""
+DROP = TRAIN | CONTROL
+"""To train: one's own gradients; to control: anybody's."""
 ANYONE = frozenset(Role)
 """With any token."""
 
@@ -37,7 +39,8 @@ ROLES = {
     "/tp_decoders.v1.Training/SaveState": TRAIN,
     "/tp_decoders.v1.Training/LoadState": TRAIN,
     "/tp_decoders.v1.Training/Export": TRAIN,
-    "/tp_decoders.v1.Training/GetTrainState": TRAIN,
+    "/tp_decoders.v1.Training/DropGradients": DROP,
+    "/tp_decoders.v1.Training/GetTrainState": DROP,
     "/tp_decoders.v1.Control/GetServerInfo": ANYONE,
     "/tp_decoders.v1.Control/GetModelInfo": ANYONE,
     "/tp_decoders.v1.Control/GetLoad": ANYONE,

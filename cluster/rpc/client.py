@@ -233,6 +233,9 @@ class AsyncClient:
     async def train_state(self, timeout: float | None = None) -> training.TrainState:
         return await self.call(self.training.GetTrainState, training.GetTrainStateRequest(), timeout)
 
+    async def drop_gradients(self, timeout: float | None = None, **fields: Any) -> training.DropGradientsResponse:
+        return await self.call(self.training.DropGradients, training.DropGradientsRequest(**fields), timeout)
+
     async def server_info(self, timeout: float | None = None) -> control.ServerInfo:
         return await self.call(self.control.GetServerInfo, control.GetServerInfoRequest(), timeout)
 
@@ -328,6 +331,9 @@ class Client:
 
     def train_state(self) -> training.TrainState:
         return self._runner.run(self._calls.train_state())
+
+    def drop_gradients(self, **fields: Any) -> training.DropGradientsResponse:
+        return self._runner.run(self._calls.drop_gradients(**fields))
 
     def server_info(self) -> control.ServerInfo:
         return self._runner.run(self._calls.server_info())

@@ -41,12 +41,16 @@ from cluster.rpc.auth_errors import (
     TooManyCalls,
 )
 from cluster.training.calls import (
+    AnswerDropped,
     NoSaveRoot,
     NoSuchState,
     NotApplied,
     SaveUnderWay,
+    SessionOpen,
     StateExists,
     StepConflict,
+    TrainingCancelled,
+    TrainingFailed,
     TrainingUnavailable,
 )
 from parallel.errors import (
@@ -98,8 +102,12 @@ TABLE = (
     Row(EngineFault, StatusCode.UNAVAILABLE, "ENGINE_FAULT", retryable=True),
     Row(WorkerError, StatusCode.UNAVAILABLE, "WORKER_FAULT", retryable=True),
     Row(CollectiveError, StatusCode.UNAVAILABLE, "COLLECTIVE_FAULT", retryable=True),
+    Row(AnswerDropped, StatusCode.FAILED_PRECONDITION, "ANSWER_DROPPED"),
     Row(StepConflict, StatusCode.FAILED_PRECONDITION, "STEP_CONFLICT"),
     Row(NotApplied, StatusCode.ABORTED, "NOT_APPLIED"),
+    Row(SessionOpen, StatusCode.RESOURCE_EXHAUSTED, "SESSION_OPEN", retryable=True),
+    Row(TrainingFailed, StatusCode.INTERNAL, "TRAINING_FAILED"),
+    Row(TrainingCancelled, StatusCode.CANCELLED, "TRAINING_CANCELLED"),
     Row(TrainingUnavailable, StatusCode.FAILED_PRECONDITION, "NO_TRAINING"),
     Row(NoSaveRoot, StatusCode.FAILED_PRECONDITION, "NO_SAVE_ROOT"),
     Row(NoSuchState, StatusCode.NOT_FOUND, "NO_SUCH_STATE"),

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 from google.protobuf.message import Message
 
 from cluster.frontend.frontend import Frontend
+from cluster.rpc.auth_errors import NotPermitted
 from cluster.rpc.auth_limits import CALLER, WHO
+from cluster.rpc.auth_tokens import Role
 from cluster.rpc.proto import training_pb2 as pb
 from cluster.rpc.proto.training_pb2_grpc import TrainingServicer
-from cluster.training.calls import Kind, TrainAnswer, TrainCall, TrainSequence
+from cluster.training.calls import Kind, OpenSession, TrainAnswer, TrainCall, TrainSequence
 
 if TYPE_CHECKING:
     import grpc
@@ -32,7 +34,9 @@ class Training(TrainingServicer):
         self, request: pb.ForwardBackwardRequest, context: grpc.aio.ServicerContext
     ) -> pb.ForwardBackwardResponse:
         answer = await self._train(Kind.FORWARD_BACKWARD, request)
-        return pb.ForwardBackwardResponse(**_place(answer), **_pass(answer), replayed=answer.replayed)
+        return pb.ForwardBackwardResponse(
+            **_place(answer), **_pass(answer), replayed=answer.replayed, waiting_calls=answer.waiting_calls
+        )
 
     async def OptimStep(self, request: pb.OptimStepRequest, context: grpc.aio.ServicerContext) -> pb.OptimStepResponse:
         answer = await self._train(Kind.OPTIM_STEP, request)
@@ -46,7 +50,15 @@ class Training(TrainingServicer):
         answer = await self._train(Kind.STATE, request)
         counts = {"step": answer.step, "weight_version": answer.weight_version}
         saved = [pb.SavedState(name=state.name, bytes=state.size, step=state.step) for state in answer.saved]
-        return pb.TrainState(**counts, waiting_calls=answer.waiting_calls, saved=saved, saving=answer.saving)
+        counts |= {"waiting_calls": answer.waiting_calls, "incarnation": answer.incarnation}
+        return pb.TrainState(**counts, saved=saved, saving=answer.saving, sessions=map(_session, answer.sessions))
+
+    async def DropGradients(
+        self, request: pb.DropGradientsRequest, context: grpc.aio.ServicerContext
+    ) -> pb.DropGradientsResponse:
+        _check_owner(request)
+        answer = await self._train(Kind.DROP, request)
+        return pb.DropGradientsResponse(step=answer.step, dropped_calls=answer.dropped, incarnation=answer.incarnation)
 
     async def SaveState(self, request: pb.SaveStateRequest, context: grpc.aio.ServicerContext) -> pb.SaveStateResponse:
         answer = await self._train(Kind.SAVE, request)
@@ -65,6 +77,16 @@ class Training(TrainingServicer):
             return await self._frontend.train(call)
 
 
+def _check_owner(request: pb.DropGradientsRequest) -> None:
+    """Another's gradients are dropped by those who control the server."""
+    account = CALLER.get()
+    if account is None or Role.CONTROL in account.grant.roles or request.caller in ("", WHO.get()):
+        return
+    raise NotPermitted(
+        f"token {account.grant.name!r} may drop its own gradients; those of others need the role control"
+    )
+
+
 def train_call(kind: Kind, message: Any) -> TrainCall:
     """What a request asks for; a field that its kind does not have counts as not given."""
     fields = message.DESCRIPTOR.fields_by_name
@@ -78,9 +100,16 @@ def train_call(kind: Kind, message: Any) -> TrainCall:
         normaliser=_optional(message, "normaliser"),
         expected_step=_optional(message, "expected_step"),
         idempotency_key=message.idempotency_key if "idempotency_key" in fields else "",
+        session=message.session if "session" in fields else "",
+        owner=_optional(message, "caller"),
         name=message.name if "name" in fields else "",
         dropout_seed=_optional(message, "dropout_seed"),
     )
+
+
+def _session(session: OpenSession) -> pb.TrainSession:
+    seconds = {"open_seconds": session.open_seconds, "idle_seconds": session.idle_seconds}
+    return pb.TrainSession(caller=session.caller, name=session.name, calls=session.calls, **seconds)
 
 
 def _sequence(message: pb.TrainSequence) -> TrainSequence:
@@ -111,7 +140,8 @@ def _place(answer: TrainAnswer) -> dict[str, Any]:
         optimizer=answer.optimizer_seconds,
         collectives=answer.collective_seconds,
     )
-    return {"step": answer.step, "weight_version": answer.weight_version, "timings": timings}
+    place = {"step": answer.step, "weight_version": answer.weight_version, "incarnation": answer.incarnation}
+    return {**place, "timings": timings}
 
 
 def _pass(answer: TrainAnswer) -> dict[str, Any]:
@@ -124,5 +154,5 @@ def _step(answer: TrainAnswer) -> dict[str, Any]:
 
 
 def _state(answer: TrainAnswer) -> dict[str, Any]:
-    names = ("step", "name", "weight_version", "replayed")
+    names = ("step", "name", "weight_version", "replayed", "incarnation")
     return {name: getattr(answer, name) for name in names}

@@ -14,7 +14,7 @@ import torch
 
 from cluster.training.losses import LossOptions
 from cluster.training.nonfinite import NonFinite
-from cluster.training.trainer import TrainBatch, Trainer, keyed, together
+from cluster.training.trainer import Parts, TrainBatch, Trainer, finish, keyed, together
 from parallel.grads import squared_norm
 
 SHOWN = 8
@@ -53,10 +53,18 @@ def blame(
     """Passes over every sequence (pair, question) alone. All ranks of a replica call this; gradients that wait are
     dropped, weights and moments are not touched.
     """
+    return finish(blame_in_parts(trainer, batch, loss, options, dropout_seed))
+
+
+def blame_in_parts(
+    trainer: Trainer, batch: TrainBatch, loss: str, options: LossOptions, dropout_seed: int | None = None
+) -> Parts[Blame]:
+    """The same, yielding before each sequence."""
     losses: list[int] = []
     gradients: list[int] = []
     first = 0
     for part in keyed(batch, dropout_seed).parts(1, together(batch, loss)):
+        yield None
         own = range(first, first := first + len(part.lengths))
         trainer.optimizer.zero_grad()
         try:

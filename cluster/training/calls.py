@@ -50,6 +50,22 @@ class SaveUnderWay(TpError, RuntimeError):
     """Another state is being written; one at a time."""
 
 
+class SessionOpen(TpError, RuntimeError):
+    """Somebody else's gradients wait for their OptimStep; one accumulation at a time."""
+
+
+class AnswerDropped(StepConflict):
+    """A call that was applied, and whose answer is no longer stored."""
+
+
+class TrainingFailed(TpError, RuntimeError):
+    """A call that raised an error of its own inside the ranks; nothing of it was applied."""
+
+
+class TrainingCancelled(TpError, RuntimeError):
+    """A call whose client left before it was applied; nothing of it was."""
+
+
 def name_rule(name: str) -> str | None:
     """What is wrong with a state's name; None where it may be one, and can then lead nowhere but into the root."""
     if not STATE_NAME.fullmatch(name):
@@ -69,6 +85,7 @@ class Kind(Enum):
     LOAD = "LoadState"
     EXPORT = "Export"
     STATE = "GetTrainState"
+    DROP = "DropGradients"
 
     @property
     def takes_sequences(self) -> bool:
@@ -77,6 +94,11 @@ class Kind(Enum):
     @property
     def applies_step(self) -> bool:
         return self in (Kind.TRAIN_STEP, Kind.OPTIM_STEP)
+
+    @property
+    def in_session(self) -> bool:
+        """Adds to, applies or drops the gradients that wait."""
+        return self in (Kind.TRAIN_STEP, Kind.FORWARD_BACKWARD, Kind.OPTIM_STEP, Kind.LOAD)
 
     @property
     def takes_name(self) -> bool:
@@ -132,9 +154,16 @@ class TrainCall:
     normaliser: float | None = None
     expected_step: int | None = None
     idempotency_key: str = ""
-    caller: str = ""  # whose key it is
+    caller: str = ""  # whose key and session it is
+    session: str = ""  # whose gradients it adds to or applies, among the caller's
+    owner: str | None = None  # DropGradients: whose session, None: the caller's own
     name: str = ""  # of a state
     dropout_seed: int | None = None  # None: no dropout
+
+    @property
+    def takes_blame(self) -> bool:
+        """Whether numbers that are not finite are some sequence's fault."""
+        return self.kind.takes_sequences and self.kind is not Kind.EVALUATE
 
 
 @dataclass(frozen=True)
@@ -144,6 +173,17 @@ class SavedName:
     name: str
     step: int | None
     size: int  # bytes
+
+
+@dataclass(frozen=True)
+class OpenSession:
+    """Gradients that wait for an OptimStep: whose, of how many calls, since when and since the last of them."""
+
+    caller: str
+    name: str
+    calls: int
+    open_seconds: float
+    idle_seconds: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,6 +207,9 @@ class TrainAnswer:
     size: int = 0  # bytes written
     saved: tuple[SavedName, ...] = ()
     saving: str = ""  # the name that is being written
+    incarnation: int = 0  # of the ranks' memory: another number, gradients and keys of before are gone
+    sessions: tuple[OpenSession, ...] = ()
+    dropped: int = 0  # calls whose gradients were dropped
 
 
 @dataclass(frozen=True)
@@ -179,7 +222,30 @@ class RestorePoint:
 
 @dataclass(frozen=True)
 class Later:
-    """An answer that is not there yet. Once `done` is, `finish` makes it, in the engine's thread; it may raise."""
+    """An answer that is not there yet. Once `done` is, `finish` makes it, in the engine's thread; it may raise. An
+    `exclusive` one waits until no other call is under way.
+    """
 
     done: Future[Any]
     finish: Callable[[], TrainAnswer]
+    exclusive: bool = False
+
+
+@dataclass(frozen=True)
+class InParts:
+    """A call that is under way. `advance`, in the engine's thread, does the next part of it, and returns the answer
+    after the last; `cancel` leaves everything as it was before the call.
+    """
+
+    advance: Callable[[], TrainAnswer | None]
+    cancel: Callable[[], None]
+
+
+class TrainFuture(Future[TrainAnswer]):
+    """The answer to a call. `cancel` of one that has begun asks to give it up; the answer says whether it was."""
+
+    unwanted = False
+
+    def cancel(self) -> bool:
+        self.unwanted = True
+        return super().cancel()

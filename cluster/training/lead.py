@@ -3,13 +3,15 @@
     TrainLead(call) -- seen before? the present step? a free name? --> command stream --> TrainSide on every rank
                     --> weight_version rises, cached prefixes of the old weights are dropped
 
-Called between engine steps, in the engine's thread. What takes long without the weights (writing a state, comparing
-checksums before one is loaded, listing) is answered Later, and the engine goes on meanwhile.
+Called between engine steps, in the engine's thread. A call of several micro-batches goes on InParts, with engine steps
+in between. What takes long without the weights (writing a state, comparing checksums before one is loaded, listing) is
+answered Later, and the engine goes on meanwhile.
 """
 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
@@ -19,13 +21,26 @@ from typing import Any
 
 from cluster.engine.commands import Commands
 from cluster.training.answered import Answered
-from cluster.training.calls import Kind, Later, NoSaveRoot, SaveUnderWay, StepConflict, TrainAnswer, TrainCall
+from cluster.training.calls import (
+    InParts,
+    Kind,
+    Later,
+    NoSaveRoot,
+    NotApplied,
+    SaveUnderWay,
+    StepConflict,
+    TrainAnswer,
+    TrainCall,
+    TrainingFailed,
+)
 from cluster.training.checkpoint import verify
-from cluster.training.remote import DROP_SAVE, TRAIN, TrainSide
+from cluster.training.remote import DROP_SAVE, MORE, STOP_CALL, TRAIN, TrainSide
+from cluster.training.sessions import APPLIED, Sessions
 from cluster.training.states import StateFolder, folder_size, in_thread
-from parallel.errors import TpError
+from parallel.errors import CollectiveError, TpError, WorkerError
 
 log = logging.getLogger(__name__)
+SESSION_IDLE_S = 300.0
 
 
 @dataclass(frozen=True)
@@ -40,53 +55,131 @@ class _Saving:
 class TrainLead:
     """Rank 0. `weights_changed` is told after every call that changed them."""
 
-    def __init__(self, side: TrainSide, commands: Commands, weights_changed: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        side: TrainSide,
+        commands: Commands,
+        weights_changed: Callable[[], None],
+        session_idle_s: float = SESSION_IDLE_S,
+    ) -> None:
         self._side, self._commands, self._weights_changed = side, commands, weights_changed
         self._states = StateFolder(side.saves.root) if side.saves.root is not None else None
-        self._answered = Answered()
+        self._answered, self._sessions = Answered(), Sessions(session_idle_s)
         self._saving: _Saving | None = None
+        self._incarnation = time.time_ns() // 1_000_000
 
-    def __call__(self, call: TrainCall) -> TrainAnswer | Later:
+    def __call__(self, call: TrainCall) -> TrainAnswer | Later | InParts:
+        """Raises where the call is refused, or fails; nothing of it was applied then."""
+        try:
+            return self._take(call)
+        except TpError:
+            raise
+        except Exception as error:
+            log.exception("%s failed on rank 0", call.kind.value)
+            raise TrainingFailed(f"{call.kind.value} failed on rank 0: {error!r}") from error
+
+    def _take(self, call: TrainCall) -> TrainAnswer | Later | InParts:
         if call.kind is Kind.STATE:
             return self._state()
-        stored = self._answered.find(call)
-        if stored is not None:
+        if call.kind is Kind.DROP:
+            return self._drop_gradients(call)
+        if (stored := self._replayed(call)) is not None:
             return stored
         if call.kind.writes:
             return self._save(call)
+        self._sessions.tell(call)
         self._check_step(call)
+        self._clear_the_way(call)
         if call.kind is Kind.LOAD:
             self._check_not_saving()
             folder = self._root().find(call.name)
             verified = in_thread(partial(verify, folder))
-            return Later(verified, partial(self._load, call, verified))
+            return Later(verified, partial(self._load, call, verified), exclusive=True)
         return self._execute(call)
 
-    def _execute(self, call: TrainCall) -> TrainAnswer:
+    def _execute(self, call: TrainCall) -> TrainAnswer | InParts:
         self._commands.issue(TRAIN, call)
-        answer = self._side.execute(call)
+        answer = self._on(call, self._side.begin(call))
+        return answer or InParts(partial(self._advance, call), self._cancel)
+
+    def _advance(self, call: TrainCall) -> TrainAnswer | None:
+        self._commands.issue(MORE)
+        return self._on(call, self._side.advance())
+
+    def _on(self, call: TrainCall, answer: TrainAnswer | None) -> TrainAnswer | None:
+        """The update follows the last pass at once."""
+        while answer is None and self._side.updates_next:
+            self._commands.issue(MORE)
+            answer = self._side.advance()
+        return None if answer is None else self._finished(call, answer)
+
+    def _cancel(self) -> None:
+        self._commands.issue(STOP_CALL)
+        self._side.cancel()
+
+    def _finished(self, call: TrainCall, answer: TrainAnswer) -> TrainAnswer:
+        gradient = self._sessions.added(call) if call.kind is Kind.FORWARD_BACKWARD else None
         if call.kind.changes_weights:
+            self._sessions.over(APPLIED if call.kind.applies_step else "as LoadState went back to a saved state")
             self._weights_changed()
-        return self._answered.remember(call, answer)
+        return self._answered.remember(call, self._stamped(answer), gradient)
+
+    def _stamped(self, answer: TrainAnswer) -> TrainAnswer:
+        return replace(answer, incarnation=self._incarnation)
+
+    def _replayed(self, call: TrainCall) -> TrainAnswer | None:
+        """The stored answer to the same call; what waits is said as it is now."""
+        try:
+            stored = self._answered.find(call)
+        except NotApplied:
+            gradient = self._answered.gradient_of(call)
+            assert gradient is not None, "a gradient was dropped"
+            self._sessions.told(gradient)
+            raise
+        return None if stored is None else replace(stored, waiting_calls=self._side.state().waiting_calls)
+
+    # ------------------------------------------------------------ sessions
+
+    def _clear_the_way(self, call: TrainCall) -> None:
+        if why := self._sessions.in_the_way(call):
+            log.warning("waiting gradients are dropped, %s", why)
+            self._drop(call, why, untold=True)
+
+    def _drop_gradients(self, call: TrainCall) -> TrainAnswer:
+        if not self._sessions.meant(call):
+            return self._stamped(self._side.state())
+        by_owner = call.owner is None or call.owner == call.caller
+        who = "its owner" if by_owner else f"{call.caller!r}, who controls the server"
+        return self._stamped(self._drop(call, f"by {who} (DropGradients)", untold=not by_owner))
+
+    def _drop(self, call: TrainCall, why: str, untold: bool) -> TrainAnswer:
+        order = TrainCall(kind=Kind.DROP, caller=call.caller)
+        self._commands.issue(TRAIN, order)
+        answer = self._side.begin(order)
+        assert answer is not None, "forgetting gradients has one part"
+        self._sessions.over(why, untold)
+        return answer
 
     # ------------------------------------------------------------ states
 
     def _state(self) -> TrainAnswer | Later:
         saving = self._saving.call.name if self._saving else ""
+        now = partial(replace, self._stamped(self._side.state()), sessions=self._sessions.listing())
         if self._states is None:
-            return self._side.state()
+            return now()
         listed = in_thread(self._states.listing)
-        return Later(listed, lambda: replace(self._side.state(), saved=listed.result(), saving=saving))
+        return Later(listed, lambda: now(saved=listed.result(), saving=saving))
 
     def _load(self, call: TrainCall, verified: Future[Any]) -> TrainAnswer:
         """Its files are whole; what was decided before they were read is looked at again."""
         verified.result()
-        stored = self._answered.find(call)
-        if stored is not None:
+        if (stored := self._replayed(call)) is not None:
             return stored
         self._check_step(call)
+        self._clear_the_way(call)
         self._check_not_saving()
         answer = self._execute(call)
+        assert isinstance(answer, TrainAnswer), "a load has one part"
         self._answered.forget_all_but(call)
         return answer
 
@@ -99,8 +192,14 @@ class TrainLead:
         self._check_not_saving()
         self._root().free(call.name)
         self._commands.issue(TRAIN, call)
-        done = self._side.save(call)
-        self._saving = saving = _Saving(call, done, replace(self._side.state(), name=call.name))
+        try:
+            done = self._side.save(call)
+        except (CollectiveError, WorkerError):
+            raise
+        except Exception:
+            self._commands.issue(DROP_SAVE)  # the others may have begun
+            raise
+        self._saving = saving = _Saving(call, done, self._stamped(replace(self._side.state(), name=call.name)))
         return Later(done, partial(self._saved, saving))
 
     def _saved(self, saving: _Saving) -> TrainAnswer:

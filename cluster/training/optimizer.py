@@ -122,6 +122,10 @@ def _touch(parameter: Tensor) -> None:
     parameter.view(-1)[:0].zero_()
 
 
+KeptGradients = list[tuple[set[str], Tensor | None]]
+"""By flat buffer: which parameters' gradients wait, and a copy of all of them."""
+
+
 class ShardedAdamW:
     """One rank's optimiser. Backward passes add into it; `step` updates the parameters and forgets the gradients."""
 
@@ -177,6 +181,18 @@ class ShardedAdamW:
         """Forgets the gradients. Nothing is written: whoever comes first overwrites."""
         for flat in self.flats:
             flat.waiting.clear()
+
+    def keep(self, values: bool) -> KeptGradients:
+        """What waits, for `put_back`: with the numbers, where they will be added to, else only whose they are."""
+        return [(set(flat.waiting), flat.grad.clone() if values else None) for flat in self.flats]
+
+    def put_back(self, kept: KeptGradients) -> None:
+        """The gradients that waited then wait again, bit for bit."""
+        for flat, (waiting, values) in zip(self.flats, kept, strict=True):
+            flat.waiting.clear()
+            flat.waiting.update(waiting)
+            if values is not None:
+                flat.grad.copy_(values)
 
     def grad_norm(self) -> float:
         """The norm of the whole model's gradient, the same float on every rank; after `reduce`."""

@@ -12,8 +12,9 @@ the steps applied.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -29,6 +30,8 @@ from parallel.loss import IGNORE_INDEX, vocab_token_losses
 from parallel.mesh import Groups
 from parallel.options import Recompute, check_recompute
 from tp_decoders.decoder import Decoder
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -117,6 +120,19 @@ class StepResult:
     seconds: float = 0.0
 
 
+Parts = Generator[None, None, T]
+"""Work in parts: whoever drives it may do something else between two of them."""
+
+
+def finish(parts: Parts[T]) -> T:
+    """All of it at once."""
+    while True:
+        try:
+            next(parts)
+        except StopIteration as end:
+            return end.value
+
+
 class Trainer:
     """Trains a model in place. All tensor-parallel ranks call the same methods with the same batches."""
 
@@ -141,14 +157,13 @@ class Trainer:
         """Adds the batch's gradients to those waiting for the next step. With a seed (another for each step, the same
         on all ranks) activations are dropped with the model's probabilities; log-probabilities are those of that pass.
         """
-        return self._passes(batch, loss, options, True, dropout_seed)
+        return finish(self.in_parts(batch, loss, options, dropout_seed))
 
     def evaluate(
         self, batch: TrainBatch, loss: str = "cross_entropy", options: LossOptions = LossOptions()
     ) -> PassResult:
         """The same without gradients."""
-        with torch.no_grad():
-            return self._passes(batch, loss, options, False, None)
+        return finish(self.in_parts(batch, loss, options, backward=False))
 
     def optim_step(self, learning_rate: float | None = None, config: OptimizerConfig | None = None) -> StepResult:
         """Applies the waiting gradients."""
@@ -163,24 +178,36 @@ class Trainer:
             seconds=time.perf_counter() - started,
         )  # fmt: skip
 
-    def _passes(
-        self, batch: TrainBatch, loss: str, options: LossOptions, backward: bool, dropout_seed: int | None
-    ) -> PassResult:
-        started = time.perf_counter()
-        total, logprobs = 0.0, []
+    def in_parts(
+        self,
+        batch: TrainBatch,
+        loss: str = "cross_entropy",
+        options: LossOptions = LossOptions(),
+        dropout_seed: int | None = None,
+        backward: bool = True,
+    ) -> Parts[PassResult]:
+        """`forward_backward`, or `evaluate`, that yields between micro-batches: no graph is alive then, no mode set,
+        and the model may do anything else that changes no weight.
+        """
+        total, seconds, logprobs = 0.0, 0.0, []
         metrics: dict[str, float] = {}
-        for part in keyed(batch, dropout_seed).parts(self.config.micro_batch_tokens, together(batch, loss)):
-            terms, part_logprobs = self._loss(part, loss, options, dropout_seed)
-            if backward:
-                terms.loss.backward()
+        parts = keyed(batch, dropout_seed).parts(self.config.micro_batch_tokens, together(batch, loss))
+        for number, part in enumerate(parts):
+            if number:
+                yield None
+            started = time.perf_counter()
+            with torch.set_grad_enabled(backward):
+                terms, part_logprobs = self._loss(part, loss, options, dropout_seed)
+                if backward:
+                    terms.loss.backward()
             total += float(terms.loss.detach())
             logprobs.append(part_logprobs)
             for name, value in terms.metrics.items():
                 metrics[name] = metrics.get(name, 0.0) + float(value)
+            seconds += time.perf_counter() - started
         return PassResult(
-            loss=total, tokens=len(batch.token_ids), logprobs=torch.cat(logprobs), metrics=metrics,
-            seconds=time.perf_counter() - started,
-        )  # fmt: skip
+            loss=total, tokens=len(batch.token_ids), logprobs=torch.cat(logprobs), metrics=metrics, seconds=seconds
+        )
 
     def _loss(
         self, part: TrainBatch, loss: str, options: LossOptions, dropout_seed: int | None

@@ -81,7 +81,7 @@ class TrainTimings(_message.Message):
     def __init__(self, forward_backward: _Optional[float] = ..., optimizer: _Optional[float] = ..., collectives: _Optional[float] = ...) -> None: ...
 
 class TrainStepRequest(_message.Message):
-    __slots__ = ("sequences", "loss", "loss_options", "optimizer", "expected_step", "idempotency_key", "normaliser", "dropout_seed")
+    __slots__ = ("sequences", "loss", "loss_options", "optimizer", "expected_step", "idempotency_key", "normaliser", "dropout_seed", "session")
     SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     LOSS_FIELD_NUMBER: _ClassVar[int]
     LOSS_OPTIONS_FIELD_NUMBER: _ClassVar[int]
@@ -90,6 +90,7 @@ class TrainStepRequest(_message.Message):
     IDEMPOTENCY_KEY_FIELD_NUMBER: _ClassVar[int]
     NORMALISER_FIELD_NUMBER: _ClassVar[int]
     DROPOUT_SEED_FIELD_NUMBER: _ClassVar[int]
+    SESSION_FIELD_NUMBER: _ClassVar[int]
     sequences: _containers.RepeatedCompositeFieldContainer[TrainSequence]
     loss: str
     loss_options: LossOptions
@@ -98,10 +99,11 @@ class TrainStepRequest(_message.Message):
     idempotency_key: str
     normaliser: float
     dropout_seed: int
-    def __init__(self, sequences: _Optional[_Iterable[_Union[TrainSequence, _Mapping]]] = ..., loss: _Optional[str] = ..., loss_options: _Optional[_Union[LossOptions, _Mapping]] = ..., optimizer: _Optional[_Union[OptimizerOptions, _Mapping]] = ..., expected_step: _Optional[int] = ..., idempotency_key: _Optional[str] = ..., normaliser: _Optional[float] = ..., dropout_seed: _Optional[int] = ...) -> None: ...
+    session: str
+    def __init__(self, sequences: _Optional[_Iterable[_Union[TrainSequence, _Mapping]]] = ..., loss: _Optional[str] = ..., loss_options: _Optional[_Union[LossOptions, _Mapping]] = ..., optimizer: _Optional[_Union[OptimizerOptions, _Mapping]] = ..., expected_step: _Optional[int] = ..., idempotency_key: _Optional[str] = ..., normaliser: _Optional[float] = ..., dropout_seed: _Optional[int] = ..., session: _Optional[str] = ...) -> None: ...
 
 class TrainStepResponse(_message.Message):
-    __slots__ = ("step", "loss", "grad_norm", "tokens", "learning_rate", "weight_version", "logprobs", "timings", "metrics", "replayed")
+    __slots__ = ("step", "loss", "grad_norm", "tokens", "learning_rate", "weight_version", "logprobs", "timings", "metrics", "replayed", "incarnation")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -119,6 +121,7 @@ class TrainStepResponse(_message.Message):
     TIMINGS_FIELD_NUMBER: _ClassVar[int]
     METRICS_FIELD_NUMBER: _ClassVar[int]
     REPLAYED_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
     step: int
     loss: float
     grad_norm: float
@@ -129,10 +132,11 @@ class TrainStepResponse(_message.Message):
     timings: TrainTimings
     metrics: _containers.ScalarMap[str, float]
     replayed: bool
-    def __init__(self, step: _Optional[int] = ..., loss: _Optional[float] = ..., grad_norm: _Optional[float] = ..., tokens: _Optional[int] = ..., learning_rate: _Optional[float] = ..., weight_version: _Optional[int] = ..., logprobs: _Optional[_Iterable[_Union[SequenceLogprobs, _Mapping]]] = ..., timings: _Optional[_Union[TrainTimings, _Mapping]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., replayed: _Optional[bool] = ...) -> None: ...
+    incarnation: int
+    def __init__(self, step: _Optional[int] = ..., loss: _Optional[float] = ..., grad_norm: _Optional[float] = ..., tokens: _Optional[int] = ..., learning_rate: _Optional[float] = ..., weight_version: _Optional[int] = ..., logprobs: _Optional[_Iterable[_Union[SequenceLogprobs, _Mapping]]] = ..., timings: _Optional[_Union[TrainTimings, _Mapping]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., replayed: _Optional[bool] = ..., incarnation: _Optional[int] = ...) -> None: ...
 
 class ForwardBackwardRequest(_message.Message):
-    __slots__ = ("sequences", "loss", "loss_options", "expected_step", "idempotency_key", "normaliser", "dropout_seed")
+    __slots__ = ("sequences", "loss", "loss_options", "expected_step", "idempotency_key", "normaliser", "dropout_seed", "session")
     SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     LOSS_FIELD_NUMBER: _ClassVar[int]
     LOSS_OPTIONS_FIELD_NUMBER: _ClassVar[int]
@@ -140,6 +144,7 @@ class ForwardBackwardRequest(_message.Message):
     IDEMPOTENCY_KEY_FIELD_NUMBER: _ClassVar[int]
     NORMALISER_FIELD_NUMBER: _ClassVar[int]
     DROPOUT_SEED_FIELD_NUMBER: _ClassVar[int]
+    SESSION_FIELD_NUMBER: _ClassVar[int]
     sequences: _containers.RepeatedCompositeFieldContainer[TrainSequence]
     loss: str
     loss_options: LossOptions
@@ -147,10 +152,11 @@ class ForwardBackwardRequest(_message.Message):
     idempotency_key: str
     normaliser: float
     dropout_seed: int
-    def __init__(self, sequences: _Optional[_Iterable[_Union[TrainSequence, _Mapping]]] = ..., loss: _Optional[str] = ..., loss_options: _Optional[_Union[LossOptions, _Mapping]] = ..., expected_step: _Optional[int] = ..., idempotency_key: _Optional[str] = ..., normaliser: _Optional[float] = ..., dropout_seed: _Optional[int] = ...) -> None: ...
+    session: str
+    def __init__(self, sequences: _Optional[_Iterable[_Union[TrainSequence, _Mapping]]] = ..., loss: _Optional[str] = ..., loss_options: _Optional[_Union[LossOptions, _Mapping]] = ..., expected_step: _Optional[int] = ..., idempotency_key: _Optional[str] = ..., normaliser: _Optional[float] = ..., dropout_seed: _Optional[int] = ..., session: _Optional[str] = ...) -> None: ...
 
 class ForwardBackwardResponse(_message.Message):
-    __slots__ = ("step", "loss", "tokens", "weight_version", "logprobs", "timings", "metrics", "replayed")
+    __slots__ = ("step", "loss", "tokens", "weight_version", "logprobs", "timings", "metrics", "replayed", "incarnation", "waiting_calls")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -166,6 +172,8 @@ class ForwardBackwardResponse(_message.Message):
     TIMINGS_FIELD_NUMBER: _ClassVar[int]
     METRICS_FIELD_NUMBER: _ClassVar[int]
     REPLAYED_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    WAITING_CALLS_FIELD_NUMBER: _ClassVar[int]
     step: int
     loss: float
     tokens: int
@@ -174,33 +182,39 @@ class ForwardBackwardResponse(_message.Message):
     timings: TrainTimings
     metrics: _containers.ScalarMap[str, float]
     replayed: bool
-    def __init__(self, step: _Optional[int] = ..., loss: _Optional[float] = ..., tokens: _Optional[int] = ..., weight_version: _Optional[int] = ..., logprobs: _Optional[_Iterable[_Union[SequenceLogprobs, _Mapping]]] = ..., timings: _Optional[_Union[TrainTimings, _Mapping]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., replayed: _Optional[bool] = ...) -> None: ...
+    incarnation: int
+    waiting_calls: int
+    def __init__(self, step: _Optional[int] = ..., loss: _Optional[float] = ..., tokens: _Optional[int] = ..., weight_version: _Optional[int] = ..., logprobs: _Optional[_Iterable[_Union[SequenceLogprobs, _Mapping]]] = ..., timings: _Optional[_Union[TrainTimings, _Mapping]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., replayed: _Optional[bool] = ..., incarnation: _Optional[int] = ..., waiting_calls: _Optional[int] = ...) -> None: ...
 
 class OptimStepRequest(_message.Message):
-    __slots__ = ("optimizer", "expected_step", "idempotency_key")
+    __slots__ = ("optimizer", "expected_step", "idempotency_key", "session")
     OPTIMIZER_FIELD_NUMBER: _ClassVar[int]
     EXPECTED_STEP_FIELD_NUMBER: _ClassVar[int]
     IDEMPOTENCY_KEY_FIELD_NUMBER: _ClassVar[int]
+    SESSION_FIELD_NUMBER: _ClassVar[int]
     optimizer: OptimizerOptions
     expected_step: int
     idempotency_key: str
-    def __init__(self, optimizer: _Optional[_Union[OptimizerOptions, _Mapping]] = ..., expected_step: _Optional[int] = ..., idempotency_key: _Optional[str] = ...) -> None: ...
+    session: str
+    def __init__(self, optimizer: _Optional[_Union[OptimizerOptions, _Mapping]] = ..., expected_step: _Optional[int] = ..., idempotency_key: _Optional[str] = ..., session: _Optional[str] = ...) -> None: ...
 
 class OptimStepResponse(_message.Message):
-    __slots__ = ("step", "grad_norm", "learning_rate", "weight_version", "timings", "replayed")
+    __slots__ = ("step", "grad_norm", "learning_rate", "weight_version", "timings", "replayed", "incarnation")
     STEP_FIELD_NUMBER: _ClassVar[int]
     GRAD_NORM_FIELD_NUMBER: _ClassVar[int]
     LEARNING_RATE_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_VERSION_FIELD_NUMBER: _ClassVar[int]
     TIMINGS_FIELD_NUMBER: _ClassVar[int]
     REPLAYED_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
     step: int
     grad_norm: float
     learning_rate: float
     weight_version: int
     timings: TrainTimings
     replayed: bool
-    def __init__(self, step: _Optional[int] = ..., grad_norm: _Optional[float] = ..., learning_rate: _Optional[float] = ..., weight_version: _Optional[int] = ..., timings: _Optional[_Union[TrainTimings, _Mapping]] = ..., replayed: _Optional[bool] = ...) -> None: ...
+    incarnation: int
+    def __init__(self, step: _Optional[int] = ..., grad_norm: _Optional[float] = ..., learning_rate: _Optional[float] = ..., weight_version: _Optional[int] = ..., timings: _Optional[_Union[TrainTimings, _Mapping]] = ..., replayed: _Optional[bool] = ..., incarnation: _Optional[int] = ...) -> None: ...
 
 class EvaluateRequest(_message.Message):
     __slots__ = ("sequences", "loss", "loss_options", "expected_step", "normaliser")
@@ -217,7 +231,7 @@ class EvaluateRequest(_message.Message):
     def __init__(self, sequences: _Optional[_Iterable[_Union[TrainSequence, _Mapping]]] = ..., loss: _Optional[str] = ..., loss_options: _Optional[_Union[LossOptions, _Mapping]] = ..., expected_step: _Optional[int] = ..., normaliser: _Optional[float] = ...) -> None: ...
 
 class EvaluateResponse(_message.Message):
-    __slots__ = ("step", "loss", "tokens", "weight_version", "logprobs", "timings", "metrics")
+    __slots__ = ("step", "loss", "tokens", "weight_version", "logprobs", "timings", "metrics", "incarnation")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -232,6 +246,7 @@ class EvaluateResponse(_message.Message):
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     TIMINGS_FIELD_NUMBER: _ClassVar[int]
     METRICS_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
     step: int
     loss: float
     tokens: int
@@ -239,7 +254,8 @@ class EvaluateResponse(_message.Message):
     logprobs: _containers.RepeatedCompositeFieldContainer[SequenceLogprobs]
     timings: TrainTimings
     metrics: _containers.ScalarMap[str, float]
-    def __init__(self, step: _Optional[int] = ..., loss: _Optional[float] = ..., tokens: _Optional[int] = ..., weight_version: _Optional[int] = ..., logprobs: _Optional[_Iterable[_Union[SequenceLogprobs, _Mapping]]] = ..., timings: _Optional[_Union[TrainTimings, _Mapping]] = ..., metrics: _Optional[_Mapping[str, float]] = ...) -> None: ...
+    incarnation: int
+    def __init__(self, step: _Optional[int] = ..., loss: _Optional[float] = ..., tokens: _Optional[int] = ..., weight_version: _Optional[int] = ..., logprobs: _Optional[_Iterable[_Union[SequenceLogprobs, _Mapping]]] = ..., timings: _Optional[_Union[TrainTimings, _Mapping]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., incarnation: _Optional[int] = ...) -> None: ...
 
 class SaveStateRequest(_message.Message):
     __slots__ = ("name", "expected_step", "idempotency_key")
@@ -252,18 +268,20 @@ class SaveStateRequest(_message.Message):
     def __init__(self, name: _Optional[str] = ..., expected_step: _Optional[int] = ..., idempotency_key: _Optional[str] = ...) -> None: ...
 
 class SaveStateResponse(_message.Message):
-    __slots__ = ("step", "name", "bytes", "weight_version", "replayed")
+    __slots__ = ("step", "name", "bytes", "weight_version", "replayed", "incarnation")
     STEP_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     BYTES_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_VERSION_FIELD_NUMBER: _ClassVar[int]
     REPLAYED_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
     step: int
     name: str
     bytes: int
     weight_version: int
     replayed: bool
-    def __init__(self, step: _Optional[int] = ..., name: _Optional[str] = ..., bytes: _Optional[int] = ..., weight_version: _Optional[int] = ..., replayed: _Optional[bool] = ...) -> None: ...
+    incarnation: int
+    def __init__(self, step: _Optional[int] = ..., name: _Optional[str] = ..., bytes: _Optional[int] = ..., weight_version: _Optional[int] = ..., replayed: _Optional[bool] = ..., incarnation: _Optional[int] = ...) -> None: ...
 
 class LoadStateRequest(_message.Message):
     __slots__ = ("name", "expected_step", "idempotency_key")
@@ -276,16 +294,18 @@ class LoadStateRequest(_message.Message):
     def __init__(self, name: _Optional[str] = ..., expected_step: _Optional[int] = ..., idempotency_key: _Optional[str] = ...) -> None: ...
 
 class LoadStateResponse(_message.Message):
-    __slots__ = ("step", "name", "weight_version", "replayed")
+    __slots__ = ("step", "name", "weight_version", "replayed", "incarnation")
     STEP_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_VERSION_FIELD_NUMBER: _ClassVar[int]
     REPLAYED_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
     step: int
     name: str
     weight_version: int
     replayed: bool
-    def __init__(self, step: _Optional[int] = ..., name: _Optional[str] = ..., weight_version: _Optional[int] = ..., replayed: _Optional[bool] = ...) -> None: ...
+    incarnation: int
+    def __init__(self, step: _Optional[int] = ..., name: _Optional[str] = ..., weight_version: _Optional[int] = ..., replayed: _Optional[bool] = ..., incarnation: _Optional[int] = ...) -> None: ...
 
 class ExportRequest(_message.Message):
     __slots__ = ("name", "expected_step", "idempotency_key")
@@ -298,18 +318,38 @@ class ExportRequest(_message.Message):
     def __init__(self, name: _Optional[str] = ..., expected_step: _Optional[int] = ..., idempotency_key: _Optional[str] = ...) -> None: ...
 
 class ExportResponse(_message.Message):
-    __slots__ = ("step", "name", "bytes", "weight_version", "replayed")
+    __slots__ = ("step", "name", "bytes", "weight_version", "replayed", "incarnation")
     STEP_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     BYTES_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_VERSION_FIELD_NUMBER: _ClassVar[int]
     REPLAYED_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
     step: int
     name: str
     bytes: int
     weight_version: int
     replayed: bool
-    def __init__(self, step: _Optional[int] = ..., name: _Optional[str] = ..., bytes: _Optional[int] = ..., weight_version: _Optional[int] = ..., replayed: _Optional[bool] = ...) -> None: ...
+    incarnation: int
+    def __init__(self, step: _Optional[int] = ..., name: _Optional[str] = ..., bytes: _Optional[int] = ..., weight_version: _Optional[int] = ..., replayed: _Optional[bool] = ..., incarnation: _Optional[int] = ...) -> None: ...
+
+class DropGradientsRequest(_message.Message):
+    __slots__ = ("caller", "session")
+    CALLER_FIELD_NUMBER: _ClassVar[int]
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    caller: str
+    session: str
+    def __init__(self, caller: _Optional[str] = ..., session: _Optional[str] = ...) -> None: ...
+
+class DropGradientsResponse(_message.Message):
+    __slots__ = ("step", "dropped_calls", "incarnation")
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    DROPPED_CALLS_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    dropped_calls: int
+    incarnation: int
+    def __init__(self, step: _Optional[int] = ..., dropped_calls: _Optional[int] = ..., incarnation: _Optional[int] = ...) -> None: ...
 
 class GetTrainStateRequest(_message.Message):
     __slots__ = ()
@@ -325,16 +365,34 @@ class SavedState(_message.Message):
     step: int
     def __init__(self, name: _Optional[str] = ..., bytes: _Optional[int] = ..., step: _Optional[int] = ...) -> None: ...
 
+class TrainSession(_message.Message):
+    __slots__ = ("caller", "name", "calls", "open_seconds", "idle_seconds")
+    CALLER_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    CALLS_FIELD_NUMBER: _ClassVar[int]
+    OPEN_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    IDLE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    caller: str
+    name: str
+    calls: int
+    open_seconds: float
+    idle_seconds: float
+    def __init__(self, caller: _Optional[str] = ..., name: _Optional[str] = ..., calls: _Optional[int] = ..., open_seconds: _Optional[float] = ..., idle_seconds: _Optional[float] = ...) -> None: ...
+
 class TrainState(_message.Message):
-    __slots__ = ("step", "weight_version", "waiting_calls", "saved", "saving")
+    __slots__ = ("step", "weight_version", "waiting_calls", "saved", "saving", "incarnation", "sessions")
     STEP_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_VERSION_FIELD_NUMBER: _ClassVar[int]
     WAITING_CALLS_FIELD_NUMBER: _ClassVar[int]
     SAVED_FIELD_NUMBER: _ClassVar[int]
     SAVING_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    SESSIONS_FIELD_NUMBER: _ClassVar[int]
     step: int
     weight_version: int
     waiting_calls: int
     saved: _containers.RepeatedCompositeFieldContainer[SavedState]
     saving: str
-    def __init__(self, step: _Optional[int] = ..., weight_version: _Optional[int] = ..., waiting_calls: _Optional[int] = ..., saved: _Optional[_Iterable[_Union[SavedState, _Mapping]]] = ..., saving: _Optional[str] = ...) -> None: ...
+    incarnation: int
+    sessions: _containers.RepeatedCompositeFieldContainer[TrainSession]
+    def __init__(self, step: _Optional[int] = ..., weight_version: _Optional[int] = ..., waiting_calls: _Optional[int] = ..., saved: _Optional[_Iterable[_Union[SavedState, _Mapping]]] = ..., saving: _Optional[str] = ..., incarnation: _Optional[int] = ..., sessions: _Optional[_Iterable[_Union[TrainSession, _Mapping]]] = ...) -> None: ...

@@ -69,6 +69,11 @@ class TrainingStub:
                 request_serializer=cluster_dot_rpc_dot_proto_dot_training__pb2.ExportRequest.SerializeToString,
                 response_deserializer=cluster_dot_rpc_dot_proto_dot_training__pb2.ExportResponse.FromString,
                 _registered_method=True)
+        self.DropGradients = channel.unary_unary(
+                '/tp_decoders.v1.Training/DropGradients',
+                request_serializer=cluster_dot_rpc_dot_proto_dot_training__pb2.DropGradientsRequest.SerializeToString,
+                response_deserializer=cluster_dot_rpc_dot_proto_dot_training__pb2.DropGradientsResponse.FromString,
+                _registered_method=True)
         self.GetTrainState = channel.unary_unary(
                 '/tp_decoders.v1.Training/GetTrainState',
                 request_serializer=cluster_dot_rpc_dot_proto_dot_training__pb2.GetTrainStateRequest.SerializeToString,
@@ -130,6 +135,13 @@ class TrainingServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DropGradients(self, request, context):
+        """Forgets the gradients that wait in a session of the caller's own, or, with the role "control", of anybody's.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetTrainState(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -173,6 +185,11 @@ def add_TrainingServicer_to_server(servicer, server):
                     servicer.Export,
                     request_deserializer=cluster_dot_rpc_dot_proto_dot_training__pb2.ExportRequest.FromString,
                     response_serializer=cluster_dot_rpc_dot_proto_dot_training__pb2.ExportResponse.SerializeToString,
+            ),
+            'DropGradients': grpc.unary_unary_rpc_method_handler(
+                    servicer.DropGradients,
+                    request_deserializer=cluster_dot_rpc_dot_proto_dot_training__pb2.DropGradientsRequest.FromString,
+                    response_serializer=cluster_dot_rpc_dot_proto_dot_training__pb2.DropGradientsResponse.SerializeToString,
             ),
             'GetTrainState': grpc.unary_unary_rpc_method_handler(
                     servicer.GetTrainState,
@@ -369,6 +386,33 @@ class Training:
             '/tp_decoders.v1.Training/Export',
             cluster_dot_rpc_dot_proto_dot_training__pb2.ExportRequest.SerializeToString,
             cluster_dot_rpc_dot_proto_dot_training__pb2.ExportResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DropGradients(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tp_decoders.v1.Training/DropGradients',
+            cluster_dot_rpc_dot_proto_dot_training__pb2.DropGradientsRequest.SerializeToString,
+            cluster_dot_rpc_dot_proto_dot_training__pb2.DropGradientsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -11,7 +11,7 @@ from cluster.rpc.auth_config import Security
 from cluster.rpc.client import AsyncClient
 from cluster.rpc.proto import training_pb2 as pb
 from cluster.rpc.proto.training_pb2_grpc import TrainingStub
-from cluster.training.answered import CALLERS, STORED_ANSWERS, Answered
+from cluster.training.answered import CALLER_KEYS, CALLERS, Answered
 from cluster.training.calls import Kind, StepConflict, TrainAnswer, TrainCall
 from tests.cluster.engine.tiny_models import save_tiny
 from tests.cluster.frontend.fakes import ENDLESS, LASTING, FakeEngine
@@ -94,12 +94,12 @@ def answer(step: int) -> TrainAnswer:
 def test_one_callers_many_keys_push_out_none_of_anothers() -> None:
     answered = Answered()
     answered.remember(call("alice", "a"), answer(1))
-    for number in range(2 * STORED_ANSWERS):
+    for number in range(2 * CALLER_KEYS):
         answered.remember(call("bob", str(number)), answer(number))
     found = answered.find(call("alice", "a"))
     assert found is not None and found.step == 1 and found.replayed
     assert answered.find(call("bob", "a")) is None and answered.find(call("bob", "0")) is None
-    assert answered.find(call("bob", str(2 * STORED_ANSWERS - 1))) is not None
+    assert answered.find(call("bob", str(2 * CALLER_KEYS - 1))) is not None
 
 
 def test_callers_are_bounded_and_those_without_a_key_are_not_remembered() -> None:

@@ -14,7 +14,7 @@ from cluster.engine.engine import Engine
 from cluster.engine.executors import follow
 from cluster.engine.request import Request, ResponseOptions, SamplingParams, StoppingCriteria
 from cluster.engine.runner import ModelRunner
-from cluster.training.calls import Kind, Later, NotApplied, StepConflict, TrainAnswer, TrainCall, TrainSequence
+from cluster.training.calls import InParts, Kind, Later, NotApplied, StepConflict, TrainAnswer, TrainCall, TrainSequence
 from cluster.training.lead import TrainLead
 from cluster.training.remote import TrainSide
 from parallel.errors import RequestError
@@ -47,8 +47,10 @@ def step_call(step: int, **fields: Any) -> TrainCall:
     return TrainCall(**{**given, **fields})
 
 
-def at_once(outcome: TrainAnswer | Later) -> TrainAnswer:
-    """A step's answer never comes later."""
+def at_once(outcome: TrainAnswer | Later | InParts) -> TrainAnswer:
+    """All parts of a call, one after the other."""
+    while isinstance(outcome, InParts):
+        outcome = outcome.advance() or outcome
     assert isinstance(outcome, TrainAnswer)
     return outcome
 
@@ -82,7 +84,7 @@ def drive(engine: Engine, lead: TrainLead) -> Any:
         answer = at_once(lead(step_call(step)))
         losses.append((answer.loss, answer.grad_norm, answer.logprobs))
         with pytest.raises(NotApplied, match=r"the loss is \S+: the loss of sequence 1 is not finite"):
-            lead(step_call(step + 1, sequences=(FINE, BAD), loss="importance_sampling"))
+            at_once(lead(step_call(step + 1, sequences=(FINE, BAD), loss="importance_sampling")))
         with pytest.raises(StepConflict):
             lead(step_call(step))
         for event in (event for _ in range(4) for event in engine.step()):
@@ -158,12 +160,19 @@ def test_generate_score_and_the_training_forward_agree_to_the_bit_after_every_st
     assert len({tuple(generated) for generated, _, _ in one}) == 7, "every step changes them"
 
 
-def test_a_refused_call_leaves_no_gradient_behind(tmp_path: Path) -> None:
+def test_a_refused_call_leaves_what_waits_as_it_was(tmp_path: Path) -> None:
     folder = str(save_tiny("gpt2", tmp_path / "gpt2"))
     clean, other = (TrainLead(TrainSide(runner_of(folder), SINGLE), Commands(None), lambda: None) for _ in range(2))
-    other(step_call(0, kind=Kind.FORWARD_BACKWARD, idempotency_key="a"))
+    for lead in (clean, other):
+        lead(step_call(0, kind=Kind.FORWARD_BACKWARD, idempotency_key="a"))
     with pytest.raises(RequestError, match="needs advantages"):
         other(step_call(0, kind=Kind.FORWARD_BACKWARD, loss="ppo"))
+    with pytest.raises(NotApplied, match="everything is as it was before it.*the loss of sequence 1 is not finite"):
+        at_once(other(step_call(0, sequences=(FINE, BAD), loss="importance_sampling")))
+    with pytest.raises(NotApplied, match="the update would leave the weight"):
+        other(step_call(0, kind=Kind.OPTIM_STEP, sequences=(), optimizer={"learning_rate": 1e39}))
+    halves = [at_once(lead(step_call(0, kind=Kind.OPTIM_STEP, sequences=()))) for lead in (clean, other)]
+    assert halves[0].grad_norm == halves[1].grad_norm
     with pytest.raises(StepConflict, match="no gradients are waiting"):
-        other(step_call(0, kind=Kind.OPTIM_STEP, sequences=()))
-    assert at_once(other(step_call(0))).grad_norm == at_once(clean(step_call(0))).grad_norm
+        other(step_call(1, kind=Kind.OPTIM_STEP, sequences=()))
+    assert at_once(other(step_call(1))).logprobs == at_once(clean(step_call(1))).logprobs

@@ -10,9 +10,9 @@ import pytest
 import torch
 import transformers
 
+from cluster.training.call_batch import batch_of
 from cluster.training.calls import CROSS_ENTROPY, TASK, Kind, TrainCall, TrainSequence
 from cluster.training.losses import LossOptions
-from cluster.training.remote import batch_of
 from cluster.training.trainer import Trainer, TrainerConfig
 from parallel.attention import Causal
 from parallel.dropout import HEAD, Dropping, Odds, token_keys

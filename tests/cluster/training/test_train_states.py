@@ -15,7 +15,7 @@ from cluster.engine.commands import Commands
 from cluster.engine.config import EngineConfig
 from cluster.engine.executors import follow
 from cluster.training.agreement import UNKNOWN, FailureNotice
-from cluster.training.calls import Kind, Later, StateExists, TrainAnswer, TrainCall, TrainSequence
+from cluster.training.calls import InParts, Kind, Later, StateExists, TrainAnswer, TrainCall, TrainSequence
 from cluster.training.checkpoint import Checkpointer
 from cluster.training.lead import TrainLead
 from cluster.training.remote import SaveConfig, TrainSide
@@ -142,11 +142,14 @@ def fail_here(group: Group, broken: bool) -> None:
             PATCHES.pop().__exit__()
 
 
-def answered(outcome: TrainAnswer | Later) -> TrainAnswer:
+def answered(outcome: TrainAnswer | Later | InParts) -> TrainAnswer:
     """As the engine's loop does it."""
-    while isinstance(outcome, Later):
-        Future.exception(outcome.done, SOON_S)
-        outcome = outcome.finish()
+    while not isinstance(outcome, TrainAnswer):
+        if isinstance(outcome, Later):
+            Future.exception(outcome.done, SOON_S)
+            outcome = outcome.finish()
+        else:
+            outcome = outcome.advance() or outcome
     return outcome
 
 
