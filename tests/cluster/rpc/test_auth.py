@@ -16,7 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 import cluster.rpc.auth_tokens as auth_tokens
-from cluster.rpc.auth import ABORT, ANYONE, CONTROL, GENERATE, ROLES, TRAIN, needed
+from cluster.rpc.auth import ABORT, ANYONE, CONTROL, DROP, GENERATE, ROLES, TRAIN, needed
 from cluster.rpc.auth_config import Security
 from cluster.rpc.auth_tokens import Role, find, read_grants
 from cluster.rpc.client import AsyncClient
@@ -51,7 +51,7 @@ def test_every_method_of_the_protocol_has_its_roles_and_no_other_is_named() -> N
     assert set(ROLES) == set(REQUEST_KINDS)
     assert all(ROLES.values())
     for method, roles in ROLES.items():
-        expected = {"Inference": (GENERATE,), "Training": (TRAIN,), "Control": (CONTROL, ABORT, ANYONE)}
+        expected = {"Inference": (GENERATE,), "Training": (TRAIN, DROP), "Control": (CONTROL, ABORT, ANYONE)}
         assert roles in expected[method.split("/")[1].rpartition(".")[2]], method
     assert {m.rpartition("/")[2] for m, roles in ROLES.items() if roles == CONTROL} == {"Drain", "Restart"}
 

@@ -145,7 +145,7 @@ def test_each_task_has_its_loss_and_its_rules(tmp_path: Path) -> None:
                 for a, b in ((1.0, 0.0), (0.0, 1.0))
             ]
             assert whole.loss == pytest.approx(sum(part.loss for part in parts), rel=1e-6)
-            spoken = await client.evaluate(pair, loss="cross_entropy")
+            spoken = await client.evaluate([[1, 2, 3], [1, 4]], loss="cross_entropy")
             assert spoken.loss == pytest.approx(parts[0].loss, rel=1e-6)
             assert (await client.train_step(pair, expected_step=0, optimizer=RATE)).step == 1
 
