@@ -51,7 +51,8 @@ class Attend(Protocol):
 class Causal:
     """Sequences of the given lengths packed in one flat row, causal within each; differentiable wrt q, k and v.
 
-    Without a backend the best one for the first call's device, dtype and heads is chosen. With `dropping`, activations
+    Without a backend the best one for the first call's device, dtype and heads is chosen, and a name that cannot work
+    with them is refused. With `dropping`, activations
     are dropped by its masks; probabilities then too, by the eager backend where the chosen one cannot.
     """
 
@@ -66,12 +67,14 @@ class Causal:
                 f"dropout keys of {len(dropping.keys_T)} tokens for sequences of {self._packed.num_tokens}; one each"
             )
         self.backend = backend_named(backend) if isinstance(backend, str) else backend
+        self._fits = self.backend is not None and not isinstance(backend, str)  # else the first call asks
 
     def __call__(self, spec: AttentionSpec, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
         _check_heads(spec, q_TNH, k_TKH, v_TKH, self._packed.num_tokens)
-        if self.backend is None:
+        if self.backend is None or not self._fits:
+            self._fits = True
             self.backend = choose_backend(
-                None,
+                None if self.backend is None else self.backend.name,
                 q_TNH.device,
                 q_TNH.dtype,
                 alibi=spec.slopes is not None,

@@ -42,3 +42,15 @@ class WorkerError(TpError, RuntimeError):
 
 class NativeUnavailable(TpError, RuntimeError):
     """The native kernels cannot be built or loaded on this machine."""
+
+
+class KernelsWithheld(NativeUnavailable):
+    """The native kernels are not used, because a rank of this group has none."""
+
+
+class OperandError(ConfigError):
+    """A tensor that a native kernel cannot take; names the operation, the operand, what was given and the rule."""
+
+
+class NativeMemoryError(TpError, MemoryError):
+    """A native kernel could not get the memory it works in; nothing of its result is to be used."""

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from parallel.errors import ConfigError
+from parallel.native.attention import RUN, PagedCache
 
-RUN = 16
 UNLIMITED_BLOCKS = 2**31 - 1
 
 
@@ -69,6 +69,7 @@ class KVCache:
         if not 1 <= num_blocks <= UNLIMITED_BLOCKS:
             raise ConfigError(f"a KV cache of {num_blocks} blocks; it needs at least one: give it more memory")
         self.layout, self.num_blocks, self.backend = layout, num_blocks, backend
+        self._paged: dict[int, PagedCache] = {}
         size, dim = layout.block_size, layout.head_dim
         shapes = [
             (heads, size // RUN, RUN * dim) if backend == "cpu" else (size, heads, dim)
@@ -78,6 +79,14 @@ class KVCache:
             [torch.zeros((num_blocks, *shape), dtype=layout.dtype, device=layout.device) for shape in shapes]
             for _ in range(2)
         )
+
+    def paged(self, layer: int) -> PagedCache:
+        """A layer's blocks as the native kernel reads them; of the `cpu` layout only."""
+        known = self._paged.get(layer)
+        if known is None:
+            sizes = self.layout.heads(layer), self.layout.head_dim, self.layout.block_size
+            known = self._paged[layer] = PagedCache(self.keys[layer], self.values[layer], *sizes)
+        return known
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy whole blocks (from, to) in every layer; all are read before any is written."""

@@ -24,6 +24,7 @@ from parallel.outputs import DividedOutputs
 from parallel.products import Operand, Term, column_sum, outer_product, product, reduced_product
 from parallel.shard import Fused, Part, Replicated, Split, VirtualShards, sharded
 from parallel.tokens import all_tokens, own_tokens, scatter_tokens
+from parallel.weight import Stamp, stamp
 
 
 class ColumnLinear(nn.Module):
@@ -64,7 +65,7 @@ class ColumnLinear(nn.Module):
         With `tokens`, x holds this rank's tokens only and the result all of them (sequence parallelism).
         """
         branch = active(self.adapter)
-        trained = self.weight.requires_grad or (branch is not None and branch.trains)
+        trained = self.weight.requires_grad or _trains(self.bias) or (branch is not None and branch.trains)
         if torch.is_grad_enabled() and (x_TK.requires_grad or trained):
             factors = (branch.a, branch.b) if branch else (None, None)
             y_TN = _Column.apply(x_TK, self.weight, self.bias, *factors, self, dtype, tokens)
@@ -81,8 +82,9 @@ class ColumnLinear(nn.Module):
         dtype: torch.dtype | None = None,
         low_TR: Tensor | None = None,
     ) -> Tensor:
-        if self._operand is None:
-            self._operand = Operand(self.weight, (0, self.d_in))
+        weight = self.weight
+        if self._operand is None or self._operand.parameter is not weight:
+            self._operand = Operand(weight, (0, self.d_in))
         terms = [Term(x_TK, self._operand)]
         if low_TR is not None and self.adapter is not None:
             terms.append(self.adapter.term(low_TR))
@@ -90,7 +92,7 @@ class ColumnLinear(nn.Module):
 
     def input_grad(self, grad_TN: Tensor) -> Tensor:
         """dX = sum over all ranks' outputs of dY W. One reduction."""
-        if self._backward is None:
+        if self._backward is None or self._backward.weight is not self.weight:
             self._backward = DividedOutputs(self.parts, self.weight, self.group)
         return self._backward.input_grad(grad_TN)
 
@@ -158,7 +160,7 @@ class RowLinear(nn.Module):
         self.weight = sharded((d_out, shards.size), Split(1, shards), group.rank, dtype, device)
         self.bias = sharded((d_out,), Replicated(), group.rank, dtype, device) if bias else None
         self.borders = shards.local_borders(group.rank)
-        self.joint_bias: tuple[tuple[tuple[int, int], ...], Tensor] | None = None  # see _joint_bias
+        self.joint_bias: tuple[tuple[Stamp, ...], Tensor] | None = None  # see _joint_bias
         self.adapter: RowAdapter | None = None
         self._operand: Operand | None = None
         self._backward: Operand | None = None
@@ -171,13 +173,14 @@ class RowLinear(nn.Module):
         return reduce_sum(self.partial(x_TK), tokens=tokens)
 
     def term(self, x_TK: Tensor) -> Term:
-        if self._operand is None:
-            self._operand = Operand(self.weight, self.borders)
+        weight = self.weight
+        if self._operand is None or self._operand.parameter is not weight:
+            self._operand = Operand(weight, self.borders)
         return Term(x_TK, self._operand)
 
     def back_term(self, grad_TN: Tensor) -> Term:
         """dX = dY W, as an addend."""
-        if self._backward is None:
+        if self._backward is None or self._backward.parameter is not self.weight:
             self._backward = Operand(self.weight, (0, self.d_out), transposed=True)
         return Term(grad_TN, self._backward)
 
@@ -205,7 +208,8 @@ def reduce_sum(*partials: Partial, tokens: VirtualShards | None = None) -> Tenso
             "give them shards with the same num_leaves"
         )
     branches = [active(layer.adapter) for layer in layers]
-    trained = any(layer.weight.requires_grad for layer in layers) or any(b is not None and b.trains for b in branches)
+    trained = any(layer.weight.requires_grad or _trains(layer.bias) for layer in layers)
+    trained = trained or any(branch is not None and branch.trains for branch in branches)
     if torch.is_grad_enabled() and (trained or any(p.x.requires_grad for p in partials)):
         flat: list[Tensor | None] = []
         for p, branch in zip(partials, branches, strict=True):
@@ -236,11 +240,15 @@ def _joint_bias(layers: tuple[RowLinear, ...]) -> Tensor | None:
     biases = [layer.bias for layer in layers if layer.bias is not None]
     if len(biases) < 2:
         return biases[0] if biases else None
-    stamp = tuple((bias._version, bias.data_ptr()) for bias in biases)
+    now = tuple(map(stamp, biases))
     known = layers[0].joint_bias
-    if known is None or known[0] != stamp:
-        known = layers[0].joint_bias = (stamp, torch.stack([bias.detach().float() for bias in biases]).sum(0))
+    if known is None or known[0] != now:
+        known = layers[0].joint_bias = (now, torch.stack([bias.detach().float() for bias in biases]).sum(0))
     return known[1]
+
+
+def _trains(bias: Tensor | None) -> bool:
+    return bias is not None and bias.requires_grad
 
 
 class _RowSum(torch.autograd.Function):

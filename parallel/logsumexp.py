@@ -37,9 +37,7 @@ def exp_sum_leaves(logits_TV: Tensor, maximum_T: Tensor, borders: Sequence[int])
     """[T, leaves]: sum of exp(logit - maximum) over the columns of each leaf."""
     if uses_native(logits_TV) and logits_TV.shape[1]:
         return elementwise.exp_sum(logits_TV, maximum_T, tuple(borders))
-    leaves = [
-        torch.exp(logits_TV[:, lo:hi] - maximum_T[:, None]).sum(1) for lo, hi in itertools.pairwise(borders)
-    ]
+    leaves = [torch.exp(logits_TV[:, lo:hi] - maximum_T[:, None]).sum(1) for lo, hi in itertools.pairwise(borders)]
     return torch.stack(leaves, 1) if leaves else logits_TV.new_zeros((logits_TV.shape[0], 0))
 
 

@@ -193,12 +193,14 @@ AdapterT = TypeVar("AdapterT", bound=Adapter)
 class _RepeatedOperand(Operand):
     """B beside itself once for every local leaf, [N, L R]: each leaf's u meets a B of its own."""
 
+    watched = False
+
     def __init__(self, parameter: Tensor, num_leaves: int) -> None:
         super().__init__(parameter, tuple(leaf * parameter.shape[1] for leaf in range(num_leaves + 1)))
         self._count = num_leaves
 
     def matrix(self) -> Tensor:
-        return self._parameter.detach().repeat(1, self._count)
+        return self.parameter.detach().repeat(1, self._count)
 
 
 def active(adapter: AdapterT | None) -> AdapterT | None:

@@ -20,9 +20,10 @@ import torch
 import torch.distributed as dist
 
 from parallel.comm import Comm, waited
-from parallel.errors import CollectiveError, ConfigError, NativeUnavailable, TpError
+from parallel.errors import CollectiveError, ConfigError, KernelsWithheld, NativeUnavailable, TpError
 from parallel.group import Group, Numerics
-from parallel.native.library import library
+from parallel.machines import agree, cpu_kind
+from parallel.native.library import library, withhold
 from parallel.segment import memory_identity, share
 from parallel.shm import ShmComm
 from parallel.torch_comm import Channels, TorchComm
@@ -55,6 +56,7 @@ class Groups:
         for group in (self.tp, self.dp):
             if group.comm is not None:
                 group.comm.close()
+        withhold(None)  # what these ranks agreed on ends with them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +104,9 @@ def init_groups(
     wiring = _with_hostname(wiring, address)
     dp_index, tp_index = divmod(rank, tp)
     try:
+        if wiring.device.type == "cpu":
+            store.set_timeout(timedelta(seconds=wiring.start_timeout_s))
+            agree(store, rank, world, numerics, library, cpu_kind())
         tp_group = connect(dist.PrefixStore(f"tp{dp_index}", store), tp_index, tp, wiring, numerics)
         dp_group = connect(dist.PrefixStore(f"dp{tp_index}", store), dp_index, dp, wiring, numerics)
     except TpError:
@@ -182,10 +187,12 @@ def _all_share_memory(store: dist.Store, rank: int, size: int, wiring: Wiring) -
     try:
         library()
         note = f"ok {memory_identity()}"
+    except KernelsWithheld as error:  # another rank's reason
+        note = str(error)
     except (NativeUnavailable, OSError) as error:  # OSError: a system without /proc
         note = f"rank {rank}: {str(error).splitlines()[0]}"
     notes = share(store, "memory", rank, size, note)
-    reasons = [text for text in notes if not text.startswith("ok ")]
+    reasons = list(dict.fromkeys(text for text in notes if not text.startswith("ok ")))
     if not reasons and len(set(notes)) > 1:
         reasons = ["the ranks are on different hosts"]
     if not reasons:

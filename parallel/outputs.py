@@ -34,7 +34,7 @@ class DividedOutputs:
     """A matrix [N, K] whose rows are divided by `parts`, ready to be multiplied by dY from the left."""
 
     def __init__(self, parts: tuple[Part, ...], weight: Tensor, group: Group) -> None:
-        self._group = group
+        self._group, self.weight = group, weight
         self._blocks = _blocks(parts, weight, group.rank)
 
     def input_grad(self, grad_TN: Tensor) -> Tensor:

@@ -2,15 +2,16 @@
 
 `product` returns x W^T summed over all its leaves; `reduced_product` adds the ranks' subtrees through one
 collective (tree_sum, or a plain sum with numerics "fast"). On CPU the native kernel does both; elsewhere, or where
-there is no compiler, torch does, leaf by leaf. `Operand` is the packed form of a parameter: derived, never saved,
-rebuilt when the parameter changes.
+there is no compiler, torch does, leaf by leaf. `Operand` owns the packed form of a parameter: derived, never saved,
+made again at the first product after a write (parallel.weight: exact for what goes through PyTorch; writes past it are
+found by looking at a few elements per product).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,15 +21,14 @@ from parallel import onednn
 from parallel.activation import activate
 from parallel.group import Group
 from parallel.native import elementwise, gemm, library, memory
+from parallel.native.operands import DTYPES as NATIVE_DTYPES
 from parallel.shard import VirtualShards
 from parallel.tree import Range, leaves_sum, middle
+from parallel.weight import Stamp, stamp
 
-NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 
-
-@cache
 def native_products() -> bool:
-    """Whether the native kernels can be used in this process."""
+    """Whether the native kernels are at hand in this process: `library` alone knows, nobody remembers its answer."""
     return library.available()
 
 
@@ -43,51 +43,71 @@ class Operand:
     `borders` cut the reduced axis into this rank's leaves.
     """
 
+    watched = True
+    """Whether the matrix is the parameter's own memory, which products can look at."""
+
     def __init__(
         self, parameter: Tensor, borders: tuple[int, ...], rows: Range | None = None, transposed: bool = False
     ) -> None:
-        self._parameter = parameter
+        self.parameter = parameter
         self.borders = borders
         self._rows = rows
         self._transposed = transposed
         self._packed: gemm.PackedMatrix | None = None
-        self._stamp: tuple[int, int] | None = None
+        self._stamp: Stamp | None = None
         self._leaves: dict[int, onednn.PackedLeaf] = {}
-        self._leaves_stamp: tuple[int, int] | None = None
+        self._leaves_stamp: Stamp | None = None
 
     def matrix(self) -> Tensor:
         """[N, K]: outputs by reduction."""
-        full = self._parameter.detach()
-        part = full if self._rows is None else full[self._rows[0] : self._rows[1]]
-        return part.t() if self._transposed else part
+        return _matrix(self.parameter, self._rows, self._transposed)
 
     @property
     def num_outputs(self) -> int:
         if self._transposed:
-            return self._parameter.shape[1]
-        return self._parameter.shape[0] if self._rows is None else self._rows[1] - self._rows[0]
+            return self.parameter.shape[1]
+        return self.parameter.shape[0] if self._rows is None else self._rows[1] - self._rows[0]
 
     def packed(self) -> gemm.PackedMatrix:
-        """The packed form, made again if the parameter was written to or replaced since."""
-        stamp = (self._parameter._version, self._parameter.data_ptr())
-        if self._packed is None:
-            self._packed = gemm.PackedMatrix.pack(self.matrix(), self.borders, memory.weights.take)
-        elif stamp != self._stamp:
-            self._packed.repack(self.matrix())
-        self._stamp = stamp
+        """The packed form, made again if the parameter was written to or its memory replaced since."""
+        now = stamp(self.parameter)
+        if self._packed is None or now != self._stamp:
+            self.refresh()
+            self._stamp = now
+        assert self._packed is not None, "refresh makes it"
         return self._packed
+
+    def refresh(self) -> None:
+        """Takes over the parameter's present values, whatever is known of writes to it."""
+        matrix = self.matrix()
+        if self._packed is None or (self._packed.n, self._packed.k, self._packed.dtype) != (
+            *matrix.shape,
+            matrix.dtype,
+        ):
+            self._packed = gemm.PackedMatrix.made_for(matrix, self.borders, memory.weights.take)
+        if self.watched:
+            self._packed.follow(partial(_matrix, self.parameter, self._rows, self._transposed))
+        else:
+            self._packed.repack(matrix)
+        self._leaves, self._leaves_stamp = {}, None
 
     def leaf_product(self, x_TK: Tensor, leaf: int) -> Tensor:
         """Without the native kernels: x (all local columns) against one leaf, by oneDNN or else by torch."""
         start, stop = self.borders[leaf], self.borders[leaf + 1]
         if stop == start or not (x_TK.is_cpu and x_TK.dtype in NATIVE_DTYPES and onednn.available()):
             return functional.linear(x_TK[:, start:stop], self.matrix()[:, start:stop])
-        stamp = (self._parameter._version, self._parameter.data_ptr())
-        if stamp != self._leaves_stamp:
-            self._leaves, self._leaves_stamp = {}, stamp
-        if leaf not in self._leaves:
-            self._leaves[leaf] = onednn.PackedLeaf(self.matrix()[:, start:stop])
+        now, matrix = stamp(self.parameter), self.matrix()[:, start:stop]
+        if now != self._leaves_stamp:
+            self._leaves, self._leaves_stamp = {}, now
+        if leaf not in self._leaves or self._leaves[leaf].differs(matrix):
+            self._leaves[leaf] = onednn.PackedLeaf(matrix)
         return self._leaves[leaf].product(x_TK[:, start:stop])
+
+
+def _matrix(parameter: Tensor, rows: Range | None, transposed: bool) -> Tensor:
+    full = parameter.detach()
+    part = full if rows is None else full[rows[0] : rows[1]]
+    return part.t() if transposed else part
 
 
 @dataclass(frozen=True, slots=True)

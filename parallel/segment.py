@@ -2,18 +2,24 @@
 
 Rank 0 makes it (memfd) when all ranks have come to the start; the others, processes of the same user that see the same
 process numbers, open it through rank 0's entry in /proc, which the rendezvous store names. It needs no room in
-/dev/shm. What is in it is the business of native/comm.h.
+/dev/shm. Where a sandbox refuses memfd, a file is made in /dev/shm, else in the temporary folder, and its name is taken
+away at once. What is in it is the business of native/comm.h.
 """
 
 from __future__ import annotations
 
+import logging
 import mmap
 import os
+import tempfile
 from pathlib import Path
 
 import torch.distributed as dist
 
 from parallel.errors import CollectiveError
+
+log = logging.getLogger(__name__)
+SHM = "/dev/shm"  # the system's own memory file system; tempfile gives names in it that nobody else can take
 
 
 def memory_identity() -> str:
@@ -46,15 +52,48 @@ def map_segment(store: dist.Store, rank: int, nbytes: int) -> tuple[mmap.mmap, i
 
 def _offer(store: dist.Store, nbytes: int) -> int:
     """Its memory is reserved at once: too little must be an error here, not a bus error later."""
-    fd = os.memfd_create("tp-decoders")
     try:
-        os.posix_fallocate(fd, 0, nbytes)
-    except OSError as error:
-        os.close(fd)
-        message = f"rank 0 cannot reserve {nbytes >> 20} MiB of shared memory ({error}); choose transport 'gloo'"
-        store.set("segment", f"none: {message}")
-        raise CollectiveError(message) from error
+        fd = anonymous_file(nbytes)
+    except CollectiveError as error:
+        store.set("segment", f"none: {error}")
+        raise
     store.set("segment", f"/proc/{os.getpid()}/fd/{fd}")
+    return fd
+
+
+def anonymous_file(nbytes: int) -> int:
+    """A descriptor of so many reserved bytes, from the first place that has them."""
+    refusals = []
+    for place, make in (("memfd", _memfd), (SHM, lambda: _unnamed(SHM)), ("", lambda: _unnamed(tempfile.gettempdir()))):
+        place = place or tempfile.gettempdir()
+        try:
+            fd = make()
+        except (OSError, AttributeError) as error:  # AttributeError: a system that has no memfd
+            refusals.append(f"{place}: {error}")
+            continue
+        try:
+            os.posix_fallocate(fd, 0, nbytes)
+        except OSError as error:
+            os.close(fd)
+            refusals.append(f"{place}: {error}")
+            continue
+        if refusals:
+            log.warning("the ranks share a file without a name in %s (%s)", place, "; ".join(refusals))
+        return fd
+    raise CollectiveError(
+        f"rank 0 cannot reserve {nbytes >> 20} MiB of shared memory ({'; '.join(refusals)}); allow one of these, or "
+        "choose transport 'gloo'"
+    )
+
+
+def _memfd() -> int:
+    return os.memfd_create("tp-decoders")
+
+
+def _unnamed(folder: str) -> int:
+    """A file of this user alone whose name is gone before anything is in it."""
+    fd, path = tempfile.mkstemp(prefix="tp-decoders-", dir=folder)
+    os.unlink(path)
     return fd
 
 

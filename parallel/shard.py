@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from parallel.errors import ConfigError
 from parallel.tree import Range, ReductionTree, even_runs
+from parallel.weight import Weight
 
 Index = tuple[slice, ...]
 WIDE = 64
@@ -206,7 +207,7 @@ def sharded(
     device: torch.device | str | None,
 ) -> nn.Parameter:
     """An uninitialised parameter of the rank's shape that remembers its rule and its full shape."""
-    parameter = nn.Parameter(torch.empty(rule.local_shape(full_shape, rank), dtype=dtype, device=device))
+    parameter = Weight(torch.empty(rule.local_shape(full_shape, rank), dtype=dtype, device=device))
     parameter.shard_rule = rule  # type: ignore[attr-defined]
     parameter.full_shape = tuple(full_shape)  # type: ignore[attr-defined]
     return parameter

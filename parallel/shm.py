@@ -18,8 +18,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parallel.comm import KINDS, Traffic, check_nodes, check_sizes
-from parallel.errors import CollectiveError
+from parallel.errors import CollectiveError, NativeMemoryError
 from parallel.native.comm import comm_library
+from parallel.native.operands import DTYPES, NUMBERS, checked, refused, words
 from parallel.segment import map_segment, share
 from parallel.tree import ReductionTree
 
@@ -33,9 +34,8 @@ OWN_CORE, CROWDED = (50e-6, 2e-3), (0.0, 200e-6)
 """How long a rank spins, and until when it yields, before it sleeps: with a core for each rank, and with fewer."""
 PATIENCE_S = 0.2
 """How long one wait for a command may keep Python from seeing a signal."""
-TIMEOUT, DIED, LEFT, MISMATCH = 1, 2, 3, 4
+TIMEOUT, DIED, LEFT, MISMATCH, NO_MEMORY = 1, 2, 3, 4, 5
 FAILED = 3
-CODES = {torch.float32: 0, torch.bfloat16: 1}
 TREE_SUM, SUM, MAXIMUM, ALL_GATHER, GATHER, BROADCAST, BARRIER = range(1, len(KINDS))
 
 
@@ -53,6 +53,8 @@ class ShmComm(Traffic):
         self._recent: dict[int, tuple[ReductionTree, int]] = {}  # by id, which is quicker than by value
         self._slot_given: int | None = None
         self._handle = self._lib.comm_attach(ctypes.addressof(self._view), rank, size, cap)
+        if not self._handle:
+            raise NativeMemoryError(f"rank {rank} of {size} has no memory for its end of the group; free some")
         spin, yielding = CROWDED if crowded else OWN_CORE
         self._lib.comm_limits(self._handle, int(spin * 1e9), int(yielding * 1e9), int(timeout_s * 1e9))
         self._in_rank_order = self._plan(tuple([1] * size), (0, *(step for r in range(1, size) for step in (r, -1))))
@@ -76,7 +78,7 @@ class ShmComm(Traffic):
         self, nodes: Tensor, tree: ReductionTree, bias: Tensor | None = None, dtype: torch.dtype | None = None
     ) -> Tensor:
         check_nodes(nodes, tree, self.rank)
-        nodes = nodes.contiguous()
+        nodes = checked("tree_sum", "nodes", nodes.detach(), nodes.shape, torch.float32)
         self.issue("tree_sum", nodes.nbytes)
         return self._tree_sum(nodes.data_ptr(), nodes.shape[1:], tree, bias, dtype)
 
@@ -153,7 +155,10 @@ class ShmComm(Traffic):
     ) -> Tensor:
         known = self._recent.get(id(tree)) or self._remember(tree)
         wanted = dtype or torch.float32
-        out = torch.empty(shape, dtype=wanted if wanted in CODES else torch.float32)
+        out = torch.empty(shape, dtype=wanted if wanted in NUMBERS else torch.float32)
+        if bias is not None:
+            bias = bias.detach() if bias.dtype in NUMBERS else bias.detach().float()
+            bias = checked("tree_sum", "bias", bias, shape[-1:], *DTYPES)
         self._reduce(TREE_SUM, known[1], nodes, torch.float32, bias, out)
         return out if out.dtype == wanted else out.to(wanted)
 
@@ -166,19 +171,26 @@ class ShmComm(Traffic):
         return self._recent[id(tree)]
 
     def _plan(self, counts: Sequence[int], program: Sequence[int]) -> int:
+        if len(counts) != self.size:
+            raise CollectiveError(f"a sum of nodes of {len(counts)} ranks in a group of {self.size}; cut its tree anew")
         c_counts, c_program = (ctypes.c_int * len(counts))(*counts), (ctypes.c_int * len(program))(*program)
-        return self._lib.comm_plan(self.size, c_counts, c_program, len(program))  # type: ignore[no-any-return]
+        plan: int | None = self._lib.comm_plan(self.size, c_counts, c_program, len(program))
+        if not plan:
+            raise CollectiveError(
+                f"a sum over nodes {tuple(counts)} by the steps {tuple(program)} cannot be followed: each node must be "
+                "added once, and one value be left"
+            )
+        return plan
 
     def _reduce(
         self, kind: int, plan: int, nodes: int | None, dtype: torch.dtype, bias: Tensor | None, out: Tensor
     ) -> None:
         pointer, width, bias_code = None, 1, 0
-        if bias is not None:
-            bias = bias.contiguous() if bias.dtype in CODES else bias.float()
-            pointer, width, bias_code = bias.data_ptr(), bias.numel(), CODES[bias.dtype]
+        if bias is not None and bias.numel():
+            pointer, width, bias_code = bias.data_ptr(), bias.numel(), NUMBERS[bias.dtype]
         code = self._lib.comm_reduce(
-            self._handle, plan, kind, self.sequence, nodes, out.numel(), CODES[dtype], pointer, width, bias_code,
-            out.data_ptr(), CODES[out.dtype], CHUNK_BYTES, SPLIT_BYTES, kind == MAXIMUM,
+            self._handle, plan, kind, self.sequence, nodes, out.numel(), NUMBERS[dtype], pointer, width, bias_code,
+            out.data_ptr(), NUMBERS[out.dtype], CHUNK_BYTES, SPLIT_BYTES, kind == MAXIMUM,
         )  # fmt: skip
         if code:
             raise self._failure(kind, code, self.timeout_s)
@@ -187,11 +199,11 @@ class ShmComm(Traffic):
     def _in_order(self, kind: str, x: Tensor) -> Tensor:
         """Sum or maximum, rank after rank."""
         number = KINDS.index(kind)
-        if x.dtype not in CODES:
+        if x.dtype not in NUMBERS:
             return self._in_order_stock(number, x)
-        x = x.contiguous()
+        x = checked(kind, "x", x.detach(), x.shape, x.dtype)
         self.issue(kind, x.nbytes)
-        out = torch.empty_like(x)
+        out = torch.empty(x.shape, dtype=x.dtype)
         self._reduce(number, self._in_rank_order, x.data_ptr(), x.dtype, None, out)
         return out
 
@@ -204,9 +216,11 @@ class ShmComm(Traffic):
         return total.to(x.dtype)
 
     def _join(self, kind: int, x: Tensor, sizes: Sequence[int], dim: int, dst: int) -> Tensor:
+        if x.dim() == 0:
+            raise refused(KINDS[kind], "x", words(x), "a number alone has no dimension to join along; give x[None]")
         check_sizes(x, sizes, dim, self.rank, self.size)
         dim = dim % x.dim()
-        x = x.contiguous()
+        x = checked(KINDS[kind], "x", x.detach(), x.shape, x.dtype)
         self.issue(KINDS[kind], x.nbytes)
         outer, inner = x.shape[:dim].numel(), x.shape[dim + 1 :].numel() * x.element_size()
         rows = (ctypes.c_uint64 * self.size)(*(length * inner for length in sizes))
@@ -276,6 +290,8 @@ def _cause(code: int, culprit: int, ranks: Sequence[Report], limit: float, depth
         )
     if code == DIED:
         return f"the process of rank {culprit} died ({last})"
+    if code == NO_MEMORY:
+        return f"rank {culprit} had no memory left for it ({last})"
     if code == TIMEOUT:
         return f"rank {culprit} did not arrive within {limit:g} s ({last})"
     if not ranks[culprit].failed or depth == len(ranks):

@@ -9,6 +9,7 @@ the rendezvous store: who left none is missing.
 from __future__ import annotations
 
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -51,7 +52,7 @@ class TorchComm(Traffic):
         check_nodes(nodes, tree, self.rank)
         most = max(tree.node_counts)
         shape = nodes.shape[1:]
-        self._begin("tree_sum", nodes.nbytes, most * shape.numel() * 4)
+        self._begin("tree_sum", nodes.nbytes, most * shape.numel() * 4, tree.fingerprint)
         padded = nodes
         if nodes.shape[0] < most:
             padded = nodes.new_zeros(most, *shape)
@@ -116,30 +117,35 @@ class TorchComm(Traffic):
             self.broken = "closed"
             self.channels = None  # type: ignore[assignment]  # the last reference ends the connections
 
-    def _begin(self, kind: str, nbytes: int, common: int) -> None:
-        """Counts the collective and, where that is checked, compares what all ranks must agree on."""
+    def _begin(self, kind: str, nbytes: int, common: int, division: int = 0) -> None:
+        """Counts the collective and, where that is checked, compares what all ranks must agree on; `division` stands
+        for who brings which part.
+        """
         self.issue(kind, nbytes)
         if self.channels.verify:
-            self._compare(kind, common, self.timeout_s)
+            self._compare(kind, common, self.timeout_s, division)
 
-    def _compare(self, kind: str, nbytes: int, limit: float) -> int:
-        """Exchanges (kind, sequence number, bytes) with all ranks; raises on all of them where they differ. Returns
-        rank 0's bytes, which in a broadcast it alone knows."""
-        mine = torch.tensor([KINDS.index(kind), self.sequence, nbytes])
-        out = torch.empty(self.size * 3, dtype=torch.int64)
+    def _compare(self, kind: str, nbytes: int, limit: float, division: int = 0) -> int:
+        """Exchanges (kind, sequence number, division, bytes) with all ranks; raises on all of them where they differ.
+        Returns rank 0's bytes, which in a broadcast it alone knows."""
+        mine = torch.tensor([KINDS.index(kind), self.sequence, division, nbytes])
+        out = torch.empty(self.size * 4, dtype=torch.int64)
         opts = dist.distributed_c10d.AllgatherOptions()
         opts.timeout = timedelta(seconds=limit)
         self._wait(kind, lambda: self.channels.control._allgather_base(out, mine, opts))
-        compared = 2 if kind == "broadcast_bytes" else 3
+        compared = 3 if kind == "broadcast_bytes" else 4
         headers = out.tolist()
-        rows = [headers[3 * rank : 3 * rank + 3] for rank in range(self.size)]
+        rows = [headers[4 * rank : 4 * rank + 4] for rank in range(self.size)]
         if any(row[:compared] != rows[self.rank][:compared] for row in rows):
-            calls = [f"rank {rank} is in {KINDS[k]} number {n} of {b} bytes" for rank, (k, n, b) in enumerate(rows)]
+            calls = [
+                f"rank {rank} is in {KINDS[k]} number {n} of {b} bytes" + (f", divided as {d:08x}" if d else "")
+                for rank, (k, n, d, b) in enumerate(rows)
+            ]
             raise self._fail(
                 f"the ranks are out of step: {'; '.join(calls)}; "
                 "all must issue the same collectives, of the same size, in the same order"
             )
-        return int(rows[0][2])
+        return int(rows[0][3])
 
     def _gather_equal(self, kind: str, x: Tensor) -> Tensor:
         out = x.new_empty(self.size * x.numel())
@@ -150,7 +156,7 @@ class TorchComm(Traffic):
     def _gather(self, kind: str, x: Tensor, sizes: Sequence[int], dim: int) -> Tensor:
         check_sizes(x, sizes, dim, self.rank, self.size)
         row = x.numel() // max(1, x.shape[dim]) if x.shape[dim] else _row_elements(x, dim)
-        self._begin(kind, x.nbytes, sum(sizes) * row * x.element_size())
+        self._begin(kind, x.nbytes, sum(sizes) * row * x.element_size(), zlib.crc32(repr(list(sizes)).encode()))
         padded = torch.zeros(max(sizes) * row * x.element_size(), dtype=torch.uint8, device=x.device)
         padded[: x.nbytes] = x.contiguous().view(-1).view(torch.uint8)
         gathered = self._gather_equal(kind, padded)

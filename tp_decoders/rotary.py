@@ -111,9 +111,12 @@ def rotated(qkv_TN3H: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tenso
     if torch.is_grad_enabled() and qkv_TN3H.requires_grad:
         q_TNH, k_TNH, v_TNH = qkv_TN3H.unbind(2)
         return rotate(q_TNH, rotation), rotate(k_TNH, rotation), v_TNH
-    rotate_(qkv_TN3H.flatten(0, 1)[:, :2], rotation.by_head(qkv_TN3H.shape[1]))
     q_TNH, k_TNH, v_TNH = qkv_TN3H.unbind(2)
-    return q_TNH, k_TNH, v_TNH
+    n_heads = qkv_TN3H.shape[1]
+    if qkv_TN3H.stride(0) == n_heads * qkv_TN3H.stride(1):  # tokens and heads are one axis of this memory
+        rotate_(qkv_TN3H.flatten(0, 1)[:, :2], rotation.by_head(n_heads))
+        return q_TNH, k_TNH, v_TNH
+    return rotate_(q_TNH, rotation), rotate_(k_TNH, rotation), v_TNH  # flattened, it would be a copy that turns
 
 
 def rotate(x_TNH: Tensor, rotation: Rotation) -> Tensor:

@@ -47,11 +47,11 @@ def kv_layout(model: Decoder, config: EngineConfig) -> KVLayout:
     )
 
 
-def attention_for(model: Decoder, config: EngineConfig) -> Backend:
+def attention_for(model: Decoder, requested: str | None) -> Backend:
     """The backend asked for, or the best one that works for this model here."""
     weight = next(model.parameters())
     return choose_backend(
-        config.attention_backend,
+        requested,
         weight.device,
         weight.dtype,
         alibi=uses_alibi(model),
@@ -79,7 +79,7 @@ def build_runner(model: Decoder, config: EngineConfig, free_bytes: int) -> Model
     layout = kv_layout(model, config)
     wanted = num_kv_blocks(config, layout.bytes_per_block, free_bytes, model.config.max_positions)
     num_blocks = agreed_blocks(wanted, model.group, layout.device)
-    backend = attention_for(model, config)
+    backend = attention_for(model, config.attention_backend)
     cache = KVCache(layout, num_blocks, backend.name)
     log.info(
         "key/value cache on rank %d: %d blocks of %d tokens = %d tokens, %.1f MiB; attention backend %s",

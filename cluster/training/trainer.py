@@ -19,6 +19,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from cluster.engine.assembly import attention_for
 from cluster.training.calls import TASK
 from cluster.training.losses import LossInputs, LossOptions, LossTerms, compute_loss
 from cluster.training.optimizer import OptimizerConfig, ShardedAdamW
@@ -138,6 +139,8 @@ class Trainer:
 
     def __init__(self, model: Decoder, groups: Groups, config: TrainerConfig) -> None:
         self.model, self.groups, self.config = model, groups, config
+        if config.attention_backend is not None:
+            attention_for(model, config.attention_backend)  # refused here, not in the first step
         self.optimizer = ShardedAdamW(model, groups.tp, groups.dp, config.optimizer)
         self.weight_version = 0
         model.recompute = config.recompute

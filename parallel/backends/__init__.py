@@ -16,8 +16,8 @@ from parallel.backends.flash import Flash, package
 from parallel.backends.sdpa import Sdpa
 from parallel.backends.step import Backend
 from parallel.errors import ConfigError, NativeUnavailable
-from parallel.native.attention import DTYPES
 from parallel.native.library import library
+from parallel.native.operands import DTYPES
 
 __all__ = ["BACKENDS", "Backend", "backend_named", "choose_backend"]
 

@@ -39,15 +39,8 @@ class Cpu:
     def cached(
         self, spec: AttentionSpec, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, cache: KVCache, meta: AttentionMeta
     ) -> Tensor:
-        return native.forward(
-            meta.paged_step,
-            cache.keys[spec.layer],
-            cache.values[spec.layer],
-            q_TNH,
-            k_TKH,
-            v_TKH,
-            scale=spec.scale,
-            slopes=spec.slopes,
+        return native.attend(
+            meta.paged_step, cache.paged(spec.layer), q_TNH, k_TKH, v_TKH, scale=spec.scale, slopes=spec.slopes
         )
 
 
@@ -77,7 +70,7 @@ def _attend(
         scale=spec.scale,
         slopes=spec.slopes,
         lse_TN=lse_TN,
-        masks=masks.address if masks else None,
+        masks=masks,
     )
 
 
@@ -113,6 +106,6 @@ class _Causal(torch.autograd.Function):
             scale=ctx.spec.scale,
             slopes=ctx.spec.slopes,
             kv_grad_per_head=ctx.per_head,
-            masks=ctx.masks.address if ctx.masks else None,
+            masks=ctx.masks,
         )
         return *grads, None, None, None

@@ -31,9 +31,15 @@ struct Update {                               // mirrored by _UPDATE in adamw.py
 
 }  // namespace
 
-extern "C" void adamw_update(const Update* update) {
-  rows::over_rows((update->n + simd::kLanes - 1) / simd::kLanes, simd::kLanes, [&](int64_t begin, int64_t end) {
-    const int64_t first = begin * simd::kLanes, last = std::min(end * simd::kLanes, update->n);
-    rows::by_vector(last - first, [&](int64_t i, int live) { update->at(first + i, live); });
+extern "C" int adamw_update(const Update* update) {
+  return operands::guarded([&] {
+    for (const float* p : {const_cast<const float*>(update->master), update->grad,
+                           const_cast<const float*>(update->first), const_cast<const float*>(update->second)})
+      operands::present(p, update->n);
+    operands::optional(update->copy);
+    rows::over_rows((update->n + simd::kLanes - 1) / simd::kLanes, simd::kLanes, [&](int64_t begin, int64_t end) {
+      const int64_t first = begin * simd::kLanes, last = std::min(end * simd::kLanes, update->n);
+      rows::by_vector(last - first, [&](int64_t i, int live) { update->at(first + i, live); });
+    });
   });
 }

@@ -14,8 +14,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from parallel.errors import ConfigError
 from parallel.native.library import library
+from parallel.native.operands import apart, refused, succeeded, words, written
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,13 +48,18 @@ def update(
     """master and both moments, contiguous float32 on the CPU and of one size, are updated in place; `copy`, bfloat16,
     gets the new master rounded (arXiv 1711.05101, algorithm 2, with decay times the learning rate as in torch).
     """
+    shape = master.shape
     for name, given in (("master", master), ("grad", grad), ("first", first), ("second", second)):
-        _check(name, given, master, torch.float32)
+        _contiguous(name, given, shape, torch.float32)
+    apart("adamw", "master", master, grad, first, second)
+    apart("adamw", "first", first, grad, second)
+    apart("adamw", "second", second, grad)
     if copy is not None:
-        _check("copy", copy, master, torch.bfloat16)
+        _contiguous("copy", copy, shape, torch.bfloat16)
+        apart("adamw", "copy", copy, master, grad, first, second)
     correction1, correction2 = 1.0 - rates.beta1**rates.step, 1.0 - rates.beta2**rates.step
     pointers = master.data_ptr(), grad.data_ptr(), first.data_ptr(), second.data_ptr()
-    _function()(
+    status = _function()(
         ctypes.byref(
             _Update(
                 *pointers, None if copy is None else copy.data_ptr(), master.numel(), rates.scale, rates.learning_rate,
@@ -63,18 +68,18 @@ def update(
             )
         )
     )  # fmt: skip
+    succeeded("adamw", status)
 
 
-def _check(name: str, given: Tensor, master: Tensor, dtype: torch.dtype) -> None:
-    if given.dtype is not dtype or given.numel() != master.numel() or not given.is_contiguous() or not given.is_cpu:
-        raise ConfigError(
-            f"{name} is a {list(given.shape)} {given.dtype} tensor on {given.device}; the native update takes "
-            f"contiguous {dtype} on the CPU with {master.numel()} elements"
-        )
+def _contiguous(name: str, given: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Of one size, in whatever shape: the update goes through them element by element."""
+    if given.numel() != math.prod(shape):
+        raise refused("adamw", name, words(given), f"it must have as many elements as the master, {math.prod(shape)}")
+    written("adamw", name, given, given.shape, dtype)
 
 
 @cache
 def _function() -> ctypes._CFuncPtr:  # type: ignore[name-defined]
     function = library().adamw_update
-    function.argtypes, function.restype = (ctypes.c_void_p,), None
+    function.argtypes, function.restype = (ctypes.c_void_p,), ctypes.c_int
     return function

@@ -10,7 +10,6 @@
 #include <cmath>
 #include <vector>
 
-#include "dropout.h"
 #include "pool.h"
 
 namespace attn {
@@ -246,21 +245,68 @@ void forward(const Call<T>& call) {
 
 extern "C" {
 
-// strides: token and head strides of q, k, v in elements; o [tokens][N][H] and lse [tokens][N] or null are contiguous;
-// drop: null where no probability is dropped
-void attn_forward(const attn::Step* step, int bfloat16, void* k_cache, void* v_cache, const void* q, const void* k,
-                  const void* v, const int64_t* strides, void* o, float* lse, int N, int K, int H, float scale,
-                  const float* slopes, const dropout::Heads* drop) {
-  auto run = [&](auto zero) {
-    using T = decltype(zero);
-    using View = attn::View<const T>;
-    auto view = [&](const void* data, int i) { return View{static_cast<const T*>(data), strides[i], strides[i + 1]}; };
-    T *keys = static_cast<T*>(k_cache), *values = static_cast<T*>(v_cache);
-    attn::forward(attn::Call<T>{step, keys, values, view(q, 0), view(k, 2), view(v, 4), static_cast<T*>(o), lse, N, K,
-                                H, scale, slopes, drop});
-  };
-  bfloat16 ? run(attn::bf16()) : run(0.0f);
+// Once for a step, before any layer: every number is one that the kernel can follow.
+int attn_check_step(attn::Step* step) {
+  using namespace operands;
+  return guarded([&] {
+    step->tokens = step->blocks = -1;
+    require(step->sequences >= 0 && step->table_stride >= 0, kBadSize);
+    require(step->block_size > 0 && step->block_size % attn::kRun == 0, kBadSize);
+    present(step->query_starts, step->sequences + 1), present(step->context_lens, step->sequences);
+    present(step->tables, count(step->sequences, step->table_width));
+    require(step->query_starts[0] == 0, kBadIndex);
+    int64_t blocks = 0;
+    for (int64_t s = 0; s < step->sequences; ++s) {
+      const int64_t queries = int64_t(step->query_starts[s + 1]) - step->query_starts[s], context = step->context_lens[s];
+      const int64_t needed = (context + step->block_size - 1) / step->block_size;
+      require(1 <= queries && queries <= context && needed <= step->table_width, kBadIndex);
+      for (int64_t b = 0; b < needed; ++b) {
+        const int64_t block = step->tables[s * step->table_stride + b];
+        require(block >= 0, kBadIndex);
+        blocks = std::max(blocks, block + 1);
+      }
+    }
+    step->tokens = step->query_starts[step->sequences], step->blocks = blocks;
+  });
 }
 
-int attn_run_length() { return attn::kRun; }
+// What attn_forward is given; mirrored by _FORWARD in attention.py.
+struct AttentionForward {
+  const attn::Step* step;
+  int64_t dtype, blocks;                    // blocks: of the caches
+  void *k_cache, *v_cache;
+  const void *q, *k, *v;
+  int64_t strides[6];                       // token and head strides of q, k, v in elements
+  void* o;                                  // [tokens][N][H]
+  float* lse;                               // [tokens][N], or null
+  int64_t N, K, H;
+  const float* slopes;                      // [N], or null
+  const dropout::Heads* drop;               // null where no probability is dropped
+  double scale;
+};
+
+int attn_forward(const AttentionForward* given) {
+  using namespace operands;
+  return guarded([&] {
+    const AttentionForward& g = *given;
+    const attn::Step& step = *g.step;
+    attn::check_heads(step.tokens, g.N, g.K, g.H, g.slopes, g.drop);
+    require(step.tokens > 0 && step.blocks <= g.blocks, kBadIndex);
+    const int64_t n = count(step.tokens, g.N, g.H), cached = count(g.blocks, g.K, step.block_size, g.H);
+    optional(g.lse);
+    typed(static_cast<int>(g.dtype), [&](auto zero) {
+      using T = decltype(zero);
+      using View = attn::View<const T>;
+      auto view = [&](const void* data, int i) {
+        return View{static_cast<const T*>(data), g.strides[i], g.strides[i + 1]};
+      };
+      const attn::Call<T> call{&step, static_cast<T*>(g.k_cache), static_cast<T*>(g.v_cache), view(g.q, 0), view(g.k, 2),
+                               view(g.v, 4), static_cast<T*>(g.o), g.lse, int(g.N), int(g.K), int(g.H), float(g.scale),
+                               g.slopes, g.drop};
+      present(call.k_cache, cached), present(call.v_cache, cached), present(call.o, n);
+      for (const View& x : {call.q, call.k, call.v}) present(x.data, n);
+      attn::forward(call);
+    });
+  });
+}
 }

@@ -9,7 +9,6 @@
 #include <atomic>
 #include <vector>
 
-#include "dropout.h"
 #include "pool.h"
 
 namespace attn {
@@ -188,18 +187,28 @@ extern "C" {
 
 // strides: token and head strides of q, k, v, o, d_o, dq, dk, dv, in elements; per_head: dk and dv have N heads, else K;
 // drop: the forward's
-void attn_backward(const int32_t* starts, int64_t sequences, int bfloat16, const void* const* inputs, const float* lse,
-                   void* const* outputs, const int64_t* strides, int N, int K, int H, float scale, const float* slopes,
-                   const dropout::Heads* drop, int per_head) {
-  auto run = [&](auto zero) {
-    using T = decltype(zero);
-    using In = attn::View<const T>;
-    using Out = attn::View<T>;
-    auto in = [&](int i) { return In{static_cast<const T*>(inputs[i]), strides[2 * i], strides[2 * i + 1]}; };
-    auto out = [&](int i) { return Out{static_cast<T*>(outputs[i]), strides[10 + 2 * i], strides[11 + 2 * i]}; };
-    attn::backward(attn::Call<T>{starts, in(0), in(1), in(2), in(3), in(4), lse, out(0), out(1), out(2), N, K, H, scale,
-                                 slopes, drop, per_head != 0}, sequences);
-  };
-  bfloat16 ? run(attn::bf16()) : run(0.0f);
+int attn_backward(const int32_t* starts, int64_t sequences, int64_t tokens, int dtype, const void* const* inputs,
+                  const float* lse, void* const* outputs, const int64_t* strides, int N, int K, int H, float scale,
+                  const float* slopes, const dropout::Heads* drop, int per_head) {
+  using namespace operands;
+  return guarded([&] {
+    attn::check_heads(tokens, N, K, H, slopes, drop);
+    require(sequences >= 0, kBadSize);
+    present(starts, sequences + 1), present(lse, count(tokens, N));
+    require(starts[0] == 0 && starts[sequences] == tokens, kBadIndex);
+    for (int64_t s = 0; s < sequences; ++s) require(starts[s] <= starts[s + 1], kBadIndex);
+    const int64_t n = count(tokens, N, H);
+    typed(dtype, [&](auto zero) {
+      using T = decltype(zero);
+      using In = attn::View<const T>;
+      using Out = attn::View<T>;
+      for (int i = 0; i < 5; ++i) present(static_cast<const T*>(inputs[i]), n);
+      for (int i = 0; i < 3; ++i) present(static_cast<const T*>(outputs[i]), n);
+      auto in = [&](int i) { return In{static_cast<const T*>(inputs[i]), strides[2 * i], strides[2 * i + 1]}; };
+      auto out = [&](int i) { return Out{static_cast<T*>(outputs[i]), strides[10 + 2 * i], strides[11 + 2 * i]}; };
+      attn::backward(attn::Call<T>{starts, in(0), in(1), in(2), in(3), in(4), lse, out(0), out(1), out(2), N, K, H,
+                                   scale, slopes, drop, per_head != 0}, sequences);
+    });
+  });
 }
 }

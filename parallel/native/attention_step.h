@@ -4,12 +4,15 @@
 // computes; the structures are mirrored field by field in attention.py.
 #pragma once
 #include "attention_tiles.h"
+#include "dropout.h"
+#include "operands.h"
 
 namespace attn {
 
 struct Step {
-  int64_t sequences, block_size, table_stride;
-  const int32_t *query_starts, *context_lens, *tables;  // [sequences + 1]; with the new tokens; [sequences][stride]
+  int64_t sequences, block_size, table_stride, table_width;
+  const int32_t *query_starts, *context_lens, *tables;  // [sequences + 1]; with the new tokens; [sequences][width]
+  int64_t tokens, blocks;                   // found by attn_check_step: new tokens, one more than the highest block
 };
 
 struct Sequence {
@@ -29,5 +32,13 @@ struct View {                               // [token][head][dim], the last cont
   int64_t token, head;
   T* at(int64_t t, int64_t h) const { return data + t * token + h * head; }
 };
+
+inline void check_heads(int64_t tokens, int64_t N, int64_t K, int64_t H, const float* slopes, const dropout::Heads* drop) {
+  using namespace operands;
+  require(N > 0 && K > 0 && N % K == 0 && H > 0 && H <= 1 << 24, kBadSize);
+  require(count(tokens, N) <= INT32_MAX, kBadSize);     // rows are counted in 32 bits
+  if (slopes) present(slopes, N);
+  if (drop) present(drop->tokens, tokens), present(drop->heads, N);
+}
 
 }  // namespace attn

@@ -1,6 +1,8 @@
 // What the ranks of one host do together besides sums: attach, join tensors, pass commands, meet at a barrier, leave.
 #include "comm.h"
 
+#include <new>
+
 using namespace comm;
 
 namespace {
@@ -21,7 +23,8 @@ extern "C" {
 uint64_t comm_bytes(int size, uint64_t cap) { return size * sizeof(Line) + sizeof(Ring) + 2 * size * cap; }
 
 Comm* comm_attach(char* base, int rank, int size, uint64_t cap) {
-  Comm* c = new Comm{base, rank, size, cap, 0, 0, 0};
+  Comm* c = new (std::nothrow) Comm{base, rank, size, cap, 0, 0, 0};
+  if (!c) return nullptr;
   c->line(rank).pid = getpid();
   c->line(rank).state.store(kPresent, std::memory_order_release);
   return c;
@@ -102,6 +105,7 @@ int comm_receive(Comm* c, char* out, uint64_t total, int64_t limit_ns) {
     uint64_t position = c->ring + 1;
     if (Status s = wait_for(c, c->commands().sent, 0, position, limit_ns)) return done(c, s);
     const Chunk& chunk = c->commands().chunk[position % kRing];
+    if (chunk.nbytes > std::min(kRingBytes, total - at)) { c->culprit = 0; return done(c, kMismatch); }
     std::memcpy(out + at, chunk.data, chunk.nbytes);
     at += std::max<uint64_t>(1, chunk.nbytes);
     c->ring = position;

@@ -24,13 +24,14 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <exception>
 #include <vector>
 
 #include "pool.h"
 
 namespace comm {
 
-enum Status { kOk = 0, kTimeout = 1, kDied = 2, kLeft = 3, kMismatch = 4 };
+enum Status { kOk = 0, kTimeout = 1, kDied = 2, kLeft = 3, kMismatch = 4, kNoMemory = 5 };
 enum State : uint32_t { kAbsent = 0, kPresent = 1, kClosed = 2, kFailed = 3 };
 constexpr uint64_t kRing = 8, kRingBytes = 32768;
 constexpr int64_t kDozeNs = 50'000'000;
@@ -199,5 +200,16 @@ inline int leave(Comm* c, State state, int status) {
 }
 
 inline int done(Comm* c, Status status) { return status == kOk ? kOk : leave(c, kFailed, status); }
+
+// What f returns; where memory is short this rank leaves, so that its peers learn why it does not come.
+template <class F>
+int with_memory(Comm* c, const F& f) noexcept {
+  try {
+    return f();
+  } catch (const std::exception&) {
+    c->culprit = c->rank;
+    return done(c, kNoMemory);
+  }
+}
 
 }  // namespace comm

@@ -3,22 +3,30 @@
 // A plan says how many nodes each rank brings and in which order they are added; every rank evaluates the same plan on the
 // same float32 values, so all get the same bits, whatever the chunking. Large tensors are divided: each rank finishes its
 // share of the elements and a second round exchanges the results. Additions are never reassociated (no -ffast-math).
+#include <new>
+
 #include "comm.h"
+#include "operands.h"
 #include "simd.h"
 
 namespace {
 
 using namespace comm;
 using simd::bf16;
-enum Type { kFloat32 = 0, kBFloat16 = 1 };
+using operands::kBFloat16;
+using operands::kFloat32;
 constexpr int64_t kBlock = 512;               // elements summed at a time: a handful of partial sums stay in L1
+constexpr int kDeepest = 64;                  // values of a plan that wait to be added
 constexpr int64_t kGrain = 64;                // shares and chunks are cut at whole cache lines of either type
 
 struct Plan {                                 // a sum: how many nodes each rank brings, and the order of additions
   std::vector<int> first;                     // index of each rank's first node; one more for the end
   std::vector<int> program;
   int most = 0, depth = 0;
-  uint32_t hash = 2166136261u;
+  uint32_t hash = 2166136261u;                // of all of it (FNV-1a), compared by the ranks before they add
+  void add(int number) {
+    for (int shift = 0; shift < 32; shift += 8) hash = (hash ^ (static_cast<uint32_t>(number) >> shift & 255)) * 16777619u;
+  }
 };
 
 struct Add { static float of(float a, float b) { return a + b; } };
@@ -68,7 +76,7 @@ template <class Op, class In, class Out>
 void evaluate(Comm* c, const Plan& plan, int64_t begin, int64_t end, int64_t at, const Bias& bias, Out* out) {
   c->scratch.resize(plan.depth * kBlock);
   c->node.resize(plan.first.back());
-  const float* stack[64];
+  const float* stack[kDeepest];
   for (int64_t i = begin; i < end; i += kBlock) {
     int64_t n = std::min(kBlock, end - i);
     int top = 0;
@@ -145,21 +153,40 @@ Status reduce_types(Comm* c, const Reduce& call, int in, int out) {
   return reduce<Op, bf16, bf16>(c, call);
 }
 
+// Fills in what follows from counts and program; false where the program does not use every node once and leave one value.
+bool complete(Plan& p) {
+  for (int count : p.first) p.add(count);
+  std::vector<bool> used(p.first.back());
+  int top = 0;
+  for (int step : p.program) {
+    p.add(step);
+    if (step < 0 ? top < 2 : step >= p.first.back() || used[step]) return false;
+    if (step >= 0) used[step] = true;
+    p.depth = std::max(p.depth, top += step < 0 ? -1 : 1);
+  }
+  return top == 1 && p.depth <= kDeepest && std::find(used.begin(), used.end(), false) == used.end();
+}
+
 }  // namespace
 
 extern "C" {
 
+// null where the counts or the program are none, or memory is short
 Plan* comm_plan(int size, const int* counts, const int* program, int length) {
-  Plan* p = new Plan;
-  p->first.assign(1, 0);
-  for (int r = 0; r < size; ++r) {
-    p->first.push_back(p->first.back() + counts[r]);
-    p->most = std::max(p->most, counts[r]);
+  Plan* p = new (std::nothrow) Plan;
+  try {
+    if (!p) return nullptr;
+    p->first.assign(1, 0);
+    for (int r = 0; r < size; ++r) {
+      p->first.push_back(p->first.back() + std::max(counts[r], 0));
+      p->most = std::max(p->most, counts[r]);
+    }
+    p->program.assign(program, program + length);
+    if (complete(*p)) return p;
+  } catch (const std::bad_alloc&) {
   }
-  p->program.assign(program, program + length);
-  for (int step : p->program) p->hash = (p->hash ^ static_cast<uint32_t>(step + 1)) * 16777619u;
-  for (int i = 0, top = 0; i < length; ++i) p->depth = std::max(p->depth, top += program[i] < 0 ? -1 : 1);
-  return p;
+  delete p;
+  return nullptr;
 }
 
 void comm_plan_free(Plan* p) { delete p; }
@@ -168,18 +195,20 @@ void comm_plan_free(Plan* p) { delete p; }
 // ranks divide the elements; every rank must give the same kind, call, plan, numel, types and thresholds.
 int comm_reduce(Comm* c, const Plan* plan, uint32_t kind, uint64_t call, const char* nodes, int64_t numel, int in, const void* bias,
                 int64_t bias_width, int bias_type, char* out, int out_type, uint64_t chunk_bytes, uint64_t split_bytes, int maximum) {
-  int64_t width = in == kFloat32 ? 4 : 2, room = std::min(chunk_bytes, c->cap) / width / std::max(1, plan->most);
-  Reduce r{plan, nodes, numel, {bias, bias_width, bias_type}, out, {}, false, std::max(kGrain, room / kGrain * kGrain)};
-  r.split = plan->first.back() > 2 && static_cast<uint64_t>(numel * width) >= split_bytes;
-  const uint32_t shape = r.split | out_type << 1 | in << 2 | (bias != nullptr) << 3;
-  r.head = {kind, plan->hash ^ shape << 24, static_cast<uint64_t>(numel * width), call};
-  int count = plan->first[c->rank + 1] - plan->first[c->rank];
-  if (!nodes && numel > r.chunk) {
-    char* slot = c->slot(c->round + 1, c->rank);
-    c->saved.assign(slot, slot + count * numel * width);
-    r.nodes = c->saved.data();
-  }
-  return done(c, maximum ? reduce_types<Max>(c, r, in, out_type) : reduce_types<Add>(c, r, in, out_type));
+  return with_memory(c, [&] {
+    int64_t width = in == kFloat32 ? 4 : 2, room = std::min(chunk_bytes, c->cap) / width / std::max(1, plan->most);
+    Reduce r{plan, nodes, numel, {bias, bias_width, bias_type}, out, {}, false, std::max(kGrain, room / kGrain * kGrain)};
+    r.split = plan->first.back() > 2 && static_cast<uint64_t>(numel * width) >= split_bytes;
+    const uint32_t shape = r.split | (out_type == kBFloat16) << 1 | (in == kBFloat16) << 2 | (bias != nullptr) << 3;
+    r.head = {kind, plan->hash ^ shape << 24, static_cast<uint64_t>(numel * width), call};
+    int count = plan->first[c->rank + 1] - plan->first[c->rank];
+    if (!nodes && numel > r.chunk) {
+      char* slot = c->slot(c->round + 1, c->rank);
+      c->saved.assign(slot, slot + count * numel * width);
+      r.nodes = c->saved.data();
+    }
+    return done(c, maximum ? reduce_types<Max>(c, r, in, out_type) : reduce_types<Add>(c, r, in, out_type));
+  });
 }
 
 }  // extern "C"

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "operands.h"
 #include "pool.h"
 
 namespace {
@@ -21,10 +22,16 @@ void apply(int64_t rows, int64_t width, const T* x, const uint64_t* keys, int64_
 }  // namespace
 
 // y[r][c] = x[r][c] times 0 or the scale, by keys[r] and column first + c; contiguous
-extern "C" void dropout_rows(int bfloat16, int64_t rows, int64_t width, const void* x, const uint64_t* keys,
-                             int64_t first, dropout::Chance chance, void* y) {
-  if (bfloat16)
-    apply(rows, width, static_cast<const simd::bf16*>(x), keys, first, chance, static_cast<simd::bf16*>(y));
-  else
-    apply(rows, width, static_cast<const float*>(x), keys, first, chance, static_cast<float*>(y));
+extern "C" int dropout_rows(int dtype, int64_t rows, int64_t width, const void* x, const uint64_t* keys, int64_t first,
+                            dropout::Chance chance, void* y) {
+  return operands::guarded([&] {
+    operands::present(keys, rows);
+    operands::typed(dtype, [&](auto e) {
+      using T = decltype(e);
+      auto* from = static_cast<const T*>(x);
+      auto* to = static_cast<T*>(y);
+      operands::present(from, operands::count(rows, width)), operands::present(to, rows * width);
+      apply(rows, width, from, keys, first, chance, to);
+    });
+  });
 }

@@ -11,7 +11,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from parallel.errors import ConfigError
 from parallel.native.library import library
+from parallel.native.operands import checked, number, refused, succeeded, words
 
 
 class Chance(ctypes.Structure):
@@ -28,13 +30,18 @@ class Heads(ctypes.Structure):
 
 def drop_rows(x_TD: Tensor, keys_T: Tensor, first_column: int, threshold: int, scale: float) -> Tensor:
     """x [T, D] float32 or bfloat16 on the CPU, its elements times 0 or the scale; keys int64."""
-    x_TD, keys_T = x_TD.contiguous(), keys_T.contiguous()
-    out = torch.empty_like(x_TD)
+    dtype = number("drop_rows", "x", x_TD)
+    if x_TD.dim() != 2:
+        raise refused("drop_rows", "x", words(x_TD), "a matrix [tokens, columns] is needed")
     rows, width = x_TD.shape
-    _rows()(
-        x_TD.dtype is torch.bfloat16, rows, width, x_TD.data_ptr(), keys_T.data_ptr(), first_column,
-        Chance(threshold, scale), out.data_ptr(),
-    )  # fmt: skip
+    x_TD, keys_T = x_TD.contiguous(), checked("drop_rows", "keys", keys_T, (rows,), torch.int64)
+    if not 0 <= first_column <= first_column + width <= 1 << 32:
+        raise ConfigError(f"drop_rows: columns from {first_column} on, {width} of them; masks number them in 32 bits")
+    out = torch.empty(rows, width, dtype=x_TD.dtype)
+    status = _rows()(
+        dtype, rows, width, x_TD.data_ptr(), keys_T.data_ptr(), first_column, Chance(threshold, scale), out.data_ptr()
+    )
+    succeeded("drop_rows", status)
     return out
 
 
@@ -43,5 +50,5 @@ def _rows() -> ctypes._CFuncPtr:  # type: ignore[name-defined]
     function = library().dropout_rows
     pointer, size = ctypes.c_void_p, ctypes.c_int64
     function.argtypes = (ctypes.c_int, size, size, pointer, pointer, size, Chance, pointer)
-    function.restype = None
+    function.restype = ctypes.c_int
     return function

@@ -86,7 +86,7 @@ void column_sums(int64_t rows, int64_t columns, const E* x, int64_t stride, E* o
 }
 
 struct Turn {                                 // mirrored by _ROTARY in elementwise.py
-  int64_t half_type, inverse, tokens, heads, width, half;
+  int64_t dtype, inverse, tokens, heads, width, half;
   int64_t token_stride, head_stride, out_token_stride, out_head_stride, table_stride;
   const void* x;
   void* out;
@@ -121,55 +121,103 @@ struct Rotary {                               // the first 2 * half elements of 
 
 extern "C" {
 
-void ew_activate(int64_t id, int half, int64_t n, const void* x, void* out) {
-  typed(half, [&](auto e) {
-    using E = decltype(e);
-    activation::dispatch(id, Activate<E>{n, static_cast<const E*>(x), static_cast<E*>(out)});
-  });
-}
-
-void ew_activate_grad(int64_t id, int half, int64_t n, const void* x, const void* dy, void* dx) {
-  typed(half, [&](auto e) {
-    using E = decltype(e);
-    activation::dispatch(id, ActivateGrad<E>{n, static_cast<const E*>(x), static_cast<const E*>(dy), static_cast<E*>(dx)});
-  });
-}
-
-void ew_exp(int64_t n, const float* x, float* out) {
-  map(n, x, out, [](f32x16 v, int64_t, int) { return simd::exp(v); });
-}
-
-void ew_log(int64_t n, const float* x, float* out) {
-  map(n, x, out, [](f32x16 v, int64_t, int) { return simd::log(v); });
-}
-
-void ew_row_max(int half, int64_t rows, int64_t columns, const void* x, int64_t stride, float* out) {
-  typed(half, [&](auto e) {
-    auto* p = static_cast<const decltype(e)*>(x);
-    over_rows(rows, columns, [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r) out[r] = row_max(p + r * stride, columns);
+int ew_activate(int64_t id, int dtype, int64_t n, const void* x, void* out) {
+  return guarded([&] {
+    require(id >= 0 && id < activation::kCount, kBadIndex);
+    typed(dtype, [&](auto e) {
+      using E = decltype(e);
+      const Activate<E> call{n, static_cast<const E*>(x), static_cast<E*>(out)};
+      present(call.x, n), present(call.out, n);
+      activation::dispatch(id, call);
     });
   });
 }
 
-void ew_exp_sum(int half, int64_t rows, const void* x, int64_t stride, const float* tops, int64_t n_leaves,
-                const int64_t* borders, float* out) {
-  typed(half, [&](auto e) { exp_sum(rows, static_cast<const decltype(e)*>(x), stride, tops, n_leaves, borders, out); });
-}
-
-void ew_softmax_grad(int64_t rows, int64_t columns, const float* x, const float* tops, const float* sums,
-                     const int64_t* targets, const float* scales, float* out) {
-  softmax_grad(rows, columns, x, tops, sums, targets, scales, out);
-}
-
-void ew_column_sums(int half, int64_t rows, int64_t columns, const void* x, int64_t stride, void* out) {
-  typed(half, [&](auto e) {
-    using E = decltype(e);
-    column_sums(rows, columns, static_cast<const E*>(x), stride, static_cast<E*>(out));
+int ew_activate_grad(int64_t id, int dtype, int64_t n, const void* x, const void* dy, void* dx) {
+  return guarded([&] {
+    require(id >= 0 && id < activation::kCount, kBadIndex);
+    typed(dtype, [&](auto e) {
+      using E = decltype(e);
+      const ActivateGrad<E> call{n, static_cast<const E*>(x), static_cast<const E*>(dy), static_cast<E*>(dx)};
+      present(call.x, n), present(call.dy, n), present(call.dx, n);
+      activation::dispatch(id, call);
+    });
   });
 }
 
-void ew_rotary(const Turn* turn) {
-  typed(static_cast<int>(turn->half_type), [&](auto e) { Rotary<decltype(e)>{*turn}.run(); });
+int ew_exp(int64_t n, const float* x, float* out) {
+  return guarded([&] {
+    present(x, n), present(out, n);
+    map(n, x, out, [](f32x16 v, int64_t, int) { return simd::exp(v); });
+  });
+}
+
+int ew_log(int64_t n, const float* x, float* out) {
+  return guarded([&] {
+    present(x, n), present(out, n);
+    map(n, x, out, [](f32x16 v, int64_t, int) { return simd::log(v); });
+  });
+}
+
+int ew_row_max(int dtype, int64_t rows, int64_t columns, const void* x, int64_t stride, float* out) {
+  return guarded([&] {
+    present(out, rows);
+    typed(dtype, [&](auto e) {
+      auto* p = static_cast<const decltype(e)*>(x);
+      present(p, count(rows, columns));
+      over_rows(rows, columns, [&](int64_t begin, int64_t end) {
+        for (int64_t r = begin; r < end; ++r) out[r] = row_max(p + r * stride, columns);
+      });
+    });
+  });
+}
+
+int ew_exp_sum(int dtype, int64_t rows, int64_t columns, const void* x, int64_t stride, const float* tops, int64_t n_leaves,
+               const int64_t* borders, float* out) {
+  return guarded([&] {
+    operands::ascending(borders, n_leaves, columns);
+    present(tops, rows), present(out, count(rows, n_leaves));
+    typed(dtype, [&](auto e) {
+      auto* p = static_cast<const decltype(e)*>(x);
+      present(p, count(rows, columns));
+      exp_sum(rows, p, stride, tops, n_leaves, borders, out);
+    });
+  });
+}
+
+int ew_softmax_grad(int64_t rows, int64_t columns, const float* x, const float* tops, const float* sums,
+                    const int64_t* targets, const float* scales, float* out) {
+  return guarded([&] {
+    const int64_t n = count(rows, columns);
+    present(x, n), present(out, n), present(tops, rows), present(sums, rows), present(targets, rows), present(scales, rows);
+    for (int64_t r = 0; r < rows; ++r) require(targets[r] < columns, kBadIndex);
+    softmax_grad(rows, columns, x, tops, sums, targets, scales, out);
+  });
+}
+
+int ew_column_sums(int dtype, int64_t rows, int64_t columns, const void* x, int64_t stride, void* out) {
+  return guarded([&] {
+    typed(dtype, [&](auto e) {
+      using E = decltype(e);
+      auto* from = static_cast<const E*>(x);
+      auto* to = static_cast<E*>(out);
+      present(from, count(rows, columns)), present(to, columns);
+      column_sums(rows, columns, from, stride, to);
+    });
+  });
+}
+
+int ew_rotary(const Turn* turn) {
+  return guarded([&] {
+    const Turn& t = *turn;
+    const int64_t n = count(t.tokens, t.heads, t.width), angles = count(t.tokens, t.half);
+    require(t.half <= t.width / 2, kBadSize);
+    present(t.cosines, angles), present(t.sines, angles);
+    typed(static_cast<int>(t.dtype), [&](auto e) {
+      using E = decltype(e);
+      present(static_cast<const E*>(t.x), n), present(static_cast<const E*>(t.out), n);
+      Rotary<E>{t}.run();
+    });
+  });
 }
 }

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from parallel.errors import ConfigError
 from parallel.native.library import entry
+from parallel.native.operands import apart, checked, number, refused, succeeded, words, written
 
 _IDS = {
     "gelu": 1,
@@ -40,9 +41,9 @@ _SIGNATURES: dict[str, tuple] = {
     "ew_exp": (_L, _P, _P),
     "ew_log": (_L, _P, _P),
     "ew_row_max": (_I, _L, _L, _P, _L, _P),
-    "ew_exp_sum": (_I, _L, _P, _L, _P, _L, _P, _P),
+    "ew_exp_sum": (_I, _L, _L, _P, _L, _P, _L, _P, _P),
     "ew_layer_norm": (_I, _L, _L, _P, _L, _P, _L, _P, _P, _P, _I, _P, _I, _F, _P, _P),
-    "ew_layer_norm_grad": (_I, _L, _P, _L, _P, _L, _P, _I, _F, _L, _P, _P, _P),
+    "ew_layer_norm_grad": (_I, _L, _L, _P, _L, _P, _L, _P, _I, _F, _L, _P, _P, _P),
     "ew_softmax_grad": (_L, _L, _P, _P, _P, _P, _P, _P),
     "ew_column_sums": (_I, _L, _L, _P, _L, _P),
     "ew_rotary": (ctypes.c_char_p,),
@@ -69,79 +70,73 @@ def activation_id(name: str | None) -> int:
 
 def activate(x: Tensor, name: str, out: Tensor | None = None) -> Tensor:
     """The activation of every element; `out` may be x itself."""
-    x = _checked(x).contiguous()
-    out = _like(x) if out is None else _checked_out(out, x)
-    _call("ew_activate", x, activation_id(name), x.dtype is torch.bfloat16, x.numel(), x.data_ptr(), out.data_ptr())
+    dtype = number("activate", "x", x)
+    if not x.is_contiguous():
+        x = x.contiguous()
+    if out is None:
+        out = torch.empty(x.shape, dtype=x.dtype)
+    elif written("activate", "out", out, x.shape, x.dtype) is not x and out.data_ptr() != x.data_ptr():
+        apart("activate", "out", out, x)
+    n = x.numel()
+    _call("ew_activate", n, activation_id(name), dtype, n, x.data_ptr(), out.data_ptr())
     return out
 
 
 def activate_grad(x: Tensor, dy: Tensor, name: str) -> Tensor:
     """dy times the activation's derivative at x."""
-    x, dy = _checked(x).contiguous(), _checked(dy).contiguous()
-    if dy.shape != x.shape or dy.dtype != x.dtype:
-        raise ConfigError(f"dy is {_words(dy)}; it must match x, {_words(x)}")
-    dx = _like(x)
-    _call(
-        "ew_activate_grad",
-        x,
-        activation_id(name),
-        x.dtype is torch.bfloat16,
-        x.numel(),
-        x.data_ptr(),
-        dy.data_ptr(),
-        dx.data_ptr(),
-    )
+    dtype = number("activate_grad", "x", x)
+    dy, x = checked("activate_grad", "dy", dy, x.shape, x.dtype), x.contiguous()
+    dx = torch.empty(x.shape, dtype=x.dtype)
+    n = x.numel()
+    _call("ew_activate_grad", n, activation_id(name), dtype, n, x.data_ptr(), dy.data_ptr(), dx.data_ptr())
     return dx
 
 
 def exp(x: Tensor) -> Tensor:
     """exp of every element, float32."""
-    return _map("ew_exp", x)
+    return _map("exp", x)
 
 
 def log(x: Tensor) -> Tensor:
     """Natural logarithm of every element, float32."""
-    return _map("ew_log", x)
+    return _map("log", x)
 
 
 def row_max(x: Tensor) -> Tensor:
     """The largest element of each row of x [R, C], float32 [R]; -inf where C is 0, NaN where the row holds one."""
-    x = _rows(x)
-    out = torch.empty(x.shape[0], dtype=torch.float32)
-    _call("ew_row_max", x, x.dtype is torch.bfloat16, x.shape[0], x.shape[1], x.data_ptr(), x.stride(0), out.data_ptr())
+    dtype = number("row_max", "x", x)
+    x, stride = _rows("row_max", "x", x)
+    rows, columns = x.shape
+    out = torch.empty(rows, dtype=torch.float32)
+    _call("ew_row_max", rows * columns, dtype, rows, columns, x.data_ptr(), stride, out.data_ptr())
     return out
 
 
 def column_sums(x: Tensor) -> Tensor:
     """The sum of each column of x [R, C], in x's type [C]; from the first row to the last."""
-    x = _rows(x)
-    out = torch.empty(x.shape[1], dtype=x.dtype)
-    half = x.dtype is torch.bfloat16
-    _call("ew_column_sums", x, half, x.shape[0], x.shape[1], x.data_ptr(), x.stride(0), out.data_ptr())
+    dtype = number("column_sums", "x", x)
+    x, stride = _rows("column_sums", "x", x)
+    rows, columns = x.shape
+    out = torch.empty(columns, dtype=x.dtype)
+    _call("ew_column_sums", rows * columns, dtype, rows, columns, x.data_ptr(), stride, out.data_ptr())
     return out
 
 
 def exp_sum(x: Tensor, top: Tensor, borders: Sequence[int]) -> Tensor:
     """Sum of exp(x - top) over each leaf of columns, float32 [R, n_leaves]; the order of a leaf's sum is its own."""
-    x = _rows(x)
+    dtype = number("exp_sum", "x", x)
+    x, stride = _rows("exp_sum", "x", x)
+    rows, columns = x.shape
     cuts = list(borders)
-    if not cuts or cuts != sorted(cuts) or cuts[0] < 0 or cuts[-1] > x.shape[1]:
-        raise ConfigError(f"borders {tuple(cuts)} must ascend within the {x.shape[1]} columns")
-    if top.shape != (x.shape[0],) or top.dtype != torch.float32 or not top.is_contiguous():
-        raise ConfigError(f"the row maxima are {_words(top)}; they must be a contiguous [{x.shape[0]}] float32 tensor")
-    out = torch.empty(x.shape[0], len(cuts) - 1, dtype=torch.float32)
+    if not cuts or cuts != sorted(cuts) or cuts[0] < 0 or cuts[-1] > columns:
+        raise ConfigError(f"exp_sum: borders {tuple(cuts)} must ascend within the {columns} columns")
+    top = checked("exp_sum", "top (the row maxima)", top, (rows,), torch.float32)
+    out = torch.empty(rows, len(cuts) - 1, dtype=torch.float32)
+    c_cuts = (ctypes.c_int64 * len(cuts))(*cuts)
     _call(
-        "ew_exp_sum",
-        x,
-        x.dtype is torch.bfloat16,
-        x.shape[0],
-        x.data_ptr(),
-        x.stride(0),
-        top.data_ptr(),
-        len(cuts) - 1,
-        (ctypes.c_int64 * len(cuts))(*cuts),
+        "ew_exp_sum", rows * columns, dtype, rows, columns, x.data_ptr(), stride, top.data_ptr(), len(cuts) - 1, c_cuts,
         out.data_ptr(),
-    )
+    )  # fmt: skip
     return out
 
 
@@ -154,38 +149,21 @@ def layer_norm(
     stats: bool = False,
 ) -> Normed:
     """Layer norm of the rows of x [T, D] (of x + residual, rounded, where given), float32 statistics per row."""
-    x = _rows(x)
+    dtype = number("layer_norm", "x", x)
+    x, stride = _rows("layer_norm", "x", x)
     n_rows, width = x.shape
-    for name, vector in (("weight", weight), ("bias", bias)):
-        if vector is not None and (vector.shape != (width,) or not _checked(vector).is_contiguous()):
-            raise ConfigError(f"the layer norm's {name} is {_words(vector)}; it must be a contiguous [{width}] tensor")
+    weight, weight_type = _vector("layer_norm", "weight", weight, width)
+    bias, bias_type = _vector("layer_norm", "bias", bias, width)
     y, total = torch.empty(n_rows, width, dtype=x.dtype), None
     if residual is not None:
-        residual = _rows(residual)
-        if residual.shape != x.shape or residual.dtype != x.dtype:
-            raise ConfigError(f"the residual is {_words(residual)}; it must match x, {_words(x)}")
+        residual = checked("layer_norm", "residual", residual, (n_rows, width), x.dtype)
         total = torch.empty(n_rows, width, dtype=x.dtype)
     mean, rstd = (torch.empty(n_rows), torch.empty(n_rows)) if stats else (None, None)
     _call(
-        "ew_layer_norm",
-        x,
-        x.dtype is torch.bfloat16,
-        n_rows,
-        width,
-        x.data_ptr(),
-        x.stride(0),
-        _address(residual),
-        0 if residual is None else residual.stride(0),
-        _address(total),
-        y.data_ptr(),
-        _address(weight),
-        _half(weight),
-        _address(bias),
-        _half(bias),
-        eps,
-        _address(mean),
+        "ew_layer_norm", n_rows * width, dtype, n_rows, width, x.data_ptr(), stride, _address(residual), width,
+        _address(total), y.data_ptr(), _address(weight), weight_type, _address(bias), bias_type, eps, _address(mean),
         _address(rstd),
-    )
+    )  # fmt: skip
     return Normed(y, mean, rstd, total)
 
 
@@ -193,33 +171,20 @@ def layer_norm_grad(
     x: Tensor, dy: Tensor, weight: Tensor | None, eps: float, borders: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
     """dx [T, D], and of each leaf of rows the sums [leaves, 2, D] float32 of dy * (x - mean) * rstd and of dy."""
-    x, dy = _rows(x), _rows(dy)
+    dtype = number("layer_norm_grad", "x", x)
+    x, stride = _rows("layer_norm_grad", "x", x)
     rows, width = x.shape
+    dy = checked("layer_norm_grad", "dy", dy, (rows, width), x.dtype)
     cuts = list(borders)
-    if dy.shape != x.shape or dy.dtype != x.dtype:
-        raise ConfigError(f"dy is {_words(dy)}; it must match x, {_words(x)}")
     if not cuts or cuts != sorted(cuts) or cuts[0] != 0 or cuts[-1] != rows:
-        raise ConfigError(f"borders {tuple(cuts)} must ascend from 0 to the {rows} rows")
-    if weight is not None and (weight.shape != (width,) or not _checked(weight).is_contiguous()):
-        raise ConfigError(f"the layer norm's weight is {_words(weight)}; it must be a contiguous [{width}] tensor")
+        raise ConfigError(f"layer_norm_grad: borders {tuple(cuts)} must ascend from 0 to the {rows} rows")
+    weight, weight_type = _vector("layer_norm_grad", "weight", weight, width)
     dx, sums = torch.empty(rows, width, dtype=x.dtype), torch.empty(len(cuts) - 1, 2, width)
+    c_cuts = (ctypes.c_int64 * len(cuts))(*cuts)
     _call(
-        "ew_layer_norm_grad",
-        x,
-        x.dtype is torch.bfloat16,
-        width,
-        x.data_ptr(),
-        x.stride(0),
-        dy.data_ptr(),
-        dy.stride(0),
-        _address(weight),
-        _half(weight),
-        eps,
-        len(cuts) - 1,
-        (ctypes.c_int64 * len(cuts))(*cuts),
-        dx.data_ptr(),
-        sums.data_ptr(),
-    )
+        "ew_layer_norm_grad", rows * width, dtype, rows, width, x.data_ptr(), stride, dy.data_ptr(), width,
+        _address(weight), weight_type, eps, len(cuts) - 1, c_cuts, dx.data_ptr(), sums.data_ptr(),
+    )  # fmt: skip
     return dx, sums
 
 
@@ -228,99 +193,110 @@ def softmax_grad(logits: Tensor, top: Tensor, total: Tensor, targets: Tensor, sc
 
     top, total, scales: [R] float32; targets: [R] int64 below C.
     """
-    logits = _rows(logits).contiguous()
+    name = "softmax_grad"
+    if logits.dim() != 2:
+        raise refused(name, "logits", words(logits), "a matrix [rows, columns] is needed")
     rows, columns = logits.shape
-    if logits.dtype is not torch.float32 or any(t.shape != (rows,) for t in (top, total, targets, scales)):
-        raise ConfigError(
-            f"softmax_grad takes float32 logits and one number per row of each kind; got {_words(logits)}"
-        )
-    if targets.dtype is not torch.int64 or (columns == 0 and bool((targets >= 0).any())):
-        raise ConfigError(f"the targets are {_words(targets)}; they must be int64 columns, or below 0")
-    given = [t.contiguous() for t in (top, total, targets, scales)]
-    out = _like(logits)
-    _call("ew_softmax_grad", logits, rows, columns, logits.data_ptr(), *(t.data_ptr() for t in given), out.data_ptr())
+    logits = checked(name, "logits", logits, (rows, columns), torch.float32)
+    top, total, scales = (
+        checked(name, operand, x, (rows,), torch.float32)
+        for operand, x in (("top", top), ("total", total), ("scales", scales))
+    )
+    targets = checked(name, "targets", targets, (rows,), torch.int64)
+    out = torch.empty(rows, columns)
+    addresses = [x.data_ptr() for x in (logits, top, total, targets, scales, out)]
+    _call("ew_softmax_grad", rows * columns, rows, columns, *addresses)
     return out
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None, inverse: bool = False) -> Tensor:
     """Rotary embedding of x [T, N, H], half-rotation style, on the first R = 2 * cos.shape[1] elements of every head.
 
-    cos, sin: [T, R/2] float32. `out` may be x itself (in place); inverse turns back, which is the backward pass.
+    cos, sin: [T, R/2] float32. `out` may be x itself (in place), with any strides; inverse turns back, which is the
+    backward pass.
     """
-    if _checked(x).dim() != 3:
-        raise ConfigError(f"x is {_words(x)}; rotary takes [tokens, heads, head_dim]")
+    dtype = number("rotary", "x", x)
+    if x.dim() != 3:
+        raise refused("rotary", "x", words(x), "it must be [tokens, heads, head_dim]")
     tokens, heads, width = x.shape
     half = cos.shape[-1]
-    for table in (cos, sin):
-        if table.shape != (tokens, half) or table.dtype is not torch.float32 or table.stride() != (cos.stride(0), 1):
-            raise ConfigError(
-                f"a table of angles is {_words(table)}; cos and sin are float32 [{tokens}, R/2], rows contiguous, "
-                f"strides alike (cos: {list(cos.stride())})"
-            )
+    angles = tokens, half
+    cos = checked("rotary", "cos (a table of angles)", cos, angles, torch.float32)
+    sin = checked("rotary", "sin (a table of angles)", sin, angles, torch.float32)
     if 2 * half > width:
         raise ConfigError(
-            f"{2 * half} elements to turn do not fit heads of {width}; give cos and sin at most {width // 2}"
+            f"rotary: {2 * half} elements to turn do not fit heads of {width}; give cos and sin at most {width // 2}"
         )
-    if x.stride(2) != 1:
-        x = x.contiguous()
+    if out is not None and (out is not x or x.stride()[2] != 1):
+        return _rotary_into(out, x, cos, sin, inverse)
+    token_stride, head_stride, stride = x.stride()
     if out is None:
+        if stride != 1:
+            x = x.contiguous()
+            token_stride, head_stride, _ = x.stride()
         out = torch.empty(tokens, heads, width, dtype=x.dtype)
-    elif out.shape != x.shape or out.dtype != x.dtype or out.stride(2) != 1:
-        raise ConfigError(f"out is {_words(out)}; it must match x, {_words(x)}, with contiguous heads")
-    strides = *x.stride()[:2], *out.stride()[:2], cos.stride(0)
+        strides = token_stride, head_stride, heads * width, width
+    else:
+        _distinct(out)
+        strides = token_stride, head_stride, token_stride, head_stride
     addresses = x.data_ptr(), out.data_ptr(), cos.data_ptr(), sin.data_ptr()
-    given = _ROTARY.pack(x.dtype is torch.bfloat16, inverse, tokens, heads, width, half, *strides, *addresses)
-    _call("ew_rotary", x, given)
+    given = _ROTARY.pack(dtype, inverse, tokens, heads, width, half, *strides, half, *addresses)
+    _call("ew_rotary", tokens * heads * width, given)
     return out
+
+
+def _rotary_into(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
+    """By way of a tensor of its own: for an output that is laid out in another way than the kernel writes."""
+    number("rotary", "out", out)
+    if out.shape != x.shape or out.dtype != x.dtype:
+        raise refused("rotary", "out", words(out), f"it must match x, {words(x)}")
+    _distinct(out)
+    return out.copy_(rotary(x, cos, sin, inverse=inverse))
+
+
+def _distinct(out: Tensor) -> None:
+    """Refuses an output of which several elements are one place in memory, as in an expanded head."""
+    if any(size > 1 and stride == 0 for size, stride in zip(out.shape, out.stride(), strict=True)):
+        raise refused("rotary", "out", words(out), "several of its elements are one place in memory; give a copy of it")
 
 
 @cache
-def _function(name: str, small: bool) -> Callable[..., None]:
-    return entry(name, _SIGNATURES[name], keep_lock=small)
+def _function(name: str, small: bool) -> Callable[..., int]:
+    return entry(name, _SIGNATURES[name], ctypes.c_int, keep_lock=small)
 
 
-def _call(name: str, x: Tensor, *arguments: object) -> None:
-    _function(name, x.numel() < _SMALL)(*arguments)
+def _call(name: str, elements: int, *arguments: object) -> None:
+    status = _function(name, elements < _SMALL)(*arguments)
+    if status:
+        succeeded(name, status)
 
 
 def _map(name: str, x: Tensor) -> Tensor:
-    if _checked(x).dtype != torch.float32:
-        raise ConfigError(f"{name.removeprefix('ew_')} takes float32, got {_words(x)}")
+    x = checked(name, "x", x, x.shape, torch.float32)
+    out = torch.empty(x.shape)
+    n = x.numel()
+    _call("ew_" + name, n, n, x.data_ptr(), out.data_ptr())
+    return out
+
+
+def _rows(operation: str, operand: str, x: Tensor) -> tuple[Tensor, int]:
+    """A matrix whose rows are contiguous, and how far apart they lie."""
+    if x.dim() != 2:
+        raise refused(operation, operand, words(x), "a matrix [rows, columns] is needed")
+    stride, within = x.stride()
+    if within == 1:
+        return x, stride
     x = x.contiguous()
-    out = _like(x)
-    _call(name, x, x.numel(), x.data_ptr(), out.data_ptr())
-    return out
+    return x, x.shape[1]
 
 
-def _checked(x: Tensor) -> Tensor:
-    if x.dtype not in (torch.float32, torch.bfloat16) or not x.is_cpu:
-        raise ConfigError(f"the native kernels take float32 or bfloat16 on the CPU, got {_words(x)}")
-    return x
-
-
-def _checked_out(out: Tensor, x: Tensor) -> Tensor:
-    if out.shape != x.shape or out.dtype != x.dtype or not out.is_contiguous():
-        raise ConfigError(f"out is {_words(out)}; it must be contiguous and match x, {_words(x)}")
-    return out
-
-
-def _rows(x: Tensor) -> Tensor:
-    if _checked(x).dim() != 2:
-        raise ConfigError(f"got {_words(x)}; a matrix [rows, columns] is needed")
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
-def _like(x: Tensor) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype)
+def _vector(operation: str, operand: str, x: Tensor | None, width: int) -> tuple[Tensor | None, int]:
+    """An optional row of the layer norm, contiguous, and the number of its type."""
+    if x is None:
+        return None, 0
+    dtype = number(operation, operand, x)
+    return checked(operation, operand, x, (width,), x.dtype), dtype
 
 
 def _address(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
-
-
-def _half(x: Tensor | None) -> bool:
-    return x is not None and x.dtype is torch.bfloat16
-
-
-def _words(tensor: Tensor) -> str:
-    return f"a {list(tensor.shape)} {tensor.dtype} tensor on {tensor.device} with strides {list(tensor.stride())}"

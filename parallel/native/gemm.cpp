@@ -17,6 +17,8 @@
 
 #include "activation.h"
 #include "gemm_tile.h"
+#include "gemm_watch.h"
+#include "operands.h"
 #include "pool.h"
 
 namespace gemm {
@@ -43,14 +45,19 @@ struct Run {
   int64_t pops;                               // after it add so many finished subtrees; -1: the leaf goes on
   int64_t root;                               // after that: 1 + index of the output this completes, or 0
 };
-struct Plan { int64_t half, n_runs, levels, n_sources, n, copy; };       // mirrored by _PLAN
+struct Plan {                                 // mirrored by _PLAN
+  int64_t dtype, n_runs, levels, n_sources, n, copy;
+  bool half() const { return dtype == operands::kBFloat16; }
+};
 struct Call {                                 // mirrored by _call_struct
   int64_t rows;
   char* out;
-  int64_t out_half, row_stride, root_stride;  // strides in elements
+  int64_t out_dtype, row_stride, root_stride; // strides in elements
   const char* bias;
-  int64_t bias_half, activation;
-  struct { const char* base; int64_t row_stride, k_stride; } x[];
+  int64_t bias_dtype, activation;
+  bool out_half() const { return out_dtype == operands::kBFloat16; }
+  bool bias_half() const { return bias_dtype == operands::kBFloat16; }
+  struct { const char* base; int64_t row_stride, k_stride; Watch* watch; } x[];  // watch: of the weight, or null
 };
 struct Operand { const char* base; int64_t row_bytes; bool copied; };
 struct Step {                                 // a part of a run
@@ -124,7 +131,7 @@ struct Finish {                               // bias, rounding, activation, sto
         const int live = std::min(simd::kLanes, n - j);
         f32x16 v = simd::load(slot + r * kPanel + j);
         if (call.bias)
-          v = v + (call.bias_half ? load(reinterpret_cast<const bf16*>(call.bias) + column + j, live)
+          v = v + (call.bias_half() ? load(reinterpret_cast<const bf16*>(call.bias) + column + j, live)
                                   : load(reinterpret_cast<const float*>(call.bias) + column + j, live));
         if (id != activation::kNone) v = activation::value<id>(simd::as_stored(v, out));
         if (live == simd::kLanes) simd::store(out + j, v);
@@ -174,8 +181,8 @@ struct Work {
       run_tile({a.base + row * a.row_bytes + (a.copied ? run.a_copied : run.a_direct) + s->done * 4, a.row_bytes, b, s->units,
                 top, s->first, s->pops, level, lines == 16 ? b + kAlone : ahead});
       ahead += s->units / 4 * lines * 64;
-      if (s->root && call.out_half) finish<bf16>(s->root - 1, row, rows, panel, top - s->pops * level);
-      if (s->root && !call.out_half) finish<float>(s->root - 1, row, rows, panel, top - s->pops * level);
+      if (s->root && call.out_half()) finish<bf16>(s->root - 1, row, rows, panel, top - s->pops * level);
+      if (s->root && !call.out_half()) finish<float>(s->root - 1, row, rows, panel, top - s->pops * level);
     }
     return ahead;
   }
@@ -207,8 +214,8 @@ bool crowded(int64_t rows, int64_t row_bytes) {
 }
 
 // Where each source's rows are: x itself, or a copy where its rows are not contiguous, a leaf is odd, or they are crowded.
-bool operands(const Call& call, const Plan& plan, const int64_t* sources, Scratch& scratch, Operand* x) {
-  const int64_t element = plan.half ? 2 : 4;
+bool place(const Call& call, const Plan& plan, const int64_t* sources, Scratch& scratch, Operand* x) {
+  const int64_t element = plan.half() ? 2 : 4;
   const int64_t* at = sources;
   int64_t bytes = 0;
   for (int64_t s = 0; s < plan.n_sources; at += 2 + 3 * at[1], ++s) {
@@ -223,7 +230,7 @@ bool operands(const Call& call, const Plan& plan, const int64_t* sources, Scratc
   at = sources;
   for (int64_t s = 0; s < plan.n_sources; at += 2 + 3 * at[1], ++s) {
     if (!x[s].copied) continue;
-    copy_rows(plan.half, {x[s].base, call.x[s].row_stride, call.x[s].k_stride}, call.rows,
+    copy_rows(plan.half(), {x[s].base, call.x[s].row_stride, call.x[s].k_stride}, call.rows,
               reinterpret_cast<const Leaf*>(at + 2), at[1], x[s].row_bytes / 4, copy);
     x[s].base = copy;
     copy += call.rows * x[s].row_bytes;
@@ -247,21 +254,28 @@ double peak() {
   return kSteps * kRows * 4 * simd::kLanes * (std::is_same_v<Op, Bf16> ? 4.0 : 2.0) / seconds.count() / 1e9;
 }
 
-}  // namespace
-}  // namespace gemm
+void check(const Call& call, const Plan& plan) {
+  using namespace operands;
+  const int64_t element = element_size(static_cast<int>(plan.dtype));
+  const int64_t n = plan.n_runs == 0 ? 0 : count(call.rows, plan.n);
+  require(plan.n_sources >= 1 && plan.n_sources <= kSources && plan.n_runs >= 0 && plan.levels >= 1, kBadSize);
+  require(call.activation >= 0 && call.activation < activation::kCount, kBadIndex);
+  present(call.out, n, element_size(static_cast<int>(call.out_dtype)));
+  if (call.bias) present(call.bias, plan.n, element_size(static_cast<int>(call.bias_dtype)));
+  for (int64_t s = 0; s < plan.n_sources; ++s) {
+    present(call.x[s].base, 0, element);
+    require(call.x[s].k_stride == 1 || call.x[s].row_stride == 1 || call.rows == 1, kBadSize);
+    require(n == 0 || !call.x[s].watch || !stale(*call.x[s].watch), kStale);
+  }
+}
 
-extern "C" {
-
-// plan: Plan, then n_runs Run, then for each source its units in a row, n_leaves and the leaves, for copies of x.
-// Returns 0, or -1 where memory is short.
-int gemm_run(const gemm::Call* call, const char* bytes) {
-  using namespace gemm;
+void run(const Call* call, const char* bytes) {
   const Plan& plan = *reinterpret_cast<const Plan*>(bytes);
   const Run* runs = reinterpret_cast<const Run*>(bytes + sizeof(Plan));
-  if (call->rows == 0 || plan.n == 0) return 0;
+  if (call->rows == 0 || plan.n == 0 || plan.n_runs == 0) return;
   static thread_local Scratch copies, cuts;
   Operand x[kSources];
-  if (!operands(*call, plan, reinterpret_cast<const int64_t*>(runs + plan.n_runs), copies, x)) return -1;
+  if (!place(*call, plan, reinterpret_cast<const int64_t*>(runs + plan.n_runs), copies, x)) throw std::bad_alloc();
   const int64_t panels = (plan.n + kPanel - 1) / kPanel, tiles = (call->rows + kRows - 1) / kRows;
   const int64_t wanted = (4 * pool::num_threads() + panels - 1) / panels;                    // items for every thread
   const int64_t blocks = std::max((tiles + kBlockTiles - 1) / kBlockTiles, std::min(wanted, tiles / 8));
@@ -270,19 +284,34 @@ int gemm_run(const gemm::Call* call, const char* bytes) {
   int64_t n_steps = plan.n_runs;
   for (const Run* run = runs; run != runs + plan.n_runs; ++run) n_steps += run->units / most;
   Step* steps = reinterpret_cast<Step*>(cuts.get(n_steps * sizeof(Step)));
-  if (!steps) return -1;
+  if (!steps) throw std::bad_alloc();
   int64_t block_bytes = 0;
   for (int64_t s = 0; s < plan.n_sources; ++s) block_bytes += x[s].row_bytes * std::min(call->rows, kBlockTiles * kRows);
   Work work{*call, plan, x, steps, make_steps(plan, runs, most, steps), tiles, panels, blocks, near,
             block_bytes > kStaying};
   std::atomic<bool> short_of_memory{false};
   pool::parallel_ranges(panels * blocks, [&](int64_t begin, int64_t end) {
-    if (!(plan.half ? work.items<Bf16>(begin, end) : work.items<F32>(begin, end))) short_of_memory = true;
+    if (!(plan.half() ? work.items<Bf16>(begin, end) : work.items<F32>(begin, end))) short_of_memory = true;
   });
   copies.trim(kKeptScratch);
-  return short_of_memory ? -1 : 0;
+  if (short_of_memory) throw std::bad_alloc();
+}
+
+}  // namespace
+}  // namespace gemm
+
+extern "C" {
+
+// plan: Plan, then n_runs Run, then for each source its units in a row, n_leaves and the leaves, for copies of x.
+int gemm_run(const gemm::Call* call, const char* plan) {
+  return operands::guarded([&] {
+    gemm::check(*call, *reinterpret_cast<const gemm::Plan*>(plan));
+    gemm::run(call, plan);
+  });
 }
 
 // GFLOP/s of one thread on registers alone, for benchmarks: the tile's arithmetic without its loads.
-double gemm_peak_gflops(int half) { return half ? gemm::peak<gemm::Bf16>() : gemm::peak<gemm::F32>(); }
+double gemm_peak_gflops(int dtype) {
+  return dtype == operands::kBFloat16 ? gemm::peak<gemm::Bf16>() : gemm::peak<gemm::F32>();
+}
 }

@@ -1,7 +1,7 @@
 """Matrix products y = x W^T on CPUs whose bits do not depend on rows, columns, ranks or threads around an element.
 
-W is packed once (`PackedMatrix`); x stays as it is. K is cut at the borders of the leaves: one chain of fused
-multiply-adds per leaf, leaves added by the fixed tree node(lo, hi) = node(lo, mid) + node(mid, hi), in float32.
+W is packed once (packed.py); x stays as it is. K is cut at the borders of the leaves: one chain of fused multiply-adds
+per leaf, leaves added by the fixed tree node(lo, hi) = node(lo, mid) + node(mid, hi), in float32.
 No autograd, no collectives: parallel/linear.py builds those on top.
 """
 
@@ -17,81 +17,14 @@ from torch import Tensor
 
 from parallel.errors import ConfigError
 from parallel.native.elementwise import activation_id
-from parallel.native.library import entry, library
-from parallel.native.memory import Place, heap
+from parallel.native.library import entry
+from parallel.native.operands import DTYPES, NUMBERS, Status, apart, checked, number, succeeded, words, written
+from parallel.native.packed import PANEL, UNIT, PackedMatrix
 
-PANEL = 64  # columns of W in a panel
 MAX_SOURCES = 16
-_UNIT = 4  # bytes of K that go together: a float32 or a pair of bfloat16
-_DTYPES = (torch.float32, torch.bfloat16)
+MOST_LOOKS = 8  # times that a product takes over a matrix that is written to while it looks
 _SMALL = 1 << 24  # multiply-adds below which a call keeps the interpreter lock
-_serials = itertools.count()
-
-
-class PackedMatrix:
-    """A weight W [N, K] laid out for streaming, [N/64][K][64]; a copy that follows its source only by repack()."""
-
-    def __init__(
-        self, n: int, k: int, dtype: torch.dtype, borders: tuple[int, ...], place: Place | None = None
-    ) -> None:
-        self.n, self.k, self.dtype, self.borders = n, k, dtype, borders
-        per_unit = _UNIT // dtype.itemsize
-        starts = [0]
-        for begin, end in itertools.pairwise(borders):
-            starts.append(starts[-1] + -(-(end - begin) // per_unit))
-        self.starts, self.units = tuple(starts[:-1]), starts[-1]
-        self.panel_bytes = self.units * PANEL * _UNIT
-        self.storage = (place or heap)(-(-n // PANEL) * self.panel_bytes)
-        self.address = self.storage.data_ptr()
-        self.serial = next(_serials)
-        self.plans: dict[tuple, bytes] = {}
-
-    @classmethod
-    def pack(
-        cls, src: Tensor, borders: Sequence[int] | None = None, place: Place | None = None
-    ) -> "PackedMatrix":
-        """Pack src [N, K], any strides. `borders`: the leaves' borders, needed only where a bfloat16 leaf is odd.
-        `place`: where the packed bytes live; the heap unless given (see native.memory).
-        """
-        if src.dim() != 2 or src.dtype not in _DTYPES or not src.is_cpu:
-            raise ConfigError(f"cannot pack {_words(src)}; give a [N, K] float32 or bfloat16 tensor on the CPU")
-        n, k = src.shape
-        cuts = tuple(sorted({0, k, *(borders or ())}))
-        if cuts[0] < 0 or cuts[-1] > k:
-            raise ConfigError(f"borders {tuple(borders or ())} leave the range 0..{k} of K; give borders inside it")
-        packed = cls(n, k, src.dtype, cuts, place)
-        packed.repack(src)
-        return packed
-
-    def repack(self, src: Tensor) -> None:
-        """Take over src's present values, in place."""
-        if src.shape != (self.n, self.k) or src.dtype != self.dtype or not src.is_cpu:
-            raise ConfigError(
-                f"cannot repack {_words(src)} into a packed [{self.n}, {self.k}] {self.dtype}; "
-                "pack a new matrix for another shape or dtype"
-            )
-        src = src.detach()
-        if self.n == 0 or self.k == 0:
-            return
-        if src.stride(1) != 1 and src.stride(0) != 1:
-            src = src.contiguous()
-        leaves = _leaves(self)
-        library().gemm_pack(
-            ctypes.c_int(self.dtype == torch.bfloat16),
-            ctypes.c_void_p(src.data_ptr()),
-            ctypes.c_int64(src.stride(0)),
-            ctypes.c_int64(_k_stride(src)),
-            ctypes.c_int64(self.n),
-            leaves,
-            ctypes.c_int64(len(self.starts)),
-            ctypes.c_int64(self.units),
-            ctypes.c_void_p(self.address),
-        )
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held, padding included."""
-        return self.storage.numel()
+_strided = torch.strided
 
 
 class Source(NamedTuple):
@@ -119,8 +52,8 @@ def product(
     m, n = first.x.shape[0], first.weight.n
     if out is None:
         out = torch.empty(m, n, dtype=out_dtype or first.weight.dtype)
-    elif out.shape != (m, n) or not out.is_contiguous() or not out.is_cpu:
-        raise ConfigError(f"product() cannot write into {_words(out)}; out is a contiguous [{m}, {n}] on the CPU")
+    else:
+        apart("product", "out", written("product", "out", out, (m, n), *DTYPES), bias, *(s.x for s in sources))
     _run(plan, sources, m, out.data_ptr(), out.dtype, 0, bias, activation)
     return out
 
@@ -133,16 +66,14 @@ def nodes(
     sources: Sequence[Source], node_ranges: Sequence[tuple[int, int]], out: Tensor | int | None = None
 ) -> Tensor | int:
     """The root of each complete subtree (lo, hi), float32 [len(node_ranges), M, N], no bias; into `out` where given
-    (a contiguous float32 tensor or an address)."""
+    (a contiguous float32 tensor, or an address that Comm.slot gave)."""
     plan = _plan(sources, tuple(node_ranges))
     m, n = sources[0].x.shape[0], sources[0].weight.n
     shape = (len(node_ranges), m, n)
     if out is None:
         out = torch.empty(shape, dtype=torch.float32)
-    elif isinstance(out, Tensor) and (out.shape != shape or out.dtype != torch.float32 or not out.is_contiguous()):
-        raise ConfigError(
-            f"nodes() cannot write into {_words(out)}; out is a contiguous float32 tensor of shape {shape}"
-        )
+    elif isinstance(out, Tensor):
+        apart("nodes", "out", written("nodes", "out", out, shape, torch.float32), *(s.x for s in sources))
     _run(plan, sources, m, out if isinstance(out, int) else out.data_ptr(), torch.float32, m * n, None, None)
     return out
 
@@ -153,7 +84,7 @@ _RUN = struct.Struct("9q")
 
 @cache
 def _call_struct(n_sources: int) -> struct.Struct:
-    return struct.Struct(f"{8 + 3 * n_sources}q")
+    return struct.Struct(f"{8 + 4 * n_sources}q")
 
 
 @cache
@@ -172,29 +103,45 @@ def _run(
     activation: str | None,
 ) -> None:
     n = sources[0].weight.n
-    if out_dtype not in _DTYPES:
+    if out_dtype not in NUMBERS:
         raise ConfigError(f"out_dtype is {out_dtype}; the native product writes float32 or bfloat16")
-    address = half = 0
+    grad = torch.is_grad_enabled()
+    address = bias_dtype = 0
     if bias is not None:
-        if bias.shape != (n,) or bias.dtype not in _DTYPES or not bias.is_contiguous() or not bias.is_cpu:
-            raise ConfigError(f"the bias is {_words(bias)}; it must be a contiguous [{n}] float32 or bfloat16 tensor")
-        address, half = bias.data_ptr(), bias.dtype is torch.bfloat16
-    fields = [m, out, out_dtype is torch.bfloat16, n, root_stride, address, half, activation_id(activation)]
+        if not bias.is_cpu or bias.layout is not _strided or bias.shape != (n,) or not bias.is_contiguous():
+            bias = checked("product", "bias", bias, (n,), *DTYPES)
+        bias_dtype, address = NUMBERS.get(bias.dtype, 0), bias.data_ptr()
+        if not bias_dtype or (grad and bias.requires_grad):
+            number("product", "bias", bias)
+    fields = [m, out, NUMBERS[out_dtype], n, root_stride, address, bias_dtype, activation_id(activation)]
     keep = []
     for x, weight, _ in sources:
-        if x.shape != (m, weight.k) or x.dtype is not weight.dtype or not x.is_cpu:
+        if not x.is_cpu or x.layout is not _strided or (grad and x.requires_grad):
+            number("product", "x", x)
+        if x.dtype is not weight.dtype or x.shape != (m, weight.k):
             raise ConfigError(
-                f"x is {_words(x)}; with this weight it must be [{m}, {weight.k}] {weight.dtype} on the CPU"
+                f"x is {words(x)}; with this weight it must be [{m}, {weight.k}] {weight.dtype} on the CPU"
             )
         rows, k = x.stride()
         if k != 1 and rows != 1 and weight.k > 1:
             x = x.contiguous()
             keep.append(x)
             rows, k = x.stride()
-        fields += x.data_ptr(), rows, 1 if weight.k < 2 else k
-    small = m * n * sources[0].weight.k < _SMALL
-    if _function(small)(_call_struct(len(sources)).pack(*fields), plan) != 0:
-        raise MemoryError("the native matrix product could not allocate its scratch memory")
+        fields += x.data_ptr(), rows, 1 if weight.k < 2 else k, weight.watch
+    call, run = _call_struct(len(sources)).pack(*fields), _function(m * n * sources[0].weight.k < _SMALL)
+    if status := run(call, plan):
+        succeeded("product", _again(status, sources, lambda: run(call, plan)))
+
+
+def _again(status: int, sources: Sequence[Source], run: Callable[[], int]) -> int:
+    """The status after stale weights were packed again, if that is what was wrong."""
+    for _ in range(MOST_LOOKS):
+        if status != Status.STALE:
+            break
+        for _, weight, _ in sources:
+            weight.catch_up()
+        status = run()
+    return status
 
 
 def _plan(sources: Sequence[Source], roots: tuple[tuple[int, int], ...] | None) -> bytes:
@@ -225,13 +172,11 @@ def _make_plan(sources: Sequence[Source], roots: tuple[tuple[int, int], ...] | N
         for leaf, pop in pops:
             runs += _leaf_runs(sources, leaf, pop, root if leaf == hi - 1 or leaf < 0 else 0)
     odd = any(
-        (end - begin) % (_UNIT // s.weight.dtype.itemsize)
+        (end - begin) % (UNIT // s.weight.dtype.itemsize)
         for s in sources
         for begin, end in itertools.pairwise(s.borders)
     )
-    head = _PLAN.pack(
-        sources[0].weight.dtype == torch.bfloat16, len(runs), depth, len(sources), sources[0].weight.n, odd
-    )
+    head = _PLAN.pack(NUMBERS[sources[0].weight.dtype], len(runs), depth, len(sources), sources[0].weight.n, odd)
     return head + b"".join(runs) + b"".join(_copy_plan(s.weight) for s in sources)
 
 
@@ -251,7 +196,7 @@ def _leaf_runs(sources: Sequence[Source], leaf: int, pops: int, root: int) -> li
     runs = []
     for index, (_, weight, borders) in enumerate(sources):
         begin, end = (borders[leaf], borders[leaf + 1]) if leaf >= 0 else (0, 0)
-        per_unit = _UNIT // weight.dtype.itemsize
+        per_unit = UNIT // weight.dtype.itemsize
         units = -(-(end - begin) // per_unit)
         unit = _unit_of(weight, begin, end) if end > begin else 0
         last = index == len(sources) - 1
@@ -260,8 +205,8 @@ def _leaf_runs(sources: Sequence[Source], leaf: int, pops: int, root: int) -> li
                 index,
                 units,
                 begin * weight.dtype.itemsize,
-                unit * _UNIT,
-                weight.address + unit * PANEL * _UNIT,
+                unit * UNIT,
+                weight.address + unit * PANEL * UNIT,
                 weight.panel_bytes,
                 index == 0,
                 pops if last else -1,
@@ -273,7 +218,7 @@ def _leaf_runs(sources: Sequence[Source], leaf: int, pops: int, root: int) -> li
 
 def _unit_of(weight: PackedMatrix, begin: int, end: int) -> int:
     """Where in the packed K the leaf begin..end starts; it must not share a pair of bfloat16 with a neighbour."""
-    per_unit = _UNIT // weight.dtype.itemsize
+    per_unit = UNIT // weight.dtype.itemsize
     index = max(i for i, border in enumerate(weight.borders[:-1]) if border <= begin)
     stop = weight.borders[index + 1]
     if (begin - weight.borders[index]) % per_unit or end > stop or ((end - begin) % per_unit and end != stop):
@@ -299,20 +244,5 @@ def _check(sources: Sequence[Source]) -> None:
             raise ConfigError(f"borders {borders} must ascend within 0..{weight.k}")
 
 
-def _leaves(weight: PackedMatrix) -> ctypes.Array:
-    flat = [
-        v for pair, start in zip(itertools.pairwise(weight.borders), weight.starts, strict=True) for v in (*pair, start)
-    ]
-    return (ctypes.c_int64 * len(flat))(*flat)
-
-
 def _copy_plan(weight: PackedMatrix) -> bytes:
-    return struct.pack("2q", weight.units, len(weight.starts)) + bytes(_leaves(weight))
-
-
-def _k_stride(src: Tensor) -> int:
-    return 1 if src.shape[1] == 1 else src.stride(1)
-
-
-def _words(tensor: Tensor) -> str:
-    return f"a {list(tensor.shape)} {tensor.dtype} tensor on {tensor.device} with strides {list(tensor.stride())}"
+    return struct.pack("2q", weight.units, len(weight.starts)) + bytes(weight.leaves)

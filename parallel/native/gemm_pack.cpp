@@ -1,9 +1,9 @@
 // Copies of matrices into the layouts gemm.cpp streams (gemm_pack.h), 16 x 16 units at a time.
 #include "gemm_pack.h"
 
-
 #include <algorithm>
 
+#include "operands.h"
 #include "pool.h"
 #include "simd.h"
 
@@ -200,9 +200,18 @@ void copy_rows(bool half, View src, int64_t rows, const Leaf* leaves, int64_t n_
 
 extern "C" {
 
-void gemm_pack(int half, const void* src, int64_t row_stride, int64_t k_stride, int64_t rows, const gemm::Leaf* leaves,
-               int64_t n_leaves, int64_t units, void* dst) {
-  gemm::pack_panels(half, {static_cast<const char*>(src), row_stride, k_stride}, rows, leaves, n_leaves, units,
-                    static_cast<char*>(dst));
+int gemm_pack(int dtype, const void* src, int64_t row_stride, int64_t k_stride, int64_t rows, const gemm::Leaf* leaves,
+              int64_t n_leaves, int64_t units, void* dst) {
+  using namespace operands;
+  return guarded([&] {
+    const int64_t element = element_size(dtype), panels = (rows + gemm::kPanel - 1) / gemm::kPanel;
+    present(src, rows, element), present(dst, count(panels, units, gemm::kPanelBytes), 64), present(leaves, n_leaves);
+    require(k_stride == 1 || row_stride == 1, kBadSize);
+    for (const gemm::Leaf* leaf = leaves; leaf != leaves + n_leaves; ++leaf)
+      require(0 <= leaf->begin && leaf->begin <= leaf->end && 0 <= leaf->unit &&
+              leaf->unit + (leaf->end - leaf->begin + 4 / element - 1) / (4 / element) <= units, kBadIndex);
+    gemm::pack_panels(dtype == kBFloat16, {static_cast<const char*>(src), row_stride, k_stride}, rows, leaves, n_leaves,
+                      units, static_cast<char*>(dst));
+  });
 }
 }

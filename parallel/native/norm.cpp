@@ -10,12 +10,18 @@ using namespace rows;
 
 struct Affine {                               // optional weight or bias of a layer norm
   const void* p;
-  bool half;
+  bool half;                                  // bfloat16, else float32
   f32x16 at(int64_t i, int live, float otherwise) const {
     if (!p) return simd::set1(otherwise);
     return half ? load(static_cast<const bf16*>(p) + i, live) : load(static_cast<const float*>(p) + i, live);
   }
 };
+
+Affine affine(const void* p, int dtype, int64_t width) {
+  if (p) present(p, width, operands::element_size(dtype));
+  return {p, dtype == operands::kBFloat16};
+}
+
 template <class E>
 struct Norm {                                 // y = (h - mean) rstd weight + bias, h = x + residual (rounded) where given
   int64_t width, stride, residual_stride;
@@ -94,28 +100,42 @@ struct NormGrad {
 
 extern "C" {
 
-void ew_layer_norm(int half, int64_t rows, int64_t width, const void* x, int64_t stride, const void* residual,
-                   int64_t residual_stride, void* h, void* y, const void* weight, int weight_half, const void* bias,
-                   int bias_half, float eps, float* mean, float* rstd) {
-  typed(half, [&](auto e) {
-    using E = decltype(e);
-    Norm<E> norm{width, stride, residual_stride, static_cast<const E*>(x), static_cast<const E*>(residual),
-                 static_cast<E*>(h), static_cast<E*>(y), {weight, weight_half != 0}, {bias, bias_half != 0}, eps, mean, rstd};
-    over_rows(rows, width, [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r) norm.row(r);
+int ew_layer_norm(int dtype, int64_t rows, int64_t width, const void* x, int64_t stride, const void* residual,
+                  int64_t residual_stride, void* h, void* y, const void* weight, int weight_dtype, const void* bias,
+                  int bias_dtype, float eps, float* mean, float* rstd) {
+  return guarded([&] {
+    const int64_t n = count(rows, width);
+    const Affine gain = affine(weight, weight_dtype, width), shift = affine(bias, bias_dtype, width);
+    require((mean == nullptr) == (rstd == nullptr) && (residual == nullptr) == (h == nullptr), operands::kNoData);
+    operands::optional(mean), operands::optional(rstd);
+    typed(dtype, [&](auto e) {
+      using E = decltype(e);
+      const Norm<E> norm{width, stride, residual_stride, static_cast<const E*>(x), static_cast<const E*>(residual),
+                         static_cast<E*>(h), static_cast<E*>(y), gain, shift, eps, mean, rstd};
+      present(norm.x, n), present(norm.y, n), operands::optional(norm.residual), operands::optional(norm.h);
+      over_rows(rows, width, [&](int64_t begin, int64_t end) {
+        for (int64_t r = begin; r < end; ++r) norm.row(r);
+      });
     });
   });
 }
 
 // borders: n_leaves + 1 ascending rows, the first 0; sums [leaf][2][width]
-void ew_layer_norm_grad(int half, int64_t width, const void* x, int64_t x_stride, const void* dy, int64_t dy_stride,
-                        const void* weight, int weight_half, float eps, int64_t n_leaves, const int64_t* borders, void* dx,
-                        float* sums) {
-  typed(half, [&](auto e) {
-    using E = decltype(e);
-    const NormGrad<E> norm{width, x_stride, dy_stride, static_cast<const E*>(x), static_cast<const E*>(dy),
-                           static_cast<E*>(dx), {weight, weight_half != 0}, eps};
-    pool::parallel_for(n_leaves, [&](int64_t i) { norm.leaf(borders[i], borders[i + 1], sums + i * 2 * width); });
+int ew_layer_norm_grad(int dtype, int64_t rows, int64_t width, const void* x, int64_t x_stride, const void* dy,
+                       int64_t dy_stride, const void* weight, int weight_dtype, float eps, int64_t n_leaves,
+                       const int64_t* borders, void* dx, float* sums) {
+  return guarded([&] {
+    const int64_t n = count(rows, width);
+    operands::ascending(borders, n_leaves, rows);
+    present(sums, count(n_leaves, 2, width));
+    const Affine gain = affine(weight, weight_dtype, width);
+    typed(dtype, [&](auto e) {
+      using E = decltype(e);
+      const NormGrad<E> norm{width, x_stride, dy_stride, static_cast<const E*>(x), static_cast<const E*>(dy),
+                             static_cast<E*>(dx), gain, eps};
+      present(norm.x, n), present(norm.dy, n), present(norm.dx, n);
+      pool::parallel_for(n_leaves, [&](int64_t i) { norm.leaf(borders[i], borders[i + 1], sums + i * 2 * width); });
+    });
   });
 }
 }

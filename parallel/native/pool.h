@@ -6,7 +6,8 @@
 // Thread t of T starts on the t-th of T equal parts, in a few pieces; who is done takes pieces of others, and nobody
 // waits for a thread that has not begun: on a busy machine the caller does the work itself. With one thread, n < 2, a
 // nested call, or another Python thread inside the pool at this moment, everything runs in the caller. So kernels must
-// not let their results depend on who runs what. Exceptions must not leave the function. Workers spin for a short while
+// not let their results depend on who runs what. An exception in any thread reaches the caller, once all have stopped; what
+// was left of the work is then not done. Workers spin for a short while
 // and then sleep: a decode step does not pay for waking them and an idle process costs nothing. After a fork the child
 // starts its own workers on first use.
 #pragma once
@@ -16,9 +17,11 @@
 #include <cerrno>
 #include <condition_variable>
 #include <cstdint>
+#include <exception>
 #include <mutex>
 #include <system_error>
 #include <thread>
+#include <utility>
 #include <vector>
 
 namespace pool {
@@ -60,6 +63,7 @@ class Pool {
     for (int spins = 0; gate_.load(std::memory_order_acquire) & kInside; ++spins) {
       if (spins < kSpins) relax(); else std::this_thread::yield();
     }
+    if (failed_.exchange(false, std::memory_order_relaxed)) std::rethrow_exception(std::exchange(error_, nullptr));
   }
 
  private:
@@ -75,8 +79,16 @@ class Pool {
       int64_t begin = job_.n * t / wanted_, size = job_.n * (t + 1) / wanted_ - begin;
       for (int p; (p = parts_[t].next.fetch_add(1, std::memory_order_relaxed)) < kPieces;) {
         int64_t from = begin + size * p / kPieces, to = begin + size * (p + 1) / kPieces;
-        if (from < to) job_.call(job_.context, from, to);
+        if (from < to && !failed_.load(std::memory_order_relaxed)) attempt(from, to);
       }
+    }
+  }
+  void attempt(int64_t from, int64_t to) noexcept {
+    try {
+      job_.call(job_.context, from, to);
+    } catch (...) {                         // the first one is the caller's, who reads it when all have left
+      std::lock_guard<std::mutex> lock(mutex_);
+      if (!failed_.exchange(true, std::memory_order_relaxed)) error_ = std::current_exception();
     }
   }
   void open_gate() {
@@ -114,7 +126,8 @@ class Pool {
   const int wanted_;
   Job job_{};                               // read by a worker only between entering and leaving
   std::vector<Part> parts_;
-  std::atomic<bool> stop_{false};
+  std::atomic<bool> stop_{false}, failed_{false};
+  std::exception_ptr error_;                // of this job, with failed_
   alignas(64) std::atomic<uint64_t> gate_{0};
   alignas(64) std::atomic<int> sleepers_{0};
   std::mutex mutex_;
@@ -150,8 +163,11 @@ void parallel_ranges(int64_t n, const F& fn) {
   if (n <= 0) return;
   if (threads < 2 || n < 2 || s.busy.exchange(true, std::memory_order_acquire)) { fn(int64_t(0), n); return; }
   Job job{[](void* f, int64_t begin, int64_t end) { (*static_cast<const F*>(f))(begin, end); }, const_cast<F*>(&fn), n};
+  struct Release {                          // also where an exception passes
+    State& s;
+    ~Release() { s.busy.store(false, std::memory_order_release); }
+  } release{s};
   workers(s, threads).run(job);
-  s.busy.store(false, std::memory_order_release);
 }
 
 template <class F>

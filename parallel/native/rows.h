@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <limits>
 
+#include "operands.h"
 #include "pool.h"
 #include "simd.h"
 
@@ -59,7 +60,12 @@ inline float sum_over(int64_t n, const F& f) {
   return total(s);
 }
 
-template <class F>
-void typed(int half, const F& f) { half ? f(bf16{}) : f(float{}); }
+using operands::count;
+using operands::guarded;
+using operands::kBadIndex;
+using operands::kBadSize;
+using operands::present;
+using operands::require;
+using operands::typed;
 
 }  // namespace rows

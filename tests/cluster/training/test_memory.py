@@ -146,7 +146,7 @@ def test_packed_copies_are_those_that_a_step_makes(config: DecoderConfig, dtype:
     logits = model(ids, torch.arange(TOKENS), Causal((TOKENS,)))
     vocab_token_losses(logits, ids, model.head.shards, Group.single()).sum().backward()
     owned = {id(parameter) for parameter in model.parameters()}
-    made = [found for found in gc.get_objects() if type(found) is Operand and id(found._parameter) in owned]
+    made = [found for found in gc.get_objects() if type(found) is Operand and id(found.parameter) in owned]
     sizes = sorted(operand.packed().nbytes for operand in made)
     forward, backward = _operands(build(config, dtype=dtype, device="meta"))
     assert sorted(packed_size(*operand) for operand in forward + backward) == sizes

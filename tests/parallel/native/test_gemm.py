@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from parallel.errors import ConfigError
+from parallel.errors import ConfigError, OperandError
 from parallel.native import library
 from parallel.native.elementwise import activate
 from parallel.native.gemm import PackedMatrix, Source, nodes, product
@@ -257,12 +257,12 @@ def test_wrong_operands_are_refused_in_words() -> None:
         product([Source(x, packed, (0, 10)), Source(x, PackedMatrix.pack(normal(7, 10)), (0, 10))])
     with pytest.raises(ConfigError, match="not a range"):
         nodes([Source(x, packed, (0, 10))], [(0, 2)])
-    with pytest.raises(ConfigError, match="cannot write into"):
+    with pytest.raises(OperandError, match=r"nodes: out is .* its shape must be \[1, 3, 6\]"):
         nodes([Source(x, packed, (0, 10))], [(0, 1)], out=torch.empty(3, 6))
 
 
 def test_weights_that_cannot_be_packed_are_refused_in_words() -> None:
-    with pytest.raises(ConfigError, match="cannot pack"):
+    with pytest.raises(OperandError, match="pack: the matrix is .*float16 .* takes strided float32 or bfloat16"):
         PackedMatrix.pack(torch.zeros(3, 4, dtype=torch.float16))
     with pytest.raises(ConfigError, match="cannot pack"):
         PackedMatrix.pack(torch.zeros(3))
@@ -311,17 +311,9 @@ for dtype in (torch.float32, torch.bfloat16):
 
 @pytest.mark.skipif("avx2" not in library._cpu_identity(), reason="needs an x86 CPU with AVX2")
 def test_the_kernel_without_wide_registers_obeys_the_same_rules(tmp_path: Path) -> None:
-    for name in (
-        "gemm.cpp",
-        "gemm_pack.cpp",
-        "pool.cpp",
-        "gemm_pack.h",
-        "gemm_tile.h",
-        "simd.h",
-        "activation.h",
-        "pool.h",
-    ):
-        (tmp_path / name).write_bytes((library.SOURCES / name).read_bytes())
+    sources = [library.SOURCES / name for name in ("gemm.cpp", "gemm_pack.cpp", "pool.cpp")]
+    for source in (*sources, *library.SOURCES.glob("*.h")):
+        (tmp_path / source.name).write_bytes(source.read_bytes())
     root = Path(__file__).parents[3]
     done = subprocess.run(
         [sys.executable, "-c", PORTABLE, str(tmp_path), str(tmp_path / "cache")],

@@ -1,0 +1,124 @@
+"""A weight packed for the matrix products of gemm.py (gemm_pack.cpp), and its watch over what it was made from."""
+
+import ctypes
+import itertools
+import struct
+from collections.abc import Callable, Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from parallel.errors import ConfigError
+from parallel.native.library import entry
+from parallel.native.memory import Place, heap
+from parallel.native.operands import number, succeeded, words
+
+PANEL = 64  # columns of W in a panel
+UNIT = 4  # bytes of K that go together: a float32 or a pair of bfloat16
+_serials = itertools.count()
+_WATCH = struct.Struct("11q")  # Watch of gemm_watch.h
+
+
+class PackedMatrix:
+    """A weight W [N, K] laid out for streaming, [N/64][K][64]; a copy that follows its source only by repack()."""
+
+    def __init__(
+        self, n: int, k: int, dtype: torch.dtype, borders: tuple[int, ...], place: Place | None = None
+    ) -> None:
+        self.n, self.k, self.dtype, self.borders = n, k, dtype, borders
+        per_unit = UNIT // dtype.itemsize
+        starts = [0]
+        for begin, end in itertools.pairwise(borders):
+            starts.append(starts[-1] + -(-(end - begin) // per_unit))
+        self.starts, self.units = tuple(starts[:-1]), starts[-1]
+        self.panel_bytes = self.units * PANEL * UNIT
+        self.storage = (place or heap)(-(-n // PANEL) * self.panel_bytes)
+        self.address = self.storage.data_ptr()
+        self.serial = next(_serials)
+        self.plans: dict[tuple, bytes] = {}
+        self.leaves = leaves_of(self)
+        self.watch = 0  # the address of a Watch of gemm_watch.h, or 0
+        self._watched: tuple[Callable[[], Tensor], ctypes.Array] | None = None
+
+    @classmethod
+    def pack(cls, src: Tensor, borders: Sequence[int] | None = None, place: Place | None = None) -> "PackedMatrix":
+        """Pack src [N, K], any strides. `borders`: the leaves' borders, needed only where a bfloat16 leaf is odd.
+        `place`: where the packed bytes live; the heap unless given (see native.memory).
+        """
+        packed = cls.made_for(src, borders, place)
+        packed.repack(src)
+        return packed
+
+    @classmethod
+    def made_for(cls, src: Tensor, borders: Sequence[int] | None = None, place: Place | None = None) -> "PackedMatrix":
+        """Room for such a matrix, nothing in it yet."""
+        number("pack", "the matrix", src.detach())
+        if src.dim() != 2:
+            raise ConfigError(f"cannot pack {words(src)}; give a [N, K] float32 or bfloat16 tensor on the CPU")
+        n, k = src.shape
+        cuts = tuple(sorted({0, k, *(borders or ())}))
+        if cuts[0] < 0 or cuts[-1] > k:
+            raise ConfigError(f"borders {tuple(borders or ())} leave the range 0..{k} of K; give borders inside it")
+        return cls(n, k, src.dtype, cuts, place)
+
+    def repack(self, src: Tensor) -> None:
+        """Take over src's present values, in place."""
+        src = src.detach()
+        dtype = number("pack", "the matrix", src)
+        if src.shape != (self.n, self.k) or src.dtype != self.dtype:
+            raise ConfigError(
+                f"cannot repack {words(src)} into a packed [{self.n}, {self.k}] {self.dtype}; "
+                "pack a new matrix for another shape or dtype"
+            )
+        if self.n == 0 or self.k == 0:
+            return
+        if src.stride(1) != 1 and src.stride(0) != 1:
+            src = src.contiguous()
+        status = _packer()(
+            dtype, src.data_ptr(), src.stride(0), _k_stride(src), self.n, self.leaves, len(self.starts), self.units,
+            self.address,
+        )  # fmt: skip
+        succeeded("pack", status)
+
+    def follow(self, matrix: Callable[[], Tensor]) -> None:
+        """repack() of matrix(); from now on every product looks at a few of its elements and takes all over again where
+        they differ, for writes that no counter shows. Whoever replaces that memory calls this again before a product.
+        """
+        src = matrix().detach()
+        self.repack(src)
+        if self.n == 0 or self.k == 0:
+            return
+        fields = _WATCH.pack(
+            src.data_ptr(), *src.stride(), self.n, self.k, src.element_size(), self.address, self.units,
+            ctypes.addressof(self.leaves), len(self.starts), 0,
+        )  # fmt: skip
+        struct_ = ctypes.create_string_buffer(fields, len(fields))
+        self._watched, self.watch = (matrix, struct_), ctypes.addressof(struct_)
+
+    def catch_up(self) -> None:
+        """Takes over what the watched matrix holds now."""
+        if self._watched is not None:
+            self.repack(self._watched[0]())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, padding included."""
+        return self.storage.numel()
+
+
+def leaves_of(weight: PackedMatrix) -> ctypes.Array:
+    flat = [
+        v for pair, start in zip(itertools.pairwise(weight.borders), weight.starts, strict=True) for v in (*pair, start)
+    ]
+    return (ctypes.c_int64 * len(flat))(*flat)
+
+
+@cache
+def _packer() -> Callable[..., int]:
+    pointer, size = ctypes.c_void_p, ctypes.c_int64
+    return entry("gemm_pack", (ctypes.c_int, pointer, size, size, size, pointer, size, size, pointer), ctypes.c_int)
+
+
+def _k_stride(src: Tensor) -> int:
+    return 1 if src.shape[1] == 1 else src.stride(1)
