@@ -34,11 +34,21 @@ def row_top(x_TV: Tensor, count: int) -> tuple[Tensor, Tensor]:
         return x_TV[:, :0], torch.zeros((x_TV.shape[0], 0), dtype=torch.long, device=x_TV.device)
     above_TV = x_TV >= x_TV.topk(count, 1).values[:, -1:]
     if not bool((above_TV.sum(1) == count).all()):  # equal values at the border, or NaN
-        ordered = x_TV.sort(dim=1, descending=True, stable=True)
-        return ordered.values[:, :count], ordered.indices[:, :count]
+        above_TV = _first_of_equals(x_TV, above_TV, count)
+        if not bool((above_TV.sum(1) == count).all()):
+            ordered = x_TV.sort(dim=1, descending=True, stable=True)
+            return ordered.values[:, :count], ordered.indices[:, :count]
     ids = above_TV.nonzero()[:, 1].view(-1, count)
     ordered = x_TV.gather(1, ids).sort(dim=1, descending=True, stable=True)
     return ordered.values, ids.gather(1, ordered.indices)
+
+
+def _first_of_equals(x_TV: Tensor, above_TV: Tensor, count: int) -> Tensor:
+    """Of values equal to the `count`-th largest the first ones, so that `count` are left. Without NaN, that is."""
+    border_T1 = torch.where(above_TV, x_TV, float("inf")).amin(1, keepdim=True)
+    greater_TV, equal_TV = x_TV > border_T1, x_TV == border_T1
+    wanted_T1 = count - greater_TV.sum(1, keepdim=True)
+    return greater_TV | (equal_TV & (equal_TV.cumsum(1) <= wanted_T1))
 
 
 def top_log_probs(logits_local: Tensor, count: int, shards: VirtualShards, group: Group) -> Top | None:

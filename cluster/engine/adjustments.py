@@ -17,7 +17,10 @@ a row's bits cannot depend on its neighbours.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping
+from collections.abc import Sequence as Many
+from copy import copy
 
 import torch
 from torch import Tensor
@@ -28,56 +31,98 @@ from cluster.engine.sequence import Sequence
 NEVER = float("-inf")
 
 
+class Fixed:
+    """What a request asks of every row alike, as rows of the vocabulary's length: made once, shared by its samples."""
+
+    def __init__(self, given: SamplingParams, stop_ids: frozenset[int], vocab_size: int, device: torch.device) -> None:
+        self.device = device
+        self.bias = None
+        if given.logit_bias:
+            self.bias = torch.zeros(vocab_size, dtype=torch.float32, device=device)
+            values = torch.tensor(list(given.logit_bias.values()), dtype=torch.float32, device=device)
+            self.bias[self.ids(list(given.logit_bias))] = values
+        self.stops = self._mask(vocab_size, list(stop_ids)) if stop_ids else None
+        banned = [word[0] for word in given.bad_words if len(word) == 1]
+        self.never = self._mask(vocab_size, banned) if banned else None
+        if given.allowed_token_ids is not None:
+            others = ~self._mask(vocab_size, list(given.allowed_token_ids))
+            self.never = others if self.never is None else self.never | others
+        self.words = BadWords([word for word in given.bad_words if len(word) > 1])
+
+    def ids(self, ids: list[int]) -> Tensor:
+        return torch.tensor(ids, dtype=torch.long, device=self.device)
+
+    def _mask(self, vocab_size: int, ids: list[int]) -> Tensor:
+        mask = torch.zeros(vocab_size, dtype=torch.bool, device=self.device)
+        mask[self.ids(ids)] = True
+        return mask
+
+
+class FixedOfCalls:
+    """The last few requests' `Fixed`: prompts of one call, whose lists are the same objects, share one."""
+
+    def __init__(self, most: int = 8) -> None:
+        self._most = most
+        self._made: OrderedDict[object, tuple[SamplingParams, Fixed]] = OrderedDict()
+
+    def get(self, given: SamplingParams, stop_ids: frozenset[int], vocab_size: int, device: torch.device) -> Fixed:
+        lists = (id(given.logit_bias), id(given.allowed_token_ids), id(given.bad_words))
+        key = (lists, stop_ids, vocab_size, device)
+        if key not in self._made:
+            # with `given`, so that no other list can get the same id meanwhile
+            self._made[key] = given, Fixed(given, stop_ids, vocab_size, device)
+            if len(self._made) > self._most:
+                self._made.popitem(last=False)
+        self._made.move_to_end(key)
+        return self._made[key][1]
+
+
+FIXED = FixedOfCalls()
+
+
 class Adjustments:
     """One sample's adjustments; remembers what it has already counted, so a step costs only what is new."""
 
     def __init__(self, seq: Sequence, vocab_size: int, device: torch.device) -> None:
         given = seq.sampling
-        self.vocab_size, self.device = vocab_size, device
-        self.bias_ids = self._ids(list(given.logit_bias))
-        self.bias = torch.tensor(list(given.logit_bias.values()), dtype=torch.float32, device=device)
-        self.stop_ids = self._ids(sorted(seq.stop_ids))
-        self.allowed = None if given.allowed_token_ids is None else self._ids(sorted(set(given.allowed_token_ids)))
-        self.banned = self._ids([word[0] for word in given.bad_words if len(word) == 1])
-        self.words = [word for word in given.bad_words if len(word) > 1]
+        self.fixed = FIXED.get(given, seq.stop_ids, vocab_size, device)
         self.history = torch.zeros(0, dtype=torch.long, device=device)
         self.counts = torch.zeros(vocab_size if _counts(given) else 0, dtype=torch.float32, device=device)
         self.counted = seq.prompt_len
         self.ngrams = NGrams(given.no_repeat_ngram_size) if given.no_repeat_ngram_size else None
 
-    def _ids(self, ids: list[int]) -> Tensor:
-        return torch.tensor(ids, dtype=torch.long, device=self.device)
+    def copy(self) -> Adjustments:
+        """Of a beam that goes on from the same tokens."""
+        made = copy(self)
+        made.counts = self.counts.clone()
+        made.ngrams = None if self.ngrams is None else self.ngrams.copy()
+        return made
 
     def apply(self, row_V: Tensor, seq: Sequence, diversity: Mapping[int, float] | None = None) -> None:
         """Changes the row in place."""
-        if len(self.bias_ids):
-            row_V[self.bias_ids] += self.bias
+        fixed, given = self.fixed, seq.sampling
+        if fixed.bias is not None:
+            row_V += fixed.bias
         if diversity:
-            row_V[self._ids(list(diversity))] -= torch.tensor(
-                list(diversity.values()), dtype=torch.float32, device=self.device
-            )
-        given = seq.sampling
+            prices = torch.tensor(list(diversity.values()), dtype=torch.float32, device=fixed.device)
+            row_V[fixed.ids(list(diversity))] -= prices
         if given.repetition_penalty != 1.0:
             self._penalise_repetition(row_V, seq.tokens, given.repetition_penalty)
         if _counts(given) and len(seq.tokens) > seq.prompt_len:
             self._penalise_counts(row_V, seq)
+        banned = fixed.words.banned_after(seq.tokens)
         if self.ngrams is not None:
-            row_V[self._ids(self.ngrams.banned_after(seq.tokens))] = NEVER
-        if len(self.banned):
-            row_V[self.banned] = NEVER
-        for word in self.words:
-            if tuple(seq.tokens[1 - len(word) :]) == word[:-1]:
-                row_V[word[-1]] = NEVER
-        if seq.position < seq.min_tokens and len(self.stop_ids):
-            row_V[self.stop_ids] = NEVER
-        if self.allowed is not None:
-            kept = row_V[self.allowed]
-            row_V.fill_(NEVER)
-            row_V[self.allowed] = kept
+            banned = banned + self.ngrams.banned_after(seq.tokens)
+        if banned:
+            row_V[fixed.ids(banned)] = NEVER
+        if fixed.never is not None:
+            row_V.masked_fill_(fixed.never, NEVER)
+        if seq.position < seq.min_tokens and fixed.stops is not None:
+            row_V.masked_fill_(fixed.stops, NEVER)
 
     def _penalise_repetition(self, row_V: Tensor, tokens: list[int], penalty: float) -> None:
         new = tokens[len(self.history) :]
-        self.history = torch.cat([self.history, self._ids(new)])
+        self.history = torch.cat([self.history, self.fixed.ids(new)])
         seen = row_V[self.history]
         row_V[self.history] = torch.where(seen > 0, seen / penalty, seen * penalty)
 
@@ -85,9 +130,41 @@ class Adjustments:
         for token in seq.tokens[self.counted :]:
             self.counts[token] += 1.0
         self.counted = len(seq.tokens)
-        ids = self._ids(seq.tokens[seq.prompt_len :])  # a token seen twice is written twice, with the same value
+        ids = self.fixed.ids(seq.tokens[seq.prompt_len :])  # a token seen twice is written twice, with the same value
         given = seq.sampling
         row_V[ids] = row_V[ids] - (given.frequency_penalty * self.counts[ids] + given.presence_penalty)
+
+
+class BadWords:
+    """Which token would complete a word. The words' beginnings as a trie that is read from their ends, so that a row
+    costs as many steps as tokens match, however many words there are, and nothing has to be remembered between rows.
+    """
+
+    def __init__(self, words: Many[tuple[int, ...]]) -> None:
+        self._root = _Node()
+        for *beginning, last in words:
+            node = self._root
+            for token in reversed(beginning):
+                node = node.before.setdefault(token, _Node())
+            node.banned.append(last)
+
+    def banned_after(self, tokens: Many[int]) -> list[int]:
+        banned: list[int] = []
+        before, place = self._root.before, len(tokens) - 1
+        while before and place >= 0 and (node := before.get(tokens[place])) is not None:
+            banned += node.banned
+            before, place = node.before, place - 1
+        return banned
+
+
+class _Node:
+    """The end of some words' beginnings: what may stand before it, and the tokens that complete those it is all of."""
+
+    __slots__ = ("banned", "before")
+
+    def __init__(self) -> None:
+        self.before: dict[int, _Node] = {}
+        self.banned: list[int] = []
 
 
 class NGrams:
@@ -97,6 +174,11 @@ class NGrams:
         self.size = size
         self.followers: dict[tuple[int, ...], list[int]] = {}
         self.seen = size - 1  # tokens whose n-gram is known
+
+    def copy(self) -> NGrams:
+        made = copy(self)
+        made.followers = {run: [*after] for run, after in self.followers.items()}
+        return made
 
     def banned_after(self, tokens: list[int]) -> list[int]:
         """The tokens that would complete an n-gram for the second time."""

@@ -141,7 +141,9 @@ class BeamTables:
             else:
                 child = spare.pop()
                 self._residents.fork(seq, child)
-                seq, child.tokens, child.adjustments = child, group.tokens_of(place), None
+                child.tokens = group.tokens_of(place)
+                child.adjustments = None if seq.adjustments is None else seq.adjustments.copy()
+                seq = child
             group.members.append(seq)
         for seq in group.members:
             self._grow(seq)

@@ -34,7 +34,8 @@ class Row(Protocol):
     """What the model says of the token after one beam."""
 
     def best(self, count: int, penalties: Mapping[int, float]) -> list[Candidate]:
-        """At least the best `count` that are not stop tokens and any stop token above them; all finite, best first.
+        """At least the best `count`, and the best `count` that are not stop tokens; all finite, best first. A stop
+        token further down may be missing: no search looks at it.
 
         `penalties` are taken off the tokens' log-probabilities.
         """

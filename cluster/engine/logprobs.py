@@ -13,7 +13,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from cluster.engine.containment import each_alone
 from cluster.engine.request import TokenLogprobs
+from parallel.top import row_top
 
 
 class Normaliser(Protocol):
@@ -33,7 +35,11 @@ class Asked:
 
 
 def token_logprobs(head: Normaliser, logits_RV: Tensor, asked: Many[Asked]) -> list[TokenLogprobs | str]:
-    """One answer per question; the reason instead where the row is not finite."""
+    """One answer per question; the reason instead where the row is not finite, or its computation raises."""
+    return each_alone(lambda some: _token_logprobs(head, logits_RV, some), asked, str)
+
+
+def _token_logprobs(head: Normaliser, logits_RV: Tensor, asked: Many[Asked]) -> list[TokenLogprobs | str]:
     places = [question.row for question in asked]
     scaled = logits_RV if places == list(range(logits_RV.shape[0])) else logits_RV[places]
     scaled = at_temperatures(scaled, [question.temperature for question in asked])
@@ -43,12 +49,17 @@ def token_logprobs(head: Normaliser, logits_RV: Tensor, asked: Many[Asked]) -> l
     most = max(question.top for question in asked)
     if not most:
         return [checked(question.token, value, ()) for question, value in zip(asked, chosen, strict=True)]
-    top = scaled.topk(min(most, scaled.shape[1]), 1)
-    values, ids = (top.values - normaliser[:, None]).tolist(), top.indices.tolist()
+    logits, ids = row_top(scaled, most)
+    values = logits - normaliser[:, None]
+    equal = (values[:, 1:] == values[:, :-1]).any(1).tolist()  # by rounding: then the lower id goes first
     answers = []
-    for i, question in enumerate(asked):
-        ranked = sorted(zip(ids[i], values[i], strict=True), key=lambda pair: (-pair[1], pair[0]))
-        answers.append(checked(question.token, chosen[i], tuple(ranked[: question.top])))
+    for question, value, of_row, ids_of_row, ties in zip(
+        asked, chosen, values.tolist(), ids.tolist(), equal, strict=True
+    ):
+        ranked = list(zip(ids_of_row, of_row, strict=True))
+        if ties:
+            ranked.sort(key=lambda pair: (-pair[1], pair[0]))
+        answers.append(checked(question.token, value, tuple(ranked[: question.top])))
     return answers
 
 

@@ -6,11 +6,14 @@ which never touches the others.
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from cluster.engine.beam_group import BeamGroup
 from cluster.engine.beams import Hypothesis, Row
+from cluster.engine.containment import GROUP_FAULTS, reason
 from cluster.engine.plan import PromptScore, StepPlan, StepResult
 from cluster.engine.pooling import Rows
 from cluster.engine.request import FinishReason, TokenEvent, TokenLogprobs
@@ -18,6 +21,8 @@ from cluster.engine.sequence import Answer, Sequence
 
 if TYPE_CHECKING:
     from cluster.engine.scheduler import Scheduler
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -51,23 +56,44 @@ class Outcomes:
     def commit(self, plan: StepPlan, result: StepResult) -> None:
         self._scheduler.counters.weight_version = result.weight_version
         for score, values in zip(plan.gathered_scores, result.gathered_scores, strict=True):
-            self._scored(score, values)
+            self._alone(score.sequence, self._scored, score, values)
         for score, values in zip(plan.plain_scores, result.plain_scores, strict=True):
-            self._scored(score, values)
+            self._alone(score.sequence, self._scored, score, values)
         for run, value in zip(plan.pools, result.pools, strict=True):
-            self._pooled(run.sequence, value)
+            self._alone(run.sequence, self._pooled, run.sequence, value)
         logprobs, errors = result.logprobs, result.errors
         for place, seq in enumerate(plan.sampled):
-            if seq.forks:
-                self._spread(seq)
-            if seq.done:  # its prompt's scores failed a moment ago
-                continue
-            if errors and place in errors:
-                self.end(seq, FinishReason.ERROR, error=errors[place])
-            else:
-                self._append(seq, result.tokens[place], logprobs[place] if logprobs else None)
+            try:
+                if seq.forks:
+                    self._spread(seq)
+                if seq.done:  # its prompt's scores failed a moment ago
+                    continue
+                if errors and place in errors:
+                    self.end(seq, FinishReason.ERROR, error=errors[place])
+                else:
+                    self._append(seq, result.tokens[place], logprobs[place] if logprobs else None)
+            except GROUP_FAULTS:
+                raise
+            except Exception as error:  # noqa: BLE001 (this request's own)
+                self.fail(seq, error)
         if plan.beams:
             self._advance_beams(plan, result)
+
+    def _alone(self, seq: Sequence, act: Callable[..., None], *arguments: object) -> None:
+        """What it raises ends the sequence's request alone."""
+        try:
+            act(*arguments)
+        except GROUP_FAULTS:
+            raise
+        except Exception as error:  # noqa: BLE001 (this request's own)
+            self.fail(seq, error)
+
+    def fail(self, seq: Sequence, error: Exception) -> None:
+        """Ends all of a request's samples, of which something raised an exception."""
+        log.error("request %s failed by itself", seq.request_id, exc_info=error)
+        for sample in list(seq.answer.live.values()):
+            sample.forks = []
+            self.end(sample, FinishReason.ERROR, error=reason(error))
 
     def _advance_beams(self, plan: StepPlan, result: StepResult) -> None:
         """One token more for every beam of each search that was computed."""
@@ -75,12 +101,15 @@ class Outcomes:
         for group in {id(seq.beam): seq.beam for seq in plan.beams}.values():
             if group is None or group.leader.done:
                 continue
-            found = [rows[seq] for seq in group.reading]
-            wrong = next((row for row in found if isinstance(row, str)), None)
-            if wrong is None:
-                self._advance(group, [row for row in found if not isinstance(row, str)])
-            else:
-                self.end(group.leader, FinishReason.ERROR, error=wrong)
+            self._alone(group.leader, self._take_rows, group, rows)
+
+    def _take_rows(self, group: BeamGroup, rows: Mapping[Sequence, Row | str]) -> None:
+        found = [rows[seq] for seq in group.reading]
+        wrong = next((row for row in found if isinstance(row, str)), None)
+        if wrong is None:
+            self._advance(group, [row for row in found if not isinstance(row, str)])
+        else:
+            self.end(group.leader, FinishReason.ERROR, error=wrong)
 
     def _advance(self, group: BeamGroup, rows: list[Row]) -> None:
         answer, counters = group.leader.answer, self._scheduler.counters

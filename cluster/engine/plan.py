@@ -137,7 +137,7 @@ class PlanBuilder:
     def _rank(self, seq: Sequence, row: int) -> None:
         """A beam's last token; not a prompt's that is only computed again."""
         if seq.beam is not None and seq.beam.wants_row(seq):
-            rows, beams = self._whole_beams if needs_whole_rows(seq.sampling) else self._ranked_beams
+            rows, beams = self._whole_beams if needs_whole_rows(seq) else self._ranked_beams
             rows.append(row)
             beams.append(seq)
 

@@ -8,11 +8,13 @@ float64.
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Many
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from cluster.engine.containment import each_alone
 from cluster.engine.request import Pooling
 from cluster.engine.sequence import Sequence
 from parallel.errors import ConfigError
@@ -69,6 +71,9 @@ class Pooler:
 
     def answers(self, runs: list[PoolRun], x_TD: Tensor) -> list[Rows | str | None]:
         """Of each run: the answer, why there is none, or None while rows are missing."""
+        return each_alone(lambda some: self._answers(some, x_TD), runs, str)
+
+    def _answers(self, runs: Many[PoolRun], x_TD: Tensor) -> list[Rows | str | None]:
         rows = [row for run in runs for row in range(run.first, run.stop)]
         states_RD = self._model.final(x_TD, torch.tensor(rows, dtype=torch.long, device=x_TD.device))
         parts = states_RD.split([run.stop - run.first for run in runs])

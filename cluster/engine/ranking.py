@@ -1,5 +1,8 @@
 """What rank 0 knows of the token after a beam: its candidates, best first, as the beam search asks for them.
 
+A search looks at the best `width` candidates of all, some of which may stop, and at the best `width` that do not. So
+a row answers with its own best of either kind, and costs the same however many tokens stop.
+
 Two kinds. A plain beam needs only the likeliest tokens, which the ranks find in their own parts of the vocabulary
 (parallel.top). Where the request changes logits (penalties, bans) the whole row is gathered and adjusted here. Both
 give the same bits, and the log-probabilities are those of the model before anything is changed.
@@ -12,20 +15,25 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from cluster.engine.adjustments import Adjustments
+from cluster.engine.adjustments import NEVER, Adjustments
 from cluster.engine.beams import Candidate, Row
-from cluster.engine.request import SamplingParams, TokenLogprobs
+from cluster.engine.request import TokenLogprobs
 from cluster.engine.sequence import Sequence
 from parallel.top import row_top
 
 Pair = tuple[int, float]
 
 
-def needs_whole_rows(given: SamplingParams) -> bool:
-    """Whether more is asked for than the likeliest tokens, less the stop tokens where those may not come yet."""
+MOST_RANKED_STOPS = 128
+"""With more stop tokens than that a row is gathered: what a step costs must not grow with them."""
+
+
+def needs_whole_rows(seq: Sequence) -> bool:
+    """Whether more is asked for than the likeliest tokens, less a few stop tokens where those may not come yet."""
+    given = seq.sampling
     banned = given.bad_words or given.allowed_token_ids is not None or given.no_repeat_ngram_size
     penalties = (given.repetition_penalty - 1.0, given.presence_penalty, given.frequency_penalty)
-    return bool(given.logit_bias or banned or any(penalties))
+    return bool(given.logit_bias or banned or any(penalties) or len(seq.stop_ids) > MOST_RANKED_STOPS)
 
 
 def num_ranked(seq: Sequence) -> int:
@@ -64,9 +72,18 @@ class WholeRow:
             seq.adjustments = Adjustments(seq, len(given), given.device)
         row_V = given.clone()
         seq.adjustments.apply(row_V, seq, penalties)
-        values, ids = row_top(row_V[None], count + len(seq.stop_ids))
-        kept = zip(ids[0].tolist(), values[0].tolist(), given[ids[0]].tolist(), strict=True)
+        kept = self._best(row_V, count)
+        stops = seq.adjustments.fixed.stops
+        if stops is not None and seq.position >= seq.min_tokens:
+            others = self._best(row_V.masked_fill_(stops, NEVER), count)
+            kept = sorted({*kept, *others}, key=lambda item: (-item[1], item[0]))
         return list(enough(_candidates(seq, kept, self._top(seq.top_logprobs or 0)), count, seq.stop_ids))
+
+    def _best(self, row_V: Tensor, count: int) -> list[tuple[int, float, float]]:
+        """The likeliest tokens that can happen: (token, value, the model's log-probability)."""
+        values, ids = row_top(row_V[None], count)
+        found = zip(ids[0].tolist(), values[0].tolist(), self._log_probs[ids[0]].tolist(), strict=True)
+        return [item for item in found if item[1] != NEVER]
 
     def _top(self, count: int) -> list[Pair]:
         values, ids = row_top(self._log_probs[None], count)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from cluster.engine.adjustments import Adjustments, adjusts
+from cluster.engine.containment import GROUP_FAULTS, each_alone
 from cluster.engine.cuts import LEAF, cut, leaf_sums, picked
 from cluster.engine.draws import uniform
 from cluster.engine.sequence import Sequence
@@ -42,7 +43,22 @@ class Sampler:
         self.vocab_size = vocab_size
 
     def draw(self, logits_RV: Tensor, sequences: Many[Sequence]) -> Drawn:
-        """logits_RV float32, one row per sequence; left unchanged."""
+        """logits_RV float32, one row per sequence; left unchanged. A row whose draw raises fails alone."""
+        drawn: list[tuple[int, str | None]] = each_alone(
+            lambda places: self._draw_some(logits_RV, sequences, places),
+            range(len(sequences)),
+            lambda why: (0, why),
+        )
+        return Drawn([token for token, _ in drawn], {i: why for i, (_, why) in enumerate(drawn) if why is not None})
+
+    def _draw_some(
+        self, logits_RV: Tensor, sequences: Many[Sequence], places: Many[int]
+    ) -> list[tuple[int, str | None]]:
+        some = logits_RV if len(places) == len(sequences) else logits_RV[list(places)]
+        drawn = self._draw(some, [sequences[i] for i in places])
+        return [(token, drawn.errors.get(i)) for i, token in enumerate(drawn.tokens)]
+
+    def _draw(self, logits_RV: Tensor, sequences: Many[Sequence]) -> Drawn:
         errors = bad_rows(logits_RV.amax(1).tolist())
         rows_RV = self._adjusted(logits_RV, sequences, errors)
         tokens = [0] * len(sequences)
@@ -69,7 +85,9 @@ class Sampler:
                 if seq.adjustments is None:
                     seq.adjustments = Adjustments(seq, self.vocab_size, logits_RV.device)
                 seq.adjustments.apply(rows_RV[i], seq)
-            except (RuntimeError, ValueError, IndexError, TypeError, OverflowError) as error:
+            except GROUP_FAULTS:
+                raise
+            except Exception as error:  # noqa: BLE001 (this row's own)
                 errors[i] = f"its sampling parameters could not be applied: {error}"
         return rows_RV
 

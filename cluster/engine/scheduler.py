@@ -14,6 +14,7 @@ from collections.abc import Sequence as Many
 from cluster.engine.beam_group import BeamGroup, search_of
 from cluster.engine.blocks import BlockPool
 from cluster.engine.config import EngineConfig
+from cluster.engine.containment import RequestFault, blamed_on
 from cluster.engine.outcomes import Counters, Outcomes
 from cluster.engine.pace import Pace
 from cluster.engine.plan import PlanBuilder, StepPlan, StepResult
@@ -163,17 +164,28 @@ class Scheduler:
         """The next step, or None if there is nothing to compute; `take_events` then still has news."""
         if self._deadlines:
             self._expire()
-        for group in [*self.beams.values()]:
-            self.tables.settle(group)
         self.counters.steps += 1
-        plan = PlanBuilder(self.counters.steps)
-        for seq, count in self.planner.choose().items():
-            plan.add(seq, count)
-            seq.last_step = plan.number
+        while True:
+            try:
+                plan = self._plan()
+                break
+            except RequestFault as fault:  # its request ends, and the rest is planned without it
+                self._outcomes.fail(fault.sequence, fault.cause)
         if not plan.sequences:
             self.counters.steps -= 1
             return None
         return plan.plan(*self.residents.take_changes())
+
+    def _plan(self) -> PlanBuilder:
+        for group in [*self.beams.values()]:
+            with blamed_on(group.leader):
+                self.tables.settle(group)
+        plan = PlanBuilder(self.counters.steps)
+        for seq, count in self.planner.choose().items():
+            with blamed_on(seq):
+                plan.add(seq, count)
+            seq.last_step = plan.number
+        return plan
 
     def forget_cache(self) -> None:
         """The weights have changed: what runs is computed again with the new ones, and nothing old is shared."""
@@ -197,7 +209,7 @@ class Scheduler:
         for seq, count in zip(plan.sequences, plan.query_lens, strict=True):
             self.shares.charge(seq, seq.computed, seq.computed + count)
             seq.computed += count
-            if seq.computed >= (seq.chained + 1) * block_size:
+            if not seq.done and seq.computed >= (seq.chained + 1) * block_size:
                 self.residents.remember(seq)
         self._outcomes.commit(plan, result)
         return self._outcomes.take()

@@ -7,6 +7,7 @@ half-way has no next.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -15,7 +16,9 @@ from concurrent.futures import Future
 from functools import partial
 from typing import Protocol
 
+from cluster.engine.containment import GROUP_FAULTS, reason
 from cluster.engine.request import EngineLoad, ModelLimits, Request, TokenEvent
+from cluster.frontend.errors import RequestFailed
 from cluster.frontend.link import EventSink, LinkEvent, Rejected, SampleId
 from cluster.training.calls import (
     InParts,
@@ -28,6 +31,8 @@ from cluster.training.calls import (
     TrainingUnavailable,
 )
 from parallel.errors import CollectiveError, RequestError, TpError, WorkerError
+
+log = logging.getLogger(__name__)
 
 
 class EngineSurface(Protocol):
@@ -159,6 +164,11 @@ class EngineLoop:
                 self._engine.submit(request)
             except RequestError as error:
                 self._news.append(Rejected(request.request_id, error))
+            except GROUP_FAULTS:
+                raise
+            except Exception as error:
+                log.exception("request %s could not be queued", request.request_id)
+                self._news.append(Rejected(request.request_id, RequestFailed(reason(error))))
 
     def _abort(self, request_ids: Sequence[str], samples: Sequence[SampleId]) -> None:
         if request_ids:

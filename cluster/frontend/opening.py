@@ -12,7 +12,7 @@ from cluster.engine.request import Request
 from cluster.frontend.best_of import BestOf
 from cluster.frontend.journal import Entry, SampleState
 from cluster.frontend.streams import Chunk, Stream
-from cluster.frontend.text import SampleText, TextCodec
+from cluster.frontend.text import SampleText, TextCodec, stop_strings
 from cluster.frontend.tracing import trace_of
 from parallel.errors import RequestError
 
@@ -44,8 +44,9 @@ class Opener:
         name = f"{call_id}/{index}#{self._nonce}{next(self._names)}"
         request = replace(request, request_id=name, traced=trace is not None)
         prefix = self._codec.tokenizer.decode(request.token_ids) if request.response.echo and self._codec else ""
+        stops = stop_strings(self._codec, request.stopping)
         samples = [
-            SampleState(text=SampleText(self._codec, request.stopping), prefix=prefix)
+            SampleState(text=SampleText(self._codec, request.stopping, stops), prefix=prefix)
             for _ in range(request.sampling.num_samples)
         ]
         best_of = None if request.sampling.best_of is None else BestOf(request.sampling.n, len(samples))

@@ -12,7 +12,7 @@ shown.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -24,72 +24,123 @@ class Released:
     stop: str | None = None
 
 
+class Strings:
+    """Strings to be found: for each the length of the longest beginning that is also the end of each of its beginnings
+    (Knuth, Morris and Pratt 1977).
+    """
+
+    def __init__(self, strings: Collection[str]) -> None:
+        self.strings = tuple(strings)
+        self.by_first: dict[str, list[int]] = {}
+        for place, string in enumerate(self.strings):
+            self.by_first.setdefault(string[0], []).append(place)
+        self._borders: dict[int, list[int]] = {}
+
+    def step(self, matched: dict[int, int], character: str) -> dict[int, int]:
+        """By string how many of its characters stand at the text's end, with one character more. Costs as many steps
+        as strings of which a part stands there.
+        """
+        if not matched and character not in self.by_first:
+            return matched
+        longer = dict.fromkeys(self.by_first.get(character, ()), 1)
+        for place, length in matched.items():
+            if count := self._after(place, length, character):
+                longer[place] = count
+        return longer
+
+    def complete(self, matched: Mapping[int, int]) -> int:
+        """The length of the longest string that stands at the text's end; 0 where none does."""
+        return max((length for place, length in matched.items() if length == len(self.strings[place])), default=0)
+
+    def _after(self, place: int, matched: int, character: str) -> int:
+        string = self.strings[place]
+        while matched and string[matched] != character:
+            matched = self._borders_of(place)[matched - 1]
+        return matched + (string[matched] == character)
+
+    def _borders_of(self, place: int) -> list[int]:
+        """Made when a match of several characters breaks off for the first time."""
+        borders = self._borders.get(place)
+        if borders is None:
+            string, borders = self.strings[place], [0]
+            for character in string[1:]:
+                length = borders[-1]
+                while length and string[length] != character:
+                    length = borders[length - 1]
+                borders.append(length + (string[length] == character))
+            self._borders[place] = borders
+        return borders
+
+
+class StopStrings:
+    """A call's stop strings, prepared once for all of its samples. `hidden` are the texts of which hidden parts
+    consist: strings that name one are looked for in all of the text, the others in what is shown.
+    """
+
+    def __init__(self, stops: Sequence[str], hidden: Collection[str] = ()) -> None:
+        naming = {stop for stop in stops if any(text in stop for text in hidden)}
+        self.plain = Strings({stop for stop in stops if stop not in naming})
+        self.naming = Strings(naming)
+
+
 class StopMatcher:
     """Holds back the longest tail of the text that is the beginning of some stop string."""
 
-    def __init__(self, stops: Sequence[str], include: bool = False, hidden: Collection[str] = ()) -> None:
-        """`hidden` are the texts of which hidden parts consist."""
-        naming = {stop for stop in stops if any(text in stop for text in hidden)}
-        self._plain = tuple(stop for stop in stops if stop not in naming)
-        self._naming = tuple(naming)
+    def __init__(self, stops: Sequence[str] | StopStrings, include: bool = False, hidden: Collection[str] = ()) -> None:
+        self._stops = stops if isinstance(stops, StopStrings) else StopStrings(stops, hidden)
         self._include = include
         self._held = ""
-        self._hidden: set[int] = set()  # places in what is held
+        self._shown: list[bool] = []  # by character of what is held
+        self._plain: dict[int, int] = {}
+        self._naming: dict[int, int] = {}
 
     @property
     def looks_at_hidden(self) -> bool:
         """Whether hidden parts mean anything here."""
-        return bool(self._naming)
+        return bool(self._stops.naming.strings)
 
     def push(self, text: str, hidden: bool = False) -> Released:
         """Take more text; after a hit nothing more may be pushed."""
-        before = len(self._held)
+        stops, before = self._stops, len(self._held)
         text = self._held + text
-        if hidden:
-            self._hidden.update(range(before, len(text)))
-        shown = [i for i in range(len(text)) if i not in self._hidden] if self._hidden else range(len(text))
-        hit = self._first_hit(text, shown)
-        if hit is not None:
-            _, start, stop = hit
-            visible = self._visible(text, shown, start)
-            self._held, self._hidden = "", set()
-            return Released(visible + stop if self._include else visible, stop)
-        cut = self._cut(text, shown)
-        visible = self._visible(text, shown, cut)
-        self._held, self._hidden = text[cut:], {i - cut for i in self._hidden if i >= cut}
+        self._shown += [not hidden] * (len(text) - before)
+        for place in range(before, len(text)):
+            if not hidden:
+                self._plain = stops.plain.step(self._plain, text[place])
+            self._naming = stops.naming.step(self._naming, text[place])
+            shown_stop = 0 if hidden else stops.plain.complete(self._plain)
+            named_stop = stops.naming.complete(self._naming)
+            if shown_stop or named_stop:
+                return self._hit(text, place + 1, shown_stop, named_stop)
+        cut = self._start(len(text), max(self._plain.values(), default=0), max(self._naming.values(), default=0))
+        visible = self._visible(text, cut)
+        self._held, self._shown = text[cut:], self._shown[cut:]
         return Released(visible)
 
     def flush(self) -> str:
         """The text held back, once it is known that no more will come."""
-        held = "".join(character for i, character in enumerate(self._held) if i not in self._hidden)
-        self._held, self._hidden = "", set()
-        return held
+        visible = self._visible(self._held, len(self._held))
+        self._held, self._shown = "", []
+        return visible
 
-    def _visible(self, text: str, shown: Sequence[int], end: int) -> str:
-        return "".join(text[i] for i in shown if i < end) if self._hidden else text[:end]
+    def _hit(self, text: str, end: int, plain: int, naming: int) -> Released:
+        """The text before the longer of two stop strings that end here, of so many characters."""
+        named, start = end - naming, self._start(end, plain, naming)
+        stop = text[named:end] if naming and start == named else self._visible(text, end)[-plain:]
+        visible = self._visible(text, start)
+        self._held, self._shown = "", []
+        return Released(visible + stop if self._include else visible, stop)
 
-    def _first_hit(self, text: str, shown: Sequence[int]) -> tuple[int, int, str] | None:
-        """End, start and stop string, as places in the text."""
-        visible = self._visible(text, shown, len(text))
-        found = ((visible.find(stop), stop) for stop in self._plain)
-        hits = [(shown[at + len(stop) - 1] + 1, shown[at], stop) for at, stop in found if at >= 0]
-        named = ((text.find(stop), stop) for stop in self._naming)
-        hits += [(at + len(stop), at, stop) for at, stop in named if at >= 0]
-        return min(hits, default=None)
+    def _start(self, end: int, plain: int, naming: int) -> int:
+        """The first of the places from which `plain` shown and `naming` characters of any kind lead to `end`."""
+        start = end
+        if plain:
+            all_shown = all(self._shown[:end])
+            start = end - plain if all_shown else [i for i in range(end) if self._shown[i]][-plain]
+        return min(start, end - naming)
 
-    def _cut(self, text: str, shown: Sequence[int]) -> int:
-        """From where on the text may still become a stop string."""
-        visible = self._visible(text, shown, len(text))
-        kept = _tail(visible, self._plain)
-        plain = shown[len(visible) - kept] if kept else len(text)
-        return min(plain, len(text) - _tail(text, self._naming))
-
-
-def _tail(text: str, stops: Sequence[str]) -> int:
-    """The length of the longest end of the text with which a stop string begins."""
-    longest = max((len(stop) for stop in stops), default=1) - 1
-    for length in range(min(longest, len(text)), 0, -1):
-        tail = text[-length:]
-        if any(stop.startswith(tail) for stop in stops):
-            return length
-    return 0
+    def _visible(self, text: str, end: int) -> str:
+        """What is shown of the text up to there."""
+        if all(self._shown[:end]):
+            return text[:end]
+        return "".join(character for character, shown in zip(text[:end], self._shown, strict=False) if shown)

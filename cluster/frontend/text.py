@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 from cluster.engine.request import StoppingCriteria
-from cluster.frontend.stops import StopMatcher
+from cluster.frontend.stops import StopMatcher, StopStrings
 
 if TYPE_CHECKING:
     from tp_decoders.tokenizer import Tokenizer as CheckpointTokenizer
@@ -104,10 +104,12 @@ class Piece:
 class SampleText:
     """The text of one sample. Stop strings count from the first token after min_new_tokens on."""
 
-    def __init__(self, codec: TextCodec | None, stopping: StoppingCriteria) -> None:
+    def __init__(self, codec: TextCodec | None, stopping: StoppingCriteria, stops: StopStrings | None = None) -> None:
+        """`stops`: those of `stopping`, where they have been prepared for several samples."""
         self._detokenizer = codec.detokenizer() if codec else None
         self._special = codec.special_tokens if codec else {}
-        self._stops = _matcher(stopping, self._special)
+        stops = stop_strings(codec, stopping) if stops is None else stops
+        self._stops = StopMatcher(stops, stopping.include_stop_sequence) if stopping.stop_sequences else None
         self._free_tokens = stopping.min_new_tokens
 
     def push(self, token_ids: Sequence[int]) -> Piece:
@@ -147,7 +149,6 @@ class SampleText:
         return released.text, released.stop
 
 
-def _matcher(stopping: StoppingCriteria, special: Mapping[int, str]) -> StopMatcher | None:
-    if not stopping.stop_sequences:
-        return None
-    return StopMatcher(stopping.stop_sequences, stopping.include_stop_sequence, special.values())
+def stop_strings(codec: TextCodec | None, stopping: StoppingCriteria) -> StopStrings:
+    """What the samples of a prompt stop at."""
+    return StopStrings(stopping.stop_sequences, codec.special_tokens.values() if codec else ())
