@@ -23,8 +23,8 @@ from tests.cluster.engine.tiny_models import VOCAB, save_tiny
 WIDTH = 4
 
 
-def beam(stop_ids: list[int], **stopping: int) -> Sequence:
-    stops = StoppingCriteria(stop_token_ids=tuple(stop_ids), max_new_tokens=9, **stopping)
+def beam(stop_ids: list[int], least: int) -> Sequence:
+    stops = StoppingCriteria(stop_token_ids=tuple(stop_ids), max_new_tokens=9, min_new_tokens=least)
     return sequence(beam=BeamParams(width=WIDTH), stopping=stops, temperature=1.0)
 
 
@@ -32,7 +32,7 @@ def beam(stop_ids: list[int], **stopping: int) -> Sequence:
 def test_a_row_gives_as_many_candidates_however_many_tokens_stop(least: int) -> None:
     log_probs = torch.randn(50_257, generator=torch.Generator().manual_seed(1))
     for stops in ([], list(range(60, 50_257)), list(range(50_000))):
-        seq = beam(stops, min_new_tokens=least)
+        seq = beam(stops, least)
         found = WholeRow(seq, log_probs).best(WIDTH, {})
         assert len(found) <= 2 * WIDTH
         ordered = log_probs.sort(descending=True, stable=True).indices.tolist()
