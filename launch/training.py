@@ -7,6 +7,7 @@ itself.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -53,6 +54,8 @@ from tp_decoders.task_config import CAUSAL
 from tp_decoders.tokenizer import load_tokenizer
 
 LOOPBACK = "127.0.0.1"
+LASTING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+"""What a start does not mend: a disk that is full or may not be written."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,7 +225,8 @@ def train(config: TrainConfig, spec: TrainSpec, log_level: int) -> int:
 
 def run_to_the_end(spec: TrainSpec, placement: PlacementConfig, stop: threading.Event) -> None:
     """Lives of the run's ranks, one after another: a fault costs the steps since the last checkpoint and a start. Too
-    many within a window, one at the first start, or the same batch twice end the run with the cause.
+    many within a window, one at the first start, the same batch twice, or a disk that takes nothing more end the run
+    with the cause.
     """
     restarts, started, blamed = Restarts(placement), False, None
     while True:
@@ -232,7 +236,8 @@ def run_to_the_end(spec: TrainSpec, placement: PlacementConfig, stop: threading.
             return
         except WorkerError as fault:
             again = names_batch(str(fault)) is not None and names_batch(str(fault)) == blamed
-            delay = restarts.next_delay() if started and not again else None
+            stays = again or any(os.strerror(number) in str(fault) for number in LASTING)
+            delay = restarts.next_delay() if started and not stays else None
             if delay is None:
                 raise
             blamed = names_batch(str(fault))

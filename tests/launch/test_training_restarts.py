@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -56,3 +57,9 @@ def test_another_batch_is_another_fault_and_lost_processes_have_all_restarts(mon
     stop = Stop()
     assert lives(monkeypatch, [DIED] * 9, stop) == 5 and stop.waited == [0.0, 1.0, 2.0, 4.0]
     assert lives(monkeypatch, [POISON.format(5), POISON.format(6), DIED, None], Stop()) == 4
+
+
+@pytest.mark.parametrize("number", training.LASTING)
+def test_a_disk_that_takes_nothing_more_ends_the_run_at_once(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    fault = f"rank 0 on 10.0.0.7: the checkpoint of step 4 cannot be written: [Errno {number}] {os.strerror(number)}"
+    assert lives(monkeypatch, [fault] * 9, Stop()) == 1

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from cluster.training import flops
 from cluster.training.flops import ModelFlops, num_parameters, product_ceiling, product_name
 from parallel.group import Group
 from tests.cluster.engine.tiny_models import CONFIGS, VOCAB, tiny_model
@@ -63,3 +65,9 @@ def test_the_ceiling_is_a_rate_of_this_machine_and_says_what_it_is() -> None:
     assert 1e8 < product_ceiling(device, torch.float32, seconds=0.05) < 1e14
     name = product_name(device, torch.bfloat16)
     assert name.startswith("a measured product of two ") and name.endswith(" bfloat16 matrices")
+
+
+def test_a_slow_product_of_torch_is_not_taken_for_the_machines_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, size = torch.device("cpu"), flops.product_size(torch.device("cpu"))
+    monkeypatch.setattr(flops.torch, "matmul", lambda *_, **__: time.sleep(1.0))
+    assert flops.product_ceiling(device, torch.float32, seconds=0.1) > 2 * (2 * size**3 / 1.0)
