@@ -73,6 +73,11 @@ COMMANDS = {
         "show what a server does: health, requests, memory, ranks; --watch keeps showing it",
         "tp-decoders status --address localhost:50051 --watch",
     ),
+    "drain": Command(
+        "launch.drain",
+        "let a server take nothing more, finish what is open, and end",
+        "tp-decoders drain --address localhost:50051 --grace 60",
+    ),
     "restart": Command(
         "launch.restart",
         "start a server's ranks anew, one replica after the other, without losing a request",

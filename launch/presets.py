@@ -20,7 +20,9 @@ import yaml
 
 from parallel.errors import ConfigError
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+_INSTALLED = Path(__file__).resolve().parent / "configs"
+CONFIGS = _INSTALLED if _INSTALLED.is_dir() else _INSTALLED.parents[1] / "configs"
+"""Beside this package where it is installed from a wheel, at the root of a checkout."""
 
 
 @dataclass(frozen=True)

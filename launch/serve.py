@@ -40,6 +40,7 @@ FLAGS = {
     "metrics_port": "observe.metrics_port",
     "log_json": "placement.log_json",
     "ray_address": "ray.address",
+    "oversubscribe": "ray.oversubscribe",
     "train": "training.enabled",
     "save_root": "training.save_root",
     "tls_cert": "server.tls.cert",
@@ -68,6 +69,16 @@ class RayConfig:
 
     address: str | None = None
     num_cpus: int | None = None
+    oversubscribe: bool = False  # as many cores for Ray as there are ranks: on CPUs ranks then share the real ones
+
+    def __post_init__(self) -> None:
+        if self.oversubscribe and (self.address is not None or self.num_cpus is not None):
+            given = "address" if self.address is not None else "num_cpus"
+            raise ConfigError(f"ray.oversubscribe has no effect beside ray.{given}; leave one of them out")
+
+    def cores(self, ranks: int) -> int | None:
+        """What a local cluster is told to have; None: what Ray finds."""
+        return max(ranks, len(os.sched_getaffinity(0))) if self.oversubscribe else self.num_cpus
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +159,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ray-address", help="a standing Ray cluster, as in auto or HOST:6379 (default: start one here)"
     )
+    parser.add_argument(
+        "--oversubscribe", action="store_const", const=True,
+        help="on CPUs: allow more ranks than there are cores (for trials: they share them, and are slow)",
+    )  # fmt: skip
     parser.add_argument(
         "--train", action="store_const", const=True, help="let clients train the weights that serve (default: no)"
     )

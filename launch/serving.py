@@ -69,9 +69,10 @@ def serve(config: ServeConfig, model: Path, log_level: int) -> int:
         check_port(config.observe.metrics_host, config.observe.metrics_port)
     if config.training.save_root is not None:
         StateFolder(Path(config.training.save_root).expanduser())
+    cores = config.ray.cores(config.parallel.tp * config.parallel.dp)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the loop takes over
     try:
-        with kept_state(config, model) as state, ray_session(config.ray.address, config.ray.num_cpus):
+        with kept_state(config, model) as state, ray_session(config.ray.address, cores):
             return asyncio.run(_serve(config, model, log_level, state))
     except SystemExit as ended:  # Ray's own handler of SIGTERM, while Ray starts
         raise KeyboardInterrupt from ended

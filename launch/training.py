@@ -210,7 +210,7 @@ def train(config: TrainConfig, spec: TrainSpec, log_level: int) -> int:
     stop = threading.Event()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        with ray_session(config.ray.address, config.ray.num_cpus):
+        with ray_session(config.ray.address, config.ray.cores(spec.parallel.world)):
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, lambda *_: stop.set())
             with metrics_of(config, spec):

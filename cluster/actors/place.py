@@ -89,6 +89,8 @@ def check_room(nodes: Sequence[Mapping[str, Any]], size: int, device: str, strat
     advice = f"set parallel.tp to at most {room}" if room else f"add a node with a {word} or choose another device"
     if strategy == "STRICT_PACK" and sum(counts) >= size:
         advice += ", or placement.strategy to PACK to use several nodes"
+    elif device == "cpu" and room:
+        advice += ", or ray.oversubscribe=true (serve: --oversubscribe) for ranks that share cores"
     needs = f"{size} ranks need {size} {word}s" if size > 1 else f"1 rank needs 1 {word}"
     raise ConfigError(f"{needs}{where}, the cluster has {has}; {advice}")
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from google.rpc import status_pb2
-
 from parallel.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
+THIRD_PARTY = ROOT / "cluster" / "rpc" / "proto" / "third_party"
+"""Protocols of others that ours import, as a client in any language needs them: google.rpc (Apache-2.0, googleapis)."""
 PROTOS = tuple(f"cluster/rpc/proto/{name}.proto" for name in ("inference", "control", "training"))
 
 
@@ -26,8 +26,7 @@ def generate(directory: Path = ROOT) -> None:
     except ImportError as error:
         raise ConfigError(f"cannot generate code: {error}; install grpcio-tools") from error
     well_known = Path(grpc_tools.__file__).parent / "_proto"
-    google_rpc = Path(status_pb2.__file__).parents[2]
-    includes = [f"-I{ROOT}", f"-I{well_known}", f"-I{google_rpc}"]
+    includes = [f"-I{ROOT}", f"-I{THIRD_PARTY}", f"-I{well_known}"]
     outputs = [f"--{kind}_out={directory}" for kind in ("python", "pyi", "grpc_python")]
     status = protoc.main(["protoc", *includes, *outputs, *(str(ROOT / proto) for proto in PROTOS)])
     if status:
