@@ -27,6 +27,7 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
+	@echo 'installed in $(VENV): ". $(BIN)/activate" puts tp-decoders on the PATH of this shell'
 
 demo: $(STAMP)
 	$(BIN)/tp-decoders demo

@@ -56,18 +56,23 @@ def search_path() -> str:
 def environment(base: Path, sshd: bool = True) -> dict[str, str]:
     """Of the run itself, which stands for the user's laptop, and of the hosts' first process."""
     home = pwd.getpwuid(os.geteuid()).pw_dir
-    pythons = {str(Path(prefix).resolve()) for prefix in (sys.prefix, sys.base_prefix)}
     given = {
         "PATH": search_path(),
         "HOME": str(base / "laptop"),
         "BASE": str(base),
         "HOST_HOME": home,
-        "KEEP": " ".join(folder for folder in sorted(pythons) if folder.startswith(home + "/")),
+        "KEEP": " ".join(folder for folder in pythons() if folder.startswith(home + "/")),
+        "KEEP_TMP": " ".join(folder for folder in pythons() if folder.startswith("/tmp/")),
         "RAY_USAGE_STATS_ENABLED": "0",
         "PYTHONPATH": str(base / "tree"),
         "TERM": "dumb",
     }
     return given | ({"SSHD": shutil.which("sshd", path=search_path()) or "sshd"} if sshd else {})
+
+
+def pythons() -> list[str]:
+    """Where the interpreter and its packages lie, which mounts must not hide."""
+    return sorted({str(Path(prefix).resolve()) for prefix in (sys.prefix, sys.base_prefix)})
 
 
 def enter(base: Path, words: Sequence[str], env: dict[str, str]) -> int:
@@ -76,6 +81,10 @@ def enter(base: Path, words: Sequence[str], env: dict[str, str]) -> int:
 
 
 def make_private(base: Path) -> None:
-    """First of all inside: mounts stay here, and /tmp is this run's own."""
+    """First of all inside: mounts stay here, and /tmp is this run's own, but for a Python that lies there."""
     subprocess.run(["mount", "--make-rprivate", "/"], check=True)
-    subprocess.run(["mount", "--bind", base / "laptop/tmp", "/tmp"], check=True)
+    for folder in (folder for folder in pythons() if folder.startswith("/tmp/")):
+        place = base / "laptop" / folder.lstrip("/")
+        place.mkdir(parents=True, exist_ok=True)
+        subprocess.run(["mount", "--bind", folder, place], check=True)
+    subprocess.run(["mount", "--rbind", base / "laptop/tmp", "/tmp"], check=True)

@@ -41,6 +41,10 @@ inside() {  # process 1 of a host
   fi
   hostname "$NAME"
   printf '127.0.0.1 localhost\n%s %s\n' "$IP" "$NAME" > /run/hosts; mount --bind /run/hosts /etc/hosts
+  for folder in ${KEEP_TMP:-}; do  # and where it lies in /tmp
+    mkdir -p "$DIR$folder"
+    mount --bind "$folder" "$DIR$folder"
+  done
   mount --rbind "$DIR/tmp" /tmp
   until ip link show eth0 >/dev/null 2>&1; do sleep 0.02; done
   ip addr add "$IP/24" dev eth0; ip link set eth0 up; ip link set lo up
