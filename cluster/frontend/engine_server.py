@@ -8,11 +8,14 @@ a few seconds is hung up on.
 from __future__ import annotations
 
 import logging
+import queue
 import socket
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from multiprocessing import AuthenticationError
+from multiprocessing.connection import Connection
 
 from cluster.engine.request import EngineLoad
 from cluster.frontend.link import LinkEvent, Rejected
@@ -40,6 +43,8 @@ from parallel.errors import TpError
 log = logging.getLogger(__name__)
 
 HANDSHAKE_SECONDS = 5.0
+MAX_GREETING = 16
+"""Connections that have not proved the key yet."""
 FRONTEND_SILENCE_SECONDS = 30.0  # one that has ended is seen at once; this is for hosts that vanish
 
 
@@ -61,6 +66,8 @@ class EngineServer:
         self._wire: Wire | None = None
         self._open: dict[str, set[int]] = {}  # samples of the present front-end that have not ended
         self._trainings: dict[int, TrainFuture] = {}
+        self._greeting: dict[str, socket.socket] = {}  # whose handshake is under way, the oldest first
+        self._known: queue.SimpleQueue[tuple[Connection, str]] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._stopping = threading.Event()
 
@@ -93,21 +100,38 @@ class EngineServer:
     # ------------------------------------------------------------ in the listener's thread
 
     def _accept(self) -> None:
-        self._listener.settimeout(0.2)
         with self._listener:
             while not self._stopping.is_set():
+                self._listener.settimeout(0.05 if self._greeting else 0.2)
                 try:
                     sock, peer = self._listener.accept()
                 except TimeoutError:
-                    continue
-                self._serve_peer(sock, f"{peer[0]}:{peer[1]}")
+                    pass
+                else:
+                    self._greet(sock, f"{peer[0]}:{peer[1]}")
+                if not self._known.empty():
+                    self._serve_peer(*self._known.get())
 
-    def _serve_peer(self, sock: socket.socket, peer: str) -> None:
+    def _greet(self, sock: socket.socket, peer: str) -> None:
+        """In a thread of its own, so that a stranger who says nothing keeps nobody out. The oldest of too many goes."""
+        waiting = list(self._greeting)
+        for oldest in waiting[: max(0, len(waiting) + 1 - MAX_GREETING)]:
+            if (stranger := self._greeting.pop(oldest, None)) is not None:
+                with stranger, suppress(OSError):  # gone by itself
+                    stranger.shutdown(socket.SHUT_RDWR)
+        self._greeting[peer] = sock.dup()  # the handshake closes its own
+        threading.Thread(target=self._shake_hands, args=(sock, peer), name="engine-server-hello", daemon=True).start()
+
+    def _shake_hands(self, sock: socket.socket, peer: str) -> None:
         try:
-            connection = accept(sock, self._authkey, HANDSHAKE_SECONDS)
+            self._known.put((accept(sock, self._authkey, HANDSHAKE_SECONDS), peer))
         except (AuthenticationError, OSError, EOFError) as error:
             log.warning("refused a connection from %s: %s: %s", peer, type(error).__name__, error)
-            return
+        finally:
+            if (mine := self._greeting.pop(peer, None)) is not None:
+                mine.close()
+
+    def _serve_peer(self, connection: Connection, peer: str) -> None:
         set_limit(connection, FRONTEND_SILENCE_SECONDS)
         wire = Wire(connection, "engine-server")
         wire.send(Hello(self._limits, socket.gethostname()))

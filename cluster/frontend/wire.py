@@ -148,27 +148,39 @@ class Wire:
         if self._closed.is_set():
             return
         self._closed.set()
-        try:
-            with socket.socket(fileno=socket.dup(self._connection.fileno())) as peer:
-                peer.shutdown(socket.SHUT_RDWR)
-        except OSError as error:
-            if error.errno not in GONE:
-                raise
+        _shut_down(self._connection)
 
 
 GONE = frozenset({9, 32, 104, 107})  # EBADF, EPIPE, ECONNRESET, ENOTCONN: the other side was faster
 
 
 def accept(sock: socket.socket, authkey: bytes, timeout: float) -> Connection:
-    """Server's side of a new connection: prove and demand the key."""
+    """Server's side of a new connection: prove and demand the key, all of it within `timeout` seconds."""
     connection = _limited(sock, timeout)
+    late = threading.Timer(timeout, _shut_down, (connection,))
+    late.daemon = True
+    late.start()
     try:
         deliver_challenge(connection, authkey)
         answer_challenge(connection, authkey)
     except (AuthenticationError, OSError, EOFError):
+        late.cancel()
+        late.join()  # it looks at the connection, whose number may soon be another's
         connection.close()
         raise
+    late.cancel()
+    late.join()
     return connection
+
+
+def _shut_down(connection: Connection) -> None:
+    """Wakes whoever reads or writes there."""
+    try:
+        with socket.socket(fileno=socket.dup(connection.fileno())) as peer:
+            peer.shutdown(socket.SHUT_RDWR)
+    except OSError as error:
+        if error.errno not in GONE:
+            raise
 
 
 def connect(address: tuple[str, int], authkey: bytes, timeout: float) -> Connection:

@@ -31,6 +31,10 @@ class TooManyCalls(QueueFull):
     """One client has as many calls open as one client may."""
 
 
+class AnswersUnread(QueueFull):
+    """A client has more answers on their way than may wait for it to read them."""
+
+
 class OverQuota(CapacityError):
     """One call alone is more than the caller's token may ever have in flight."""
 

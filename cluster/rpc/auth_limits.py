@@ -78,25 +78,40 @@ class Accounts:
 
 
 class OpenCalls:
-    """Calls that are open, by client; no client has more than its share."""
+    """Calls that are open, by client; no client has more than its share. Where most of the places of all are taken
+    (`in_all`), nobody gets another one who has as many as there would be for each.
+    """
 
-    def __init__(self, most: int) -> None:
-        self._most = most
+    def __init__(self, most: int, in_all: int = 1 << 62) -> None:
+        self._most, self._in_all = most, in_all
         self._open: Counter[str] = Counter()
+        self._total = 0
 
     @contextmanager
     def one_of(self, client: str, most: int | None = None) -> Iterator[None]:
         """One more call of this client while it lasts, or TooManyCalls."""
-        limit = self._most if most is None else min(most, self._most)
+        limit = self._limit(client, self._most if most is None else min(most, self._most))
         if self._open[client] >= limit:
-            raise TooManyCalls(f"{client} has {limit} calls open, as many as it may; wait for one to end")
+            if not self._open[client]:
+                del self._open[client]
+            raise TooManyCalls(f"{client} has {limit} calls open, as many as it may now; wait for one to end")
         self._open[client] += 1
+        self._total += 1
         try:
             yield
         finally:
             self._open[client] -= 1
+            self._total -= 1
             if not self._open[client]:
                 del self._open[client]
+
+    def _limit(self, client: str, most: int) -> int:
+        if self._total < self._in_all * 3 // 4:
+            return most
+        others = len(self._open) - (client in self._open)
+        if self._total >= self._in_all:
+            raise TooManyCalls(f"{self._total} calls are open, all that there may be; retry later")
+        return min(most, max(1, self._in_all // (others + 1)))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,6 +32,7 @@ from cluster.frontend.errors import (
     WrongTask,
 )
 from cluster.rpc.auth_errors import (
+    AnswersUnread,
     NotAuthenticated,
     NotPermitted,
     OverQuota,
@@ -86,6 +87,7 @@ TABLE = (
     Row(NotPermitted, StatusCode.PERMISSION_DENIED, "NOT_PERMITTED"),
     Row(RateLimited, StatusCode.RESOURCE_EXHAUSTED, "RATE_LIMITED", retryable=True),
     Row(TokensInFlight, StatusCode.RESOURCE_EXHAUSTED, "TOKENS_IN_FLIGHT", retryable=True),
+    Row(AnswersUnread, StatusCode.RESOURCE_EXHAUSTED, "ANSWERS_UNREAD", retryable=True),
     Row(TooManyCalls, StatusCode.RESOURCE_EXHAUSTED, "TOO_MANY_CALLS", retryable=True),
     Row(OverQuota, StatusCode.RESOURCE_EXHAUSTED, "OVER_QUOTA"),
     Row(InvalidRequest, StatusCode.INVALID_ARGUMENT, "INVALID_FIELDS"),

@@ -12,7 +12,7 @@ import asyncio
 import inspect
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractContextManager
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import grpc
@@ -20,6 +20,7 @@ from google.protobuf.message import Message
 
 from cluster.engine.request import Share
 from cluster.frontend.calls import FrontendConfig
+from cluster.frontend.errors import SlowReader
 from cluster.frontend.tracing import Tracer
 from cluster.rpc.auth import Gate
 from cluster.rpc.auth_errors import SlowSender
@@ -30,6 +31,7 @@ from cluster.rpc.proto import control_pb2, inference_pb2, training_pb2
 from cluster.rpc.range_check import RangeCheck
 from cluster.rpc.strict import parse
 from cluster.rpc.tracing import traced
+from cluster.rpc.unread import Bounds, Unread
 from parallel.errors import RequestError, TpError
 
 log = logging.getLogger(__name__)
@@ -61,7 +63,11 @@ class Boundary(grpc.aio.ServerInterceptor):
         self._tracer = tracer
         self._ranges = RangeCheck(config or FrontendConfig())
         self._gate = Gate(None) if gate is None else gate
-        self._open = OpenCalls(limits.max_calls_per_client)
+        for_health = min(limits.max_health_calls, limits.max_concurrent_rpcs // 8)
+        self._open = OpenCalls(limits.max_calls_per_client, limits.max_concurrent_rpcs - for_health)
+        self._open_to_all = OpenCalls(limits.max_health_calls_per_client, max(1, for_health))
+        bounds = limits.max_message_bytes, limits.max_unread_bytes_per_client, limits.max_unread_bytes
+        self._unread = Unread(Bounds(*bounds, limits.write_seconds))
         self._receive_seconds = limits.receive_seconds
 
     async def intercept_service(
@@ -80,37 +86,57 @@ class Boundary(grpc.aio.ServerInterceptor):
             return refusal(error)
         kind = REQUEST_KINDS.get(method)
         if kind is None:
-            function = self._counted(_function(handler), account)
+            function = self._among_open(_function(handler), account)
             return _handler(handler.request_streaming, handler, function, handler.request_deserializer)
         inner = received(bounded(_function(handler), kind, self._ranges), self._receive_seconds)
         inner = traced(inner, self._tracer, method, handler_call_details.invocation_metadata)
-        return _handler(True, handler, self._counted(inner, account))  # a stream, to be counted before it is read
+        inner = inner if handler.response_streaming else serialized(inner)
+        method_of_bytes: Any = self._counted(inner, account)
+        return grpc.stream_stream_rpc_method_handler(
+            method_of_bytes, None, handler.response_serializer if handler.response_streaming else None
+        )  # streams, to be counted before anything is read, and until everything is sent
 
     def _counted(self, inner: Call, account: Account | None) -> Call:
-        """The method, as one of its client's open calls."""
+        """The method, as one of its client's open calls until its answer has been sent."""
 
-        async def call(request: Any, context: grpc.aio.ServicerContext) -> Any:
+        async def call(request: Any, context: grpc.aio.ServicerContext) -> None:
             CALLER.set(account)
             WHO.set(_name(account, context))
             TERMS.set(_terms(account, context))
+            client = _client(account, context)
             try:
-                with self._place(account, context):
+                with ExitStack() as held:
+                    held.enter_context(self._open.one_of(client, None if account is None else account.grant.calls))
+                    answer = await inner(request, context)
+                    if answer is not None:
+                        await self._unread.send(context, client, answer, held)
+            except SlowReader as error:
+                with suppress(grpc.aio.InternalError):  # stuck behind what is not read until the client goes
+                    await fail(context, error)
+            except TpError as error:
+                await fail(context, error)
+
+        return call
+
+    def _among_open(self, inner: Call, account: Account | None) -> Call:
+        """A method of health or reflection: its places are its own, so that nobody without a token takes others'."""
+
+        async def call(request: Any, context: grpc.aio.ServicerContext) -> Any:
+            try:
+                with self._open_to_all.one_of(_client(account, context)):
                     return await inner(request, context)
             except TpError as error:
                 await fail(context, error)
 
         async def stream(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
             try:
-                with self._place(account, context):
+                with self._open_to_all.one_of(_client(account, context)):
                     async for answer in inner(request, context):
                         yield answer
             except TpError as error:
                 await fail(context, error)
 
         return stream if inspect.isasyncgenfunction(inner) else call
-
-    def _place(self, account: Account | None, context: grpc.aio.ServicerContext) -> AbstractContextManager[None]:
-        return self._open.one_of(_client(account, context), None if account is None else account.grant.calls)
 
 
 def _name(account: Account | None, context: Any) -> str:
@@ -153,6 +179,16 @@ def _handler(request_streaming: bool, like: Any, function: Any, deserializer: An
     }[request_streaming, like.response_streaming]  # fmt: skip
     made: grpc.RpcMethodHandler = make(function, deserializer, like.response_serializer)
     return made
+
+
+def serialized(inner: Call) -> Call:
+    """The answer as bytes."""
+
+    async def call(request: Any, context: grpc.aio.ServicerContext) -> bytes:
+        answer: Message = await inner(request, context)
+        return answer.SerializeToString()
+
+    return call
 
 
 def refusal(error: TpError) -> grpc.RpcMethodHandler:

@@ -16,7 +16,12 @@ class ServerLimits:
     keepalive_seconds: float = 30.0  # a client that vanished is noticed after this and the next
     keepalive_timeout_seconds: float = 20.0
     receive_seconds: float = 60.0  # a client that opens a call has so long to send its message
-    write_seconds: float = 120.0  # a streaming client that reads nothing for so long is dropped
+    write_seconds: float = 120.0  # a client that reads nothing of its stream, or answer, for so long is dropped
+    max_unread_bytes_per_client: int = 128 * 1024 * 1024  # of answers on their way
+    max_unread_bytes: int = 512 * 1024 * 1024  # of all clients
+    max_health_calls_per_client: int = 16  # of health and reflection, which need no token; their own places
+    max_health_calls: int = 256  # of all clients, and an eighth of max_concurrent_rpcs at most
+    handshake_seconds: float = 10.0  # for a connection's whole handshake, TLS included
     reflection: bool | None = None  # None: where only this machine can reach the server
 
     def options(self) -> list[tuple[str, int]]:
@@ -30,5 +35,6 @@ class ServerLimits:
             ("grpc.http2.ping_timeout_ms", int(self.keepalive_timeout_seconds * 1000)),  # else gRPC waits 60 s longer
             ("grpc.keepalive_permit_without_calls", 1),
             ("grpc.http2.min_ping_interval_without_data_ms", 5000),
+            ("grpc.server_handshake_timeout_ms", int(self.handshake_seconds * 1000)),
             ("grpc.so_reuseport", 0),  # two servers on one port would share its clients without a word
         ]

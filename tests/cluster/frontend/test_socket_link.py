@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 import socket
 import threading
@@ -160,3 +161,22 @@ def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     while not condition():
         assert time.monotonic() < end, "it did not happen in time"
         time.sleep(0.01)
+
+
+def test_strangers_who_say_little_or_nothing_keep_no_front_end_out() -> None:
+    with ServedEngine(FakeEngine()) as served:
+        silent = [socket.create_connection(served.server.address) for _ in range(40)]
+        dribbling = socket.create_connection(served.server.address)
+        dribbling.sendall(b"\0\0\0\xff")
+        began = time.monotonic()
+        link = served.link(timeout=30.0)
+        assert link.limits == served.engine.limits
+        link.close()
+        for each in silent:
+            each.close()
+        dribbling.settimeout(30.0)
+        with contextlib.suppress(ConnectionError):
+            while time.monotonic() - began < 60.0:
+                dribbling.sendall(b"x")
+                time.sleep(0.2)
+            raise AssertionError("a handshake may take as long as it likes")
