@@ -17,14 +17,13 @@ from tokenizers import Tokenizer as HFTokenizer
 
 from launch.convert import tokenizer_files as tokenizer_to_convert
 from parallel.errors import CheckpointError, RequestError
-from tests.outside import tokenizer_cases
-from tests.outside.tokenizer_ids import chosen
+from tests.outside.files import tokenizer_cases
 from tp_decoders import build, initialise, load, save
 from tp_decoders.detokenizer import IncrementalDetokenizer
 from tp_decoders.registry import config_from_hf
 from tp_decoders.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 
-TEXTS = tokenizer_cases.texts(200)
+TEXTS = tokenizer_cases.texts(tokenizer_cases.TEXTS)
 END = tokenizer_cases.END
 NEUTRAL: dict[str, Any] = {key: values[0] for key, values in tokenizer_cases.CHOICES.items()}
 PLAIN = tokenizer_cases.PLAIN
@@ -65,7 +64,7 @@ def once(tokenizer: Tokenizer, text: str, ids: list[int]) -> list[int]:
 @pytest.mark.parametrize("seed", range(12))
 @pytest.mark.parametrize("kind", tokenizer_cases.KINDS)
 def test_ids_equal_transformers_for_drawn_settings(kind: str, seed: int, tmp_path: Path) -> None:
-    (choice,) = chosen(kind, seed, 1)
+    (choice,) = tokenizer_cases.drawn(kind, seed, 1)
     tokenizer_cases.write_folder(tmp_path / "model", kind, choice)
     assert_as_transformers(tmp_path / "model")
 

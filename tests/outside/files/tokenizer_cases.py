@@ -1,5 +1,5 @@
 """Tokenizer folders as people have them, and texts to try them with: everything drawn from seeds, the same under any
-version of transformers. Knows the files only; who reads them is tokenizer_ids.py's and the tests' business.
+version of transformers. Knows the files only; who reads them is reference_tokenizers.py's and the tests' business.
 
 A folder is a vocabulary (the first merges of a real one, or all of it) and one choice from each row of `CHOICES`.
 """
@@ -14,9 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-DATA = Path(__file__).parents[1] / "data/tokenizers"
+DATA = Path(__file__).parents[2] / "data/tokenizers"
 END = "<|endoftext|>"
 FEW_MERGES = 400
+TEXTS = 200
 PLAIN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
 FIM = ("<fim_prefix>", "<fim_middle>", "<fim_suffix>", "<fim_pad>", "<filename>", "<gh_stars>", "<issue_start>")
 NAMED = {"bos_token": END, "eos_token": END, "unk_token": END}
@@ -31,7 +32,7 @@ KINDS = {
 """Kind: its vocabulary's folder, and the model_type of its config.json."""
 
 CHOICES: dict[str, tuple[Any, ...]] = {
-    "class": (None, "own", "ownFast", "PreTrainedTokenizerFast"),
+    "class": (None, "ownFast", "PreTrainedTokenizerFast"),
     "add_bos_token": (None, True),
     "add_eos_token": (None, True),
     "add_prefix_space": (None, True, False),
@@ -48,11 +49,14 @@ def combinations(kind: str) -> Iterator[dict[str, Any]]:
         choice = dict(zip(CHOICES, values, strict=True))
         if kind == "gpt2-bpe" and (choice["template"] or choice["class"] == "PreTrainedTokenizerFast"):
             continue  # its files hold no template, and that class reads tokenizer.json only
+        if choice["split_special_tokens"] and (choice["add_bos_token"] or choice["add_eos_token"]):
+            continue  # these have nothing to do with each other
         yield choice
 
 
-def name_of(choice: dict[str, Any]) -> str:
-    return " ".join(f"{key}={value}" for key, value in choice.items())
+def drawn(kind: str, seed: int, count: int) -> list[dict[str, Any]]:
+    """Some of the combinations."""
+    return random.Random(f"{kind} {seed}").sample(list(combinations(kind)), count)
 
 
 # --------------------------------------------------------------------------------------------------------------- files
