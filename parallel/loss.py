@@ -29,12 +29,23 @@ def vocab_cross_entropy(
     """The weighted mean of -log p(target) over the targets that are not ignored; a scalar, equal on every rank.
 
     logits_local [T, V/p] float32, targets_T [T] global ids, weights_T [T] (1 each unless given). NaN where no
-    weight is left, as torch.
+    weight is left, as torch, and then too every gradient is 0.
     """
     weights = torch.ones_like(targets_T, dtype=torch.float32) if weights_T is None else weights_T.float()
     weights = torch.where(targets_T == ignore_index, torch.zeros_like(weights), weights)
     losses = vocab_token_losses(logits_local, targets_T, shards, group, ignore_index=ignore_index)
-    return (losses * weights).sum() / weights.sum()
+    return weighted_mean(losses, weights)
+
+
+def weighted_mean(losses: Tensor, weights: Tensor) -> Tensor:
+    """The sum of losses times weights over the sum of weights; what has no weight has no gradient, whatever its loss.
+
+    Without any weight there is no mean: NaN, with gradients of 0 (0 / 0 would give NaN to every weight of a model).
+    """
+    total = weights.sum()
+    terms = torch.where(weights != 0, losses, 0.0) * weights
+    mean = terms.sum() / torch.where(total == 0, 1.0, total)
+    return mean + torch.where(total == 0, torch.nan, 0.0)
 
 
 def vocab_token_losses(

@@ -21,7 +21,7 @@ from torch.nn import functional
 from parallel.attention import Attend
 from parallel.dropout import Dropping
 from parallel.errors import ConfigError, RequestError
-from parallel.loss import vocab_cross_entropy
+from parallel.loss import vocab_cross_entropy, weighted_mean
 from tp_decoders.decoder import Decoder
 from tp_decoders.task_config import (
     CHOICES,
@@ -202,8 +202,7 @@ def _check_labels(fits: bool, labels: Tensor, wanted: str) -> None:
 
 def task_loss(task: TaskConfig, logits: Tensor, labels: Tensor, lengths: Sequence[int]) -> Tensor:
     """transformers' loss of sequence, token and span tasks: a mean over what is not ignored."""
-    weights = item_weights(task, labels, lengths)
-    return (item_losses(task, logits, labels, lengths) * weights).sum() / weights.sum()
+    return weighted_mean(item_losses(task, logits, labels, lengths), item_weights(task, labels, lengths))
 
 
 def choice_loss(choices: Tensor, num_choices: int, labels: Tensor) -> Tensor:
