@@ -63,6 +63,7 @@ for one.
 MOST = 2**24
 """No integer of a config is larger: far above any model's, far below what a machine trips over."""
 MOST_LAYERS = 10_000
+MOST_RATIO = 1024.0
 
 REQUIRED: Any = object()
 
@@ -96,7 +97,7 @@ class Fields:
                 raise ConfigError(f"{self.where} has no {key!r}, which says the model's shape; add it")
             return default
         values = list(found.values())
-        if any(value != values[0] for value in values):
+        if any(value != values[0] for value in values[1:]):
             raise ConfigError(f"{self.where}: {shown(found)} are names of one option and disagree; keep one of them")
         return values[0]
 

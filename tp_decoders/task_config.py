@@ -14,7 +14,7 @@ from typing import Any
 from parallel.activation import check_activation
 from parallel.errors import ConfigError
 from tp_decoders.config import DecoderConfig, probability
-from tp_decoders.fields import Fields
+from tp_decoders.fields import Fields, shown
 
 CAUSAL, SEQUENCES, TOKENS, SPANS, CHOICES = TASKS = (
     "causal-lm",
@@ -28,6 +28,7 @@ REGRESSION, SINGLE_LABEL, MULTI_LABEL = PROBLEMS = (
     "single_label_classification",
     "multi_label_classification",
 )
+MOST_LABELS = 100_000
 SUMMARIES = ("last", "first", "mean", "cls_index")
 CLASSES = {
     "gpt2": "GPT2",
@@ -95,7 +96,7 @@ def task_from_hf(
     names = label_names(fields) if labels is None else _named(labels)
     problem = problem or fields.take("problem_type", None)
     if problem is not None and problem not in PROBLEMS:
-        raise ConfigError(f"problem_type {problem!r} is unknown; choose one of {', '.join(PROBLEMS)}, or leave it out")
+        raise ConfigError(f"problem_type {shown(problem)} is unknown; choose one of {', '.join(PROBLEMS)}, or leave it out")
     return TaskConfig(
         name=name,
         labels={SPANS: ("start", "end"), CHOICES: ("LABEL_0",)}.get(name, names),
@@ -133,7 +134,7 @@ def task_of(hf: Mapping[str, Any]) -> str:
 
 def label_names(fields: Fields) -> tuple[str, ...]:
     """In the order of their ids, which run from 0; two unless said otherwise."""
-    count, given = fields.optional_integer("num_labels"), fields.take("id2label", None)
+    count, given = fields.optional_integer("num_labels", most=MOST_LABELS), fields.take("id2label", None)
     if given is None:
         return _named(2 if count is None else count)
     try:
@@ -141,7 +142,7 @@ def label_names(fields: Fields) -> tuple[str, ...]:
     except (AttributeError, TypeError, ValueError):
         names = {}
     if sorted(names) != list(range(len(names))) or not names:
-        raise ConfigError(f"{fields.where}: id2label is {given!r}; give an object of names by ids 0, 1, 2, ...")
+        raise ConfigError(f"{fields.where}: id2label is {shown(given)}; give an object of names by ids 0, 1, 2, ...")
     if count not in (None, len(names)):
         raise ConfigError(f"{fields.where}: num_labels is {count}, but id2label has {len(names)}; keep one of them")
     return tuple(names[i] for i in range(len(names)))
@@ -167,7 +168,7 @@ def _summary(fields: Fields) -> SummaryConfig:
     return SummaryConfig(
         kind=fields.choice("summary_type", "cls_index", SUMMARIES),
         projection=bool(fields.take("summary_use_proj", True)),
-        activation=check_activation(str(activation)) if activation else None,
+        activation=check_activation(str(activation)[:60]) if activation else None,
         to_labels=bool(fields.take("summary_proj_to_labels", True)),
         first_dropout=probability(fields, "summary_first_dropout", 0.1),
         last_dropout=probability(fields, "summary_last_dropout", 0.0),

@@ -19,7 +19,7 @@ from parallel.norm import LayerNorm
 from parallel.shard import VirtualShards
 from tp_decoders.config import DecoderConfig, Dropout, activation, head_size, probability
 from tp_decoders.decoder import Decoder, Family, Place
-from tp_decoders.fields import MOST_LAYERS, Fields
+from tp_decoders.fields import MOST_LAYERS, MOST_RATIO, Fields
 from tp_decoders.names import Name, NameMap
 from tp_decoders.rotary import Rotary, RotaryConfig, Rotation, rotary_from_hf, rotated
 
@@ -41,7 +41,7 @@ def from_hf(fields: Fields) -> DecoderConfig:
         n_kv_heads=n_heads,
         head_dim=head_dim,
         d_model=d_model,
-        d_ff=int(d_model * fields.number("intermediate_multiple_size", 4, above=0.0)),
+        d_ff=int(d_model * fields.number("intermediate_multiple_size", 4, above=0.0, within=(0.0, MOST_RATIO))),
         vocab_size=fields.integer("vocab_size", 32000),
         max_positions=rotary.reach,
         activation=activation(fields, "hidden_act", "gelu"),

@@ -14,7 +14,7 @@ from typing import Any
 
 from parallel.errors import ConfigError
 from tp_decoders.config import DecoderConfig, Dropout, head_size, probability
-from tp_decoders.fields import MOST_LAYERS, Fields, shown
+from tp_decoders.fields import MOST_LAYERS, MOST_RATIO, Fields, shown
 
 AUTO, TRANSFORMERS, FOUNDRY = REFERENCES = ("auto", "transformers", "llm-foundry")
 KEY = "mpt_reference"
@@ -240,7 +240,7 @@ def _kv_heads(attention: Fields, n_heads: int) -> int:
 
 def _mlp(fields: Fields, d_model: int) -> dict[str, Any]:
     """The inner width and the activation: expansion_ratio and gelu, unless ffn_config says otherwise."""
-    ratio = fields.number("expansion_ratio", 4, above=0.0)
+    ratio = fields.number("expansion_ratio", 4, above=0.0, within=(0.0, MOST_RATIO))
     ffn = fields.section("ffn_config") or Fields({}, f"{fields.where}: ffn_config", fields)
     ffn.only("ffn_type", "mptmlp")
     width, activation = ffn.optional_integer("ffn_hidden_size"), _activation(ffn)
