@@ -52,7 +52,7 @@ CONTENTS: dict[str, tuple[bytes, str]] = {
 
 def one_line(error: TpError) -> str:
     text = str(error)
-    assert "\n" not in text and len(text) < 1_500
+    assert "\n" not in text and len(text) < 4_000
     return text
 
 
