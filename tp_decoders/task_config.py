@@ -96,7 +96,8 @@ def task_from_hf(
     names = label_names(fields) if labels is None else _named(labels)
     problem = problem or fields.take("problem_type", None)
     if problem is not None and problem not in PROBLEMS:
-        raise ConfigError(f"problem_type {shown(problem)} is unknown; choose one of {', '.join(PROBLEMS)}, or leave it out")
+        known = ", ".join(PROBLEMS)
+        raise ConfigError(f"problem_type {shown(problem)} is unknown; choose one of {known}, or leave it out")
     return TaskConfig(
         name=name,
         labels={SPANS: ("start", "end"), CHOICES: ("LABEL_0",)}.get(name, names),

@@ -1,4 +1,4 @@
-"""The mean loss at its edges: nothing to learn from gives NaN and no gradient, and what has no weight has none either."""
+"""The mean loss at its edges: nothing to learn from gives NaN and no gradient, as in torch."""
 
 from __future__ import annotations
 
