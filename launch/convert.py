@@ -43,6 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokenizer", help="a folder (or ORG/NAME[@revision]) with tokenizer files, or a tokenizer.json, to copy along"
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the checkpoint's own")
+    parser.add_argument(
+        "--mpt-reference", choices=("auto", "transformers", "llm-foundry"), default="auto",
+        help="whose meaning the options of an MPT have, kept in what is written (default: by who wrote the input)",
+    )  # fmt: skip
     parser.add_argument("--max-shard-size", default="5GB", help="of one file, as in 500MB (default 5GB)")
 
 
@@ -75,7 +79,7 @@ def open_source(args: argparse.Namespace, stack: ExitStack) -> tuple[TensorSourc
 
     if args.config is not None:
         raise ConfigError("--config is for --from deepspeed or tensorflow: a Hugging Face folder has its config.json")
-    source = HuggingFaceSource(locate(args.input), stack)
+    source = HuggingFaceSource(locate(args.input), stack, args.mpt_reference)
     return source, source.config, {}
 
 

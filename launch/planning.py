@@ -44,7 +44,7 @@ def model_config(name: str) -> DecoderConfig:
     """A preset of configs/models, a YAML file of that kind, or a checkpoint's folder or name on the hub."""
     if Path(name).is_dir() or is_hub(name):
         return read_config(locate(name, CONFIG))
-    return config_from_hf(dict(read(find(name, "models")).values))
+    return config_from_hf(dict(read(find(name, "models")).values), unread="refuse")
 
 
 def is_hub(name: str) -> bool:

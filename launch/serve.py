@@ -13,7 +13,7 @@ from os.path import expanduser
 from typing import Any
 
 from cluster.actors.place import PlacementConfig
-from cluster.actors.spec import ParallelConfig, TrainingConfig
+from cluster.actors.spec import MptReference, ParallelConfig, TrainingConfig
 from cluster.engine.config import EngineConfig
 from cluster.frontend.calls import FrontendConfig
 from cluster.frontend.ledger import LedgerConfig
@@ -111,6 +111,7 @@ class ServeConfig:
     model: str
     adapter: str | None = None
     task: str = "causal-lm"
+    mpt_reference: MptReference = "auto"
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)

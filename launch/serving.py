@@ -58,7 +58,7 @@ Restart = Callable[[], Awaitable[object]]
 def serve(config: ServeConfig, model: Path, log_level: int) -> int:
     """Serves until a signal, a Drain call or a fault; the exit status."""
     # what is wrong with the checkpoint's description is said before anything starts
-    check_checkpoint(config.task, model)
+    check_checkpoint(config.task, model, config.mpt_reference)
     if config.adapter is not None:
         read_adapter_config(config.adapter)
     check_port(config.server.host, config.server.port)
@@ -78,9 +78,9 @@ def serve(config: ServeConfig, model: Path, log_level: int) -> int:
         raise KeyboardInterrupt from ended
 
 
-def check_checkpoint(task: str, model: Path) -> None:
+def check_checkpoint(task: str, model: Path, mpt_reference: str = "auto") -> None:
     """Refuses a checkpoint whose description is wrong, or a task that it cannot have."""
-    described = read_config(model)
+    described = read_config(model, mpt_reference=mpt_reference)
     check_task(task, described.model_type)
     made_for = task_of(described.hf)
     if task == CAUSAL and made_for != CAUSAL:

@@ -19,6 +19,7 @@ def spec_of(config: ServeConfig, model: Path) -> ServeSpec:
     return ServeSpec(
         model=str(model),
         task=config.task,
+        mpt_reference=config.mpt_reference,
         adapter=None if config.adapter is None else str(Path(config.adapter).resolve()),
         authkey=secrets.token_bytes(32),
         parallel=replace(config.parallel, dp=1),  # a replica knows of no other

@@ -23,6 +23,7 @@ from cluster.actors.group import WorkerGroup
 from cluster.actors.load_progress import NUMBER_BYTES, over_budget
 from cluster.actors.place import PlacementConfig, split_replicas
 from cluster.actors.session import ray_session
+from cluster.actors.spec import MptReference
 from cluster.actors.train_spec import CorpusConfig, SampleConfig, TrainParallel, TrainSpec
 from cluster.training.checkpoint import latest_checkpoint, read_state
 from cluster.training.data.labelled import LabelConfig, read_rows
@@ -78,6 +79,7 @@ class TrainConfig:
     schedule: Schedule
     steps: int
     task: str = CAUSAL
+    mpt_reference: MptReference = "auto"
     labels: LabelConfig = field(default_factory=LabelConfig)
     save_every: int = 100
     keep: int = 2
@@ -127,7 +129,7 @@ def prepare(config: TrainConfig) -> TrainSpec:
     if config.tensorboard:
         check_tensorboard()
     out = Path(config.out).resolve()
-    origin = _from_folder(config.model) if config.model is not None else _from_scratch(config.scratch, out)
+    origin = _from_scratch(config.scratch, out) if config.model is None else _from_folder(config.model, config)
     same = {f.name: getattr(config, f.name) for f in fields(TrainSpec) if hasattr(config, f.name)}
     given = {
         "model": str(origin.model),
@@ -159,9 +161,9 @@ def _check_corpus(spec: TrainSpec) -> None:
         raise ConfigError(f"corpus.path {corpus.path} cannot be read: {error.strerror or error}") from error
 
 
-def _from_folder(folder: str) -> _Origin:
+def _from_folder(folder: str, config: TrainConfig) -> _Origin:
     model = locate(folder).resolve()
-    shape = read_config(model).hf
+    shape = read_config(model, mpt_reference=config.mpt_reference).hf
     return _Origin(model, folder_origin(model), shape, model, lambda: None)
 
 
@@ -169,6 +171,7 @@ def _from_scratch(scratch: ScratchConfig, out: Path) -> _Origin:
     if scratch.preset is None or scratch.tokenizer is None:
         raise ConfigError("nothing to train: give model, a checkpoint folder, or scratch.preset and scratch.tokenizer")
     shape = dict(read(find(scratch.preset, "models")).values)
+    config_from_hf(shape, unread="refuse")  # our own file
     tokenizer, start = locate(scratch.tokenizer, TOKENIZER), out / START
 
     def write() -> None:
@@ -186,7 +189,7 @@ def _from_scratch(scratch: ScratchConfig, out: Path) -> _Origin:
 
 def _check_fit(spec: TrainSpec, origin: _Origin) -> None:
     """That text and model fit: rows and prompts into the context, tokens into the vocabulary, adapters to layers."""
-    model = config_from_hf(dict(origin.shape))
+    model = config_from_hf(dict(origin.shape), unread="ignore")
     tokenizer = load_tokenizer(origin.tokenizer)
     if tokenizer is None:
         raise ConfigError(f"{origin.tokenizer} has no tokenizer; it needs one of {list(VOCABULARIES)}")

@@ -13,6 +13,7 @@ from parallel.errors import ConfigError
 from tp_decoders.config import DecoderConfig, check_sizes
 from tp_decoders.decoder import Family
 from tp_decoders.families import gpt2, gpt_bigcode, gpt_neox, gpt_neox_japanese, mpt
+from tp_decoders.families.mpt_config import AUTO, REFERENCE, check_reference
 from tp_decoders.fields import Fields, shown
 from tp_decoders.json_files import read_json_object
 
@@ -36,14 +37,14 @@ def family_of(model_type: object) -> Family:
 
 
 def config_from_hf(
-    hf: Mapping[str, Any], *, mpt_reference: str | None = None, unread: Unread = "warn"
+    hf: Mapping[str, Any], *, mpt_reference: str = AUTO, unread: Unread = "warn"
 ) -> DecoderConfig:
     """Reads the contents of a config.json. `unread`: what becomes of keys that no family's model depends on;
     `mpt_reference` decides whose meaning an MPT's options have (families.mpt_config), whatever the file says.
     """
     family = family_of(hf.get("model_type"))
-    if mpt_reference is not None and family is mpt.FAMILY:
-        hf = {**hf, "mpt_reference": mpt_reference}
+    if check_reference(mpt_reference) != AUTO and family is mpt.FAMILY:
+        hf = {**hf, REFERENCE: mpt_reference}
     fields = Fields(hf, f"config.json ({family.model_type})")
     config = check_sizes(family.from_hf(fields), fields.where)
     if unread == "refuse" and fields.unread:
@@ -56,7 +57,7 @@ def config_from_hf(
     return config
 
 
-def read_config(folder: str | Path, *, mpt_reference: str | None = None, unread: Unread = "warn") -> DecoderConfig:
+def read_config(folder: str | Path, *, mpt_reference: str = AUTO, unread: Unread = "warn") -> DecoderConfig:
     """Reads a checkpoint folder's config.json."""
     hf = read_json_object(Path(folder) / "config.json")
     return config_from_hf(hf, mpt_reference=mpt_reference, unread=unread)

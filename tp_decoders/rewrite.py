@@ -20,6 +20,7 @@ from parallel.errors import CheckpointError
 from parallel.shard import full_shape_of
 from tp_decoders.companions import companions, copy_files
 from tp_decoders.config import DecoderConfig
+from tp_decoders.families.mpt_config import AUTO
 from tp_decoders.matching import match_tensors, stored_dtype, warn_of_different_twins
 from tp_decoders.registry import family_of, read_config
 from tp_decoders.save_files import FolderWriter, TensorPlan
@@ -89,10 +90,10 @@ def _check(error: str | None) -> None:
 class HuggingFaceSource:
     """A Hugging Face folder, in any of the forms that `load` reads."""
 
-    def __init__(self, folder: Path, stack: ExitStack) -> None:
+    def __init__(self, folder: Path, stack: ExitStack, mpt_reference: str = AUTO) -> None:
         """The files stay open until `stack` closes."""
         self.folder = folder
-        config = read_config(folder)
+        config = read_config(folder, mpt_reference=mpt_reference)
         self.config = with_task(config, task_of(config.hf))  # a head is carried along, never made
         self._checkpoint: Checkpoint = stack.enter_context(open_checkpoint(folder))
         names = family_of(self.config.model_type).names

@@ -23,6 +23,7 @@ from parallel.norm import LayerNorm
 from parallel.shard import Replicated, full_shape_of, rule_of
 from tp_decoders.config import DecoderConfig
 from tp_decoders.decoder import Decoder, Place
+from tp_decoders.families.mpt_config import AUTO
 from tp_decoders.hub import is_name, locate, pin
 from tp_decoders.lora import whole_parameters
 from tp_decoders.matching import Sources, match_tensors, stored_dtype, warn_of_different_twins
@@ -58,7 +59,7 @@ def load(
     *,
     labels: Sequence[str] | int | None = None,
     problem: str | None = None,
-    mpt_reference: str | None = None,
+    mpt_reference: str = AUTO,
     cache: WeightsCache | None = None,
     progress: Progress | None = None,
 ) -> Decoder:

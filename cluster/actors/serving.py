@@ -88,7 +88,10 @@ class ServeRank:
     def _load(self, dtype: torch.dtype | None, groups: Groups) -> Decoder:
         spec = self._spec
         cache, told = reading(self._place, spec.model, spec.weights_cache)
-        return load(spec.model, spec.task, groups.tp, dtype, self._device, cache=cache, progress=told)
+        return load(
+            spec.model, spec.task, groups.tp, dtype, self._device, mpt_reference=spec.mpt_reference, cache=cache,
+            progress=told,
+        )  # fmt: skip
 
     def rejoin(self, make: MakeProgram, place: Place, phases: Phases) -> RankFacts:
         """With new peers: the model as it is, now connected to them; the ranks' collectives are those of a start."""

@@ -23,6 +23,8 @@ Device = Literal["cpu", "cuda"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Numerics = Literal["invariant", "fast"]
 Transport = Literal["auto", "shm", "gloo"]
+MptReference = Literal["auto", "transformers", "llm-foundry"]
+"""Whose meaning the options of an MPT have (tp_decoders.families.mpt_config)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +96,7 @@ class ServeSpec:
     model: str
     authkey: bytes = field(repr=False)
     task: str = "causal-lm"
+    mpt_reference: MptReference = "auto"
     adapter: str | None = None  # a PEFT adapter's folder, merged into the weights as they are loaded
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)

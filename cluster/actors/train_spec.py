@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, get_args
 
 from cluster.actors.place import Place
-from cluster.actors.spec import Device, Dtype, Numerics, ParallelConfig, Transport
+from cluster.actors.spec import Device, Dtype, MptReference, Numerics, ParallelConfig, Transport
 from cluster.engine.request import SamplingParams
 from cluster.training.data.labelled import LabelConfig
 from cluster.training.data.sources import SourceOptions
@@ -121,6 +121,7 @@ class TrainSpec:
     schedule: Schedule
     steps: int
     task: str = CAUSAL
+    mpt_reference: MptReference = "auto"
     labels: LabelConfig = field(default_factory=LabelConfig)  # of sequence-classification
     save_every: int = 100
     keep: int = 2
@@ -213,6 +214,8 @@ class TrainSpec:
             "dropout": self.dropout,
             "lora": None if self.lora is None else asdict(self.lora),
         }
+        if self.mpt_reference != "auto":
+            decided |= {"mpt_reference": self.mpt_reference}
         if self.task != CAUSAL:
             decided |= {"task": self.task, "labels": asdict(self.labels)}
         return dict(json.loads(json.dumps(decided)))

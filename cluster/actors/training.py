@@ -189,7 +189,7 @@ class TrainRank:
     def _tokenized(self, tokenizer: Tokenizer, folder: Path) -> Store:
         corpus = self._spec.corpus
         if self._spec.task != CAUSAL:
-            hf = read_config(self._spec.model).hf
+            hf = read_config(self._spec.model, unread="ignore").hf
             known = label_names(Fields(hf, "config.json")) if task_of(hf) == self._spec.task else ()
             labels = replace(self._spec.labels, names=self._spec.labels.names or known)
             return store_labelled(Path(corpus.path), labels, tokenizer, folder)
@@ -252,8 +252,9 @@ class TrainRank:
         kept = spec.weights_cache if str(whole) == spec.model else None  # a run's own checkpoints are read but once
         cache, told = reading(self._place, str(whole), kept)
         model = load(
-            whole, spec.task, groups.tp, dtype, self._device, labels=labels, problem=problem, cache=cache, progress=told
-        )
+            whole, spec.task, groups.tp, dtype, self._device, labels=labels, problem=problem,
+            mpt_reference=spec.mpt_reference, cache=cache, progress=told,
+        )  # fmt: skip
         model.source = Path(spec.model)  # whose tokenizer goes into every checkpoint: the newest will be pruned
         if spec.lora is not None and saved is not None:
             load_adapter(model, saved.folder, trainable=True)

@@ -23,6 +23,10 @@ class DenseMpt:
         self.attn = {"alibi": True, **options.get("attn_config", {})}
         self.weights = {name: random_weight(name, shape).requires_grad_() for name, shape in self.shapes().items()}
 
+    @property
+    def learned_positions(self) -> bool:
+        return bool(self.hf.get("learned_pos_emb", True)) and not self.attn["alibi"]
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         d, v = self.hf["d_model"], self.hf["vocab_size"]
         f = int(self.hf.get("expansion_ratio", 4) * d)
@@ -36,7 +40,7 @@ class DenseMpt:
         modules |= {"ffn.up_proj": (f, d), "ffn.down_proj": (d, f)}
         modules |= {"attn.q_ln": (d,), "attn.k_ln": (kv,)} if self.attn.get("qk_ln") else {}
         shapes: dict[str, tuple[int, ...]] = {"wte.weight": (v, d)}
-        shapes |= {} if self.attn["alibi"] else {"wpe.weight": (self.hf["max_seq_len"], d)}
+        shapes |= {} if not self.learned_positions else {"wpe.weight": (self.hf["max_seq_len"], d)}
         for name, shape in self._all(modules).items():
             shapes[f"{name}.weight"] = shape
             if not self.hf.get("no_bias", True):
@@ -56,7 +60,7 @@ class DenseMpt:
 
     def logits(self, ids: Tensor) -> Tensor:
         x = self.weights["transformer.wte.weight"][ids]
-        if not self.attn["alibi"]:
+        if self.learned_positions:
             x = x + self.weights["transformer.wpe.weight"][: len(ids)]
         for i in range(self.hf["n_layers"]):
             x = x + self.attention(f"blocks.{i}.", self.norm(f"blocks.{i}.norm_1", x))

@@ -92,7 +92,8 @@ def test_a_key_said_twice_alike_is_read(tmp_path: Path) -> None:
     assert read_config(tmp_path).n_layers == 3
 
 
-VALUES = [None, True, -1, 10**7, 10**400, 1e308, float("inf"), float("nan"), "12", [], {}, {"a": 1}, 0.5, [[]]]
+NUMBERS = (True, -1, 0.5, 10**7, 10**400, 1e308, float("inf"), float("nan"))
+VALUES: list[Any] = [None, *NUMBERS, "12", [], {}, {"a": 1}, [[]]]
 
 
 @pytest.mark.parametrize("family", SMALL)

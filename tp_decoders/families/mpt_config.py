@@ -17,7 +17,7 @@ from tp_decoders.config import DecoderConfig, Dropout, head_size, probability
 from tp_decoders.fields import MOST_LAYERS, MOST_RATIO, Fields, shown
 
 AUTO, TRANSFORMERS, FOUNDRY = REFERENCES = ("auto", "transformers", "llm-foundry")
-KEY = "mpt_reference"
+REFERENCE = "mpt_reference"
 IGNORED: dict[str, tuple[Any, ...]] = {
     "attn_config.alibi": (True,),
     "attn_config.alibi_bias_max": (8,),
@@ -53,11 +53,18 @@ FOUNDRY_ONLY = frozenset(
     """.split()  # noqa: SIM905
 )
 """Keys that transformers' own MPT never wrote."""
-HARMLESS = ("init_config", "init_device", "verbose", "fc_type", "use_pad_tok_in_ffn", "layer_norm_epsilon", KEY)
+HARMLESS = ("init_config", "init_device", "verbose", "fc_type", "use_pad_tok_in_ffn", "layer_norm_epsilon", REFERENCE)
 ATTENTION_HARMLESS = ("rope_theta", "rope_impl", "rope_dail_config", "rope_hf_config", "tie_word_embeddings")
 """Details of a rotary embedding that is off, and what transformers writes into every nested config."""
 ACTIVATIONS = ("gelu", "relu", "relu6", "silu", "mish", "leaky_relu", "sigmoid", "tanh")
 """Of torch.nn.functional, which llm-foundry names them by."""
+
+
+def check_reference(name: str) -> str:
+    """The name itself, or an error that says what there is."""
+    if name not in REFERENCES:
+        raise ConfigError(f"{REFERENCE} is {shown(name)}; choose one of {', '.join(REFERENCES)}")
+    return name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,12 +82,12 @@ class Options:
 
 def from_hf(fields: Fields) -> DecoderConfig:
     reference, differing = reference_of(fields.values), differences(fields.values)
-    fields.choice(KEY, AUTO, REFERENCES)
+    fields.choice(REFERENCE, AUTO, REFERENCES)
     config = (_as_foundry if reference == FOUNDRY else _as_transformers)(fields)
     if not differing:
         return config
     fields.remarks.append(_remark(fields, reference, differing))
-    return replace(config, hf={**fields.values, KEY: reference})  # which stays so when it is saved by another class
+    return replace(config, hf={**fields.values, REFERENCE: reference})  # it stays so when it is saved
 
 
 def reference_of(hf: Mapping[str, Any]) -> str:
@@ -90,7 +97,7 @@ def reference_of(hf: Mapping[str, Any]) -> str:
     beside it or keys that only llm-foundry writes; else transformers', if it gave its version. What nobody wrote is
     read as the format's maker means it.
     """
-    given = hf.get(KEY)
+    given = hf.get(REFERENCE)
     if given in (TRANSFORMERS, FOUNDRY):
         return str(given)
     named = hf.get("architectures")
@@ -118,7 +125,7 @@ def _remark(fields: Fields, reference: str, differing: dict[str, Any]) -> str:
     given = shown(differing, 400)
     other = FOUNDRY if reference == TRANSFORMERS else TRANSFORMERS
     how = "heeded" if reference == FOUNDRY else "not heeded (attn_pdrop drops attention, residual and MLP)"
-    return f"{fields.where}: read as {reference} reads it: {given} {how}; {KEY}={other} says otherwise"
+    return f"{fields.where}: read as {reference} reads it: {given} {how}; {REFERENCE}={other} says otherwise"
 
 
 def _as_transformers(fields: Fields) -> DecoderConfig:
