@@ -47,6 +47,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--mpt-reference", choices=("auto", "transformers", "llm-foundry"), default="auto",
         help="whose meaning the options of an MPT have, kept in what is written (default: by who wrote the input)",
     )  # fmt: skip
+    parser.add_argument(
+        "--adapter", help="a PEFT LoRA adapter (a folder or ORG/NAME[@revision]) to merge into the weights"
+    )
+    parser.add_argument(
+        "--allow-overflow", action="store_true",
+        help="write values that --dtype cannot hold as infinite; without this they are counted and nothing is written",
+    )  # fmt: skip
     parser.add_argument("--max-shard-size", default="5GB", help="of one file, as in 500MB (default 5GB)")
 
 
@@ -61,11 +68,26 @@ def run(args: argparse.Namespace) -> int:
         source, config, beside = open_source(args, stack)
         wanted = getattr(torch, args.dtype) if args.dtype else None
         files = beside | tokenizer
-        dtype = rewrite(source, config, args.output, dtype=wanted, max_shard_size=max_bytes, files=files)
+        if args.adapter is not None:
+            source = _with_adapter(source, config, args.adapter, stack)
+        done = rewrite(
+            source, config, args.output, dtype=wanted, max_shard_size=max_bytes, files=files,
+            allow_overflow=args.allow_overflow,
+        )  # fmt: skip
     sizes = [path.stat().st_size for path in args.output.glob("*.safetensors")]
-    shown = str(dtype).removeprefix("torch.")
+    shown = str(done.dtype).removeprefix("torch.")
+    for line in done.lost.report():
+        print(f"note: {line}")
     print(f"{args.output}: {config.model_type}, {shown}, {sum(sizes) / 1e6:.1f} MB in {len(sizes)} file(s)")
     return 0
+
+
+def _with_adapter(source: TensorSource, config: DecoderConfig, adapter: str, stack: ExitStack) -> TensorSource:
+    from tp_decoders.adapter_merge import MergedSource
+    from tp_decoders.hub import locate
+    from tp_decoders.hub_cache import ADAPTER
+
+    return MergedSource(source, config, locate(adapter, ADAPTER), stack)
 
 
 def open_source(args: argparse.Namespace, stack: ExitStack) -> tuple[TensorSource, DecoderConfig, dict[str, Path]]:

@@ -37,6 +37,7 @@ from launch.metrics import ServeMetrics
 from launch.metrics_server import MetricsServer, check_host
 from launch.replicas import Replicas
 from launch.rolling import Upkeep
+from launch.specs import trained_dtype
 from launch.standing import State, kept_state
 from launch.tracing import check_traces, open_tracer
 from parallel.errors import ConfigError, TpError, WorkerError
@@ -67,6 +68,9 @@ def serve(config: ServeConfig, model: Path, log_level: int) -> int:
     if config.observe.metrics_port is not None:
         check_host(config.observe.metrics_host, config.server.security, config.server.insecure_listen_anywhere)
         check_port(config.observe.metrics_host, config.observe.metrics_port)
+    if config.training.enabled:
+        dtype = trained_dtype(model, config.parallel.dtype)
+        config = replace(config, parallel=replace(config.parallel, dtype=dtype))
     if config.training.save_root is not None:
         StateFolder(Path(config.training.save_root).expanduser())
     cores = config.ray.cores(config.parallel.tp * config.parallel.dp)

@@ -1,14 +1,21 @@
-"""What the ranks of one replica are made of, from the command's settings: paths that mean the same on every rank, and a
-key and a flight recorder of its own."""
+"""What the ranks of one replica are made of, from the command's settings: paths that mean the same on every rank, a
+type that can be trained, and a key and a flight recorder of its own."""
 
 from __future__ import annotations
 
+import logging
 import secrets
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cluster.actors.spec import FlightSpec, ServeSpec, TrainingConfig
+import torch
+
+from cluster.actors.spec import Dtype, FlightSpec, ServeSpec, TrainingConfig
+from parallel.errors import ConfigError
+from tp_decoders.weights import checkpoint_dtype
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from launch.serve import ServeConfig
@@ -29,6 +36,19 @@ def spec_of(config: ServeConfig, model: Path) -> ServeSpec:
         weights_cache=config.placement.weights_cache,
         flight=FlightSpec(secrets.token_hex(4), _folder(config.observe.flight_dir)),
     )
+
+
+def trained_dtype(model: Path, given: Dtype | None) -> Dtype | None:
+    """The type to train a checkpoint in: never float16, whose gradients underflow; a line says where that is new."""
+    if given == "float16":
+        raise ConfigError("parallel.dtype is 'float16', whose gradients underflow; train in 'bfloat16' or 'float32'")
+    if given is not None or checkpoint_dtype(model) != torch.float16:
+        return given
+    log.warning(
+        "%s is stored in float16, in which gradients underflow: it is trained in float32, which holds the same values; "
+        "parallel.dtype=bfloat16 takes half the memory", model,
+    )  # fmt: skip
+    return "float32"
 
 
 def _folder(path: str | None) -> str | None:

@@ -42,6 +42,7 @@ from launch.metrics_server import MetricsServer
 from launch.presets import Layer, build, find, read
 from launch.progress import header, watch
 from launch.serve import RayConfig
+from launch.specs import trained_dtype
 from launch.train_metrics import TrainMetrics
 from parallel.errors import ConfigError, WorkerError
 from parallel.options import Recompute
@@ -131,6 +132,8 @@ def prepare(config: TrainConfig) -> TrainSpec:
     out = Path(config.out).resolve()
     origin = _from_scratch(config.scratch, out) if config.model is None else _from_folder(config.model, config)
     same = {f.name: getattr(config, f.name) for f in fields(TrainSpec) if hasattr(config, f.name)}
+    if config.model is not None:
+        same["parallel"] = replace(config.parallel, dtype=trained_dtype(origin.model, config.parallel.dtype))
     given = {
         "model": str(origin.model),
         "origin": origin.identity,

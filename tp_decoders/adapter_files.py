@@ -14,7 +14,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -61,11 +61,12 @@ def load_adapter(model: Decoder, folder: str | Path, trainable: bool = False) ->
     folder = locate(folder, ADAPTER)
     config = read_adapter_config(folder)
     with ExitStack() as stack:
-        file = _open(folder, stack)
-        place(model, config, _ranks(model, file, config, folder))
+        file = open_adapter(folder, stack)
+        ranks = factor_ranks(model, file, config, folder, lambda key, theirs: _is_unchanged(model, file, key, theirs))
+        place(model, config, ranks)
         try:
             for key, _, parameter in adapter_tensors(model):
-                stored = next(name for name in _spellings(model, key) if name in file.shapes)
+                stored = next(name for name in spellings(model, key) if name in file.shapes)
                 fill(parameter, file, stored, False, model.group.rank)
                 parameter.requires_grad_(trainable)
         except BaseException:
@@ -117,7 +118,7 @@ def _refuse_more(path: Path, fields: Mapping[str, Any]) -> None:
         raise CheckpointError(f"{path} asks for more than LoRA on linear layers: {', '.join(more)}; not supported")
 
 
-def _open(folder: Path, stack: ExitStack) -> TensorFile:
+def open_adapter(folder: Path, stack: ExitStack) -> TensorFile:
     if (folder / WEIGHTS).is_file():
         return SafetensorsFile(folder / WEIGHTS, stack)
     if (folder / PICKLED).is_file():
@@ -125,8 +126,13 @@ def _open(folder: Path, stack: ExitStack) -> TensorFile:
     raise CheckpointError(f"{folder} has neither {WEIGHTS} nor {PICKLED}; give the folder of a PEFT adapter")
 
 
-def _ranks(model: Decoder, file: TensorFile, config: LoraConfig, folder: Path) -> dict[str, int]:
-    """{our name: rank} of the layers that the file has factors for, checked against the model and the config."""
+def factor_ranks(
+    model: Decoder, file: TensorFile, config: LoraConfig, folder: Path, is_bases: Callable[[str, str], bool]
+) -> dict[str, int]:
+    """{our name: rank} of the layers that the file has factors for, checked against the model and the config.
+    `is_bases` says of a whole weight, by its key and the checkpoint's name for it, whether it is the base model's own:
+    PEFT adds the embedding to an adapter of the head.
+    """
     names, layers = family_of(model.config.model_type).names, linears(model)
     found: dict[str, dict[str, tuple[int, ...]]] = {}
     wrong = []
@@ -136,7 +142,7 @@ def _ranks(model: Decoder, file: TensorFile, config: LoraConfig, folder: Path) -
         ours = (line.ours or "").removesuffix(".weight") if line else ""
         if match and ours in layers:
             found.setdefault(ours, {})[match["factor"]] = shape
-        elif not _is_unchanged(model, file, key):
+        elif not ((whole := _whole_weight(model, file, key)) and is_bases(key, whole)):
             wrong.append(f"{key} belongs to no linear layer of this model")
     for ours, shapes in found.items():
         d_out, d_in = full_shape_of(layers[ours].weight)
@@ -149,14 +155,23 @@ def _ranks(model: Decoder, file: TensorFile, config: LoraConfig, folder: Path) -
     return {ours: config.rank_of(their_module(model, ours)) for ours in found}
 
 
-def _is_unchanged(model: Decoder, file: TensorFile, key: str) -> bool:
-    """Whether a tensor is a whole weight equal to the model's: PEFT adds the embedding to an adapter of the head."""
-    match = WHOLE.fullmatch(key)
-    line = family_of(model.config.model_type).names.find(f"{match['module']}.weight") if match else None
-    ours = line.ours if line else None
-    parameter = dict(model.named_parameters(remove_duplicate=False)).get(ours or "")
-    if parameter is None or line is None or full_shape_of(parameter) != file.shapes[key] or line.transposed:
-        return False
+def _whole_weight(model: Decoder, file: TensorFile, key: str) -> str | None:
+    """The checkpoint's name of the weight that a tensor could be, whole."""
+    match, names = WHOLE.fullmatch(key), family_of(model.config.model_type).names
+    line = names.find(f"{match['module']}.weight") if match else None
+    wanted = dict(model.named_parameters(remove_duplicate=False))
+    if line is None or line.ours not in wanted or line.transposed:
+        return None
+    every = dict(model.named_parameters())
+    same = next((name for name in every if every[name] is wanted[line.ours]), line.ours)  # the embedding's, where tied
+    return names.theirs(same)[1] if full_shape_of(wanted[line.ours]) == file.shapes[key] else None
+
+
+def _is_unchanged(model: Decoder, file: TensorFile, key: str, theirs: str) -> bool:
+    """Whether a whole weight of an adapter's file equals the model's."""
+    line = family_of(model.config.model_type).names.find(theirs)
+    assert line is not None and line.ours is not None, "found before"
+    parameter = dict(model.named_parameters())[line.ours]
     copy = sharded(full_shape_of(parameter), rule_of(parameter), model.group.rank, parameter.dtype, parameter.device)
     fill(copy, file, key, False, model.group.rank)
     return torch.equal(copy, parameter)
@@ -171,7 +186,7 @@ def adapter_tensors(model: Decoder) -> list[tuple[str, str, nn.Parameter]]:
     ]
 
 
-def _spellings(model: Decoder, key: str) -> tuple[str, str]:
+def spellings(model: Decoder, key: str) -> tuple[str, str]:
     """A key with and without the base model's prefix: adapters of the bare model leave it out."""
     return key, PREFIX + key.removeprefix(PREFIX).removeprefix(family_of(model.config.model_type).names.prefix)
 

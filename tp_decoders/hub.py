@@ -188,7 +188,7 @@ def _download(name: HubName, cached: Cached, listed: Mapping[str, int], wanted: 
         if file in listed:
             get(file)
     if wanted is CHECKPOINT:
-        read_config(cached.folder)  # a family that is not ours is refused before gigabytes of it are here
+        read_config(cached.folder, unread="ignore")  # another family is refused before gigabytes of it are here
     layout = wanted.layout(listed)
     if layout is None:
         return

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -21,7 +22,8 @@ from parallel.shard import full_shape_of
 from tp_decoders.companions import companions, copy_files
 from tp_decoders.config import DecoderConfig
 from tp_decoders.families.mpt_config import AUTO
-from tp_decoders.matching import match_tensors, stored_dtype, warn_of_different_twins
+from tp_decoders.matching import match_tensors, shown, stored_dtype, warn_of_different_twins
+from tp_decoders.narrowing import Lost
 from tp_decoders.registry import family_of, read_config
 from tp_decoders.save_files import FolderWriter, TensorPlan
 from tp_decoders.task_config import task_of, with_task
@@ -43,6 +45,14 @@ class TensorSource(Protocol):
     def read(self, name: str) -> Tensor: ...
 
 
+@dataclass(frozen=True)
+class Rewritten:
+    """The type that was written, and what it could not hold."""
+
+    dtype: torch.dtype
+    lost: Lost
+
+
 def tensor_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     """The tensors of a checkpoint of this configuration, in the order they are written."""
     names = family_of(config.model_type).names
@@ -61,25 +71,35 @@ def rewrite(
     dtype: torch.dtype | None = None,
     max_shard_size: int = MAX_SHARD_SIZE,
     files: Mapping[str, Path] | None = None,
-) -> torch.dtype:
-    """Writes the folder; returns the type of its tensors. `files` are copied along under the names given, before any
-    tokenizer that lies beside the source.
+    allow_overflow: bool = False,
+) -> Rewritten:
+    """Writes the folder. `files` are copied along under the names given, before any tokenizer that lies beside the
+    source. Where values are too large for the type nothing is written, unless that is allowed.
     """
-    dtype = dtype or source.dtype
+    dtype, lost = dtype or source.dtype, Lost()
     plans = [TensorPlan(name, shape, dtype) for name, shape in tensor_shapes(config).items()]
     writer = FolderWriter(target, plans, max_shard_size)
     _check(writer.start())
     try:
         for plan in plans:
-            writer.write(plan.name, source.read(plan.name).to(dtype))
+            stored = source.read(plan.name)
+            tensor = stored.to(dtype)
+            lost.count(plan.name, stored, tensor)
+            if allow_overflow or not lost.overflowed:  # else only counted: the error names all of them
+                writer.write(plan.name, tensor)
             _check(writer.error)
+        if lost.overflowed and not allow_overflow:
+            raise CheckpointError(
+                f"{shown(dtype)} cannot hold {sum(lost.overflowed.values())} values, which would become infinite "
+                f"({lost.overflow()}); choose bfloat16 or float32, or write them all the same with --allow-overflow"
+            )
         copy_files({**companions(source.folder), **(files or {})}, writer.draft)
     except BaseException as error:
         writer.error = writer.error or repr(error)
         writer.finish(config.hf, None)  # takes the draft away
         raise
     _check(writer.finish(config.hf, None))
-    return dtype
+    return Rewritten(dtype, lost)
 
 
 def _check(error: str | None) -> None:

@@ -26,7 +26,8 @@ from tp_decoders.decoder import Decoder, Place
 from tp_decoders.families.mpt_config import AUTO
 from tp_decoders.hub import is_name, locate, pin
 from tp_decoders.lora import whole_parameters
-from tp_decoders.matching import Sources, match_tensors, stored_dtype, warn_of_different_twins
+from tp_decoders.matching import Sources, match_tensors, shown, stored_dtype, warn_of_different_twins
+from tp_decoders.narrowing import Lost
 from tp_decoders.registry import Unread, family_of, read_config
 from tp_decoders.save_files import FolderWriter, TensorPlan
 from tp_decoders.task_config import check_task, with_task
@@ -87,6 +88,13 @@ def load(
     return model
 
 
+def checkpoint_dtype(folder: Path) -> torch.dtype:
+    """The type that `load` reads a checkpoint in, from names and shapes alone."""
+    config = read_config(folder, unread="ignore")
+    with open_checkpoint(folder) as checkpoint:
+        return stored_dtype(config, checkpoint, family_of(config.model_type).names)
+
+
 def locate_together(path: str | Path, group: Group) -> Path:
     """The folder to read; where the ranks can talk, rank 0 says which commit a name of the hub means now."""
     if group.size == 1 or group.comm is None or not is_name(path):
@@ -109,27 +117,37 @@ def _fill_all(
     """Reads what the checkpoint holds of a shard, and makes the rest."""
     parameters = dict(model.named_parameters())
     sizes = {ours: parameters[ours].numel() * checkpoint.itemsize(theirs) for ours, (theirs, _) in sources.items()}
-    done, total = 0, sum(sizes.values())
+    done, total, lost = 0, sum(sizes.values()), Lost()
     for ours, parameter in parameters.items():
         if ours in sources:
-            fill(parameter, checkpoint, *sources[ours], model.group.rank)
+            fill(parameter, checkpoint, *sources[ours], model.group.rank, lost)
             done += sizes[ours]
             progress("reading weights", done, total)
         else:
             fresh(model, ours, parameter, HEAD_SEED)
+    if lines := lost.report():
+        tell = log.warning if lost.overflowed else log.info
+        tell("%s in %s, rank %d: %s", checkpoint.folder, shown(parameter.dtype), model.group.rank, "; ".join(lines))
 
 
 @torch.no_grad()
 def fill(
-    parameter: nn.Parameter, checkpoint: Checkpoint | TensorFile, theirs: str, transposed: bool, rank: int
+    parameter: nn.Parameter,
+    checkpoint: Checkpoint | TensorFile,
+    theirs: str,
+    transposed: bool,
+    rank: int,
+    lost: Lost | None = None,
 ) -> None:
-    """Reads the rank's slices of a stored tensor into its parameter."""
+    """Reads the rank's slices of a stored tensor into its parameter; what its type cannot hold is counted in `lost`."""
     rule, start = rule_of(parameter), 0
     for index in rule.pieces(full_shape_of(parameter), rank):
         width = index[rule.dim].stop - index[rule.dim].start
         if width:
             piece = checkpoint.read(theirs, index[::-1] if transposed else index)
-            parameter.narrow(rule.dim, start, width).copy_(piece.t() if transposed else piece)
+            place = parameter.narrow(rule.dim, start, width).copy_(piece.t() if transposed else piece)
+            if lost is not None:
+                lost.count(theirs, piece, place)
         start += width
 
 
