@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -74,7 +75,7 @@ def test_loading_in_a_narrower_type_warns_once(tmp_path: Path, caplog: pytest.Lo
     assert f"in float16, rank 0: 3 values became infinite: 2 of {WIDE}" in warning.getMessage()
 
 
-LORA = {
+LORA: dict[str, dict[str, Any]] = {
     "gpt2": {"target_modules": ["c_attn", "mlp.c_proj"], "fan_in_fan_out": True},
     "gpt_neox": {"target_modules": ["query_key_value", "dense_4h_to_h", "embed_out"], "use_rslora": True},
     "mpt": {"target_modules": ["Wqkv"], "alpha_pattern": {"blocks.1.attn.Wqkv": 5}},
