@@ -3,9 +3,10 @@ new engine, knows when to stop.
 
     fault -- named by the group --> Frontend.fault --> WorkerGroup.rebuild --> new link --> Frontend.reattach
 
-The first attempt keeps the ranks that survived; after one that failed all are started again. Each attempt counts, and
-too many within a window are the end of this replica, with the cause. Waiting for room is no attempt, nor is a restart
-that was asked for. What the front-end and the group do on their side is theirs.
+The first attempt keeps the ranks that survived; after one that failed, in whatever way, all are started again. Each
+attempt counts, and too many within a window are the end of this replica, with the cause. Waiting for room is no
+attempt, nor is a restart that was asked for, nor one after a death for which a request was quarantined. What the
+front-end and the group do on their side is theirs.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ CAUSE_S = 12.0
 FIRST_DELAY_S, MOST_DELAY_S = 1.0, 30.0
 REMINDER_S = 30.0
 CANARY_S = 30.0
+CONNECTS, CONNECT_PAUSE_S = 3, 0.5
+"""How often a rebuilt engine is connected to before its group is rebuilt once more, and the pause between."""
 ENDING = (State.DRAINING, State.FAILED, State.CLOSED)
 RESTARTED = "it is restarted because somebody asked for it"
 
@@ -43,6 +46,7 @@ class Restarts:
     def __init__(self, config: PlacementConfig, clock: Callable[[], float] = time.monotonic) -> None:
         self._most, self._window_s, self._clock = config.max_restarts, config.restart_window_s, clock
         self._times: deque[float] = deque()
+        self._free = False  # the next one does not count
         self.total = 0
 
     def next_delay(self) -> float | None:
@@ -50,12 +54,21 @@ class Restarts:
         now = self._clock()
         while self._times and now - self._times[0] > self._window_s:
             self._times.popleft()
+        if self._free:
+            self._free, self.total = False, self.total + 1
+            return 0.0
         before = len(self._times)
         if before >= self._most:
             return None
         self._times.append(now)
         self.total += 1
         return 0.0 if before == 0 else min(FIRST_DELAY_S * 2.0 ** (before - 1), MOST_DELAY_S)
+
+    def pardon(self, past: int, next_too: bool) -> None:
+        """So many of the last ones, and the next one, do not count: what they are for was found and will not return."""
+        for _ in range(min(past, len(self._times))):
+            self._times.pop()
+        self._free |= next_too
 
 
 @dataclass(frozen=True)
@@ -74,6 +87,7 @@ class Healer:
     ) -> None:
         self._group, self._frontend = group, frontend
         self._replica = frontend.fleet.replicas[replica]
+        self._ready = ready
         self._facts: RankFacts = ready[0].facts
         # as many blocks as before: what was admitted fits again
         self._spec = replace(spec, engine=replace(spec.engine, kv_blocks=self._facts.kv_blocks))
@@ -82,6 +96,7 @@ class Healer:
         self._news = asyncio.Event()
         self._told, self._told_at = "", 0.0
         self._order: Order | None = None
+        self._condemned = False
         frontend.fleet.observe(self._follow)
         group.observe(self._group_failed)
 
@@ -94,6 +109,13 @@ class Healer:
                 await self._restart(self._order)
             elif self._replica.seat is None or self._group.wait_fault(0.0) is not None:
                 await self._mend()
+
+    def condemn(self, cause: str) -> None:
+        """The engine is there but does not work, by its canary: its ranks are ended, others take their place."""
+        self._condemned = True
+        cause = f"{self._ready[0].place}: {cause}"
+        self._group.give_up(cause)
+        self._frontend.fault(cause, self._replica.index)
 
     async def restart(self, grace_s: float) -> int:
         """Ends the replica's ranks and starts them anew, though nothing is wrong with them. Nothing new goes there;
@@ -119,7 +141,8 @@ class Healer:
         cause = cause or self._replica.fault
         self._group.give_up(cause)  # of no effect where it has failed
         self._frontend.fault(cause, self._replica.index)
-        await self._heal(cause)
+        keep, self._condemned = not self._condemned, False
+        await self._heal(cause, keep)
         log.warning("serving again %.1f s after the fault was seen: %s", time.monotonic() - began, cause)
 
     async def _restart(self, order: Order) -> None:
@@ -131,9 +154,10 @@ class Healer:
             if not await self._tried(keep=False):
                 await self._heal(RESTARTED, keep=False)
             await self._prove()
-        except TpError as error:
-            order.done.set_exception(error)
-            if isinstance(error, Unhealable):
+        except Exception as error:
+            expected = isinstance(error, TpError)
+            order.done.set_exception(error if expected else WorkerError(f"the restart failed: {error!r}"))
+            if isinstance(error, Unhealable) or not expected:
                 raise
         else:
             order.done.set_result(handed_over)
@@ -178,6 +202,7 @@ class Healer:
         """Attempt after attempt until one succeeds; raises where none is left."""
         failed = ""
         while True:
+            self._restarts.pardon(*self._frontend.quarantine.pardons(self._replica.index))
             delay = self._restarts.next_delay()
             if delay is None:
                 raise self._exhausted(cause, failed)
@@ -194,40 +219,52 @@ class Healer:
             raise Unhealable(f"the engine is gone: {cause}; {error}") from error
         try:
             await self._rebuild(point, keep)
-        except TpError as error:
-            log.error("the group could not be rebuilt: %s", error)
-            self._frontend.waits_for(str(error), self._replica.index)
+        except Exception as error:
+            expected = isinstance(error, TpError)
+            words = str(error) if expected else f"unexpected {type(error).__name__}: {error}"
+            log.error("the group could not be rebuilt: %s", words, exc_info=not expected)
+            self._frontend.waits_for(words, self._replica.index)
             return False
         return True
 
     async def _rebuild(self, point: RestorePoint | None, keep: bool) -> None:
         spec = replace(self._spec, restore=point)
         ready = await asyncio.to_thread(self._group.rebuild, self._tell, spec, keep)
-        self._facts = ready[0].facts
-        link = await self._connect()
+        self._ready, self._facts = ready, ready[0].facts
+        link = await self._connect_patiently()
         lost = self._frontend.weights.rebuilt(point)
         if lost:
             log.error("%s", lost)
         await self._frontend.reattach(link, self._replica.index)
 
     async def _connect(self) -> SocketLink:
-        assert self._facts.engine_address is not None, "rank 0 has an engine"
-        return await asyncio.to_thread(SocketLink, self._facts.engine_address, self._spec.authkey)
+        address = self._facts.engine_address
+        if address is None:
+            raise WorkerError("rank 0 reported no engine to connect to; all ranks must run the same version")
+        return await asyncio.to_thread(SocketLink, address, self._spec.authkey)
+
+    async def _connect_patiently(self) -> SocketLink:
+        """To a rank 0 that has just said that it is ready."""
+        for _ in range(CONNECTS - 1):
+            try:
+                return await self._connect()
+            except WorkerError as error:
+                log.warning("tried again: %s", error)
+                await asyncio.sleep(CONNECT_PAUSE_S)
+        return await self._connect()
 
     async def _reconnected(self) -> bool:
         """Whether it was only the connection: the ranks work, and rank 0 takes the front-end back."""
         try:
             link = await self._connect()
-        except WorkerError as error:
+            self._frontend.quarantine.absolve(self._replica.index)  # nothing died
+            await self._frontend.reattach(link, self._replica.index)
+            if self._spec.training.enabled:  # what was under way may have been applied unheard
+                asked = asyncio.wrap_future(link.train(TrainCall(kind=Kind.STATE)))
+                self._frontend.weights.seen(await asyncio.wait_for(asked, CAUSE_S))
+        except (TpError, TimeoutError) as error:
             log.error("the engine cannot be reached: %s", error)
             return False
-        await self._frontend.reattach(link, self._replica.index)
-        if self._spec.training.enabled:  # what was under way may have been applied unheard
-            asked = asyncio.wrap_future(link.train(TrainCall(kind=Kind.STATE)))
-            try:
-                self._frontend.weights.seen(await asyncio.wait_for(asked, CAUSE_S))
-            except TimeoutError:
-                return False
         log.warning("the connection to rank 0 was lost and made again")
         return True
 

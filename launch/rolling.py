@@ -41,7 +41,8 @@ class Upkeep:
         while True:
             try:
                 await self._healers[index].run()
-            except Unhealable as error:
+            except Exception as failure:
+                error = _as_unhealable(failure)
                 self._out[index] = error
                 if len(self._out) == len(self._healers):
                     raise
@@ -49,6 +50,10 @@ class Upkeep:
                 self._frontend.waits_for(f"{error}; it stays out until a restart is asked for", index)
             await self._healers[index].ordered()
             del self._out[index]
+
+    def condemn(self, replica: int, cause: str) -> None:
+        """An engine that canaries have proved not to work is replaced."""
+        self._healers[replica].condemn(cause)
 
     async def restart(self, grace_s: float) -> Restarted:
         """One replica after the other; goes on where the caller does not wait for its end."""
@@ -69,6 +74,14 @@ class Upkeep:
         return Restarted(len(self._healers), handed_over)
 
 
+def _as_unhealable(error: Exception) -> Unhealable:
+    """What a healer raises beside what it means to is the end of its replica, too."""
+    if isinstance(error, Unhealable):
+        return error
+    log.error("healing failed in a way nobody thought of", exc_info=error)
+    return Unhealable(f"the engine is gone: healing it failed: {type(error).__name__}: {error}")
+
+
 def _tell(rolling: asyncio.Task[Restarted]) -> None:
     """Also where nobody waits for it any more."""
     if rolling.cancelled():
@@ -76,6 +89,8 @@ def _tell(rolling: asyncio.Task[Restarted]) -> None:
     error = rolling.exception()
     if isinstance(error, TpError):
         log.error("the restart stopped: %s", error)
-    elif error is None:
+    elif error is not None:
+        log.error("the restart stopped", exc_info=error)
+    else:
         done = rolling.result()
         log.warning("%d replicas were restarted, %d requests were handed over", done.replicas, done.handed_over)

@@ -32,6 +32,7 @@ from cluster.frontend.text import codec_of
 from cluster.rpc.auth_config import Security, shown_address
 from cluster.rpc.control import ServiceInfo
 from cluster.rpc.server import build_server, check_security
+from cluster.supervision import kept_up
 from cluster.training.states import StateFolder
 from launch.metrics import ServeMetrics
 from launch.metrics_server import MetricsServer, check_host
@@ -142,7 +143,8 @@ async def _open(
     check_vocabulary(tokenizer, frontend.limits.vocab_size, model)
     upkeep = Upkeep(frontend, replicas.healers(frontend, ready))
     info = _service_info(config, model, ready[0][0].facts)
-    readiness = Readiness(frontend, config.observe.canary_every_s, config.observe.canary_timeout_s)
+    observe = config.observe
+    readiness = Readiness(frontend, observe.canary_every_s, observe.canary_timeout_s, upkeep.condemn)
     address = shown_address(config.server.host, config.server.port)
     tracer = open_tracer(config.observe)
     if tracer is not None:
@@ -161,7 +163,7 @@ async def _observe(
 ) -> str:
     """The first canary, those to come, and the metrics; what the ready line says of them."""
     await readiness.prove()
-    canaries = asyncio.create_task(readiness.run())
+    canaries = asyncio.create_task(kept_up("canaries", readiness.run))
     stack.callback(canaries.cancel)
     observe, server = config.observe, config.server
     if observe.metrics_port is None:

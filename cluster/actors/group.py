@@ -2,7 +2,8 @@
 
 One actor per rank, one long-running call per actor: when a rank dies its call ends, and `ray.wait` tells within a
 second; one that is frozen is found because it no longer answers (pulse.py). Ray carries nothing else: what the ranks
-do step by step travels over their own collectives. Whether and how often to rebuild is its owner's business.
+do step by step travels over their own collectives. Which event leads from where to where is group_life.py's table;
+whether and how often to rebuild is its owner's business.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import ray
@@ -19,9 +21,11 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
 from cluster.actors.bundles import PULSE_S, Bundles, Tell
 from cluster.actors.faults import Fault, NoAnswer, describe, root_cause
+from cluster.actors.group_life import Event, GroupLife, Stage
 from cluster.actors.place import Place, PlacementConfig, assign
-from cluster.actors.pulse import Pulse, unanswering
+from cluster.actors.pulse import Pulse, outcome, phase_of, unanswering
 from cluster.actors.worker import Lease, MakeProgram, Phases, Ready, Worker, is_consequence
+from cluster.supervision import Patience, supervised
 from parallel.errors import WorkerError
 
 log = logging.getLogger(__name__)
@@ -30,8 +34,9 @@ GRACE_S = 1.0
 SETTLE_S = 15.0
 """How long a surviving rank may take to leave the collective that a lost one broke: its limit, and a little more."""
 ANSWER_S = 5.0
-STAFF_TRIES = 4
-"""How often processes are asked for in one rebuild: Ray takes a while to know that a node is lost."""
+STAFF_TRIES = 4  # of one rebuild: Ray takes a while to know that a node is lost
+WATCH_S = 10.0
+"""How long errors of Ray's own are borne while ranks are watched; then they cannot be watched, which is a fault."""
 SILENT = "its process gives no sign of life: it is frozen, or its node cannot be reached"
 
 
@@ -64,13 +69,13 @@ class WorkerGroup:
         self._closing = threading.Event()
         self._bundles = Bundles(size, device, self.config, self._closing)
         self._on_fault: Callable[[str], None] | None = None
-        self._fault: str | None = None
         self._silent: list[int] = []
-        self._faulted = threading.Event()
+        self._stages = GroupLife()
         self._watcher: threading.Thread | None = None
 
     def start(self, on_fault: Callable[[str], None] | None = None) -> list[Ready]:
         """Places and starts every rank; on failure nothing is left behind and the error names rank, node and cause."""
+        self._stages.take(Event.START)
         self._on_fault = on_fault
         phases = Phases()
         try:
@@ -88,70 +93,79 @@ class WorkerGroup:
         return self._ready
 
     def rebuild(self, tell: Tell = log.warning, make: MakeProgram | None = None, keep: bool = True) -> list[Ready]:
-        """After a fault: ranks that survived it go on with what they hold (unless `keep` is False), the others are
-        started again, where there is room, which is waited for; `tell` is told so. After an error here: once more,
-        with keep=False.
+        """After a fault, or where its ranks work but cannot be used: ranks that survived go on with what they hold
+        (unless `keep` is False), the others are started again, where there is room, which is waited for; `tell` is
+        told so. After an error here: once more, with keep=False.
         """
-        assert self._fault is not None, "only a group that failed is rebuilt"
+        self._stages.take(Event.REBUILD)
         self._make = make or self._make
         try:
-            self._check_open()
-            kept = self._survivors() if keep else []
-            self._let_go(kept)
-            self._reserve_again(kept, tell)
-            self._life += 1
-            self._meet()
-            self._ready = self._await_ready()
+            kept = self._rebuilt(keep, tell)
         except RayError as error:
-            raise WorkerError(f"the group could not be rebuilt: {describe(error)}") from error
+            failed = WorkerError(f"the group could not be rebuilt: {describe(error)}")
+            self._stages.take(Event.FAULT, str(failed))
+            raise failed from error
+        except BaseException as error:
+            self._stages.take(Event.FAULT, str(error))
+            raise
         finally:
             if self._closing.is_set():
                 self._end(ask=False)  # what was started meanwhile
-        self._fault = None
-        self._faulted.clear()
         self._begin_watch()
+        if self._stages.stage is not Stage.RUNNING:
+            raise WorkerError(f"the group was lost while it was rebuilt: {self._stages.fault or 'it was closed'}")
         log.warning("the group is whole again: ranks %s went on, the others were started again", kept or "none")
         return self._ready
+
+    def _rebuilt(self, keep: bool, tell: Tell) -> list[int]:
+        """One attempt; the ranks that went on."""
+        self._check_open()
+        kept = self._survivors() if keep else []
+        self._let_go(kept)
+        self._reserve_again(kept, tell)
+        self._life += 1
+        self._meet()
+        self._ready = self._await_ready()
+        return kept
 
     def _reserve_again(self, kept: Sequence[int], tell: Tell) -> None:
         """Room and a living process for every rank. Ray may still offer a node that is lost: then once more."""
         if not kept:
             self._bundles.release()
             self._bundles.reserve_patiently(tell)
-        for tries_left in range(STAFF_TRIES - 1, -1, -1):
+        for tries_left in reversed(range(STAFF_TRIES)):
             self._bundles.await_whole(tell)
             self._check_open()
             try:
-                return self._staff(kept)
+                self._staff(kept)
+                break
             except WorkerError as error:
                 if not tries_left or self._closing.is_set():
                     raise
                 tell(f"waiting for room: {error}")
                 self._kill([rank for rank in range(self._size) if rank not in kept])
-        raise AssertionError("the last try returns or raises")
 
     def observe(self, on_fault: Callable[[str], None]) -> None:
         """Be told of each failure, in a foreign thread; at once of one that happened already."""
         self._on_fault = on_fault
-        if self._fault is not None:
-            on_fault(self._fault)
+        if self._stages.fault is not None:
+            on_fault(self._stages.fault)
 
     def wait_fault(self, timeout: float) -> str | None:
         """What ended the group, if anything does within the time."""
-        self._faulted.wait(timeout)
-        return self._fault
+        return self._stages.wait_fault(timeout)
 
     def give_up(self, cause: str) -> None:
         """From outside: the ranks seem well but cannot be used; the group counts as failed."""
-        self._fault = self._fault or cause
-        self._faulted.set()
+        self._stages.take(Event.FAULT, cause)
 
     def close(self) -> None:
         """Ends every rank: asked first, killed after `stop_timeout_s`. Harmless when repeated."""
-        self._end(ask=self._fault is None)
+        self._end(ask=self._stages.stage is Stage.RUNNING)
 
     def _end(self, ask: bool) -> None:
         self._closing.set()
+        self._stages.take(Event.CLOSE)
         if self._runs and ask:
             for actor in self._actors:
                 actor.stop.remote(self._life)
@@ -182,7 +196,7 @@ class WorkerGroup:
         while waiting and time.monotonic() < deadline:
             self._check_open()
             for answer in ray.wait(list(waiting), timeout=PULSE_S)[0]:
-                rank, error = waiting.pop(answer), _outcome(answer)
+                rank, error = waiting.pop(answer), outcome(answer)
                 if error is not None:
                     raise WorkerError(f"rank {rank} on {nodes[rank]}: its process did not start: {describe(error)}")
         if waiting:
@@ -241,7 +255,7 @@ class WorkerGroup:
         late = []
         for place, actor, report in zip(self._places, self._actors, reports, strict=True):
             if report in waiting:
-                late.append(f"{place} (in {_ask(actor, self._life)})")
+                late.append(f"{place} (in {phase_of(actor, self._life)})")
         return (
             f"not ready within {self.config.start_timeout_s:g} s: {'; '.join(late)}; "
             "raise placement.start_timeout_s if the checkpoint is large or the disk slow"
@@ -258,34 +272,46 @@ class WorkerGroup:
         self._silent = list(silent)
         for rank in silent:
             ended[rank] = Fault(self._places[rank], NoAnswer(SILENT))
-        if not ended:
-            return Fault(self._places[0], WorkerError("the group failed, and none of its ranks says why"))
-        return root_cause(list(ended.values()))
+        unknown = Fault(self._places[0], WorkerError("the group failed, and none of its ranks says why"))
+        return root_cause(list(ended.values())) if ended else unknown
 
     def _ended(self) -> dict[int, Fault]:
         """How the ranks' calls ended, of those that did."""
         done, _ = ray.wait(self._runs, num_returns=len(self._runs), timeout=0)
         places = enumerate(zip(self._places, self._runs, strict=True))
-        return {rank: Fault(place, _outcome(run)) for rank, (place, run) in places if run in done}
+        return {rank: Fault(place, outcome(run)) for rank, (place, run) in places if run in done}
 
     def _begin_watch(self) -> None:
-        self._watcher = threading.Thread(target=self._watch, name="worker-group-watch", daemon=True)
-        self._watcher.start()
+        self._stages.take(Event.READY)
+        watch = partial(self._watch, self._life)
+        self._watcher = supervised("worker-group-watch", watch, lambda error: self._fail(f"not watched: {error!r}"))
 
-    def _watch(self) -> None:
-        pulse = Pulse(self._actors, self.config.silence_s)
-        ended: list[ray.ObjectRef] = []
-        silent: list[int] = []
-        while not ended and not silent:
-            ended, _ = ray.wait(self._runs, timeout=PULSE_S)
-            if self._closing.is_set() or self._faulted.is_set():
-                return
-            silent = pulse.beat()
-        self._fault = self._root_cause(silent).message()
-        log.error("%s", self._fault)
-        self._faulted.set()
+    def _watch(self, life: int) -> None:
+        """Until a rank is lost, or this life is over. An error of Ray's own is borne for a while."""
+        patience, pulse = Patience(WATCH_S), Pulse(self._actors, self.config.silence_s)
+        while self._watched(life):
+            try:
+                ended, _ = ray.wait(self._runs, timeout=PULSE_S)
+                silent = pulse.beat() if self._watched(life) else []
+                if (ended or silent) and self._watched(life):
+                    self._fail(self._root_cause(silent).message())
+                patience.reset()
+            except RayError as error:
+                log.warning("Ray does not say how the ranks are: %s", describe(error))
+                if (pause := patience.pause()) is None:
+                    self._fail(f"the ranks cannot be watched any more: {describe(error)}")
+                else:
+                    self._closing.wait(pause)
+
+    def _watched(self, life: int) -> bool:
+        return self._stages.stage is Stage.RUNNING and life == self._life and not self._closing.is_set()
+
+    def _fail(self, cause: str) -> None:
+        if not self._stages.take(Event.FAULT, cause):
+            return  # somebody was faster, or it is being closed
+        log.error("%s", cause)
         if self._on_fault is not None:
-            self._on_fault(self._fault)
+            self._on_fault(cause)
 
     # ------------------------------------------------------------ who survived
 
@@ -303,7 +329,7 @@ class WorkerGroup:
         if not asked:
             return []
         answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_S)
-        return sorted(asked[answer] for answer in answered if _outcome(answer) is None and ray.get(answer))
+        return sorted(asked[answer] for answer in answered if outcome(answer) is None and ray.get(answer))
 
     def _kill(self, ranks: Sequence[int]) -> None:
         """Ends their processes; a frozen one at once, where a rank beside it can do that."""
@@ -322,19 +348,3 @@ class WorkerGroup:
         if runs:
             ray.wait(runs, num_returns=len(runs), timeout=self.config.stop_timeout_s, fetch_local=False)
         self._silent, self._ready = [], []
-
-
-def _outcome(call: ray.ObjectRef) -> BaseException | None:
-    """How a call that has ended did: a rank may end in any way, and the fault carries it on."""
-    try:
-        ray.get(call)
-    except Exception as error:  # noqa: BLE001
-        return error
-    return None
-
-
-def _ask(actor: Any, life: int) -> str:
-    try:
-        return str(ray.get(actor.phase.remote(life), timeout=2.0))
-    except (GetTimeoutError, RayActorError):
-        return "an unknown phase: its process does not answer"

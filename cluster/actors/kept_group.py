@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import secrets
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +20,7 @@ from cluster.actors.faults import describe
 from cluster.actors.group import ANSWER_S, Share, WorkerGroup
 from cluster.actors.place import PlacementConfig
 from cluster.actors.worker import Lease, MakeProgram, Ready
+from cluster.supervision import supervised
 from parallel.errors import WorkerError
 
 log = logging.getLogger(__name__)
@@ -99,10 +99,13 @@ class KeptGroup(WorkerGroup):
         return self._keep.options(name), self._keep.lease(self._bundles.placement)
 
     def _begin_renewing(self) -> None:
-        threading.Thread(target=self._renew, name="worker-group-leases", daemon=True).start()
+        supervised("worker-group-leases", self._renew, lambda error: self._fail(f"leases are not renewed: {error!r}"))
 
     def _renew(self) -> None:
-        """While this process lives, whatever else it waits for."""
+        """While this process lives, whatever else it waits for. What Ray cannot do now it is asked again next time."""
         while not self._closing.wait(min(self._keep.orphan_timeout_s / 5, MOST_RENEW_S)):
             for actor in list(self._actors):
-                actor.renew.remote()
+                try:
+                    actor.renew.remote()
+                except RayError as error:
+                    log.warning("a rank's lease was not renewed: %s", describe(error))

@@ -57,3 +57,20 @@ def _is_answered(question: ray.ObjectRef) -> bool:
     except (GetTimeoutError, RayError):
         return False
     return True
+
+
+def outcome(call: ray.ObjectRef) -> BaseException | None:
+    """How a call that has ended did: a rank may end in any way, and the fault carries it on."""
+    try:
+        ray.get(call)
+    except Exception as error:  # noqa: BLE001
+        return error
+    return None
+
+
+def phase_of(actor: Any, life: int) -> str:
+    """Which part of its start a rank is in."""
+    try:
+        return str(ray.get(actor.phase.remote(life), timeout=2.0))
+    except (GetTimeoutError, RayError):
+        return "an unknown phase: its process does not answer"

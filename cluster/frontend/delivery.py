@@ -18,7 +18,9 @@ from cluster.frontend.journal import Entry, Journal
 from cluster.frontend.ledger import Ledger
 from cluster.frontend.link import LinkEvent, Rejected
 from cluster.frontend.meters import Meters
+from cluster.frontend.quarantine import Quarantine
 from cluster.frontend.streams import Stream
+from cluster.frontend.trials import Trials
 from parallel.errors import TpError
 
 log = logging.getLogger(__name__)
@@ -27,11 +29,15 @@ log = logging.getLogger(__name__)
 class Delivery:
     """Applies events to the journal's entries and ends them."""
 
-    def __init__(self, journal: Journal, loop: asyncio.AbstractEventLoop, fleet: Fleet) -> None:
+    def __init__(
+        self, journal: Journal, loop: asyncio.AbstractEventLoop, fleet: Fleet, quarantine: Quarantine | None = None
+    ) -> None:
         self._journal = journal
         self._loop = loop
         self._fleet = fleet
         self._deadlines: dict[str, asyncio.TimerHandle] = {}
+        self.quarantine = quarantine or Quarantine()
+        self.trials = Trials(fleet, self.quarantine)
         self.meters = Meters()
         self.ledger: Ledger | None = None
         self.quiet = asyncio.Event()
@@ -59,7 +65,8 @@ class Delivery:
         """Everything that happened in one step of an engine. What belongs to no request that is open there is late
         news, and dropped.
         """
-        now = time.monotonic()
+        now = seat.heard = time.monotonic()
+        self._fleet.prove(seat)
         for event in events:
             entry = self._journal.get(event.request_id)
             if entry is None or entry.seat is not seat:
@@ -117,7 +124,19 @@ class Delivery:
         for entry in self._journal:
             if entry.seat is None:
                 self._end_full_samples(entry, now)
-        self._fleet.submit([entry for entry in self._journal if entry.seat is None], resumed=True)
+        self.trials.submit([entry for entry in self._journal if entry.seat is None], resumed=True)
+
+    def quarantined(self, guilty: Entry) -> None:
+        """It is not run again, nor what asks the same."""
+        error = self.quarantine.convict(guilty)
+        key = None if guilty.suspicion is None else guilty.suspicion.key
+        log.error(
+            "request %s, prompt %d: %s", guilty.call_id, guilty.prompt_index, error,
+            extra={"request_id": guilty.call_id},
+        )  # fmt: skip
+        for entry in [each for each in self._journal if each.suspicion is not None and each.suspicion.key == key]:
+            self._fleet.abort([entry])
+            self.fail(entry, error)
 
     def _take(self, entry: Entry, event: TokenEvent, now: float) -> None:
         try:
@@ -132,6 +151,8 @@ class Delivery:
                 entry, RequestFailed(f"the tokens could not be turned into text: {type(error).__name__}: {error}")
             )
             return
+        if entry.suspicion is not None and event.token_ids:
+            self.trials.took(entry, event.sample_index, len(event.token_ids))
         self.meters.took(entry, chunk, now)
         if entry.trace is not None:
             entry.trace.took(chunk, now)
@@ -173,6 +194,10 @@ class Delivery:
             )  # fmt: skip
         self._journal.remove(entry)
         self._fleet.leave(entry)
+        if entry.suspicion is not None:
+            if complete:
+                self.quarantine.clear(entry)
+            self.trials.ended(entry)
         timer = self._deadlines.pop(entry.request.request_id, None)
         if timer is not None:
             timer.cancel()

@@ -2,7 +2,8 @@
 
 A thread accepts and reads; the engine's loop runs in the thread that calls `serve` and never waits for the network.
 When a front-end goes away its requests are ended and the next one may connect. Whoever has not proved the key within
-a few seconds is hung up on.
+a few seconds is hung up on. What happened in a step has left this process before the next step begins, so that a
+front-end knows how far each request was when a step ends this process.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import suppress
+from functools import partial
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection
 
@@ -37,6 +39,7 @@ from cluster.frontend.wire import (
     accept,
     set_limit,
 )
+from cluster.supervision import supervised
 from cluster.training.calls import TrainAnswer, TrainFuture, TrainingCancelled
 from parallel.errors import TpError
 
@@ -45,6 +48,8 @@ log = logging.getLogger(__name__)
 HANDSHAKE_SECONDS = 5.0
 MAX_GREETING = 16
 """Connections that have not proved the key yet."""
+FLUSH_SECONDS = 0.25
+"""How long a step waits for the news of the one before to be written; for a front-end that does not read, no more."""
 FRONTEND_SILENCE_SECONDS = 30.0  # one that has ended is seen at once; this is for hosts that vanish
 
 
@@ -70,6 +75,8 @@ class EngineServer:
         self._known: queue.SimpleQueue[tuple[Connection, str]] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._stopping = threading.Event()
+        self._written = threading.Event()
+        self._written.set()
 
     @property
     def address(self) -> tuple[str, int]:
@@ -78,8 +85,7 @@ class EngineServer:
 
     def serve(self) -> None:
         """Until `stop`, or until the engine fails: the front-end is told the cause, and it is raised here too."""
-        thread = threading.Thread(target=self._accept, name="engine-server", daemon=True)
-        thread.start()
+        thread = supervised("engine-server", self._accept, self._loop.fail)
         try:
             self._loop.run()
         except Exception as error:
@@ -107,6 +113,9 @@ class EngineServer:
                     sock, peer = self._listener.accept()
                 except TimeoutError:
                     pass
+                except OSError as error:  # no file descriptor is left, say
+                    log.error("no connection can be accepted: %s", error)
+                    self._stopping.wait(1.0)
                 else:
                     self._greet(sock, f"{peer[0]}:{peer[1]}")
                 if not self._known.empty():
@@ -120,7 +129,7 @@ class EngineServer:
                 with stranger, suppress(OSError):  # gone by itself
                     stranger.shutdown(socket.SHUT_RDWR)
         self._greeting[peer] = sock.dup()  # the handshake closes its own
-        threading.Thread(target=self._shake_hands, args=(sock, peer), name="engine-server-hello", daemon=True).start()
+        supervised("engine-server-hello", partial(self._shake_hands, sock, peer), lambda _: None)
 
     def _shake_hands(self, sock: socket.socket, peer: str) -> None:
         try:
@@ -142,6 +151,8 @@ class EngineServer:
         except (EOFError, OSError) as error:
             if not self._stopping.is_set():
                 log.warning("the front-end at %s is gone (%s); its requests are ended", peer, type(error).__name__)
+        except Exception:
+            log.exception("a message of the front-end at %s could not be taken; its connection is given up", peer)
         finally:
             self._drop(wire)
 
@@ -189,7 +200,12 @@ class EngineServer:
         with self._lock:
             for event in events:
                 self._note_end(event)
-        self._send(Events(events))
+        wire = self._wire
+        if wire is not None:
+            wire.send(Events(events))
+            if self._written.is_set():  # else it does not read: steps do not wait for it
+                self._written = wire.flush()
+                self._written.wait(FLUSH_SECONDS)
 
     def _note_end(self, event: LinkEvent) -> None:
         if isinstance(event, Rejected):

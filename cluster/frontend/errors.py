@@ -81,6 +81,13 @@ class RequestIdReused(RequestError):
     """An earlier call of this id, which is still remembered, asked something else."""
 
 
+class Quarantined(RequestError):
+    """Engines died while it was running, so often that it is not run again."""
+
+    deaths: int = 0
+    causes: tuple[str, ...] = ()
+
+
 class RestartRefused(TpError, RuntimeError):
     """A rolling restart that cannot begin, or that stopped half-way."""
 

@@ -42,6 +42,11 @@ class Seat:
     open: dict[str, Entry] = field(default_factory=dict)
     tokens: int = 0
     """Outstanding: of the prompts that are open there and of all that may be written to them."""
+    heard: float = 0.0  # when it last told something, of the monotonic clock
+    proved: bool = False  # it has told something, or a canary of it was right
+    right: bool = False  # a canary of it was right
+    late: int = 0  # canaries in a row that did not come back
+    wrong: int = 0  # and that were wrong
 
     def take(self, entry: Entry) -> None:
         entry.seat = self
@@ -84,6 +89,9 @@ class Fleet:
         self.router = Router(len(links), config)
         self._loop = loop
         self._observers: list[Callable[[], None]] = []
+        self._provers: list[Callable[[], None]] = []
+        self.canaries = False
+        """Whether somebody proves engines by canaries: what depends on that waits for it."""
         self._moved = asyncio.Event()
         self._on_events: Events
         self._on_fault: Faults
@@ -100,6 +108,22 @@ class Fleet:
     @property
     def has_engine(self) -> bool:
         return any(replica.seat for replica in self.replicas)
+
+    @property
+    def proved(self) -> bool:
+        """Whether some engine is there that has proved to work; where nobody sends canaries, whether one is there."""
+        return any(replica.seat and (replica.seat.proved or not self.canaries) for replica in self.replicas)
+
+    def when_proved(self, observer: Callable[[], None]) -> None:
+        """Be told whenever an engine has."""
+        self._provers.append(observer)
+
+    def prove(self, seat: Seat) -> None:
+        """It works: it has answered something."""
+        if not seat.proved:
+            seat.proved = True
+            for observer in self._provers:
+                observer()
 
     @property
     def limits(self) -> ModelLimits:
@@ -206,6 +230,8 @@ class Fleet:
         replica = self.replicas[seat.replica]
         if replica.seat is seat:
             replica.doubt = doubt
+            if not doubt:
+                self.prove(seat)
             self.wake()
 
     async def close(self, timeout: float) -> None:

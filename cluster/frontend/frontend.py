@@ -20,12 +20,13 @@ from cluster.frontend.calls import Call, FrontendConfig
 from cluster.frontend.delivery import Delivery
 from cluster.frontend.errors import Draining, EngineFault, InvalidRequest, Violation
 from cluster.frontend.fleet import Fleet, Seat
-from cluster.frontend.journal import Journal
+from cluster.frontend.journal import Entry, Journal
 from cluster.frontend.ledger import Ledger
 from cluster.frontend.link import EngineLink
 from cluster.frontend.loads import total
 from cluster.frontend.meters import Meters
 from cluster.frontend.opening import Opener
+from cluster.frontend.quarantine import Death, Quarantine, keys_of
 from cluster.frontend.recall import Recall
 from cluster.frontend.streams import Stream
 from cluster.frontend.text import TextCodec
@@ -72,10 +73,11 @@ class Frontend:
         self._recovery: asyncio.TimerHandle | None = None
         self.fleet = Fleet(links if isinstance(links, Sequence) else [links], self._loop, self.config.routing)
         self._verdict = ""  # why no engine will come any more
-        self._delivery = Delivery(self._journal, self._loop, self.fleet)
+        self.quarantine = Quarantine() if ledger is None else Quarantine(ledger.deaths, ledger.note_deaths)
+        self._delivery = Delivery(self._journal, self._loop, self.fleet, self.quarantine)
         self._opener = Opener(codec, self._delivery.leave)
         self._recall = None if ledger is None else Recall(ledger, self._journal, self._delivery, self._opener)
-        self._training = TrainingDesk(self.meters.train)
+        self._training = TrainingDesk(self.meters.train, self.quarantine, self._delivery.trials)
         self.drained = asyncio.Event()
         """Set when a drain has ended: whoever runs the server may stop it then."""
 
@@ -102,7 +104,7 @@ class Frontend:
         if recall is not None and (known := recall.again(call)) is not None:
             return known
         self._journal.check_room(call.caller, call.request_id, len(call.prompts) * call.sampling.num_samples)
-        made = await admission.requests(call)
+        made = [self._barred(item) for item in await admission.requests(call)]
         self._check_open()
         failed = [item for item in made if isinstance(item, RequestError)]
         if len(failed) == len(made):
@@ -200,14 +202,21 @@ class Frontend:
         if self.state is State.CLOSED:
             return
         log.error("engine fault: %s", cause)
-        self._go_on_without(replica, cause, self.config.recovery_seconds)
+        self._go_on_without(replica, cause, self.config.recovery_seconds, died=True)
 
     def release(self, cause: str, replica: int = 0) -> None:
         """As after a fault, but on purpose: another engine is certain to come."""
         self._go_on_without(replica, cause, self.config.recovery_seconds or math.inf)
 
-    def _go_on_without(self, replica: int, cause: str, patience: float) -> None:
-        left = self.fleet.lose(replica, cause)
+    def _go_on_without(self, replica: int, cause: str, patience: float, died: bool = False) -> None:
+        seat, left = self.fleet.replicas[replica].seat, self.fleet.lose(replica, cause)
+        if died and seat is not None:
+            death = Death(replica, cause, seat.proved)
+            guilty = self.quarantine.died([*left, *self._training.running], death)
+            if isinstance(guilty, Entry):
+                self._delivery.quarantined(guilty)
+            elif guilty is not None:
+                self._training.quarantined()
         self._training.fail(EngineFault(cause))
         if self.state is State.FAILED:
             return
@@ -295,14 +304,19 @@ class Frontend:
         if not self.fleet.has_engine:
             raise EngineFault(self.fault_cause)
 
+    def _barred(self, made: Request | RequestError) -> Request | RequestError:
+        """Content in quarantine is refused in its place."""
+        return made if isinstance(made, RequestError) else self.quarantine.refusal(*keys_of(made)) or made
+
     def _admit(self, call: Call, made: Sequence[Request | RequestError], recall: Recall | None) -> Stream:
         stream, entries = self._opener.open(call.request_id, call.sampling.n, made)
         for entry in entries:
             entry.account, entry.caller = call.account, call.caller
+            self.quarantine.suspect(entry, *keys_of(entry.request))
         self._delivery.begin(entries)
         if recall is not None:
             recall.record(call, made, entries)
-        self.fleet.submit(entries)
+        self._delivery.trials.submit(entries)
         return stream
 
     # ------------------------------------------------------------ changes of state

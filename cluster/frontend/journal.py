@@ -15,6 +15,7 @@ from cluster.engine.request import FinishReason, Request, Timings, TokenEvent
 from cluster.frontend.best_of import BestOf
 from cluster.frontend.calls import Account
 from cluster.frontend.errors import DuplicateRequest
+from cluster.frontend.quarantine import Suspicion, key_of
 from cluster.frontend.streams import Chunk, PromptInfo, Stream
 from cluster.frontend.text import SampleText
 from cluster.frontend.tracing import PromptTrace
@@ -56,11 +57,23 @@ class Entry:
     trace: PromptTrace | None = None  # of a sampled call
     caller: str = ""  # whose call_id it is
     record: Record | None = None  # in the ledger, of a call that is to be remembered
+    suspicion: Suspicion | None = None  # of the end of an engine
 
     @property
     def num_tokens(self) -> int:
         """Those it reads and those it may write."""
         return len(self.request.token_ids) + len(self.samples) * self._most_new
+
+    @property
+    def unfinished(self) -> list[int]:
+        """The samples that have not ended."""
+        return [index for index, sample in enumerate(self.samples) if not sample.done]
+
+    @property
+    def content_key(self) -> bytes:
+        """What it is counted by where it is suspected: a seed that nothing was drawn by yet does not matter."""
+        drawn = any(sample.token_ids for sample in self.samples) and not self.request.sampling.greedy
+        return key_of(self.request, seed=drawn)
 
     @property
     def _most_new(self) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,6 +32,7 @@ from cluster.frontend.ledger_records import (
     pack,
     take,
 )
+from cluster.frontend.quarantine import Count
 from parallel.errors import ConfigError, RequestError
 
 log = logging.getLogger(__name__)
@@ -69,6 +70,8 @@ class Ledger:
         self._retained_bytes = 0
         self._last = 0
         self._items: list[tuple[int, int, int, int, Heard]] = []
+        self.deaths: dict[bytes, Count] = {}
+        """What was running when engines died, by content: quarantine.py's."""
         self._folder = LedgerFolder(folder, self.config.segment_bytes, self.config.fsync)
         self._recover()
         self._prune()
@@ -149,6 +152,10 @@ class Ledger:
             del self._records[record.key]
             self._write(b"D" + dumps(record.number))
 
+    def note_deaths(self, key: bytes, count: Count | None) -> None:
+        """Content that was running when an engine died, or (None) is no suspect any more; written at once."""
+        self._write(_deaths(key, count))
+
     def close(self) -> None:
         self.flush()
         self._folder.close()
@@ -196,7 +203,7 @@ class Ledger:
             self._folder.append([b"S" + dumps(self._items)])
             self._items = []
         facts = [record.facts() for record in self._records.values()]
-        self._folder.begin(partial(_base, self._origin, facts))
+        self._folder.begin(partial(_base, self._origin, facts, dict(self.deaths)))
 
     def _recover(self) -> None:
         """Everything that can be read. Of a record of which something is missing what comes later is left out, too."""
@@ -234,11 +241,21 @@ class Ledger:
             known.progress, known.over = Progress(value[1]), value[2]
             if known.interrupted and known.progress is Progress.ENDED:
                 known.progress = Progress.PARKED
+        elif kind == b"Q" and value[1] is None:
+            self.deaths.pop(value[0], None)
+        elif kind == b"Q":
+            self.deaths[value[0]] = Count(*value[1])
         elif kind == b"D" and (known := self._by_number.pop(value, None)) is not None:
             del self._records[known.key]
 
 
-def _base(origin: str, facts: Sequence[tuple[Any, ...]]) -> Iterator[bytes]:
+def _base(origin: str, facts: Sequence[tuple[Any, ...]], deaths: Mapping[bytes, Count]) -> Iterator[bytes]:
     yield b"O" + dumps(origin)
+    for key, count in deaths.items():
+        yield _deaths(key, count)
     for one in facts:
         yield b"R" + dumps(one)
+
+
+def _deaths(key: bytes, count: Count | None) -> bytes:
+    return b"Q" + dumps((key, count and (count.causes, count.guilty, count.when)))

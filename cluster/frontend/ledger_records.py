@@ -27,7 +27,7 @@ from cluster.engine.request import (
     TokenLogprobs,
 )
 from cluster.frontend.calls import Call
-from cluster.frontend.errors import DoesNotFit, InvalidRequest, NoTokenizer, Violation
+from cluster.frontend.errors import DoesNotFit, InvalidRequest, NoTokenizer, Quarantined, Violation
 from cluster.frontend.streams import Stream
 from parallel.errors import CapacityError, RequestError
 
@@ -36,7 +36,7 @@ KNOWN = {
     for kind in (
         BeamParams, FinishReason, Pooling, Request, ResponseOptions, SamplingParams, Share,
         StoppingCriteria, Timings,
-        TokenLogprobs, CapacityError, DoesNotFit, InvalidRequest, NoTokenizer, RequestError, Violation,
+        TokenLogprobs, CapacityError, DoesNotFit, InvalidRequest, NoTokenizer, Quarantined, RequestError, Violation,
     )
 }  # fmt: skip
 """All that a record may hold beside plain values: a file makes nothing else come into being."""

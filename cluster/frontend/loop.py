@@ -92,6 +92,7 @@ class EngineLoop:
         self._inbox: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._stopping = False
+        self._failure: Exception | None = None
         self._news: list[LinkEvent] = []
 
     def submit(self, requests: Sequence[Request]) -> None:
@@ -128,10 +129,17 @@ class EngineLoop:
             self._stopping = True
             self._wake.notify()
 
+    def fail(self, error: Exception) -> None:
+        """End `run` by raising this: what belongs to the engine has failed beside it."""
+        self._failure = error
+        self.stop()
+
     def run(self) -> None:
         """Until `stop`; raises what the engine raises."""
         while True:
             self._drain_inbox()
+            if self._failure is not None:
+                raise self._failure
             if self._stopping:
                 return
             if self._trains and (self._engine.idle or time.monotonic() >= self._turn):

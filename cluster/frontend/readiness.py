@@ -3,33 +3,45 @@ change, and now and then.
 
 A front-end's state says what it believes; this says what was tried. A canary that does not come back in time, or that
 finds something wrong, puts its replica in doubt until one succeeds: nothing new goes there while another will do, and
-where none will the server is not ready. While a training call is under way the engine is busy by right: then a late
-canary changes nothing. No request is refused here.
+where none will the server is not ready. FAILURES in a row condemn the engine, which then is replaced: late ones of one
+that says nothing else meanwhile either, and wrong ones of one that was right before. While a training call is under
+way the engine is busy by right: then a late canary changes nothing, but for TRAINING_PATIENCE of them. No request is
+refused here.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 
 from cluster.engine.request import EngineLoad
-from cluster.frontend.fleet import NO_CANARY
+from cluster.frontend.fleet import NO_CANARY, Seat
 from cluster.frontend.frontend import Frontend, State
 
 log = logging.getLogger(__name__)
+FAILURES = 2
+"""So many canaries in a row that fail condemn an engine."""
+TRAINING_PATIENCE = 30
+"""So many in a row that are late while it trains, and says nothing, do."""
+Condemn = Callable[[int, str], None]
+"""Is told which replica's engine has to be replaced, and why."""
 
 
 class Readiness:
     """Make it beside a front-end, in its event loop; `prove` once, then keep `run` running."""
 
-    def __init__(self, frontend: Frontend, every_s: float = 10.0, timeout_s: float = 20.0) -> None:
-        self._frontend, self._every_s, self._timeout_s = frontend, every_s, timeout_s
+    def __init__(
+        self, frontend: Frontend, every_s: float = 10.0, timeout_s: float = 20.0, condemn: Condemn | None = None
+    ) -> None:
+        self._frontend, self._every_s, self._timeout_s, self._condemn = frontend, every_s, timeout_s, condemn
         self._observers: list[Callable[[bool], None]] = []
         self._wake = asyncio.Event()
         self.ready = False
         self.reason = NO_CANARY
         self.failures = 0
+        frontend.fleet.canaries = True
         frontend.observe(self._follow)
         frontend.fleet.observe(self._changed)
         self._changed()
@@ -53,20 +65,42 @@ class Readiness:
 
     async def prove(self) -> bool:
         """One canary to every replica that has an engine; whether the server is ready."""
-        frontend = self._frontend
+        frontend, asked = self._frontend, time.monotonic()
         for seat, outcome in (await frontend.fleet.ask(self._timeout_s, prove=True)).items():
             if isinstance(outcome, EngineLoad):
-                doubt = outcome.canary_fault
-            elif frontend.training_under_way and frontend.fleet.replicas[seat.replica].seat:
-                continue  # busy by right
+                self._answered(seat, outcome.canary_fault)
             else:
-                doubt = f"a canary did not come back: {outcome}"
-            if doubt:
-                self.failures += 1
-                log.error("replica %d is not relied on: %s", seat.replica, doubt)
-            frontend.fleet.judge(seat, doubt)
+                self._late(seat, f"a canary did not come back: {outcome}", busy=seat.heard >= asked)
         self._settle()
         return self.ready
+
+    def _answered(self, seat: Seat, fault: str) -> None:
+        seat.late = 0
+        seat.wrong = seat.wrong + 1 if fault else 0
+        seat.right |= not fault
+        self._judge(seat, fault)
+        # wrong from its first canary on it is the checkpoint; and what was trained and not saved may yet be mended
+        if seat.wrong >= FAILURES and seat.right and not self._frontend.weights.unsaved:
+            self._replace(seat, f"{seat.wrong} canaries in a row were wrong: {fault}")
+
+    def _late(self, seat: Seat, doubt: str, busy: bool) -> None:
+        seat.late = 0 if busy else seat.late + 1
+        training = self._frontend.training_under_way
+        if not (training and self._frontend.fleet.replicas[seat.replica].seat):
+            self._judge(seat, doubt)
+        if seat.late >= (TRAINING_PATIENCE if training else FAILURES):
+            self._replace(seat, f"its engine hangs: {seat.late} canaries in a row did not come back, and nothing else")
+
+    def _judge(self, seat: Seat, doubt: str) -> None:
+        if doubt:
+            self.failures += 1
+            log.error("replica %d is not relied on: %s", seat.replica, doubt)
+        self._frontend.fleet.judge(seat, doubt)
+
+    def _replace(self, seat: Seat, cause: str) -> None:
+        if self._condemn is not None and self._frontend.fleet.replicas[seat.replica].seat is seat:
+            seat.late = seat.wrong = 0
+            self._condemn(seat.replica, cause)
 
     def _follow(self, state: State) -> None:
         self._settle()

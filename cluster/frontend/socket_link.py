@@ -1,12 +1,14 @@
 """An engine on rank 0 of a worker group, as its front-end sees it: EngineLink over one authenticated TCP connection.
 
 Its thread reads events; writing is queued, so nothing here waits for the network in the event loop. A peer that dies,
-hangs up or stays silent for SILENCE_SECONDS is a fault, reported once.
+hangs up, stays silent for SILENCE_SECONDS or says what cannot be understood is a fault, reported once: the reading
+thread never ends without that.
 """
 
 from __future__ import annotations
 
 import itertools
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -34,6 +36,8 @@ from cluster.frontend.wire import (
 )
 from cluster.training.calls import TrainAnswer, TrainCall
 from parallel.errors import TpError, WorkerError
+
+log = logging.getLogger(__name__)
 
 
 class SocketLink:
@@ -112,9 +116,11 @@ class SocketLink:
         for answer in list(self._loads.values()):  # nobody will answer these
             if not answer.done():
                 answer.set_exception(WorkerError(cause))
-        if not self._closing:
-            fault(cause)
-        self._wire.close()
+        try:
+            if not self._closing:
+                fault(cause)
+        finally:
+            self._wire.close()
 
     def _read_until_lost(self, events: EventSink) -> str:
         try:
@@ -128,6 +134,9 @@ class SocketLink:
         except (EOFError, OSError) as error:
             lost = f"the connection to {self._where} was lost ({type(error).__name__})"
             return f"rank 0 on {self._node}: {lost}: its process has ended"
+        except Exception as error:
+            log.exception("the engine's messages could not be taken")
+            return f"rank 0 on {self._node}: a message from {self._where} could not be taken ({error!r})"
 
     def _take(self, message: Message, events: EventSink) -> None:
         if isinstance(message, Events):

@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
+from hashlib import sha256
 
 from cluster.engine.request import ModelLimits
 from cluster.frontend.calls import FrontendConfig
 from cluster.frontend.errors import InvalidRequest, Violation
 from cluster.frontend.link import EngineLink
 from cluster.frontend.meters import TrainMeters
+from cluster.frontend.quarantine import Quarantine, Suspicion
 from cluster.frontend.ranges import FIELDS
 from cluster.frontend.task_labels import known_losses, task_violations
 from cluster.frontend.training_fields import unread
+from cluster.frontend.trials import Trials
 from cluster.frontend.weights import WeightsRecord
 from cluster.training.calls import (
     CROSS_ENTROPY,
@@ -48,14 +51,32 @@ NEEDS: Mapping[str, tuple[str, ...]] = {
 PER_TOKEN = ("loss_weights", "old_logprobs", "advantages", "reference_logprobs")
 
 
+@dataclass(eq=False)
+class TrainSuspect:
+    """A training call as far as it can be suspected of an engine's end."""
+
+    call: TrainCall
+    suspicion: Suspicion | None = None
+    unfinished: Sequence[int] = (0,)
+
+    @property
+    def content_key(self) -> bytes:
+        """Of what it does, whatever its key and step."""
+        what = replace(self.call, idempotency_key="", expected_step=None)
+        return sha256(repr(what).encode()).digest()
+
+
 class TrainingDesk:
     """Calls under way to the engine; all of them end when it does. `weights` is what they have done so far."""
 
-    def __init__(self, meters: TrainMeters | None = None) -> None:
+    def __init__(
+        self, meters: TrainMeters | None = None, quarantine: Quarantine | None = None, trials: Trials | None = None
+    ) -> None:
         self.weights = WeightsRecord()
         self._meters = meters or TrainMeters()
         self._engine = 0  # how many there were before
-        self._waiting: set[asyncio.Future[TrainAnswer]] = set()
+        self._quarantine, self._trials = quarantine or Quarantine(), trials
+        self._waiting: dict[asyncio.Future[TrainAnswer], TrainSuspect] = {}  # in the order of their turns
         self.quiet = asyncio.Event()
         """Set while no call is under way."""
         self.quiet.set()
@@ -63,9 +84,19 @@ class TrainingDesk:
     async def train(self, link: EngineLink, call: TrainCall) -> TrainAnswer:
         """Cancelled before its turn, the call is never run."""
         self.weights.check(call)
+        suspect = TrainSuspect(call)
+        if (refusal := self._quarantine.refusal(suspect.content_key)) is not None:
+            raise refusal
+        self._quarantine.suspect(suspect, suspect.content_key)
+        if suspect.suspicion is not None and self._trials is not None:
+            async with self._trials.alone():
+                return await self._run(link, call, suspect)
+        return await self._run(link, call, suspect)
+
+    async def _run(self, link: EngineLink, call: TrainCall, suspect: TrainSuspect) -> TrainAnswer:
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[TrainAnswer] = loop.create_future()
-        self._waiting.add(answer)
+        self._waiting[answer] = suspect
         self.quiet.clear()
         source = link.train(call)
         source.add_done_callback(partial(_hand_over, loop, partial(self._settle, call, answer, self._engine)))
@@ -73,7 +104,7 @@ class TrainingDesk:
             return await answer
         finally:
             source.cancel()  # of no effect once it runs
-            self._waiting.discard(answer)
+            self._waiting.pop(answer, None)
             if not self._waiting:
                 self.quiet.set()
 
@@ -83,6 +114,18 @@ class TrainingDesk:
         for answer in [answer for answer in self._waiting if not answer.done()]:
             answer.set_exception(error)
 
+    @property
+    def running(self) -> list[TrainSuspect]:
+        """The call whose turn it is."""
+        return [suspect for answer, suspect in self._waiting.items() if not answer.done()][:1]
+
+    def quarantined(self) -> None:
+        """The call whose turn it is is not run again."""
+        for answer, suspect in [each for each in self._waiting.items() if not each[0].done()][:1]:
+            error = self._quarantine.convict(suspect)
+            log.error("training call %s: %s", suspect.call.kind.value, error)
+            answer.set_exception(error)
+
     def _settle(
         self, call: TrainCall, answer: asyncio.Future[TrainAnswer], engine: int, source: Future[TrainAnswer]
     ) -> None:
@@ -90,6 +133,8 @@ class TrainingDesk:
         if error is None and engine == self._engine:  # also where its caller has left
             self.weights.note(call, source.result())
             self._meters.note(call, source.result())
+        if error is None and (suspect := self._waiting.get(answer)) is not None:
+            self._quarantine.clear(suspect)  # it came to its end
         if answer.done():
             return
         if error is None:

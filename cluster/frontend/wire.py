@@ -7,6 +7,7 @@ limits are the socket's own (SO_RCVTIMEO, SO_SNDTIMEO): a read or write that tak
 
 from __future__ import annotations
 
+import logging
 import pickle
 import queue
 import socket
@@ -22,6 +23,7 @@ from cluster.frontend.link import LinkEvent, SampleId
 from cluster.training.calls import TrainAnswer, TrainCall
 from parallel.errors import TpError, WorkerError
 
+log = logging.getLogger(__name__)
 BEAT_SECONDS = 1.0
 SILENCE_SECONDS = 8.0
 MAX_MESSAGE_BYTES = 1 << 30
@@ -105,7 +107,7 @@ class Wire:
 
     def __init__(self, connection: Connection, name: str) -> None:
         self._connection = connection
-        self._outbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
+        self._outbox: queue.SimpleQueue[Message | threading.Event | None] = queue.SimpleQueue()
         self._closed = threading.Event()
         self._writer = threading.Thread(target=self._write, name=f"{name}-writer", daemon=True)
         self._writer.start()
@@ -114,6 +116,14 @@ class Wire:
         """Returns at once; what is sent on a closed wire is dropped."""
         if not self._closed.is_set():
             self._outbox.put(message)
+
+    def flush(self) -> threading.Event:
+        """Set once all that was sent so far has left this process, or the wire is closed."""
+        written = threading.Event()
+        self._outbox.put(written)
+        if self._closed.is_set():
+            written.set()
+        return written
 
     def receive(self) -> Message:
         """The next message that says something. Raises EOFError or OSError when the peer is gone or silent."""
@@ -133,15 +143,30 @@ class Wire:
     def _write(self) -> None:
         try:
             while (message := self._next()) is not None:
-                self._connection.send_bytes(pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL))
+                if isinstance(message, threading.Event):
+                    message.set()
+                else:
+                    self._connection.send_bytes(pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL))
         except OSError:
-            self._hang_up()  # the reader then finds the same and reports it
+            pass  # the reader finds the same and reports it
+        except Exception:
+            log.exception("a message could not be written; the connection is given up")
+        finally:
+            self._hang_up()
+            self._release()
 
-    def _next(self) -> Message | None:
+    def _next(self) -> Message | threading.Event | None:
         try:
             return self._outbox.get(timeout=BEAT_SECONDS)
         except queue.Empty:
             return Beat()
+
+    def _release(self) -> None:
+        """Nobody waits for what will not be written."""
+        while not self._outbox.empty():
+            message = self._outbox.get()
+            if isinstance(message, threading.Event):
+                message.set()
 
     def _hang_up(self) -> None:
         """Shut the socket down; the descriptor itself goes with the last reference, never under a reading thread."""

@@ -23,6 +23,7 @@ from cluster.frontend.errors import (
     InvalidRequest,
     NotImplementedField,
     NoTokenizer,
+    Quarantined,
     ReadingEnded,
     RequestFailed,
     RequestIdReused,
@@ -93,6 +94,7 @@ TABLE = (
     Row(InvalidRequest, StatusCode.INVALID_ARGUMENT, "INVALID_FIELDS"),
     Row(NotImplementedField, StatusCode.UNIMPLEMENTED, "NOT_IMPLEMENTED"),
     Row(NoTokenizer, StatusCode.FAILED_PRECONDITION, "NO_TOKENIZER"),
+    Row(Quarantined, StatusCode.FAILED_PRECONDITION, "QUARANTINED"),
     Row(DuplicateRequest, StatusCode.ALREADY_EXISTS, "REQUEST_ID_IN_USE"),
     Row(RequestIdReused, StatusCode.ALREADY_EXISTS, "REQUEST_ID_REUSED"),
     Row(QueueFull, StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL", retryable=True),
@@ -151,6 +153,8 @@ def _details(error: BaseException, row: Row) -> list[Message]:
         details.append(_bad_request(error.violations))
     elif isinstance(error, NotImplementedField):
         details.append(_bad_request((Violation(error.field, "not implemented"),)))
+    elif isinstance(error, Quarantined):
+        info.metadata.update(deaths=str(error.deaths), cause=_short("; ".join(error.causes), MAX_RULE_CHARACTERS))
     elif isinstance(error, WorkerError | CollectiveError):
         info.metadata.update(_whereabouts(str(error)))
     if row.retryable:
