@@ -22,6 +22,7 @@ from cluster.actors.spec import ServeSpec
 from cluster.actors.worker import Ready
 from cluster.frontend.frontend import Frontend
 from cluster.frontend.socket_link import SocketLink
+from launch.ending import first_of
 from launch.healing import Healer
 from launch.specs import spec_of
 from launch.standing import Left, Standing
@@ -103,10 +104,15 @@ class Replicas:
         log.warning("the ranks that an earlier command left at work were taken over: nothing was loaded")
         return ready
 
-    async def close(self) -> None:
-        """All at once."""
+    async def close(self, ray_lost: asyncio.Event | None = None) -> None:
+        """All at once; without Ray where that is lost, also meanwhile."""
         self._closing.set()
-        await asyncio.gather(*(asyncio.to_thread(group.close) for group in self._groups))
+        gone = ray_lost or asyncio.Event()
+        closing = asyncio.gather(*(asyncio.to_thread(group.close) for group in self._groups if not gone.is_set()))
+        await first_of(closing, gone.wait())
+        if gone.is_set():
+            for group in self._groups:
+                group.abandon()
         if self._standing is not None:
             self._standing.clear()
 

@@ -20,6 +20,7 @@ from cluster.frontend.ledger import LedgerConfig
 from cluster.rpc.auth_config import Security, TlsConfig, check_exposure
 from cluster.rpc.limits import ServerLimits
 from launch import logs
+from launch.ending import prompt_end
 from launch.observe import ObserveConfig
 from launch.own_ray import own_ray
 from launch.presets import Layer, build, find, overrides, read
@@ -206,7 +207,7 @@ def run(args: argparse.Namespace) -> int:
     config = configuration(args)
     for name, value in ENVIRONMENT.items():  # before Ray is imported, which reads some of them then
         os.environ.setdefault(name, value)
-    with own_ray(config.ray.address):
+    with prompt_end() as leaving, own_ray(config.ray.address):
         from launch.serving import serve  # brings in Ray, gRPC and torch
         from tp_decoders.hub import locate
         from tp_decoders.hub_cache import ADAPTER
@@ -214,7 +215,7 @@ def run(args: argparse.Namespace) -> int:
         model = locate(config.model).resolve()
         if config.adapter is not None:
             config = replace(config, adapter=str(locate(config.adapter, ADAPTER)))
-        return serve(config, model, level)
+        return serve(config, model, level, leaving)
 
 
 def _flags(args: argparse.Namespace) -> Layer:

@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cluster.actors.head import Head
 from cluster.actors.load_progress import NUMBER_BYTES, over_budget
 from cluster.actors.session import ray_session
 from cluster.actors.spec import RankFacts
@@ -34,6 +35,7 @@ from cluster.rpc.control import ServiceInfo
 from cluster.rpc.server import build_server, check_security
 from cluster.supervision import kept_up
 from cluster.training.states import StateFolder
+from launch.ending import Leaving, RayWatch, first_of
 from launch.metrics import ServeMetrics
 from launch.metrics_server import MetricsServer, check_host
 from launch.replicas import Replicas
@@ -57,7 +59,7 @@ THREADS = 16
 Restart = Callable[[], Awaitable[object]]
 
 
-def serve(config: ServeConfig, model: Path, log_level: int) -> int:
+def serve(config: ServeConfig, model: Path, log_level: int, leaving: Leaving) -> int:
     """Serves until a signal, a Drain call or a fault; the exit status."""
     # what is wrong with the checkpoint's description is said before anything starts
     check_checkpoint(config.task, model, config.mpt_reference)
@@ -77,8 +79,12 @@ def serve(config: ServeConfig, model: Path, log_level: int) -> int:
     cores = config.ray.cores(config.parallel.tp * config.parallel.dp)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the loop takes over
     try:
-        with kept_state(config, model) as state, ray_session(config.ray.address, cores):
-            return asyncio.run(_serve(config, model, log_level, state))
+        head = Head()
+        try:
+            with kept_state(config, model) as state, ray_session(config.ray.address, cores, head=head):
+                return asyncio.run(_serve(config, model, log_level, state, head))
+        finally:
+            leaving.behind = bool(head.lost)
     except SystemExit as ended:  # Ray's own handler of SIGTERM, while Ray starts
         raise KeyboardInterrupt from ended
 
@@ -105,22 +111,43 @@ def check_port(host: str, port: int) -> None:
         raise ConfigError(f"cannot listen on {where}: {reason}; choose another port or host") from error
 
 
-async def _serve(config: ServeConfig, model: Path, log_level: int, state: State) -> int:
+async def _serve(config: ServeConfig, model: Path, log_level: int, state: State, head: Head) -> int:
     loop = asyncio.get_running_loop()
+    ray = RayWatch(head, loop)
     # a replica that starts or is watched holds a thread for as long as that takes
     loop.set_default_executor(ThreadPoolExecutor(THREADS + 4 * config.parallel.dp, "serve"))
     signals = _Signals(loop)
     replicas = Replicas(config, model, log_level, state.standing)
     async with AsyncExitStack() as stack:
-        stack.push_async_callback(replicas.close)
-        ready = await _unless(signals.stop, replicas.start())
+        stack.callback(ray.let_threads_go)
+        stack.push_async_callback(replicas.close, ray.gone)
+        ready = await _started(replicas, signals, ray)
         if ready is None:
             return 0
         frontend, upkeep, port, watched = await _open(config, model, replicas, ready, stack, state)
         signals.restart = partial(upkeep.restart, config.server.drain_seconds)
         print(ready_line(config, model, ready, port) + watched, flush=True)
-        await _run(frontend, signals, upkeep, config.server.drain_seconds)
+        await _run(frontend, signals, upkeep, config.server.drain_seconds, ray)
     return 0
+
+
+async def _started(replicas: Replicas, signals: _Signals, ray: RayWatch) -> list[list[Ready]] | None:
+    """None where a signal came first, however it reached Ray."""
+    starting = asyncio.ensure_future(_unless(signals.stop, replicas.start()))
+    try:
+        await first_of(asyncio.shield(starting), ray.gone.wait())
+        if not ray.gone.is_set():
+            return await starting
+        await ray.settled(signals.stop)
+        starting.add_done_callback(lambda done: done.cancelled() or done.exception())
+        if signals.stop.is_set():
+            return None
+        raise WorkerError(ray.words)
+    except TpError:
+        await ray.settled(signals.stop)
+        if signals.stop.is_set() and ray.gone.is_set():
+            return None
+        raise
 
 
 async def _open(
@@ -177,14 +204,21 @@ async def _observe(
     return f"  metrics {shown_address(observe.metrics_host, metrics.port)}"
 
 
-async def _run(frontend: Frontend, signals: _Signals, upkeep: Upkeep, drain_s: float) -> None:
+async def _run(frontend: Frontend, signals: _Signals, upkeep: Upkeep, drain_s: float, ray: RayWatch) -> None:
     """Until there is a reason to stop, and what was open has ended; what cannot be healed is raised."""
     healing = asyncio.create_task(upkeep.run())
     try:
-        await _first(signals.stop.wait(), frontend.drained.wait(), asyncio.shield(healing))
-        if not healing.done():  # a rank that is lost now is a pause of the drain
-            await _first(signals.again.wait(), frontend.drain(drain_s), asyncio.shield(healing))
-        if healing.done():
+        await first_of(signals.stop.wait(), frontend.drained.wait(), asyncio.shield(healing), ray.gone.wait())
+        stops = signals.stop.is_set() or frontend.drained.is_set()
+        if stops and not healing.done():  # a rank that is lost now is a pause of the drain
+            ended = (signals.again.wait(), frontend.drain(drain_s), asyncio.shield(healing), ray.gone.wait())
+            await first_of(*ended)
+        if ray.gone.is_set():
+            await ray.settled(signals.stop)
+            if not (stops or signals.stop.is_set()):
+                raise WorkerError(ray.words)
+            frontend.fail(ray.words)  # whoever signalled this process signalled Ray's as well
+        elif healing.done():
             await healing
     except WorkerError as error:
         frontend.fail(str(error).removeprefix("the engine is gone: "))
@@ -283,18 +317,8 @@ class _Signals:
 async def _unless(event: asyncio.Event, work: Coroutine[Any, Any, Any]) -> Any:
     """The work's result, or None if the event came first; the work is then left to what closes its subject."""
     task = asyncio.create_task(work)
-    await _first(event.wait(), asyncio.shield(task))
+    await first_of(event.wait(), asyncio.shield(task))
     if task.done():
         return task.result()
     task.add_done_callback(lambda done: done.cancelled() or done.exception())
     return None
-
-
-async def _first(*waits: Any) -> None:
-    """Until the first of them is done."""
-    tasks = [asyncio.ensure_future(wait) for wait in waits]
-    try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for task in tasks:
-            task.cancel()

@@ -163,6 +163,11 @@ class WorkerGroup:
         """Ends every rank: asked first, killed after `stop_timeout_s`. Harmless when repeated."""
         self._end(ask=self._stages.stage is Stage.RUNNING)
 
+    def abandon(self) -> None:
+        """Ray is gone, and the ranks with it: nothing is asked of either any more."""
+        self._closing.set()
+        self._stages.take(Event.CLOSE)
+
     def _end(self, ask: bool) -> None:
         self._closing.set()
         self._stages.take(Event.CLOSE)

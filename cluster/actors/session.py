@@ -16,6 +16,7 @@ from typing import Any
 
 import ray
 
+from cluster.actors.head import Head, own_sessions
 from cluster.actors.own_cluster import own_address
 from cluster.actors.rank_output import show_rank_output
 from parallel.errors import ConfigError, WorkerError
@@ -33,8 +34,10 @@ TOO_SLOW = ("timed out during startup", "Timed out waiting for file")
 
 
 @contextmanager
-def ray_session(address: str | None = None, num_cpus: int | None = None, log_to_driver: bool = True) -> Iterator[None]:
-    """Connected to `address`, or to a cluster of this machine alone that ends with the block."""
+def ray_session(
+    address: str | None = None, num_cpus: int | None = None, log_to_driver: bool = True, head: Head | None = None
+) -> Iterator[Head]:
+    """Connected to `address`, or to a cluster of this machine alone that ends with the block; its own processes."""
     if num_cpus is not None and num_cpus < 1:
         raise ConfigError(f"num_cpus is {num_cpus}; a local Ray cluster needs at least 1")
     if num_cpus is not None and address is not None:
@@ -46,14 +49,20 @@ def ray_session(address: str | None = None, num_cpus: int | None = None, log_to_
     options: dict[str, Any] = {"log_to_driver": log_to_driver, "logging_level": logging.ERROR}
     if address is None:
         options |= {"num_cpus": num_cpus, "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+    head = head or Head()
     try:
-        _init(address or "local", options)
+        with own_sessions():
+            _init(address or "local", options)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise WorkerError(_cannot_join(address, error)) from error
     try:
-        yield
+        if address is None:
+            head.watch()
+        yield head
     finally:
-        ray.shutdown()
+        if not head.left(ray.shutdown):
+            head.end()  # Ray itself would wait for what is gone
+        head.close()
 
 
 def _init(address: str, options: dict[str, Any]) -> None:
