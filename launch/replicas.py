@@ -108,11 +108,15 @@ class Replicas:
         """All at once; without Ray where that is lost, also meanwhile."""
         self._closing.set()
         gone = ray_lost or asyncio.Event()
-        closing = asyncio.gather(*(asyncio.to_thread(group.close) for group in self._groups if not gone.is_set()))
-        await first_of(closing, gone.wait())
+        groups = [] if gone.is_set() else self._groups
+        closing = [asyncio.create_task(asyncio.to_thread(group.close)) for group in groups]
+        if closing:
+            await first_of(asyncio.wait(closing), gone.wait())
         if gone.is_set():
             for group in self._groups:
                 group.abandon()
+        else:
+            await asyncio.gather(*closing)
         if self._standing is not None:
             self._standing.clear()
 

@@ -278,7 +278,7 @@ class WorkerGroup:
         for rank in silent:
             ended[rank] = Fault(self._places[rank], NoAnswer(SILENT))
         unknown = Fault(self._places[0], WorkerError("the group failed, and none of its ranks says why"))
-        return root_cause(list(ended.values())) if ended else unknown
+        return root_cause([*ended.values()] or [unknown])
 
     def _ended(self) -> dict[int, Fault]:
         """How the ranks' calls ended, of those that did."""

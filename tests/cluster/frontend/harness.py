@@ -9,12 +9,15 @@ from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
+import pytest
+
 from cluster.engine.request import EngineLoad, ModelLimits, Request, SamplingParams, StoppingCriteria
 from cluster.frontend.calls import Call, FrontendConfig, Prompt
 from cluster.frontend.frontend import Frontend
 from cluster.frontend.link import EventSink, FaultSink, SampleId
 from cluster.frontend.local_link import LocalLink
 from cluster.frontend.loop import EngineSurface
+from cluster.frontend.quarantine import Quarantine
 from cluster.frontend.streams import Result, collect
 from cluster.frontend.text import TextCodec
 from cluster.training.calls import TrainAnswer, TrainCall
@@ -40,6 +43,11 @@ async def serving(engine: EngineSurface, codec: TextCodec | None = CODEC, **conf
         yield frontend
     finally:
         await frontend.close()
+
+
+def deaths_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For engines that die again and again whatever they are asked: no request is tried for it."""
+    monkeypatch.setattr(Quarantine, "died", lambda *_: None)
 
 
 def call(*prompts: Sequence[int] | str, **fields: Any) -> Call:

@@ -17,7 +17,7 @@ from cluster.frontend.local_link import LocalLink
 from cluster.frontend.readiness import Readiness
 from parallel.errors import WorkerError
 from tests.cluster.frontend.fakes import CODEC, FakeEngine, tokens_of
-from tests.cluster.frontend.harness import PlayedLink, answer, call, run, until
+from tests.cluster.frontend.harness import PlayedLink, answer, call, deaths_of_their_own, run, until
 
 CONFIG = FrontendConfig(recovery_seconds=60.0)
 
@@ -124,7 +124,11 @@ def test_without_any_engine_requests_wait_and_the_first_one_back_takes_them_all(
     run(main())
 
 
-def test_answers_over_replicas_that_die_in_turn_equal_those_of_one_that_lives() -> None:
+def test_answers_over_replicas_that_die_in_turn_equal_those_of_one_that_lives(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    deaths_of_their_own(monkeypatch)
+
     async def main() -> None:
         rng = random.Random(7)
         engines = [FakeEngine(crash_at_step=4), FakeEngine(crash_at_step=6)]

@@ -18,7 +18,7 @@ from cluster.frontend.local_link import LocalLink
 from cluster.frontend.streams import Result
 from tests.cluster.frontend.engine_process import engine_process
 from tests.cluster.frontend.fakes import CODEC, FakeEngine, scores_of, tokens_of
-from tests.cluster.frontend.harness import PlayedLink, answer, call, run, until
+from tests.cluster.frontend.harness import PlayedLink, answer, call, deaths_of_their_own, run, until
 
 RECOVERING = FrontendConfig(recovery_seconds=20.0)
 
@@ -43,7 +43,11 @@ def essence(results: list[Result]) -> list[object]:
     ]
 
 
-def test_answers_over_engines_that_die_again_and_again_equal_those_of_one_that_lives() -> None:
+def test_answers_over_engines_that_die_again_and_again_equal_those_of_one_that_lives(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    deaths_of_their_own(monkeypatch)
+
     async def main() -> None:
         rng = random.Random(5)
         calls = [random_call(rng) for _ in range(60)]
