@@ -116,8 +116,9 @@ class TrainingDesk:
 
     @property
     def running(self) -> list[TrainSuspect]:
-        """The call whose turn it is."""
-        return [suspect for answer, suspect in self._waiting.items() if not answer.done()][:1]
+        """The call whose turn it is, where it computes anything."""
+        first = [suspect for answer, suspect in self._waiting.items() if not answer.done()][:1]
+        return [suspect for suspect in first if suspect.call.kind is not Kind.STATE]
 
     def quarantined(self) -> None:
         """The call whose turn it is is not run again."""
