@@ -21,6 +21,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from collections.abc import Sequence as Many
 from copy import copy
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -48,6 +49,12 @@ class Fixed:
             others = ~self._mask(vocab_size, list(given.allowed_token_ids))
             self.never = others if self.never is None else self.never | others
         self.words = BadWords([word for word in given.bad_words if len(word) > 1])
+
+    @cached_property
+    def others(self) -> Tensor:
+        """The ids of tokens that do not stop, ascending."""
+        assert self.stops is not None, "asked for where some stop"
+        return (~self.stops).nonzero()[:, 0]
 
     def ids(self, ids: list[int]) -> Tensor:
         return torch.tensor(ids, dtype=torch.long, device=self.device)

@@ -106,6 +106,7 @@ def limits_of(model: Decoder, eos_token_ids: Many[int] = ()) -> ModelLimits:
         kv_capacity_tokens=0,
         eos_token_ids=tuple(token_id for token_id in eos_token_ids if token_id not in beyond),
         task=model.config.task,
+        state_size=model.config.d_model,
     )
 
 

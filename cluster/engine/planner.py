@@ -25,6 +25,8 @@ from cluster.engine.shares import Shares
 
 LEAST_CHUNK = 16
 """Prompt tokens that are worth a place in a step, unless fewer are left."""
+SCORED_SHARE = 8
+"""Of the scored positions of a step only one in so many where others share it."""
 MAX_MISFITS = 16
 """Flows whose first sequence does not fit that one step looks at."""
 
@@ -48,6 +50,8 @@ class Planner:
         """The sequences of the next step, and how many tokens of each."""
         self._chosen, self._scored, self._holdings = {}, self._config.max_scored_tokens, None
         self._limited = self._shares.lately_several
+        if self._limited:  # whole rows of logits cost more than prompt tokens do
+            self._scored = max(1, self._scored // SCORED_SHARE)
         rows = [seq for seq in self._residents.running if _decodes(seq)]
         if self._shares.several:
             rows = self._in_turn(rows)

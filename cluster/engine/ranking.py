@@ -73,16 +73,16 @@ class WholeRow:
         row_V = given.clone()
         seq.adjustments.apply(row_V, seq, penalties)
         kept = self._best(row_V, count)
-        stops = seq.adjustments.fixed.stops
-        if stops is not None and seq.position >= seq.min_tokens:
-            others = self._best(row_V.masked_fill_(stops, NEVER), count)
+        if seq.stop_ids and seq.position >= seq.min_tokens:
+            others = self._best(row_V, count, seq.adjustments.fixed.others)
             kept = sorted({*kept, *others}, key=lambda item: (-item[1], item[0]))
         return list(enough(_candidates(seq, kept, self._top(seq.top_logprobs or 0)), count, seq.stop_ids))
 
-    def _best(self, row_V: Tensor, count: int) -> list[tuple[int, float, float]]:
+    def _best(self, row_V: Tensor, count: int, among: Tensor | None = None) -> list[tuple[int, float, float]]:
         """The likeliest tokens that can happen: (token, value, the model's log-probability)."""
-        values, ids = row_top(row_V[None], count)
-        found = zip(ids[0].tolist(), values[0].tolist(), self._log_probs[ids[0]].tolist(), strict=True)
+        values, places = row_top((row_V if among is None else row_V[among])[None], count)
+        ids = places[0] if among is None else among[places[0]]
+        found = zip(ids.tolist(), values[0].tolist(), self._log_probs[ids].tolist(), strict=True)
         return [item for item in found if item[1] != NEVER]
 
     def _top(self, count: int) -> list[Pair]:

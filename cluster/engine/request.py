@@ -218,6 +218,7 @@ class ModelLimits:
     eos_token_ids: tuple[int, ...] = ()
     max_batch: int = 0
     task: TaskConfig | None = None  # None: a language model
+    state_size: int = 0  # numbers of a hidden state
     block_size: int = 1  # tokens of the cache that are given out together
 
 

@@ -118,7 +118,7 @@ def _is_number(value: object) -> bool:
 
 
 def _check_ids(what: str, ids: Sequence[int], vocab_size: int) -> None:
-    if not all(type(token) is int for token in ids):
+    if not set(map(type, ids)) <= {int}:
         raise RequestError(f"{what} ids must be whole numbers")
     if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
         wrong = next(token for token in ids if not 0 <= token < vocab_size)
@@ -152,8 +152,9 @@ def _check_sampling(given: SamplingParams, vocab_size: int) -> None:
     for name in ("presence_penalty", "frequency_penalty"):
         _within(f"sampling.{name}", getattr(given, name), "a finite number (0: none)", True)
     _check_ids("sampling.logit_bias token", list(given.logit_bias), vocab_size)
-    for token, bias in given.logit_bias.items():
-        _within(f"sampling.logit_bias[{token}]", bias, "a finite number", True)
+    if not all(map(_is_number, given.logit_bias.values())):
+        wrong = next(token for token, bias in given.logit_bias.items() if not _is_number(bias))
+        _within(f"sampling.logit_bias[{wrong}]", given.logit_bias[wrong], "a finite number", False)
     if given.allowed_token_ids is not None:
         _check_ids("sampling.allowed_token", given.allowed_token_ids, vocab_size)
         if not given.allowed_token_ids:

@@ -14,6 +14,7 @@ from cluster.engine.draws import fresh_seed
 from cluster.engine.request import ModelLimits, Request, SamplingParams
 from cluster.engine.validation import check_capacity, room
 from cluster.frontend.calls import Call, FillInMiddle, FrontendConfig, Prompt
+from cluster.frontend.costs import check_lists
 from cluster.frontend.errors import DoesNotFit, InvalidRequest, NoTokenizer, Violation
 from cluster.frontend.reading import Reading, check_task, matters, pooling_of
 from cluster.frontend.rules import token_ids, violations
@@ -37,6 +38,7 @@ class Admission:
         found = tuple(violations(call, self.limits, self.config))
         if found:
             raise InvalidRequest.of(found)
+        check_lists(call, self.config)
         if self.codec is None:
             asked = {
                 "sampling.bad_words": call.bad_words,

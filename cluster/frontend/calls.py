@@ -64,6 +64,7 @@ class Call:
     deadline: float | None = None
     score: bool = False
     reading: Reading | None = None
+    answer_bytes: int | None = None  # that the one message holds in which it is answered; None: it streams
     account: Account | None = None
     caller: str = ""  # whose request_id it is
     share: Share = Share()  # whose part of the engine it takes
@@ -92,7 +93,8 @@ class FrontendConfig:
     max_stop_sequences: int = 64
     max_stop_length: int = 1024  # characters
     max_bad_words: int = 1024
-    max_id_list: int = 65536  # entries of logit_bias, allowed_token_ids, stop_token_ids
+    max_id_list: int = 65536  # entries of logit_bias, allowed_token_ids, stop_token_ids; ids of all bad words
+    max_list_entries: int = 1 << 22  # of these lists, over all prompts of a call
     max_request_id: int = 256  # characters
     max_chars_per_token: int = 128  # a longer text cannot fit the context; refused before it is tokenized
     inline_chars: int = 8192  # longer texts are tokenized beside the event loop

@@ -17,6 +17,7 @@ from dataclasses import replace
 from cluster.engine.request import EngineLoad, FinishReason, ModelLimits, Request
 from cluster.frontend.admission import Admission
 from cluster.frontend.calls import Call, FrontendConfig
+from cluster.frontend.costs import check_answer
 from cluster.frontend.delivery import Delivery
 from cluster.frontend.errors import Draining, EngineFault, InvalidRequest, Violation
 from cluster.frontend.fleet import Fleet, Seat
@@ -109,6 +110,7 @@ class Frontend:
         failed = [item for item in made if isinstance(item, RequestError)]
         if len(failed) == len(made):
             raise failed[0]
+        check_answer(call, made, self.limits)
         return self._admit(call, made, recall)
 
     @trained

@@ -34,6 +34,8 @@ from parallel.errors import CollectiveError, RequestError, TpError, WorkerError
 
 log = logging.getLogger(__name__)
 
+INBOX_SECONDS = 0.005
+
 
 class EngineSurface(Protocol):
     """What a loop needs of an engine."""
@@ -96,7 +98,8 @@ class EngineLoop:
         self._news: list[LinkEvent] = []
 
     def submit(self, requests: Sequence[Request]) -> None:
-        self._post(partial(self._submit, tuple(requests)))
+        for request in requests:
+            self._post(partial(self._submit, (request,)))
 
     def abort(self, request_ids: Sequence[str], samples: Sequence[SampleId] = ()) -> None:
         self._post(partial(self._abort, tuple(request_ids), tuple(samples)))
@@ -158,8 +161,12 @@ class EngineLoop:
             self._wake.notify()
 
     def _drain_inbox(self) -> None:
+        """What arrived; where there is work to go on with, the rest of very much only after the next step."""
+        began = time.monotonic()
         while self._inbox:  # append and popleft are atomic; nobody else takes
             self._inbox.popleft()()
+            if not self._engine.idle and time.monotonic() - began > INBOX_SECONDS:
+                return
 
     def _rest(self) -> None:
         with self._wake:

@@ -114,9 +114,11 @@ LOGPROB = number(-1e4, 10, "of one token, in nats; a little above 0 where it was
 SEQUENCES = Range(high=0, entries=(1, "max_train_tokens"), why="and at most `max_train_tokens` tokens together")
 POSITIVE_SUM = number(1e-6, 1e12, "a sum of weights, or a count: what the loss is divided by")
 WEIGHT = number(0, 1e4, "a share of the loss")
+SESSION = text("max_request_id", why="whose gradients are meant, among the caller's own")
+CALLER = text(4096, why="as GetTrainState names it")
 PASS: Mapping[str, Range] = {
     "sequences": SEQUENCES, "loss": text(64), "expected_step": ANY_INT63, "normaliser": POSITIVE_SUM,
-    "idempotency_key": KEY, "dropout_seed": ANY_UINT64,
+    "idempotency_key": KEY, "dropout_seed": ANY_UINT64, "session": SESSION,
 }  # fmt: skip
 NAMED: Mapping[str, Range] = {"name": STATE_NAME, "expected_step": ANY_INT63, "idempotency_key": KEY}
 
@@ -217,8 +219,11 @@ FIELDS: Mapping[str, Mapping[str, Range]] = {
     },
     "TrainStepRequest": PASS,
     "ForwardBackwardRequest": PASS,
-    "EvaluateRequest": {name: row for name, row in PASS.items() if name not in ("idempotency_key", "dropout_seed")},
-    "OptimStepRequest": {"expected_step": ANY_INT63, "idempotency_key": KEY},
+    "EvaluateRequest": {
+        name: row for name, row in PASS.items() if name in ("sequences", "loss", "expected_step", "normaliser")
+    },
+    "OptimStepRequest": {"expected_step": ANY_INT63, "idempotency_key": KEY, "session": SESSION},
+    "DropGradientsRequest": {"caller": CALLER, "session": SESSION},
     "SaveStateRequest": NAMED,
     "LoadStateRequest": NAMED,
     "ExportRequest": NAMED,

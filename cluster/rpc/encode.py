@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 
 from cluster.engine.request import FinishReason, SamplingParams, StoppingCriteria, Timings, TokenLogprobs
@@ -28,6 +29,10 @@ EARLY_STOPPING: dict[bool | str, pb.EarlyStopping] = {
 }
 
 
+PIECE = 2048
+"""Messages of alternatives that are made in one go: a few milliseconds."""
+
+
 class Encoder:
     """Encodes the answers to one call: what was asked for, and nothing else."""
 
@@ -35,6 +40,7 @@ class Encoder:
         self._response = call.response
         self._request_id = request_id
         self._codec = codec
+        self._made = 0
 
     def chunk(self, chunk: Chunk) -> pb.GenerateChunk:
         message = pb.GenerateChunk(
@@ -59,13 +65,28 @@ class Encoder:
             message.finish_reason = pb.FINISH_REASON_ERROR
         return message
 
-    def response(self, results: Sequence[Result]) -> pb.GenerateResponse:
-        return pb.GenerateResponse(results=map(self._result, results), request_id=self._request_id)
+    async def response(self, results: Sequence[Result]) -> pb.GenerateResponse:
+        """In pieces, between which the event loop does what others wait for."""
+        message = pb.GenerateResponse(request_id=self._request_id)
+        for result in results:
+            message.results.append(await self._result(result))
+        return message
 
-    def scores(self, results: Sequence[Result]) -> pb.ScoreResponse:
-        return pb.ScoreResponse(results=map(self._score, results), request_id=self._request_id)
+    async def scores(self, results: Sequence[Result]) -> pb.ScoreResponse:
+        """In pieces as well."""
+        message = pb.ScoreResponse(request_id=self._request_id)
+        for result in results:
+            await self._score(result, message.results.add())
+        return message
 
-    def _result(self, result: Result) -> pb.GenerateResult:
+    async def _breathe(self, made: int) -> None:
+        """Lets others have the loop once so many messages of alternatives were made."""
+        self._made += 1 + made
+        if self._made > PIECE:
+            self._made = 0
+            await asyncio.sleep(0)
+
+    async def _result(self, result: Result) -> pb.GenerateResult:
         message = pb.GenerateResult(prompt_index=result.prompt_index, status=status_of(result.error))
         if result.prompt is not None:
             info = self._prompt(result.prompt)
@@ -74,11 +95,13 @@ class Encoder:
             message.used.CopyFrom(info.used)
         for _, chunk in sorted(result.samples.items()):
             if chunk.token_ids or chunk.finish_reason is not None:
-                message.samples.append(self._sample(chunk))
-        message.prompt_logprobs.extend(map(_token_logprob, result.prompt_logprobs or ()))
+                message.samples.append(await self._sample(chunk))
+        for entry in result.prompt_logprobs or ():
+            message.prompt_logprobs.append(_token_logprob(entry))
+            await self._breathe(len(entry.top))
         return message
 
-    def _sample(self, chunk: Chunk) -> pb.Sample:
+    async def _sample(self, chunk: Chunk) -> pb.Sample:
         message = pb.Sample(
             index=chunk.sample_index,
             text=chunk.text,
@@ -89,14 +112,18 @@ class Encoder:
             stop_token_id=chunk.stop_token_id,
             score=chunk.score,
         )
-        self._add_tokens(message, chunk)
+        self._add_tokens(message, chunk, alternatives=False)
+        for entry in chunk.logprobs if self._response.logprobs else ():
+            message.top_logprobs.append(_top(entry))
+            await self._breathe(len(entry.top))
+        await self._breathe(len(chunk.token_ids) // 16)
         return message
 
-    def _add_tokens(self, message: pb.GenerateChunk | pb.Sample, chunk: Chunk) -> None:
+    def _add_tokens(self, message: pb.GenerateChunk | pb.Sample, chunk: Chunk, alternatives: bool = True) -> None:
         """What was asked for beside the tokens themselves."""
         if self._response.logprobs is not None:
             message.logprobs.extend(entry.logprob for entry in chunk.logprobs)
-        if self._response.logprobs:
+        if self._response.logprobs and alternatives:
             message.top_logprobs.extend(map(_top, chunk.logprobs))
         if self._response.token_bytes and self._codec is not None:
             message.token_bytes.extend(map(self._codec.tokenizer.token_bytes, chunk.token_ids))
@@ -110,16 +137,18 @@ class Encoder:
             request_id=self._request_id, prompt_tokens=info.num_tokens, prompt_token_ids=ids, used=used
         )
 
-    def _score(self, result: Result) -> pb.ScoreResult:
-        message = pb.ScoreResult(sequence_index=result.prompt_index, status=status_of(result.error))
+    async def _score(self, result: Result, message: pb.ScoreResult) -> None:
+        message.sequence_index = result.prompt_index
+        message.status.CopyFrom(status_of(result.error))
         if result.prompt is not None:
             message.token_ids.extend(result.prompt.token_ids)
         for entry in result.prompt_logprobs or ():
             message.logprobs.append(entry.logprob)
             if self._response.prompt_logprobs:
                 message.top_logprobs.append(_top(entry))
+            await self._breathe(len(entry.top))
         message.weight_version = max((chunk.weight_version for chunk in result.samples.values()), default=0)
-        return message
+        result.prompt_logprobs = None  # an answer may be large: never whole in two forms
 
 
 def token_lists(sequences: Sequence[Sequence[int]]) -> pb.TokenizeResponse:

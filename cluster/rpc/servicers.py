@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
+
+from google.protobuf.message import Message
 
 from cluster.frontend.calls import Call
-from cluster.frontend.errors import SlowReader
+from cluster.frontend.errors import DoesNotFit, SlowReader
 from cluster.frontend.frontend import Frontend
 from cluster.frontend.streams import Stream, collect, raise_if_all_failed
 from cluster.rpc import decode
@@ -21,6 +23,8 @@ from cluster.rpc.proto.inference_pb2_grpc import InferenceServicer
 if TYPE_CHECKING:
     import grpc
 
+Answer = TypeVar("Answer", bound=Message)
+
 
 class Inference(InferenceServicer):
     """Generation, scoring, classification, embedding and tokenization."""
@@ -33,9 +37,9 @@ class Inference(InferenceServicer):
         self, request: inference.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> inference.GenerateResponse:
         call = decode.generate_call(request, self._frontend.config, context.time_remaining())
-        stream = await self._open(call)
+        stream = await self._open(call, in_one=True)
         results = await collect(stream, len(call.prompts))
-        return Encoder(call, stream.request_id, self._frontend.codec).response(results)
+        return self._sendable(await Encoder(call, stream.request_id, self._frontend.codec).response(results))
 
     async def GenerateStream(self, request: inference.GenerateRequest, context: grpc.aio.ServicerContext) -> None:
         call = decode.generate_call(request, self._frontend.config, context.time_remaining())
@@ -49,15 +53,15 @@ class Inference(InferenceServicer):
         self, request: inference.ScoreRequest, context: grpc.aio.ServicerContext
     ) -> inference.ScoreResponse:
         call = decode.score_call(request, self._frontend.config, context.time_remaining())
-        stream = await self._open(call)
+        stream = await self._open(call, in_one=True)
         results = await collect(stream, len(call.prompts))
-        return Encoder(call, stream.request_id, self._frontend.codec).scores(results)
+        return self._sendable(await Encoder(call, stream.request_id, self._frontend.codec).scores(results))
 
     async def Classify(
         self, request: inference.ClassifyRequest, context: grpc.aio.ServicerContext
     ) -> inference.ClassifyResponse:
         call = decode.classify_call(request, self._frontend.config, context.time_remaining())
-        stream = await self._open(call)
+        stream = await self._open(call, in_one=True)
         results = await collect(stream, len(call.prompts))
         return classes(call, results, stream.request_id, self._frontend.limits, self._frontend.codec)
 
@@ -65,7 +69,7 @@ class Inference(InferenceServicer):
         self, request: inference.EmbedRequest, context: grpc.aio.ServicerContext
     ) -> inference.EmbedResponse:
         call = decode.embed_call(request, self._frontend.config, context.time_remaining())
-        stream = await self._open(call)
+        stream = await self._open(call, in_one=True)
         results = await collect(stream, len(call.prompts))
         return embeddings(results, stream.request_id)
 
@@ -79,10 +83,19 @@ class Inference(InferenceServicer):
     ) -> inference.DetokenizeResponse:
         return texts(self._frontend.detokenize([sequence.ids for sequence in request.sequences]))
 
-    async def _open(self, call: Call) -> Stream:
-        terms = TERMS.get() or Terms()
+    async def _open(self, call: Call, in_one: bool = False) -> Stream:
+        terms, holds = TERMS.get() or Terms(), self._limits.max_message_bytes if in_one else None
         mine = replace(call, account=CALLER.get(), caller=WHO.get(), share=terms.share, levels=terms.levels)
-        return await self._frontend.open(mine)
+        return await self._frontend.open(replace(mine, answer_bytes=holds))
+
+    def _sendable(self, answer: Answer) -> Answer:
+        """A text of very long tokens may be larger than its estimate."""
+        size, most = answer.ByteSize(), self._limits.max_message_bytes
+        if size > most:
+            raise DoesNotFit.of(
+                "prompts", f"the answer has {size} bytes, a message holds {most}; ask for less at a time"
+            )
+        return answer
 
     async def _write(self, context: grpc.aio.ServicerContext, chunk: inference.GenerateChunk) -> None:
         limit = self._limits.write_seconds
