@@ -198,7 +198,7 @@ class Letters:
 
     vocab_size, eos_token_id = VOCAB, 0
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return [1 + ord(letter) - ord("a") for letter in text]
 
 

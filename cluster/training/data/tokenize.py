@@ -146,16 +146,18 @@ class _Run:
 
     def _document(self, document: Document) -> None:
         digest = document_hash(document)
-        ids = self._encode(document.text, document) if document.text.strip() else []
+        ids = self._encode(document.text, document, whole=not document.prompt) if document.text.strip() else []
         if not ids:
             self.writer.position.empty_documents += 1
             return
         prompt = self._encode(document.prompt, document) if document.prompt else []
         self.writer.append([*prompt, *ids, self.tokenizer.eos_token_id or 0], digest, len(prompt))
 
-    def _encode(self, text: str, document: Document) -> list[int]:
-        """The ids of a text without the end-of-sequence that some tokenizers add."""
-        ids = list(self.tokenizer.encode(text))
+    def _encode(self, text: str, document: Document, whole: bool = True) -> list[int]:
+        """The ids of a text without the end-of-sequence that some tokenizers add; of one that goes on after a prompt
+        (not `whole`), without the beginning as well.
+        """
+        ids = list(self.tokenizer.encode(text) if whole else self.tokenizer.encode(text, add_special_tokens=False))
         if not ids:
             return ids
         array = np.asarray(ids, np.int64)

@@ -45,7 +45,7 @@ class FailingTokenizer(ByteTokenizer):
         super().__init__()
         self.after, self.kill = after, kill
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         ids = super().encode(text)
         if self.calls > self.after:
             if self.kill:
@@ -64,13 +64,23 @@ def test_tokens_are_the_documents_each_with_an_end(tmp_path: Path) -> None:
 
 def test_an_end_that_the_tokenizer_adds_is_not_doubled(tmp_path: Path) -> None:
     class Ending(ByteTokenizer):
-        def encode(self, text: str) -> list[int]:
-            return [*super().encode(text), EOS]
+        def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+            return [*super().encode(text), *([EOS] if add_special_tokens else [])]
 
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "ab", "prompt": "x"}])
     store = tokenize_corpus(open_source(path, SourceOptions(prompt_field="prompt")), Ending(), tmp_path / "tokens")
     assert store.tokens.tolist() == [120, 97, 98, EOS]
     assert store.prompts is not None and store.prompts.tolist() == [1]
+
+
+def test_what_begins_every_text_is_not_put_between_a_prompt_and_its_answer(tmp_path: Path) -> None:
+    class Beginning(ByteTokenizer):
+        def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+            return [*([1] if add_special_tokens else []), *super().encode(text)]
+
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "ab", "prompt": "x"}, {"text": "c"}])
+    store = tokenize_corpus(open_source(path, SourceOptions(prompt_field="prompt")), Beginning(), tmp_path / "tokens")
+    assert store.tokens.tolist() == [1, 120, 97, 98, EOS, 1, 99, EOS]
 
 
 def test_a_large_vocabulary_takes_four_bytes(tmp_path: Path) -> None:
@@ -195,7 +205,7 @@ def test_what_no_tokens_can_be_made_of_is_refused(tmp_path: Path) -> None:
         class Small(ByteTokenizer):
             eos_token_id = 0  # type: ignore[assignment]
 
-            def encode(self, text: str) -> list[int]:
+            def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
                 return super().encode(text) if text in ("fine", "é") else [1]
 
         tokenize_corpus(open_source(path), Small(180), tmp_path / "tokens")
