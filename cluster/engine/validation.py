@@ -60,19 +60,22 @@ def resolve(request: Request, limits: ModelLimits) -> Request:
     """The request with everything decided: max_new_tokens, and a seed if tokens are drawn."""
     sampling, stopping = request.sampling, request.stopping
     if stopping.max_new_tokens is None:
-        stopping = dataclasses.replace(stopping, max_new_tokens=room(request, limits))
+        stopping = dataclasses.replace(stopping, max_new_tokens=what_is_left(request, limits))
     if sampling.seed is None and not sampling.greedy:
         sampling = dataclasses.replace(sampling, seed=fresh_seed())
     return dataclasses.replace(request, sampling=sampling, stopping=stopping)
 
 
 def room(request: Request, limits: ModelLimits) -> int:
-    """How many tokens can follow the prompt: what is left of the context, and of the cache, where the last one needs no
-    place: it is never fed back. A prompt that fills the context is still followed by the one token it predicts.
+    """How many tokens can follow the prompt. The last one needs no place: it is never fed back."""
+    return min(limits.max_context, capacity_per_beam(request, limits)) + 1 - len(request.token_ids)
+
+
+def what_is_left(request: Request, limits: ModelLimits) -> int:
+    """How many follow where nobody said how many: what prompt and answer together leave of the context. A prompt that
+    fills it is still followed by the one token it predicts.
     """
-    prompt = len(request.token_ids)
-    left = max(limits.max_context - prompt, int(prompt == limits.max_context))
-    return min(left, capacity_per_beam(request, limits) + 1 - prompt)
+    return min(room(request, limits), max(1, limits.max_context - len(request.token_ids)))
 
 
 def capacity_per_beam(request: Request, limits: ModelLimits) -> int:

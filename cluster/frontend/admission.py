@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from cluster.engine.draws import fresh_seed
 from cluster.engine.request import ModelLimits, Request, SamplingParams
-from cluster.engine.validation import check_capacity, room
+from cluster.engine.validation import check_capacity, room, what_is_left
 from cluster.frontend.calls import Call, FillInMiddle, FrontendConfig, Prompt
 from cluster.frontend.costs import check_lists
 from cluster.frontend.errors import DoesNotFit, InvalidRequest, NoTokenizer, Violation
@@ -154,11 +154,13 @@ class Admission:
         return request
 
     def _resolved(self, request: Request, field: str) -> Request:
-        """max_new_tokens becomes what is left where more, or nothing, was asked for."""
-        left, stopping = room(request, self.limits), request.stopping
-        if left < 1:
+        """max_new_tokens becomes what is left of the context where more than fits, or nothing, was asked for."""
+        fits, stopping = room(request, self.limits), request.stopping
+        if fits < 1:
             raise DoesNotFit.of(field, f"{len(request.token_ids)} tokens leave no room for a new one: {self._room()}")
-        most = left if stopping.max_new_tokens is None else min(left, stopping.max_new_tokens)
+        most = stopping.max_new_tokens
+        if most is None or most > fits:
+            most = what_is_left(request, self.limits)
         stopping = replace(stopping, max_new_tokens=most, min_new_tokens=min(most, stopping.min_new_tokens))
         request = replace(request, stopping=stopping)
         check_capacity(request, self.limits)

@@ -165,6 +165,9 @@ def test_prompt_and_answer_together_fill_the_context(length: int, new: int) -> N
     for most in (None, 10_000):
         (made,) = run(admission().requests(call([1] * length, stopping=StoppingCriteria(max_new_tokens=most))))
         assert isinstance(made, Request) and made.stopping.max_new_tokens == new
+    fits = 257 - length  # the last token needs no place
+    (made,) = run(admission().requests(call([1] * length, stopping=StoppingCriteria(max_new_tokens=fits))))
+    assert isinstance(made, Request) and made.stopping.max_new_tokens == fits
 
 
 def test_prompts_of_one_call_get_different_seeds_unless_one_is_given() -> None:
