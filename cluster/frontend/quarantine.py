@@ -23,7 +23,7 @@ from cluster.frontend.errors import Quarantined
 
 log = logging.getLogger(__name__)
 DEATHS = 2
-"""At so many, on engines that had proved to work, a request is tried alone."""
+"""At so many, one of them of an engine that had proved to work, a request is tried alone."""
 MOST = 5
 """At so many it is guilty where it was the only suspect, wherever it was when it happened."""
 MARGIN = 16
@@ -64,7 +64,8 @@ class Suspicion:
     @property
     def alone(self) -> bool:
         """Whether it has to be tried without any other suspect."""
-        return sum(death.proved for death in self.deaths) >= DEATHS or len(self.deaths) >= MOST
+        proved = any(death.proved for death in self.deaths)
+        return (proved and len(self.deaths) >= DEATHS) or len(self.deaths) >= MOST
 
 
 class Suspect(Protocol):

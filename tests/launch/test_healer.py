@@ -63,7 +63,8 @@ class PlayedGroup:
 
 
 def ready_of(served: ServedEngine) -> list[Any]:
-    return [SimpleNamespace(facts=SimpleNamespace(engine_address=served.server.address, kv_blocks=77))]
+    facts = SimpleNamespace(engine_address=served.server.address, kv_blocks=77)
+    return [SimpleNamespace(place="rank 0 on node-a", facts=facts)]
 
 
 async def healed_by(group: PlayedGroup, first: ServedEngine) -> tuple[Frontend, asyncio.Task[None]]:
@@ -210,6 +211,74 @@ def test_an_attempt_is_logged_with_the_time_it_took(caplog: pytest.LogCaptureFix
             await until(lambda: "serving again" in caplog.text)
         assert f"s after the fault was seen: {CAUSE}" in caplog.text
         healing_task.cancel()
+        await frontend.close()
+
+    with_engines(2, main)
+
+
+def test_an_engine_that_refuses_connections_is_tried_again_and_then_its_group_is_rebuilt_once_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real, refused = healing.SocketLink, [0]
+
+    def refusing(*args: Any) -> Any:
+        refused[0] += 1
+        if refused[0] <= healing.CONNECTS + 1:
+            raise WorkerError("cannot reach the engine: refused")
+        return real(*args)
+
+    monkeypatch.setattr(healing, "CONNECT_PAUSE_S", 0.01)
+
+    async def main(first: ServedEngine, second: ServedEngine, third: ServedEngine) -> None:
+        group = PlayedGroup([second, third])
+        frontend, healing_task = await healed_by(group, first)
+        monkeypatch.setattr(healing, "SocketLink", refusing)
+        asked = asyncio.create_task(answer(frontend, long_call([4])))
+        await until(lambda: first.engine.steps > 5)
+        group.fail()
+        assert (await asked)[0].samples[0].token_ids == tokens_of([4], 1, 0, 150)
+        assert group.kept == [True, False] and not healing_task.done()
+        healing_task.cancel()
+        await frontend.close()
+
+    with_engines(3, main)
+
+
+@pytest.mark.parametrize("error", [AssertionError("nobody thought of it"), KeyError("rank")])
+def test_whatever_an_attempt_raises_the_next_one_is_made(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    async def main(first: ServedEngine, second: ServedEngine) -> None:
+        group = PlayedGroup([second])
+        real, failed = group.rebuild, [False]
+
+        def rebuild(*args: Any) -> list[Any]:
+            if not failed[0]:
+                failed[0] = True
+                raise error
+            return real(*args)
+
+        monkeypatch.setattr(group, "rebuild", rebuild)
+        frontend, healing_task = await healed_by(group, first)
+        group.fail()
+        await until(lambda: frontend.state is State.SERVING and frontend.restarts == 1)
+        healing_task.cancel()
+        await frontend.close()
+
+    with_engines(2, main)
+
+
+def test_an_engine_that_is_condemned_is_replaced_and_none_of_its_ranks_is_kept() -> None:
+    async def main(first: ServedEngine, second: ServedEngine) -> None:
+        group = PlayedGroup([second])
+        link = await asyncio.to_thread(first.link)
+        frontend = Frontend(link, codec=CODEC, config=FrontendConfig(recovery_seconds=60.0))
+        frontend.start()
+        healer = Healer(group, frontend, ServeSpec(model="m", authkey=KEY), ready_of(first))  # type: ignore[arg-type]
+        task = asyncio.create_task(healer.run())
+        healer.condemn("its engine hangs")
+        assert frontend.fault_cause == "rank 0 on node-a: its engine hangs"
+        await until(lambda: frontend.state is State.SERVING)
+        assert group.kept == [False]
+        task.cancel()
         await frontend.close()
 
     with_engines(2, main)

@@ -122,3 +122,45 @@ def test_an_engine_that_is_asked_all_the_time_is_kept_alive_all_the_same() -> No
         assert engine.kept_alive >= 10
 
     run(main())
+
+
+def test_an_engine_that_hangs_is_condemned_after_two_canaries_and_one_that_says_something_is_not() -> None:
+    async def main() -> None:
+        engine = SlowCanary()
+        async with serving(engine) as frontend:
+            condemned: list[tuple[int, str]] = []
+            readiness = Readiness(
+                frontend, timeout_s=0.05, condemn=lambda replica, cause: condemned.append((replica, cause))
+            )
+            seat = frontend.fleet.replicas[0].seat
+            assert seat is not None
+            engine.go.clear()
+            await readiness.prove()
+            seat.heard = float("inf")  # its events come, however late its canaries are
+            await readiness.prove()
+            await readiness.prove()
+            assert condemned == [] and not readiness.ready
+            seat.heard = 0.0
+            await readiness.prove()
+            await readiness.prove()
+            assert [replica for replica, _ in condemned] == [0] and "its engine hangs: 2 canaries" in condemned[0][1]
+            engine.go.set()
+
+    run(main())
+
+
+def test_one_that_was_right_and_is_wrong_twice_is_condemned_one_that_was_never_right_is_not() -> None:
+    async def main() -> None:
+        for right_first in (True, False):
+            engine = FakeEngine()
+            async with serving(engine) as frontend:
+                condemned: list[int] = []
+                readiness = Readiness(frontend, condemn=lambda replica, _, to=condemned: to.append(replica))
+                if right_first:
+                    assert await readiness.prove()
+                engine.canary_fault = "nonsense"
+                for _ in range(3):
+                    await readiness.prove()
+                assert condemned == ([0] if right_first else [])
+
+    run(main())

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import pytest
 
-from cluster.engine.request import Request, ResponseOptions, StoppingCriteria
+from cluster.engine.request import Request, ResponseOptions, StoppingCriteria, TokenEvent
 from cluster.frontend import socket_link
 from cluster.frontend.engine_server import EngineServer
 from cluster.frontend.frontend import Frontend, State
@@ -180,3 +180,69 @@ def test_strangers_who_say_little_or_nothing_keep_no_front_end_out() -> None:
                 dribbling.sendall(b"x")
                 time.sleep(0.2)
             raise AssertionError("a handshake may take as long as it likes")
+
+
+class Unreadable(Exception):
+    """Its pickle does not load: TypeError where it is read."""
+
+    def __init__(self, a: str, b: str) -> None:
+        super().__init__(a)
+
+
+@pytest.mark.parametrize("where", ["at the front-end", "at rank 0"])
+def test_a_message_that_cannot_be_taken_is_a_fault_and_nobody_waits_for_ever(where: str) -> None:
+    async def main() -> None:
+        with ServedEngine(FakeEngine(limits=ENDLESS, step_seconds=0.005)) as served:
+            frontend = Frontend(await asyncio.to_thread(served.link), codec=CODEC)
+            frontend.start()
+            await frontend.open(call([1], stopping=StoppingCriteria(max_new_tokens=LASTING)))
+            link = frontend.fleet.replicas[0].link
+            if where == "at rank 0":
+                link._wire.send(Unreadable("x", "y"))  # type: ignore[attr-defined]
+            else:
+                served.server._send(Unreadable("x", "y"))  # type: ignore[arg-type]
+            await until(lambda: frontend.state is State.FAILED)
+            assert "could not be taken" in frontend.fault_cause or "was lost" in frontend.fault_cause
+            await frontend.close()
+            served.link().close()  # the next one is served
+
+    run(main())
+
+
+def test_what_cannot_be_written_is_a_lost_connection_too() -> None:
+    async def main() -> None:
+        with ServedEngine(FakeEngine()) as served:
+            frontend = Frontend(await asyncio.to_thread(served.link), codec=CODEC)
+            frontend.start()
+            frontend.fleet.replicas[0].link._wire.send(lambda: None)  # type: ignore[attr-defined]
+            await until(lambda: frontend.state is State.FAILED)
+            await frontend.close()
+
+    run(main())
+
+
+def test_the_news_of_a_step_have_left_before_the_next_one_begins() -> None:
+    class Watched(FakeEngine):
+        late = 0
+
+        def step(self) -> list[TokenEvent]:
+            self.late += not served.server._written.is_set()
+            return super().step()
+
+    async def main() -> None:
+        frontend = Frontend(await asyncio.to_thread(served.link), codec=CODEC)
+        frontend.start()
+        await answer(frontend, call([1], stopping=StoppingCriteria(max_new_tokens=200)))
+        await frontend.close()
+
+    engine = Watched()
+    with ServedEngine(engine) as served:
+        run(main())
+    assert engine.steps >= 200 and engine.late <= 2, "but for a machine that stands still"
+
+
+def test_the_acceptor_ends_the_engine_rather_than_leave_it_deaf(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = EngineServer(FakeEngine(), KEY)
+    monkeypatch.setattr(server, "_accept", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        server.serve()
