@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import threading
+from functools import partial
 from typing import Any
 
 import pytest
@@ -124,14 +125,16 @@ def test_an_engine_that_is_asked_all_the_time_is_kept_alive_all_the_same() -> No
     run(main())
 
 
+def _note(condemned: list[tuple[int, str]], replica: int, cause: str) -> None:
+    condemned.append((replica, cause))
+
+
 def test_an_engine_that_hangs_is_condemned_after_two_canaries_and_one_that_says_something_is_not() -> None:
     async def main() -> None:
         engine = SlowCanary()
         async with serving(engine) as frontend:
             condemned: list[tuple[int, str]] = []
-            readiness = Readiness(
-                frontend, timeout_s=0.05, condemn=lambda replica, cause: condemned.append((replica, cause))
-            )
+            readiness = Readiness(frontend, timeout_s=0.05, condemn=partial(_note, condemned))
             seat = frontend.fleet.replicas[0].seat
             assert seat is not None
             engine.go.clear()
@@ -154,13 +157,13 @@ def test_one_that_was_right_and_is_wrong_twice_is_condemned_one_that_was_never_r
         for right_first in (True, False):
             engine = FakeEngine()
             async with serving(engine) as frontend:
-                condemned: list[int] = []
-                readiness = Readiness(frontend, condemn=lambda replica, _, to=condemned: to.append(replica))
+                condemned: list[tuple[int, str]] = []
+                readiness = Readiness(frontend, condemn=partial(_note, condemned))
                 if right_first:
                     assert await readiness.prove()
                 engine.canary_fault = "nonsense"
                 for _ in range(3):
                     await readiness.prove()
-                assert condemned == ([0] if right_first else [])
+                assert [replica for replica, _ in condemned] == ([0] if right_first else [])
 
     run(main())
