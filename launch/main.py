@@ -102,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     chosen = next((word for word in given if not word.startswith("-")), None)
     try:
-        args = _arguments(_parser(chosen), given)
+        args = _arguments(parser_of(chosen), given)
         return int(import_module(COMMANDS[args.command].module).run(args))
     except TpError as error:
         print(f"tp-decoders {chosen}: {error}", file=sys.stderr)
@@ -131,7 +131,7 @@ def _arguments(parser: argparse.ArgumentParser, given: Sequence[str]) -> argpars
     return args
 
 
-def _parser(chosen: str | None) -> argparse.ArgumentParser:
+def parser_of(chosen: str | None) -> argparse.ArgumentParser:
     """All commands by name, the chosen one with its arguments."""
     parser = argparse.ArgumentParser(
         prog="tp-decoders",

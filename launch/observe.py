@@ -13,9 +13,9 @@ from parallel.errors import ConfigError
 class ObserveConfig:
     """Metrics are off unless a port is given, and then for this machine alone unless a host is."""
 
-    metrics_host: str = "127.0.0.1"
-    metrics_port: int | None = None
-    canary_every_s: float = 10.0
+    metrics_host: str = "127.0.0.1"  # where they are given
+    metrics_port: int | None = None  # of Prometheus metrics; null: none
+    canary_every_s: float = 10.0  # between two-token requests of the server's own
     canary_timeout_s: float = 20.0  # what a canary may wait for, a long step included
     traces: str | None = None  # http://HOST:4317 (or https) of an OTLP collector, or a file for lines of JSON
     trace_ratio: float = 1.0  # of the calls whose caller has not decided, the share that is traced

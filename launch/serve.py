@@ -68,8 +68,8 @@ ENVIRONMENT = {
 class RayConfig:
     """Which Ray cluster: None starts one on this machine, with its cores or `num_cpus`, that ends with the server."""
 
-    address: str | None = None
-    num_cpus: int | None = None
+    address: str | None = None  # HOST:PORT of a standing cluster's head, or auto: the one of this user on this machine
+    num_cpus: int | None = None  # of the local cluster
     oversubscribe: bool = False  # as many cores for Ray as there are ranks: on CPUs ranks then share the real ones
 
     def __post_init__(self) -> None:
@@ -86,13 +86,13 @@ class RayConfig:
 class ServerConfig:
     """Where the gRPC server listens, who may call it, and how long a stopping one waits for open requests."""
 
-    host: str = "127.0.0.1"
-    port: int = 50051
-    drain_seconds: float = 30.0
+    host: str = "127.0.0.1"  # address to listen on
+    port: int = 50051  # 0: any free one
+    drain_seconds: float = 30.0  # of a stopping server, for what is open
     state_dir: str | None = None  # what must outlive this process: the ledger, where its ranks are
     tls: TlsConfig | None = None
-    token_file: str | None = None
-    insecure_listen_anywhere: bool = False
+    token_file: str | None = None  # who may call and for what
+    insecure_listen_anywhere: bool = False  # without TLS or without knowing who calls, too
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 65536:
@@ -109,10 +109,10 @@ class ServerConfig:
 class ServeConfig:
     """Everything about one server; a preset holds any part of it."""
 
-    model: str
-    adapter: str | None = None
-    task: str = "causal-lm"
-    mpt_reference: MptReference = "auto"
+    model: str  # a folder, or ORG/NAME[@revision] of the Hugging Face hub
+    adapter: str | None = None  # a PEFT LoRA adapter, merged as the weights load
+    task: str = "causal-lm"  # or another head's: see tasks.md
+    mpt_reference: MptReference = "auto"  # whose rules an MPT file follows; auto: by its origin
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)

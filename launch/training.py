@@ -64,9 +64,9 @@ LASTING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 class ScratchConfig:
     """Random weights to start from: a preset of configs/models, and a folder with a tokenizer."""
 
-    preset: str | None = None
-    tokenizer: str | None = None
-    seed: int = 0
+    preset: str | None = None  # of configs/models
+    tokenizer: str | None = None  # a folder
+    seed: int = 0  # of the weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +75,7 @@ class TrainConfig:
     the hub, in place of scratch. What has the name of a field of TrainSpec is that field.
     """
 
-    out: str
+    out: str  # the run's folder
     corpus: CorpusConfig
     schedule: Schedule
     steps: int
@@ -84,7 +84,7 @@ class TrainConfig:
     labels: LabelConfig = field(default_factory=LabelConfig)
     save_every: int = 100
     keep: int = 2
-    model: str | None = None
+    model: str | None = None  # a folder, or ORG/NAME[@revision] of the Hugging Face hub
     scratch: ScratchConfig = field(default_factory=ScratchConfig)
     micro_batch_tokens: int | None = None
     recompute: Recompute = "none"

@@ -40,13 +40,13 @@ class LoraConfig:
     rank or alpha, as PEFT's do.
     """
 
-    rank: int = 8
-    alpha: float = 8.0
-    dropout: float = 0.0
+    rank: int = 8  # of an adapter
+    alpha: float = 8.0  # the adapter is scaled by alpha / rank
+    dropout: float = 0.0  # of the adapter's input
     rslora: bool = False  # scaled by alpha / sqrt(rank) in place of alpha / rank (arXiv 2312.03732)
-    targets: tuple[str, ...] | str | None = None
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    targets: tuple[str, ...] | str | None = None  # names of layers, or all-linear
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)  # other ranks by layer
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)  # other alphas by layer
 
     def __post_init__(self) -> None:
         for rank in (self.rank, *self.rank_pattern.values()):

@@ -23,15 +23,15 @@ class PlacementConfig:
 
     strategy: Strategy = "STRICT_PACK"  # every rank on one node: tensor-parallel sums are latency-bound
     join_timeout_s: float = 0.0  # for nodes on their way: `ray up` returns when the head is up, before its workers
-    place_timeout_s: float = 60.0
-    start_timeout_s: float = 600.0
-    stop_timeout_s: float = 10.0
+    place_timeout_s: float = 60.0  # for Ray to reserve the ranks' places
+    start_timeout_s: float = 600.0  # for ranks to load
+    stop_timeout_s: float = 10.0  # for ranks to end by themselves
     silence_s: float = 6.0  # a rank that has not answered for this long is lost: frozen, or behind a dead link
     max_restarts: int = 5  # of a group, within restart_window_s; 0: the first fault ends it
-    restart_window_s: float = 600.0
+    restart_window_s: float = 600.0  # within which max_restarts counts
     orphan_timeout_s: float = 300.0  # ranks that outlive their server (server.state_dir) end after so long without one
     weights_cache: str | None = None  # a folder on a disk of each node, for a copy of the checkpoint's files
-    log_level: int = logging.WARNING
+    log_level: int = logging.WARNING  # of the ranks: 10 debug, 20 info, 30 warning
     log_json: bool = False  # the ranks' log as lines of JSON
 
     def __post_init__(self) -> None:

@@ -31,14 +31,14 @@ MptReference = Literal["auto", "transformers", "llm-foundry"]
 class ParallelConfig:
     """How a model is spread and in what type it computes. dtype None: the checkpoint's own."""
 
-    tp: int = 1
+    tp: int = 1  # ranks of one replica
     dp: int = 1  # replicas of tp ranks each
-    device: Device = "cpu"
-    dtype: Dtype | None = None
-    numerics: Numerics = "invariant"
-    transport: Transport = "auto"
+    device: Device = "cpu"  # of the ranks
+    dtype: Dtype | None = None  # of the weights and of what is computed
+    numerics: Numerics = "invariant"  # invariant: the same bits at every layout and batch
+    transport: Transport = "auto"  # between ranks of one host: auto takes shared memory on CPUs
     threads: int | None = None  # per rank; None: the node's cores, shared out among its ranks
-    collective_timeout_s: float = 10.0
+    collective_timeout_s: float = 10.0  # a rank that waits longer for the others gives them up
 
     def __post_init__(self) -> None:
         if self.tp < 1:
@@ -62,11 +62,11 @@ class TrainingConfig:
     they may save them. All nodes must see `save_root` under the same path.
     """
 
-    enabled: bool = False
-    save_root: str | None = None
+    enabled: bool = False  # whether clients may train
+    save_root: str | None = None  # where they may save, by name
     micro_batch_tokens: int = 2048  # computed at once; a longer sequence is computed whole
-    recompute: Recompute = "none"
-    save_timeout_s: float = 600.0
+    recompute: Recompute = "none"  # what a backward pass computes again
+    save_timeout_s: float = 600.0  # of one save
     session_idle_s: float = 300.0  # after that long without a call, waiting gradients give way to another caller's
 
     def __post_init__(self) -> None:

@@ -35,13 +35,13 @@ READING = ("kind", "encoding", "field", "prompt_field", "dataset_split")
 class CorpusConfig:
     """Which text, how it is cut into batches, and which part of it is held out."""
 
-    path: str
+    path: str  # a file or a folder
     kind: str | None = None  # text, jsonl or table; None: as the files' names say
     encoding: str | None = None  # of text and JSON lines; None: utf-8
     separator: str | None = None  # between documents of a text file; None: a file is one document
-    tokens_per_sample: int = 128
+    tokens_per_sample: int = 128  # a row of a batch; short documents share one
     batch_size: int = 8  # samples of one step, over all replicas
-    seed: int = 0
+    seed: int = 0  # of the order of documents
     split: SplitRule = field(default_factory=SplitRule)
     field: str | None = None  # of JSON lines and tables: what to learn; None: text
     prompt_field: str | None = None  # of JSON lines and tables: what comes before it and is not learned
@@ -64,12 +64,12 @@ class CorpusConfig:
 class SampleConfig:
     """What the model is asked to continue whenever it is evaluated. temperature 0 is greedy."""
 
-    prompts: tuple[str, ...] = ()
-    max_tokens: int = 48
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
-    seed: int = 0
+    prompts: tuple[str, ...] = ()  # to be continued
+    max_tokens: int = 48  # of a continuation
+    temperature: float = 0.0  # 0 is greedy
+    top_k: int | None = None  # keep so many
+    top_p: float | None = None  # keep so much probability
+    seed: int = 0  # of the draws
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
@@ -87,15 +87,15 @@ class TrainParallel:
     checkpoint's own).
     """
 
-    tp: int = 1
-    dp: int = 1
+    tp: int = 1  # ranks of one replica
+    dp: int = 1  # replicas, which share a batch
     sequence_parallel: bool = False  # divide activations between the sharded layers by tokens
-    device: Device = "cpu"
-    dtype: Dtype | None = None
-    numerics: Numerics = "invariant"
-    transport: Transport = "auto"
+    device: Device = "cpu"  # of the ranks
+    dtype: Dtype | None = None  # of what is computed; masters are float32
+    numerics: Numerics = "invariant"  # invariant: the same bits at every layout
+    transport: Transport = "auto"  # between ranks of one host: auto takes shared memory on CPUs
     threads: int | None = None  # per rank; None: the node's cores, shared out among its ranks
-    collective_timeout_s: float = 60.0
+    collective_timeout_s: float = 60.0  # a rank that waits longer for the others gives them up
 
     def __post_init__(self) -> None:
         shared = {f.name for f in fields(ParallelConfig)} - {"dp"}
@@ -114,33 +114,33 @@ class TrainParallel:
 class TrainSpec:
     """One run. `origin` says which weights it starts from, wherever `model` lies."""
 
-    model: str
+    model: str  # a checkpoint
     origin: str
-    out: str
+    out: str  # the run's folder
     corpus: CorpusConfig
     schedule: Schedule
-    steps: int
-    task: str = CAUSAL
-    mpt_reference: MptReference = "auto"
+    steps: int  # in all
+    task: str = CAUSAL  # causal-lm or sequence-classification
+    mpt_reference: MptReference = "auto"  # whose rules an MPT file follows; auto: by its origin
     labels: LabelConfig = field(default_factory=LabelConfig)  # of sequence-classification
-    save_every: int = 100
-    keep: int = 2
+    save_every: int = 100  # steps between checkpoints
+    keep: int = 2  # checkpoints that stay
     micro_batch_tokens: int | None = None  # of one forward and backward, per replica; None: all of its share at once
-    recompute: Recompute = "none"
-    attention_backend: str | None = None
+    recompute: Recompute = "none"  # what a backward pass computes again
+    attention_backend: str | None = None  # eager, cpu, sdpa or flash
     dropout: bool = True  # as config.json says; false: none
     lora: LoraConfig | None = None  # train adapters of this shape, and nothing else
     eval_every: int | None = None  # steps between evaluations and samples, which also follow the last step
-    eval_batches: int = 8
+    eval_batches: int = 8  # of one evaluation
     samples: SampleConfig = field(default_factory=SampleConfig)
-    tensorboard: bool = False
+    tensorboard: bool = False  # event files beside metrics.jsonl
     peak_flops: float | None = None  # of one rank, that utilisation is relative to; None: measured at the start
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     parallel: TrainParallel = field(default_factory=TrainParallel)
     start_timeout_s: float = 600.0
     weights_cache: str | None = None  # a folder of each node for copies of the weights it starts from
     on_nonfinite: OnNonFinite = "stop"  # a batch whose loss or gradient is not finite: end the run, or leave it out
-    max_skipped_in_a_row: int = 3
+    max_skipped_in_a_row: int = 3  # more end the run
     max_skipped: int = 20  # of the whole run
 
     def __post_init__(self) -> None:

@@ -15,16 +15,16 @@ from parallel.errors import ConfigError
 class EngineConfig:
     """An engine's sizes. Without kv_blocks: what `kv_memory_fraction` of free memory holds, never more than useful."""
 
-    block_size: int = 16
-    kv_memory_fraction: float = 0.6
-    kv_blocks: int | None = None
-    max_step_tokens: int = 1024
+    block_size: int = 16  # tokens of one block of the cache
+    kv_memory_fraction: float = 0.6  # of free memory
+    kv_blocks: int | None = None  # of the cache
+    max_step_tokens: int = 1024  # computed in one step
     max_scored_tokens: int = 256  # prompt positions of one step whose full rows of logits are wanted
-    max_sequences: int = 64
-    max_queue: int = 4096
+    max_sequences: int = 64  # running at once
+    max_queue: int = 4096  # waiting; more are refused
     priority_patience: float = 30.0  # seconds of waiting that outweigh one level of priority: nobody waits for ever
     share_stretch: float = 2.0  # while callers share, a step may take so many times as long as their shortest
-    prefix_caching: bool = True
+    prefix_caching: bool = True  # beginnings that were computed before are not again
     attention_backend: str | None = None  # eager, cpu, sdpa or flash; the best one that works unless given
 
     def __post_init__(self) -> None:

@@ -86,13 +86,13 @@ class FrontendConfig:
     """Bounds a front-end keeps whatever model is behind it."""
 
     max_open_requests: int = 4096  # samples in the journal, over all prompts
-    max_prompts_per_call: int = 1024
-    max_n: int = 64
+    max_prompts_per_call: int = 1024  # more are refused
+    max_n: int = 64  # samples of a prompt
     max_train_tokens: int = 131072  # of one training call
-    max_logprobs: int = 64
-    max_stop_sequences: int = 64
+    max_logprobs: int = 64  # alternatives of a token
+    max_stop_sequences: int = 64  # of a call
     max_stop_length: int = 1024  # characters
-    max_bad_words: int = 1024
+    max_bad_words: int = 1024  # of a call
     max_id_list: int = 65536  # entries of logit_bias, allowed_token_ids, stop_token_ids; ids of all bad words
     max_list_entries: int = 1 << 22  # of these lists, over all prompts of a call
     max_request_id: int = 256  # characters

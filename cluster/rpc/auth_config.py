@@ -24,9 +24,9 @@ BY_OTHERS = stat.S_IWGRP | stat.S_IRWXO
 class TlsConfig:
     """PEM files of the server: its certificate chain and key; client_ca: clients need a certificate that it signed."""
 
-    cert: str
-    key: str
-    client_ca: str | None = None
+    cert: str  # the certificate chain
+    key: str  # not encrypted, readable by its owner only
+    client_ca: str | None = None  # let in only clients that this CA has signed
 
 
 @dataclass(frozen=True, kw_only=True)

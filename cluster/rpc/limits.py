@@ -9,12 +9,12 @@ from dataclasses import dataclass
 class ServerLimits:
     """Sizes and times of the gRPC server."""
 
-    max_message_bytes: int = 64 * 1024 * 1024
-    max_concurrent_rpcs: int = 4096
-    max_streams_per_connection: int = 2048
+    max_message_bytes: int = 64 * 1024 * 1024  # of a request, and of an answer
+    max_concurrent_rpcs: int = 4096  # open calls in all
+    max_streams_per_connection: int = 2048  # open calls of one connection
     max_calls_per_client: int = 1024  # a client: a token, else a client certificate's name, else an address
     keepalive_seconds: float = 30.0  # a client that vanished is noticed after this and the next
-    keepalive_timeout_seconds: float = 20.0
+    keepalive_timeout_seconds: float = 20.0  # for the answer to a ping
     receive_seconds: float = 60.0  # a client that opens a call has so long to send its message
     write_seconds: float = 120.0  # a client that reads nothing of its stream, or answer, for so long is dropped
     max_unread_bytes_per_client: int = 128 * 1024 * 1024  # of answers on their way

@@ -40,12 +40,12 @@ PIECE = 1 << 24
 class OptimizerConfig:
     """AdamW's constants, and the norm to which gradients are clipped (None: not at all)."""
 
-    learning_rate: float = 1e-4
-    beta1: float = 0.9
-    beta2: float = 0.95
-    epsilon: float = 1e-8
-    weight_decay: float = 0.1
-    max_grad_norm: float | None = 1.0
+    learning_rate: float = 1e-4  # in a job: schedule.learning_rate
+    beta1: float = 0.9  # of the first moment
+    beta2: float = 0.95  # of the second moment
+    epsilon: float = 1e-8  # added to the root of the second moment
+    weight_decay: float = 0.1  # decoupled; not of biases and norms
+    max_grad_norm: float | None = 1.0  # null: not clipped
 
     def __post_init__(self) -> None:
         for name, low, high in (

@@ -18,11 +18,11 @@ KINDS = ("cosine", "linear", "constant")
 class Schedule:
     """Linear warm-up from 0 to `learning_rate`, then down to `final_ratio` of it at `total_steps`, or constant."""
 
-    learning_rate: float
-    kind: str = "cosine"
-    warmup_steps: int = 0
+    learning_rate: float  # the highest
+    kind: str = "cosine"  # constant, linear or cosine
+    warmup_steps: int = 0  # linear from 0
     total_steps: int | None = None  # warm-up included; needed but for "constant"
-    final_ratio: float = 0.0
+    final_ratio: float = 0.0  # of the highest, at the end
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:

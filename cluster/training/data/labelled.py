@@ -43,9 +43,9 @@ class LabelConfig:
     of the file, sorted. A label is a name, or its id.
     """
 
-    text_field: str = "text"
-    label_field: str = "label"
-    names: tuple[str, ...] = ()
+    text_field: str = "text"  # of a line
+    label_field: str = "label"  # of a line
+    names: tuple[str, ...] = ()  # in the order of their ids; empty: as in the file, sorted
 
 
 @dataclass(frozen=True, eq=False)

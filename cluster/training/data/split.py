@@ -24,9 +24,9 @@ UNITS = ("document", "piece")
 class SplitRule:
     """The share of documents (or pieces) that is held out for evaluation, about `eval_fraction`, chosen by `seed`."""
 
-    eval_fraction: float = 0.0
-    seed: int = 0
-    unit: str = "document"
+    eval_fraction: float = 0.0  # held out
+    seed: int = 0  # of the choice
+    unit: str = "document"  # document or piece
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.eval_fraction < 1.0:
