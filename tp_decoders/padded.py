@@ -204,9 +204,7 @@ def targets_of(labels_BT: Tensor, padding: Padding, vocab_size: int) -> Tensor:
 
 def _attend(call: Call, dropping: Dropping | None) -> Probed:
     padding, past = call.padding, call.past
-    asked = Asked(
-        keys_values=call.keeps, weights=call.asks("output_attentions"), head_mask_LN=call.head_mask()
-    )
+    asked = Asked(keys_values=call.keeps, weights=call.asks("output_attentions"), head_mask_LN=call.head_mask())
     behind = None
     if past is not None:
         flat = [(padding.pack_past(layer[0]), padding.pack_past(layer[1])) for layer in past]

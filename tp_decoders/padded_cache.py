@@ -70,4 +70,3 @@ def columns_of(past: Any) -> int:
     if caches is not None:
         return caches.columns
     return 0 if past is None else int(past[0][0].shape[2])
-

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,8 @@ from parallel.errors import CheckpointError
 from parallel.shard import Index, Replicated, full_shape_of, rule_of
 from tp_decoders.save_files import TensorPlan, divide, header
 
+CHUNK = 1 << 22
+"""Elements that are written at once."""
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -60,7 +62,14 @@ class SliceFiles:
                 raise CheckpointError(f"cannot make {path} of {length} bytes: {error}") from error
 
     def write(self, name: str, index: Index, piece: Tensor) -> None:
-        """A piece of a tensor, at its place in the full one."""
+        """A piece of a tensor, at its place in the full one; a bounded part of it is copied and mapped at a time."""
+        rows = max(1, CHUNK * len(piece) // max(1, piece.numel()))
+        for first in range(0, len(piece), rows):
+            start = index[0].start + first
+            part = piece[first : first + rows]
+            self._write(name, (slice(start, start + len(part)), *index[1:]), part)
+
+    def _write(self, name: str, index: Index, piece: Tensor) -> None:
         number, start, plan = self._places[name]
         path = self.folder / self.names[number]
         words = WORDS[plan.dtype.itemsize]
@@ -93,23 +102,67 @@ class SliceFiles:
             )
 
 
-def owned_pieces(parameter: Tensor, local: Tensor, rank: int) -> list[tuple[Index, Tensor]]:
+Range = tuple[int, int]
+
+
+def owned_pieces(
+    parameter: Tensor, local: Tensor, rank: int, elements: Range | None = None
+) -> Iterator[tuple[Index, Tensor]]:
     """What a rank writes of a tensor sharded like `parameter`: index ranges of the full tensor, and this rank's part
-    of them.
+    of them. With `elements` it has only those of its shard, in the order of memory, and `local` is flat.
 
     What every rank holds whole is written by rank 0.
     """
+    shape, dim, shared = parameter.shape, _divided(parameter), _shared_blocks(rule_of(parameter))
+    blocks = [(local, tuple(slice(0, n) for n in shape))]
+    if elements is not None:
+        blocks = [
+            (local[low:high].view([s.stop - s.start for s in at]), at) for low, high, at in _runs(shape, elements)
+        ]
+    start = 0
+    for number, index in enumerate(_pieces(parameter, rank)):
+        width = index[dim].stop - index[dim].start
+        for values, at in blocks if rank == 0 or number not in shared else ():
+            low, high = max(at[dim].start, start), min(at[dim].stop, start + width)
+            if low < high:
+                shift = [own.start for own in index]
+                shift[dim] -= start
+                kept = [slice(low, high) if d == dim else at[d] for d in range(len(shape))]
+                place = tuple(slice(own.start + by, own.stop + by) for own, by in zip(kept, shift, strict=True))
+                yield place, values.narrow(dim, low - at[dim].start, high - low)
+        start += width
+
+
+def _divided(parameter: Tensor) -> int:
+    """The dimension along which ranks hold parts."""
+    rule = rule_of(parameter)
+    return 0 if isinstance(rule, Replicated) else rule.dim
+
+
+def _pieces(parameter: Tensor, rank: int) -> Sequence[Index]:
     rule = rule_of(parameter)
     if isinstance(rule, Replicated):
-        return [(tuple(slice(0, n) for n in parameter.shape), local)] if rank == 0 else []
-    pieces, start = [], 0
-    shared = _shared_blocks(rule)
-    for number, index in enumerate(rule.pieces(full_shape_of(parameter), rank)):
-        width = index[rule.dim].stop - index[rule.dim].start
-        if width and (rank == 0 or number not in shared):
-            pieces.append((index, local.narrow(rule.dim, start, width)))
-        start += width
-    return pieces
+        return [tuple(slice(0, n) for n in parameter.shape)] if rank == 0 else []
+    return rule.pieces(full_shape_of(parameter), rank)
+
+
+def _runs(shape: Sequence[int], elements: Range) -> Iterator[tuple[int, int, Index]]:
+    """Elements of a vector or a matrix as boxes: part of a row, whole rows, part of a row; with their places among the
+    elements.
+    """
+    first, last = elements
+    low, columns = first, shape[-1] if len(shape) > 1 else 1
+    assert len(shape) <= 2, "parameters are vectors and matrices"
+    while low < last:
+        row, column = divmod(low, columns)
+        if column or last - low < columns:
+            high = min(last, (row + 1) * columns)
+            box: Index = (slice(row, row + 1), slice(column, column + high - low))
+        else:
+            high = low + (last - low) // columns * columns
+            box = (slice(row, high // columns), slice(0, columns))
+        yield low - first, high - first, box[: len(shape)]
+        low = high
 
 
 def _shared_blocks(rule: object) -> set[int]:

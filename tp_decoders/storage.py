@@ -10,6 +10,7 @@ from pathlib import Path
 
 MOUNTS = Path("/proc/self/mountinfo")
 
+
 def kind_of(path: Path) -> str:
     """The type of the file system at a path, as the kernel calls it; empty where that cannot be known."""
     found, longest = "", -1

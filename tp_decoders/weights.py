@@ -111,9 +111,7 @@ def locate_together(path: str | Path, group: Group) -> Path:
     return locate(word[1:].decode())
 
 
-def _fill_all(
-    model: Decoder, checkpoint: Checkpoint, sources: Sources, progress: Progress
-) -> None:
+def _fill_all(model: Decoder, checkpoint: Checkpoint, sources: Sources, progress: Progress) -> None:
     """Reads what the checkpoint holds of a shard, and makes the rest."""
     parameters = dict(model.named_parameters())
     sizes = {ours: parameters[ours].numel() * checkpoint.itemsize(theirs) for ours, (theirs, _) in sources.items()}

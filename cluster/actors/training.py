@@ -224,6 +224,7 @@ class TrainRank:
         )  # fmt: skip
         self._held_out = self._evaluated(store)
         self._checkpointer = Checkpointer(self._out, groups, keep=spec.keep, timeout_s=spec.start_timeout_s)
+        self._trainer.before_update = self._checkpointer.settle
 
     def _evaluated(self, store: Store) -> RowDataset | None:
         """What evaluations read. A preset's share of a small corpus may come to nothing: the run goes on without."""

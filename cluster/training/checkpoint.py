@@ -5,11 +5,11 @@
                          training/state.json                step, data position, layout, checksums of every file
     ROOT/latest          the name of the newest complete checkpoint
 
-Every rank writes its own byte ranges; nothing is gathered over tensor-parallel ranks. A save copies what it needs
-and returns; a thread writes. The folder gets its name when every rank has synced its part, so a kill at any moment
-leaves the last good one. A rank that fails tells the others (agreement.py), and nobody waits for it. Moments are
-stored as full tensors: any layout resumes from them. Of a model with an adapter only the adapter is saved, in PEFT's
-files.
+Every rank writes its own byte ranges; nothing is gathered. A save returns at once and a thread writes from the very
+tensors, in pieces: the next update waits until they are read (`settle`). The folder gets its name when every rank has
+synced its part, so a kill at any moment leaves the last good one. A rank that fails tells the others (agreement.py),
+and nobody waits for it. Moments are stored as full tensors: any layout resumes from them. Of a model with an adapter
+only the adapter is saved, in PEFT's files.
 """
 
 from __future__ import annotations
@@ -63,14 +63,19 @@ class Checkpointer:
         self.root, self.groups, self.keep, self.timeout_s = root, groups, keep, timeout_s
         self._pending: Future[Path] | None = None
         self._dropped = threading.Event()
+        self._job: SaveJob | None = None
+        self._unread: list[SaveJob] = []
+        self._unsettled = False
 
     def save(
         self, model: Decoder, optimizer: ShardedAdamW | None, extra: Mapping[str, Any], name: str | None = None
     ) -> Future[Path]:
-        """Copies out and returns; the future is done when the checkpoint is complete, or has failed on some rank. An
-        earlier save is waited for first. Without an optimiser it is a plain Hugging Face checkpoint; only one without
-        a name of its own becomes `latest`.
+        """Begins to write and returns; the future is done when the checkpoint is complete, or has failed on some
+        rank. Nothing of the model and the optimiser may change before `settle`. An earlier save is waited for first.
+        Without an optimiser it is a plain Hugging Face checkpoint; only one without a name of its own becomes
+        `latest`.
         """
+        self._job, self._unsettled = None, True
         self.wait()
         assert name is not None or optimizer is not None, "the steps taken are a checkpoint's name unless one is given"
         target = self.root / (name or f"step-{optimizer.steps if optimizer else 0:08d}")
@@ -83,14 +88,33 @@ class Checkpointer:
         )  # fmt: skip
         self._pending = future = Future[Path]()
         try:
-            job = SaveJob(order, model, optimizer)
+            job = self._job = SaveJob(order, model, optimizer)
+            self._unread.append(job)
         except CollectiveError:
             raise
-        except Exception as error:  # noqa: BLE001  no memory for the copies, say: all ranks must learn of it
+        except Exception as error:  # noqa: BLE001  whatever it is, all ranks must learn of it
             future.set_exception(failure(order, error))
             return future
         threading.Thread(target=run, args=(job, future), name=f"checkpoint {target.name}", daemon=True).start()
         return future
+
+    @property
+    def reading(self) -> bool:
+        """On rank 0: whether some rank still reads what a save writes."""
+        return self._job is not None and not self._job.all_read.is_set()
+
+    def settle(self) -> None:
+        """On every rank at once, before weights or moments change: waits until those of a save under way are read."""
+        if not self._unsettled:
+            return
+        self._unsettled = False
+        for job in self._unread:
+            if not job.read.wait(self.timeout_s):
+                raise CheckpointError(f"{job.target} was not read within {self.timeout_s:g} s; no step can be taken")
+        self._unread.clear()
+        for group in (self.groups.dp, self.groups.tp):
+            if group.size > 1:
+                group.talk.barrier(self.timeout_s)  # ranks whose disks are slower are waited for
 
     def drop(self) -> None:
         """Forgets the save under way, which is known to be over elsewhere; its thread ends at its next wait."""

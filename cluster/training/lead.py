@@ -41,6 +41,8 @@ from parallel.errors import CollectiveError, TpError, WorkerError
 
 log = logging.getLogger(__name__)
 SESSION_IDLE_S = 300.0
+HELD_S = 0.002
+"""Between two looks at a save that holds an update up."""
 
 
 @dataclass(frozen=True)
@@ -103,12 +105,16 @@ class TrainLead:
         return answer or InParts(partial(self._advance, call), self._cancel)
 
     def _advance(self, call: TrainCall) -> TrainAnswer | None:
+        if self._side.updates_next and self._side.reading:
+            time.sleep(HELD_S)
+            self._commands.keep_alive()
+            return None
         self._commands.issue(MORE)
         return self._on(call, self._side.advance())
 
     def _on(self, call: TrainCall, answer: TrainAnswer | None) -> TrainAnswer | None:
-        """The update follows the last pass at once."""
-        while answer is None and self._side.updates_next:
+        """The update follows the last pass at once, unless a save still reads what it would change."""
+        while answer is None and self._side.updates_next and not self._side.reading:
             self._commands.issue(MORE)
             answer = self._side.advance()
         return None if answer is None else self._finished(call, answer)
@@ -149,7 +155,7 @@ class TrainLead:
         if not self._sessions.meant(call):
             return self._stamped(self._side.state())
         by_owner = call.owner is None or call.owner == call.caller
-        who = "its owner" if by_owner else f"{call.caller!r}, who controls the server"
+        who = "its owner" if by_owner else f"{call.caller or 'somebody'}, who controls the server"
         return self._stamped(self._drop(call, f"by {who} (DropGradients)", untold=not by_owner))
 
     def _drop(self, call: TrainCall, why: str, untold: bool) -> TrainAnswer:
@@ -184,7 +190,7 @@ class TrainLead:
         return answer
 
     def _save(self, call: TrainCall) -> TrainAnswer | Later:
-        """Copies out on all ranks; the answer is there when the last byte is."""
+        """Begins on all ranks; the answer is there when the last byte is."""
         under_way = self._saving
         if under_way is not None and call.idempotency_key and under_way.call == call:
             return Later(under_way.done, partial(self._saved, under_way))

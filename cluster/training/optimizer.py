@@ -122,6 +122,18 @@ def _touch(parameter: Tensor) -> None:
     parameter.view(-1)[:0].zero_()
 
 
+@dataclass(frozen=True)
+class LocalState:
+    """A moment ("exp_avg", "exp_avg_sq") or the "master" of a parameter: those elements of this tensor-parallel rank's
+    shard of it, in the order of memory, that this data-parallel rank keeps. `values` is flat.
+    """
+
+    name: str
+    kind: str
+    values: Tensor
+    elements: tuple[int, int]
+
+
 KeptGradients = list[tuple[set[str], Tensor | None]]
 """By flat buffer: which parameters' gradients wait, and a copy of all of them."""
 
@@ -144,21 +156,26 @@ class ShardedAdamW:
         self._guard = UpdateGuard(tp, dp, self.flats[0].master.device)
         self._hooks = [hook for flat in self.flats for hook in _accumulating(flat)]
 
-    def local_state(self) -> Iterator[tuple[str, str, Tensor]]:
-        """(parameter, "exp_avg" | "exp_avg_sq" | "master", this tensor-parallel rank's whole shard of it, copied).
-        Gathers over dp.
+    def local_state(self) -> Iterator[LocalState]:
+        """All that this rank keeps, not copied: moments by parameter, and the masters of parameters that are not
+        float32 themselves.
         """
         for flat in self.flats:
-            for moment in MOMENTS:
-                part = self._moments[flat][moment] if flat in self._moments else torch.zeros_like(flat.own_master)
-                whole = (
-                    part.clone() if self.dp.size == 1 else self.dp.talk.all_gather(part, [len(part)] * self.dp.size, 0)
-                )
-                for name in flat.parameters:
-                    yield name, moment, flat.view(whole, name)
             for name, parameter in flat.parameters.items():
+                start, stop = flat.places[name]
+                low = min(max(start, flat.slice.start), stop)
+                high = max(low, min(stop, flat.slice.stop))
+                elements, own = (low - start, high - start), slice(low - flat.slice.start, high - flat.slice.start)
+                for kind in MOMENTS:
+                    if high == low:
+                        values = flat.master[:0]
+                    elif flat in self._moments:
+                        values = self._moments[flat][kind][own]
+                    else:
+                        values = torch.zeros((), device=flat.master.device).expand(high - low)
+                    yield LocalState(name, kind, values, elements)
                 if parameter.dtype is not torch.float32:
-                    yield name, "master", flat.view(flat.master, name).clone()
+                    yield LocalState(name, "master", flat.master[low:high], elements)
 
     def prepare_state(self, steps: int) -> None:
         """Makes room for moments that `restore` then fills, as after `steps` updates."""

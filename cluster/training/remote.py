@@ -147,6 +147,11 @@ class TrainSide:
             raise _error(call, failure)
         return result
 
+    @property
+    def reading(self) -> bool:
+        """On rank 0: whether a save still reads the weights somewhere, which then cannot change."""
+        return self._saver is not None and self._saver.reading
+
     def drop_save(self) -> None:
         """The save under way has failed somewhere: this rank's part of it ends."""
         if self._saver is not None:
@@ -230,6 +235,8 @@ class TrainSide:
     def _ready(self) -> Trainer:
         if self._trainer is None:
             self._trainer = Trainer(self._runner.model, self._groups, self._config)
+            if self._saver is not None:
+                self._trainer.before_update = self._saver.settle
         return self._trainer
 
     def _parts(self, call: TrainCall) -> CallParts:
@@ -297,6 +304,7 @@ class TrainSide:
         if failure is not None:
             raise CheckpointError(f"nothing was loaded: {failure.words}")
         assert loaded is not None, "a rank that read nothing gives a cause"
+        trainer.before_update()
         try:
             restore.apply(loaded, self._runner.model, trainer.optimizer)
         except Exception as caught:

@@ -1,7 +1,8 @@
 """The memory that training takes beside serving, on one rank: what must stay free of the key/value cache.
 
     state        gradients, masters and moments, and the weights packed for the backward on CPUs
-    a save       copies of weights, masters and moments while they are written; a load holds as much
+    a load       weights, masters and moments that were read, until all ranks have theirs; a save writes in pieces
+    undoing      a copy of the gradients that wait, while a call adds to them
     a pass       the worst moment of one micro-batch, and a tenth for what an estimate misses
 
 Counted by cluster.training.memory, as `tp-decoders plan` counts.
@@ -26,9 +27,9 @@ def training_room(model: Decoder, micro_batch_tokens: int, recompute: Recompute,
     shapes = build(model.config, Group(group.rank, group.size, numerics=group.numerics), weight.dtype, "meta")
     static = training_bytes(shapes, Group.single(), device)
     packed = static.packed - packed_bytes(shapes, training=False) if device == "cpu" else 0
-    copies = sum(parameter.nbytes for parameter in shapes.parameters()) + static.optimizer if saves else 0
+    loaded = sum(parameter.nbytes for parameter in shapes.parameters()) + static.optimizer if saves else 0
     worst = max(pass_bytes(model, micro_batch_tokens, recompute), static.update)
-    return static.gradients + static.optimizer + packed + copies + worst
+    return static.gradients + static.optimizer + packed + max(loaded, static.gradients + worst)
 
 
 def pass_bytes(model: Decoder, tokens: int, recompute: Recompute) -> int:

@@ -1,9 +1,11 @@
-"""One save on one rank: the copies taken while the caller waits, and the writing, which a thread does.
+"""One save on one rank: which tensors it writes, decided while the caller waits, and the writing, which a thread does.
 
     rank 0 lays the files out --ready--> every rank writes its own byte ranges --done-r--> rank 0 adds config, state and
     checksums and gives the draft its name
 
-The ranks meet through files in the draft, and hear of a failure through a FailureNotice; there is no collective here.
+Nothing is copied but a piece at a time: weights and moments are read as they are, so they may not change before
+`read` is set, which the Checkpointer sees to. The ranks meet through files in the draft, and hear of a failure
+through a FailureNotice; there is no collective here.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ import torch
 from torch import Tensor
 
 from cluster.training.agreement import FailureNotice
-from cluster.training.optimizer import ShardedAdamW
+from cluster.training.optimizer import LocalState, ShardedAdamW
 from parallel.errors import CheckpointError
 from parallel.mesh import Groups
 from parallel.shard import full_shape_of
@@ -70,6 +72,10 @@ class SaveOrder:
     extra: Mapping[str, Any]
 
 
+Part = tuple[SliceFiles, Line, str, Tensor, tuple[int, int] | None]
+"""The files, the parameter, what follows its name there, this rank's shard or its elements of it."""
+
+
 class SaveJob:
     """Made while the caller waits; `run` in a thread."""
 
@@ -81,6 +87,7 @@ class SaveJob:
         self.leads = self.tp.rank == 0 and self.dp.rank == 0
         self.draft = order.notice.path.with_suffix(".part")
         lines = lines_of(model)
+        self.read, self.all_read = threading.Event(), threading.Event()
         moments = _moments(optimizer, lines) if optimizer else []
         stem = "adapter_model" if model.lora else "model"
         self.weights = SliceFiles(
@@ -89,30 +96,29 @@ class SaveJob:
         self.state = SliceFiles(
             self.draft / "training",
             "optimizer",
-            [_plan(line, torch.float32, f".{kind}") for line, kind, _ in moments],
+            [_plan(line, torch.float32, f".{own.kind}") for line, own in moments],
             MAX_FILE_BYTES,
         )
-        writes = self.dp.rank == 0
-        self.copies = [(self.weights, line, "", line.parameter.detach().clone()) for line in lines if writes]
-        self.copies += [(self.state, line, f".{kind}", local) for line, kind, local in moments if writes]
+        weights = lines if self.dp.rank == 0 else []
+        self.parts: list[Part] = [(self.weights, line, "", line.parameter.detach(), None) for line in weights]
+        self.parts += [(self.state, line, f".{own.kind}", own.values, own.elements) for line, own in moments]
 
     def run(self) -> Path:
         if self.leads:
             self._lay_out()
-        if self.dp.rank == 0:  # the others write nothing and nobody waits for them: "ready" may be gone when they look
-            self._await("laid out", [self.draft / "ready"])
-        for files, line, suffix, local in self.copies:
-            for index, piece in owned_pieces(line.parameter, local, self.tp.rank):
+        self._await("laid out", [self.draft / "ready"])
+        for files, line, suffix, local, elements in self.parts:
+            self._check_dropped()
+            for index, piece in owned_pieces(line.parameter, local, self.tp.rank, elements):
                 transposed = line.name.transposed
                 files.write(
                     line.theirs + suffix, index[::-1] if transposed else index, piece.t() if transposed else piece
                 )
-        self.copies.clear()
-        if self.dp.rank == 0:
-            self.weights.sync()
-            if self.step is not None:
-                self.state.sync()
-            (self.draft / f"done-{self.tp.rank}").touch()
+        self._let_go()
+        self.weights.sync()
+        if self.step is not None:
+            self.state.sync()
+        (self.draft / f"done-{self._number}").touch()
         if self.leads:
             self._commit()
         self._await("committed", [self.target / (self.config_name if self.step is None else STATE)])
@@ -120,11 +126,25 @@ class SaveJob:
 
     def fail(self, error: BaseException) -> CheckpointError:
         """What the save's future raises; all ranks learn of it, and the draft goes."""
-        self.copies.clear()
+        self._let_go()
+        self.all_read.set()
         found = failure(self.order, error)
         if self.leads:
             shutil.rmtree(self.draft, ignore_errors=True)
         return found
+
+    def _let_go(self) -> None:
+        """The tensors may change."""
+        self.parts.clear()
+        self.read.set()
+
+    @property
+    def _number(self) -> int:
+        return self.dp.rank * self.tp.size + self.tp.rank
+
+    def _check_dropped(self) -> None:
+        if self.order.dropped.is_set():
+            raise CheckpointError(f"the save of {self.target} was given up before it was written")
 
     def _lay_out(self) -> None:
         if os.path.lexists(self.target):
@@ -151,7 +171,8 @@ class SaveJob:
             time.sleep(POLL_S)
 
     def _commit(self) -> None:
-        self._await("written", [self.draft / f"done-{rank}" for rank in range(self.tp.size)])
+        self._await("written", [self.draft / f"done-{number}" for number in range(self.tp.size * self.dp.size)])
+        self.all_read.set()
         for path in (self.draft / "ready", *self.draft.glob("done-*")):
             path.unlink()
         self.weights.write_index()
@@ -240,13 +261,11 @@ def _plan(line: Line, dtype: torch.dtype, suffix: str) -> TensorPlan:
     return TensorPlan(line.theirs + suffix, shape[::-1] if line.name.transposed else shape, dtype)
 
 
-def _moments(optimizer: ShardedAdamW, lines: list[Line]) -> list[tuple[Line, str, Tensor]]:
-    """Copies of this tp rank's moments (gathered over dp), and of the masters of parameters that are not float32
-    themselves.
-    """
+def _moments(optimizer: ShardedAdamW, lines: list[Line]) -> list[tuple[Line, LocalState]]:
+    """The optimiser's part of this rank, in the order of the files."""
     by_name = {line.ours: line for line in lines}
-    found = [(by_name[ours], kind, local) for ours, kind, local in optimizer.local_state()]
-    return sorted(found, key=lambda entry: (entry[0].theirs, entry[1]))
+    found = [(by_name[own.name], own) for own in optimizer.local_state()]
+    return sorted(found, key=lambda entry: (entry[0].theirs, entry[1].kind))
 
 
 def digest(path: Path) -> str:

@@ -114,9 +114,9 @@ def _owner(call: TrainCall) -> Owner:
 
 
 def _who(caller: str) -> str:
-    return f"caller {caller!r}" if caller else "another session"
+    return caller or "another session"
 
 
 def _named(owner: Owner) -> str:
     caller, name = owner
-    return f"session {name!r}{f' of caller {caller!r}' if caller else ''}"
+    return f"session {name!r}{f' of {caller}' if caller else ''}"

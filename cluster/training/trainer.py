@@ -12,7 +12,7 @@ the steps applied.
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
@@ -134,6 +134,10 @@ def finish(parts: Parts[T]) -> T:
             return end.value
 
 
+def _nothing() -> None:
+    """There is nothing to wait for."""
+
+
 class Trainer:
     """Trains a model in place. All tensor-parallel ranks call the same methods with the same batches."""
 
@@ -143,6 +147,7 @@ class Trainer:
             attention_for(model, config.attention_backend)  # refused here, not in the first step
         self.optimizer = ShardedAdamW(model, groups.tp, groups.dp, config.optimizer)
         self.weight_version = 0
+        self.before_update: Callable[[], None] = _nothing  # on all ranks at once, before weights and moments change
         model.recompute = config.recompute
 
     @property
@@ -174,6 +179,7 @@ class Trainer:
         config = config or self.config.optimizer
         if learning_rate is not None:
             config = replace(config, learning_rate=learning_rate)
+        self.before_update()
         norm = self.optimizer.step(config)
         self.weight_version += 1
         return StepResult(

@@ -114,7 +114,7 @@ class TrainingServicer:
 
     def SaveState(self, request, context):
         """Weights and optimiser state under a new name of the server's folder; answered when the last byte is on the disk.
-        Only the copying out interrupts generation.
+        Generation and passes go on meanwhile; the next update waits until every rank has written its part.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

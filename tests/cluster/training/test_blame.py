@@ -47,7 +47,7 @@ def trainer_of(
 
 def everything(trainer: Trainer) -> list[Tensor]:
     """Weights, masters and moments, copied."""
-    state = [tensor.clone() for _, _, tensor in trainer.optimizer.local_state()]
+    state = [own.values.clone() for own in trainer.optimizer.local_state()]
     return [*(p.detach().clone() for p in trainer.model.parameters()), *state]
 
 

@@ -14,17 +14,20 @@ from tests.cluster.engine.tiny_models import save_tiny
 from tp_decoders import load
 
 
-@pytest.mark.parametrize(("dtype", "state", "copies"), [(torch.float32, 12, 12), (torch.bfloat16, 16, 14)])
-def test_room_is_state_copies_of_a_save_and_a_pass(tmp_path: Path, dtype: torch.dtype, state: int, copies: int) -> None:
+@pytest.mark.parametrize(("dtype", "state", "read"), [(torch.float32, 12, 12), (torch.bfloat16, 16, 14)])
+def test_room_is_state_and_a_pass_with_its_undoing_or_what_a_load_reads(
+    tmp_path: Path, dtype: torch.dtype, state: int, read: int
+) -> None:
     model = load(save_tiny("gpt2", tmp_path / "gpt2"), dtype=dtype)
     count = sum(parameter.numel() for parameter in model.parameters())
-    bare, saving = (training_room(model, 64, "none", saves) for saves in (False, True))
-    assert copies * count <= saving - bare <= 1.1 * copies * count, "the rest is padding of the optimiser's buffers"
+    bare, loading = (training_room(model, 64, "none", saves) for saves in (False, True))
     optimizer = ShardedAdamW(model, Group.single(), Group.single(), OptimizerConfig())
     flat = sum(flat.master.numel() for flat in optimizer.flats)
     held = flat * (4 + 4 + 8) - (4 * count if dtype is torch.float32 else 0)  # the master takes the parameter's place
     assert state * count <= held < 1.1 * state * count
-    packed = bare - held - pass_bytes(model, 64, "none")
+    undone = 4 * flat + pass_bytes(model, 64, "none")
+    assert read * count <= loading - bare + undone <= 1.1 * read * count, "a load needs no pass; the rest is padding"
+    packed = bare - held - undone
     assert 0 <= packed < 4 * count * dtype.itemsize + (1 << 16), "weights packed for the backward, in whole pages"
 
 
