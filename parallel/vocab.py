@@ -87,6 +87,11 @@ class VocabHead(nn.Module):
         if weight is not None:
             self.linear.weight = weight
 
+    @property
+    def weight(self) -> nn.Parameter:
+        """[V/p, D], by the name that an embedding has for its own."""
+        return self.linear.weight
+
     def forward(self, x_TD: Tensor) -> Tensor:
         """[T, V/p] float32 logits of this rank's part of the vocabulary."""
         logits = self.linear(x_TD, dtype=torch.float32)

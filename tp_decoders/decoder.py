@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -143,6 +143,28 @@ class Decoder(nn.Module):
         """Whether a pass with masks drops anything."""
         return self.config.dropout.any or (self.lora is not None and self.lora.dropout > 0.0)
 
+    def get_input_embeddings(self) -> VocabEmbedding:
+        """The embedding; its weight holds this rank's rows."""
+        return self.embed
+
+    def get_output_embeddings(self) -> VocabHead | None:
+        """The vocabulary head, None where there is none."""
+        return self.head if self.has_vocabulary else None
+
+    def set_input_embeddings(self, value: nn.Embedding | VocabEmbedding | Tensor) -> None:
+        """The whole table [V, D], of the model's vocabulary or, where the head is tied to it or missing, another."""
+        _resizing().set_input_embeddings(self, value)
+
+    def set_output_embeddings(self, value: nn.Linear | VocabHead | Tensor) -> None:
+        """The head's whole matrix [V, D], of a model that is not tied."""
+        _resizing().set_output_embeddings(self, value)
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> VocabEmbedding:
+        """The vocabulary made longer or shorter (tp_decoders.resizing); all ranks call this."""
+        return _resizing().resize_token_embeddings(self, new_num_tokens, pad_to_multiple_of, mean_resizing)
+
     def through_blocks(self, x_TD: Tensor, attend: Attend, *given: object, seen: list[Tensor] | None = None) -> Tensor:
         """The embeddings' dropout and all blocks in turn, which are handed (x, attend, *given, tokens). Divides the
         tokens between them where asked for. What every block is given is added to `seen`.
@@ -174,6 +196,12 @@ class Decoder(nn.Module):
             return checkpoint(run, *given, use_reentrant=False)  # type: ignore[no-any-return]
         with forgetting_cheap():
             return run(*given)  # type: ignore[no-any-return]
+
+
+def _resizing() -> Any:
+    from tp_decoders import resizing  # it asks the families, which derive from this module's class
+
+    return resizing
 
 
 class PositionTable(nn.Module):

@@ -35,6 +35,7 @@ from tp_decoders.hub_cache import (
     is_whole,
     last_seen,
     refuse_incomplete,
+    templates,
 )
 from tp_decoders.hub_errors import explained, is_transient, is_unreachable
 from tp_decoders.registry import read_config
@@ -184,7 +185,7 @@ def _download(name: HubName, cached: Cached, listed: Mapping[str, int], wanted: 
         )
         return Path(got)
 
-    for file in wanted.small:
+    for file in (*wanted.small, *templates(listed, wanted)):
         if file in listed:
             get(file)
     if wanted is CHECKPOINT:

@@ -18,7 +18,7 @@ from pathlib import Path
 from huggingface_hub import constants
 
 from parallel.errors import CheckpointError
-from tp_decoders.companions import COMPANIONS
+from tp_decoders.companions import COMPANIONS, TEMPLATE_FOLDER
 from tp_decoders.tensor_files import LAYOUTS, read_weight_map
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -118,6 +118,12 @@ def is_whole(folder: Path, wanted: Wanted) -> bool:
 def files_of(layout: str, get: Callable[[str], Path]) -> list[str]:
     """The files that hold the weights: the layout itself, or what an index names."""
     return sorted(set(read_weight_map(get(layout)).values())) if layout.endswith(".index.json") else [layout]
+
+
+def templates(names: Iterable[str], wanted: Wanted) -> list[str]:
+    """The chat templates in a folder of their own, where a tokenizer is read."""
+    pattern = re.compile(rf"{TEMPLATE_FOLDER}/\w[\w.-]*\.jinja")
+    return [name for name in names if pattern.fullmatch(name)] if COMPANIONS[0] in wanted.small else []
 
 
 def _home(repo: str) -> Path:

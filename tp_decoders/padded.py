@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any, Unpack
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from parallel.collectives import gather_from
 from parallel.dropout import Dropping, token_keys
@@ -30,6 +30,7 @@ from parallel.errors import ConfigError, RequestError
 from parallel.lora import dropping_branches
 from parallel.loss import IGNORE_INDEX, vocab_cross_entropy
 from parallel.probed import Asked, Encoded, Past, Probed
+from parallel.vocab import VocabEmbedding, VocabHead
 from tp_decoders.decoder import Decoder
 from tp_decoders.padded_cache import columns_of
 from tp_decoders.padded_inputs import Call, Inputs, checked_ids, in_vocabulary
@@ -135,6 +136,21 @@ class PaddedModel:
         ids = checked_ids("input_ids", input_ids, tuple(input_ids.shape))
         flat = in_vocabulary("input_ids", ids.flatten(), self.model.config.vocab_size)
         return self.model.embed(flat).unflatten(0, ids.shape)  # type: ignore[no-any-return]
+
+    def get_input_embeddings(self) -> VocabEmbedding:
+        """The model's embedding; its weight holds this rank's rows."""
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Embedding | VocabEmbedding | Tensor) -> None:
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> VocabHead | None:
+        return self.model.get_output_embeddings()
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> VocabEmbedding:
+        return self.model.resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **inputs: Unpack[Inputs]) -> dict[str, Any]:
         """The next call of a loop that appends tokens to input_ids and attention_mask: what is not in the past yet,

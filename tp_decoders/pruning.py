@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from parallel.errors import ConfigError
 from parallel.group import Group
 from parallel.heads import HeadLayout
-from parallel.shard import full_shape_of, rule_of
+from parallel.shard import rule_of
 from tp_decoders.config import DecoderConfig
 from tp_decoders.decoder import Decoder, Place
 from tp_decoders.fields import Fields
+from tp_decoders.gathering import whole_tensor
 
 Pruned = tuple[tuple[int, ...], ...]
 """By layer, ascending; empty where no layer has lost a head."""
@@ -93,9 +94,6 @@ def _shrink(block: Any, config: DecoderConfig, layer: int, old: HeadLayout, new:
 
 def _cut(source: nn.Parameter, target: nn.Parameter, kept: Tensor, dim: int, group: Group) -> None:
     """The rank's part of the kept rows or columns of a parameter, put together on every rank."""
-    whole, rule = source.detach(), rule_of(source)
-    if group.size > 1:
-        sizes = [rule.local_shape(full_shape_of(source), rank)[rule.dim] for rank in range(group.size)]
-        whole = rule.join(group.talk.all_gather(whole.contiguous(), sizes, rule.dim).split(sizes, rule.dim))
+    whole = whole_tensor(source, group)
     target.copy_(rule_of(target).take(whole.index_select(dim, kept), group.rank))
     target.requires_grad_(source.requires_grad)

@@ -14,16 +14,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from parallel.errors import CheckpointError, TpError
 from parallel.group import Group
 from parallel.native.memory import give_back
 from parallel.norm import LayerNorm
-from parallel.shard import Replicated, full_shape_of, rule_of
+from parallel.shard import full_shape_of, rule_of
 from tp_decoders.config import DecoderConfig
 from tp_decoders.decoder import Decoder, Place
 from tp_decoders.families.mpt_config import AUTO
+from tp_decoders.gathering import full_tensor
 from tp_decoders.hub import is_name, locate, pin
 from tp_decoders.lora import whole_parameters
 from tp_decoders.matching import Sources, match_tensors, shown, stored_dtype, warn_of_different_twins
@@ -164,19 +165,6 @@ def save(model: Decoder, path: str | Path, max_shard_size: int = MAX_SHARD_SIZE)
         if writer is not None and full is not None:
             writer.write(theirs, full.t() if name.transposed else full)
     agree(group, writer.finish(model.config.hf, model.source) if writer else None)
-
-
-@torch.no_grad()
-def full_tensor(parameter: Tensor, group: Group) -> Tensor | None:
-    """The parameter put together on rank 0, None elsewhere. One gather, none where every rank holds it whole."""
-    rule = rule_of(parameter)
-    if group.size == 1:
-        return parameter.detach()
-    if isinstance(rule, Replicated):
-        return parameter.detach() if group.rank == 0 else None
-    sizes = [rule.local_shape(full_shape_of(parameter), rank)[rule.dim] for rank in range(group.size)]
-    gathered = group.talk.gather(parameter.detach(), sizes, rule.dim)
-    return None if gathered is None else rule.join(gathered.split(sizes, rule.dim))
 
 
 def agree(group: Group, error: str | None) -> None:
