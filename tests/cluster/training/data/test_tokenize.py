@@ -78,7 +78,7 @@ def test_what_begins_every_text_is_not_put_between_a_prompt_and_its_answer(tmp_p
         def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
             return [*([1] if add_special_tokens else []), *super().encode(text)]
 
-    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "ab", "prompt": "x"}, {"text": "c"}])
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "ab", "prompt": "x"}, {"text": "c", "prompt": ""}])
     store = tokenize_corpus(open_source(path, SourceOptions(prompt_field="prompt")), Beginning(), tmp_path / "tokens")
     assert store.tokens.tolist() == [1, 120, 97, 98, EOS, 1, 99, EOS]
 
