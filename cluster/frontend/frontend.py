@@ -74,6 +74,7 @@ class Frontend:
         self._recovery: asyncio.TimerHandle | None = None
         self.fleet = Fleet(links if isinstance(links, Sequence) else [links], self._loop, self.config.routing)
         self._verdict = ""  # why no engine will come any more
+        self.ledger = ledger
         self.quarantine = Quarantine() if ledger is None else Quarantine(ledger.deaths, ledger.note_deaths)
         self._delivery = Delivery(self._journal, self._loop, self.fleet, self.quarantine)
         self._opener = Opener(codec, self._delivery.leave)

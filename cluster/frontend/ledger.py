@@ -32,6 +32,7 @@ from cluster.frontend.ledger_records import (
     pack,
     take,
 )
+from cluster.frontend.ledger_writer import LedgerWriter
 from cluster.frontend.quarantine import Count
 from parallel.errors import ConfigError, RequestError
 
@@ -73,6 +74,7 @@ class Ledger:
         self.deaths: dict[bytes, Count] = {}
         """What was running when engines died, by content: quarantine.py's."""
         self._folder = LedgerFolder(folder, self.config.segment_bytes, self.config.fsync)
+        self._writer = LedgerWriter(self._folder)
         self._recover()
         self._prune()
         self._begin()
@@ -87,7 +89,17 @@ class Ledger:
     @property
     def failures(self) -> int:
         """Writes that failed since the start."""
-        return self._folder.failures
+        return self._folder.failures + self._writer.drops
+
+    @property
+    def behind_seconds(self) -> float:
+        """How old the oldest write is that waits for the disk."""
+        return self._writer.behind_seconds
+
+    @property
+    def behind_bytes(self) -> int:
+        """What waits for the disk."""
+        return self._writer.behind_bytes
 
     def find(self, key: Key, digest: bytes) -> Record | None:
         """The record of an earlier call of this caller and id, which must have asked the same."""
@@ -158,7 +170,7 @@ class Ledger:
 
     def close(self) -> None:
         self.flush()
-        self._folder.close()
+        self._writer.close()
 
     # ------------------------------------------------------------ what is kept
 
@@ -194,16 +206,16 @@ class Ledger:
     # ------------------------------------------------------------ the folder
 
     def _write(self, payload: bytes) -> None:
-        self._folder.append([payload])
-        if self._folder.wants_base:
+        self._writer.append(payload)
+        if self._writer.wants_base:
             self._begin()
 
     def _begin(self) -> None:
         if self._items:  # they are in the base, too, but that may not be completed
-            self._folder.append([b"S" + dumps(self._items)])
+            self._writer.append(b"S" + dumps(self._items))
             self._items = []
         facts = [record.facts() for record in self._records.values()]
-        self._folder.begin(partial(_base, self._origin, facts, dict(self.deaths)))
+        self._writer.begin(partial(_base, self._origin, facts, dict(self.deaths)))
 
     def _recover(self) -> None:
         """Everything that can be read. Of a record of which something is missing what comes later is left out, too."""

@@ -18,8 +18,10 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
+from cluster.supervision import supervised
 from parallel.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -121,15 +123,13 @@ class LedgerFolder:
             self._fail(error)
             return
         self._written = 0
-        self._base_writer = threading.Thread(
-            target=self._write_base, args=(self._index, base), name="ledger-base", daemon=True
-        )
-        self._base_writer.start()
+        failed = partial(self._base_failed, self._path(self._index, "base"))
+        self._base_writer = supervised("ledger-base", partial(self._write_base, self._index, base), failed)
 
-    def close(self) -> None:
+    def close(self, timeout: float | None = None) -> None:
         """Waits for a base that is being written, and lets the next server in."""
         if self._base_writer is not None:
-            self._base_writer.join()
+            self._base_writer.join(timeout)
         self._close_log()
         os.close(self._lock)
 
@@ -149,8 +149,11 @@ class LedgerFolder:
                 if number is not None and number < index:
                     old.unlink()
         except OSError as error:
-            self.failures += 1
-            log.error("%s could not be written (%s); what came before it is kept", path, error)
+            self._base_failed(path, error)
+
+    def _base_failed(self, path: Path, error: Exception) -> None:
+        self.failures += 1
+        log.error("%s could not be written (%s); what came before it is kept", path, error)
 
     def _fail(self, error: OSError) -> None:
         self.failures += 1

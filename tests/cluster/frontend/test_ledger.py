@@ -7,13 +7,15 @@ import errno
 import os
 import pickle
 import random
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from cluster.engine.request import FinishReason, Request, SamplingParams, TokenEvent, TokenLogprobs
-from cluster.frontend import ledger_files
+from cluster.frontend import ledger_files, ledger_writer
 from cluster.frontend.errors import RequestIdReused
 from cluster.frontend.ledger import Ledger, LedgerConfig
 from cluster.frontend.ledger_files import MAGIC, framed
@@ -22,6 +24,12 @@ from parallel.errors import ConfigError
 from tests.cluster.frontend.harness import call
 
 ALICE, BOB = ("alice", "one"), ("bob", "one")
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine's disk is not a slow one."""
+    monkeypatch.setattr(ledger_writer, "PATIENCE_S", 60.0)
 
 
 def ledger_at(folder: Path, origin: str = "model", clock: Callable[[], float] | None = None, **config: float) -> Ledger:
@@ -282,3 +290,60 @@ def test_a_record_makes_nothing_but_what_a_ledger_holds(tmp_path: Path, caplog: 
         file.write(framed(b"R" + pickle.dumps(Evil())))
     ledger_at(tmp_path / "state").close()
     assert not planted.exists() and "posix.mkdir has no place in a ledger" in caplog.text
+
+
+def test_a_slow_disk_holds_no_stream_up_is_said_and_has_everything_once_it_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(ledger_writer, "PATIENCE_S", 0.05)
+    ledger = ledger_at(tmp_path / "state")
+    record, gate, real = begun(ledger), threading.Event(), ledger_files._write_all
+
+    def slow(file: int, data: bytes) -> int:
+        assert gate.wait(60)
+        return real(file, data)
+
+    monkeypatch.setattr(ledger_files, "_write_all", slow)
+    began = time.monotonic()
+    for token in range(200):
+        step(ledger, record, token)
+    assert time.monotonic() - began < 30, "each waited for its write"
+    assert ledger.behind_seconds > 0 and ledger.behind_bytes > 0 and caplog.text.count("takes longer") == 1
+    gate.set()
+    ledger.close()
+    assert tokens_of(ledger_at(tmp_path / "state").find(ALICE, b"digest")) == tuple(range(200))
+    assert "has caught up" in caplog.text
+
+
+def test_what_waits_for_a_disk_is_bounded_and_then_everything_is_written_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger_writer, "PATIENCE_S", 0.01)
+    monkeypatch.setattr(ledger_writer, "MOST_BEHIND_BYTES", 4096)
+    ledger = ledger_at(tmp_path / "state")
+    record, gate, real = begun(ledger), threading.Event(), ledger_files._write_all
+    monkeypatch.setattr(ledger_files, "_write_all", lambda file, data: gate.wait(60) and real(file, data))
+    for token in range(400):
+        step(ledger, record, token)
+    assert ledger.behind_bytes <= 4096 and ledger.failures == 1
+    gate.set()
+    end = time.monotonic() + 60
+    while ledger.behind_bytes and time.monotonic() < end:
+        time.sleep(0.01)
+    monkeypatch.setattr(ledger_writer, "PATIENCE_S", 60.0)
+    step(ledger, record, 400)  # with it a new base
+    step(ledger, record, 401)
+    ledger.close()
+    assert tokens_of(ledger_at(tmp_path / "state").find(ALICE, b"digest")) == tuple(range(402))
+
+
+def test_what_no_disk_should_do_ends_the_remembering_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger = ledger_at(tmp_path / "state")
+    record = begun(ledger)
+    monkeypatch.setattr(ledger_files, "_write_all", lambda file, data: 1 // 0)
+    for token in range(3):
+        step(ledger, record, token)
+    assert ledger.failures == 1 and tokens_of(record) == (0, 1, 2)
+    ledger.close()
