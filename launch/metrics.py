@@ -122,7 +122,8 @@ class ServeMetrics(Collector):
         yield gauge("ready", "Whether the last canary went through every rank of some replica.", self._readiness.ready)
         yield gauge("requests_open", "Prompts in the journal: waiting, running or paused.", frontend.num_open)
         yield counter("canary_failures", "Canaries that failed or found a fault.", self._readiness.failures)
-        yield counter("quarantined", "Requests that are not run again: engines died of them.", frontend.quarantine.total)
+        total = frontend.quarantine.total
+        yield counter("quarantined", "Requests that are not run again: engines died while they were running.", total)
         if (ledger := frontend.ledger) is not None:
             yield counter("ledger_failures", "Writes to the state folder that failed.", ledger.failures)
             yield gauge("ledger_behind_seconds", "How old its oldest write is that waits.", ledger.behind_seconds)
