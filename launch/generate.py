@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from launch import access
 from parallel.errors import ConfigError, RequestError
 
 if TYPE_CHECKING:
-    from cluster.rpc.client import Prompt, ServiceError
+    from cluster.rpc.client import AsyncClient, Prompt, ServiceError
     from cluster.rpc.proto.inference_pb2 import GenerateChunk
 
 SAMPLING = {
@@ -177,8 +178,9 @@ async def _stream(args: argparse.Namespace, prompt: Prompt) -> int:
     async with AsyncClient(args.address, access.access_of(args)) as client:
         try:
             fields = request_fields(args)
-            info = await client.model_info(timeout=10.0)
-            printer = _Printer(args.ids or not info.supports_text_input, (args.n or 1) == 1)
+            of_ids = isinstance(prompt, Sequence) and not isinstance(prompt, str)
+            as_ids = args.ids or (of_ids and not await _writes_text(client))  # one that takes text writes some
+            printer = _Printer(as_ids, (args.n or 1) == 1)
             async for chunk in client.stream([prompt], timeout=args.timeout, **fields):
                 printer.take(chunk)
         except ServiceError as error:
@@ -190,6 +192,12 @@ async def _stream(args: argparse.Namespace, prompt: Prompt) -> int:
         reasons = ", ".join(FinishReason.Name(reason).removeprefix("FINISH_REASON_") for reason in printer.reasons)
         print(f"{printer.tokens} tokens in {seconds:.2f} s; ended by {reasons}", file=sys.stderr)
     return 0
+
+
+async def _writes_text(client: AsyncClient) -> bool:
+    """Whether the model has a tokenizer."""
+    info = await client.model_info(timeout=10.0)
+    return bool(info.supports_text_input)
 
 
 def _named(error: ServiceError, address: str) -> Exception:

@@ -16,8 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
+from tokenizers import Encoding, decoders
 from tokenizers import Tokenizer as HFTokenizer
-from tokenizers import decoders
 
 from parallel.errors import CheckpointError, RequestError, TpError
 from tp_decoders.fast_tokenizer import open_tokenizer
@@ -29,6 +29,7 @@ from tp_decoders.tokenizer_settings import JAPANESE, read_json, tokenizer_class
 
 log = logging.getLogger(__name__)
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+LONG_CHARACTERS = 4096
 BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 UNREAD = ("tokenizer.model", "spiece.model", "tiktoken.model", "vocab.txt")
 
@@ -135,11 +136,19 @@ class FastVocabulary:
         self.size = max([*tokenizer.get_vocab(with_added_tokens=True).values(), -1]) + 1
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        encoding = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        encoding = self._encoding(text, add_special_tokens)
         ids, count = list(encoding.ids), len(self.first_ids)
         if count and add_special_tokens and tuple(ids[count : 2 * count]) == self.first_ids:
             return ids[count:] if _leading(encoding.special_tokens_mask) == count else ids
         return ids
+
+    def _encoding(self, text: str, add_special_tokens: bool) -> Encoding:
+        """Of a long text as a batch: `encode` holds the interpreter all the while, three seconds of a million
+        characters, and a batch does not."""
+        if len(text) < LONG_CHARACTERS:
+            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        return encoding
 
     def token_bytes(self, token_id: int) -> bytes | None:
         if not self._byte_level:

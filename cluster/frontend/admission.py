@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from cluster.engine.draws import fresh_seed
 from cluster.engine.request import ModelLimits, Request, SamplingParams
 from cluster.engine.validation import check_capacity, room, what_is_left
+from cluster.frontend.beside import Beside
 from cluster.frontend.calls import Call, FillInMiddle, FrontendConfig, Prompt
 from cluster.frontend.costs import check_lists
 from cluster.frontend.errors import DoesNotFit, InvalidRequest, NoTokenizer, Violation
@@ -21,6 +22,8 @@ from cluster.frontend.rules import token_ids, violations
 from cluster.frontend.text import TextCodec
 from parallel.errors import RequestError
 
+TURN = 16
+"""Prompts that are made ready between two looks at others."""
 NO_TOKENIZER = "this checkpoint has no tokenizer; send token ids (token_ids, bad_word_ids, stop_token_ids)"
 
 
@@ -31,6 +34,7 @@ class Admission:
     limits: ModelLimits
     config: FrontendConfig
     codec: TextCodec | None
+    beside: Beside = field(default_factory=Beside)
 
     def check(self, call: Call) -> None:
         """Raise what is wrong with the call as a whole."""
@@ -50,12 +54,15 @@ class Admission:
 
     async def requests(self, call: Call) -> list[Request | RequestError]:
         """One request per prompt, or what is wrong with that prompt. Long texts are tokenized beside the event loop."""
-        sampling = replace(call.sampling, bad_words=call.sampling.bad_words + self._banned(call.bad_words))
-        beside = sum(prompt.num_characters for prompt in call.prompts) > self.config.inline_chars
+        caller, words = call.share.caller, call.bad_words
+        banned = await self.beside.run(caller, self._banned, words) if words else ()
+        sampling = replace(call.sampling, bad_words=call.sampling.bad_words + banned)
         made: list[Request | RequestError] = []
         for index, prompt in enumerate(call.prompts):
+            if index % TURN == TURN - 1:
+                await asyncio.sleep(0)  # others' calls have their turn
             try:
-                ids = await self._token_ids(prompt, f"{call.prompts_field}[{index}]", beside)
+                ids = await self._token_ids(prompt, f"{call.prompts_field}[{index}]", caller)
                 made.append(self._request(call, ids, sampling, index))
             except RequestError as error:
                 made.append(error)
@@ -76,32 +83,34 @@ class Admission:
         except RequestError as error:
             return error
 
-    async def encode_bounded(self, text: str, field: str, beside: bool, whole: bool = True) -> tuple[int, ...]:
-        """`encode`, `beside` the event loop if asked to; refused where the text is too long to fit."""
+    async def encode_bounded(self, text: str, field: str, caller: str, whole: bool = True) -> tuple[int, ...]:
+        """`encode`, of longer texts beside the event loop; refused where the text is too long to fit."""
         if self.codec is None:
             raise NoTokenizer(f"{field}: {NO_TOKENIZER}")
         most = self.limits.max_context * self.config.max_chars_per_token
         if len(text) > most:
             holds = f"the context of {self.limits.max_context} tokens never holds more than {most}"
             raise DoesNotFit.of(field, f"{len(text)} characters; {holds}; shorten it")
-        return await asyncio.to_thread(self.encode, text, whole) if beside else self.encode(text, whole)
+        if len(text) <= self.config.inline_chars:
+            return self.encode(text, whole)
+        return await self.beside.run(caller, self.encode, text, whole)
 
-    async def _token_ids(self, prompt: Prompt, field: str, beside: bool) -> Sequence[int]:
+    async def _token_ids(self, prompt: Prompt, field: str, caller: str) -> Sequence[int]:
         if sum(given is not None for given in (prompt.text, prompt.token_ids, prompt.fim)) != 1:
             raise _invalid(field, "give exactly one of text, token_ids and fim")
         if prompt.token_ids is not None:
             return prompt.token_ids
         if prompt.fim is not None:
-            return await self._fill_in_middle(prompt.fim, f"{field}.fim", beside)
-        return self._known(await self.encode_bounded(prompt.text or "", field, beside), field)
+            return await self._fill_in_middle(prompt.fim, f"{field}.fim", caller)
+        return self._known(await self.encode_bounded(prompt.text or "", field, caller), field)
 
-    async def _fill_in_middle(self, fim: FillInMiddle, field: str, beside: bool) -> Sequence[int]:
+    async def _fill_in_middle(self, fim: FillInMiddle, field: str, caller: str) -> Sequence[int]:
         """Prefix, suffix, then the middle is the model's to write; or the suffix first and then the prefix with it.
 
         What the tokenizer puts before every text comes once, before all of it.
         """
-        prefix = self._known(await self.encode_bounded(fim.prefix, f"{field}.prefix", beside, False), f"{field}.prefix")
-        suffix = self._known(await self.encode_bounded(fim.suffix, f"{field}.suffix", beside, False), f"{field}.suffix")
+        prefix = self._known(await self.encode_bounded(fim.prefix, f"{field}.prefix", caller, False), f"{field}.prefix")
+        suffix = self._known(await self.encode_bounded(fim.suffix, f"{field}.suffix", caller, False), f"{field}.suffix")
         marks, first = (self.codec.fim, self.codec.first_ids) if self.codec else (None, ())
         if marks is None:
             raise _invalid(field, "this model's vocabulary has no fill-in-the-middle tokens; send text or token_ids")

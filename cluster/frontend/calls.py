@@ -97,6 +97,6 @@ class FrontendConfig:
     max_list_entries: int = 1 << 22  # of these lists, over all prompts of a call
     max_request_id: int = 256  # characters
     max_chars_per_token: int = 128  # a longer text cannot fit the context; refused before it is tokenized
-    inline_chars: int = 8192  # longer texts are tokenized beside the event loop
+    inline_chars: int = 1024  # longer texts are tokenized beside the event loop, longer runs of tokens decoded there
     recovery_seconds: float = 0.0  # how long open requests wait for a new engine after a fault
     routing: RoutingConfig = field(default_factory=RoutingConfig)

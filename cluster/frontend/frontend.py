@@ -16,6 +16,7 @@ from dataclasses import replace
 
 from cluster.engine.request import EngineLoad, FinishReason, ModelLimits, Request
 from cluster.frontend.admission import Admission
+from cluster.frontend.beside import Beside
 from cluster.frontend.calls import Call, FrontendConfig
 from cluster.frontend.costs import check_answer
 from cluster.frontend.delivery import Delivery
@@ -79,6 +80,8 @@ class Frontend:
         self._delivery = Delivery(self._journal, self._loop, self.fleet, self.quarantine)
         self._opener = Opener(codec, self._delivery.leave)
         self._recall = None if ledger is None else Recall(ledger, self._journal, self._delivery, self._opener)
+        self.beside = Beside()
+        self._asking: asyncio.Task[dict[Seat, EngineLoad | TpError]] | None = None
         self._training = TrainingDesk(self.meters.train, self.quarantine, self._delivery.trials)
         self.drained = asyncio.Event()
         """Set when a drain has ended: whoever runs the server may stop it then."""
@@ -134,16 +137,22 @@ class Frontend:
         self._delivery.end(entries, FinishReason.ABORTED)
         return len(entries)
 
-    async def tokenize(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
+    async def tokenize(self, texts: Sequence[str], caller: str = "") -> list[tuple[int, ...]]:
         """The tokens of texts, each of which must fit the model's context."""
         self._check_count("texts", len(texts))
-        beside = sum(map(len, texts)) > self.config.inline_chars
-        return [await self._admission().encode_bounded(t, f"texts[{i}]", beside) for i, t in enumerate(texts)]
+        admission = self._admission()
+        return [await admission.encode_bounded(text, f"texts[{i}]", caller) for i, text in enumerate(texts)]
 
-    def detokenize(self, sequences: Sequence[Sequence[int]]) -> list[str | RequestError]:
+    async def detokenize(self, sequences: Sequence[Sequence[int]], caller: str = "") -> list[str | RequestError]:
         """The text of each sequence of tokens, or what is wrong with it."""
         self._check_count("sequences", len(sequences))
-        return [self._admission().decode(ids, f"sequences[{i}]") for i, ids in enumerate(sequences)]
+        admission = self._admission()
+
+        def texts() -> list[str | RequestError]:
+            return [admission.decode(ids, f"sequences[{i}]") for i, ids in enumerate(sequences)]
+
+        few = sum(map(len, sequences)) <= self.config.inline_chars
+        return texts() if few else await self.beside.run(caller, texts)
 
     # ------------------------------------------------------------ the life of a server
 
@@ -167,7 +176,11 @@ class Frontend:
     async def loads(self, timeout: float = 5.0, prove: bool = False) -> dict[Seat, EngineLoad | TpError]:
         """Those of each engine, or why it gave none."""
         self._check_engine()
-        return await self.fleet.ask(timeout, prove)
+        if prove:
+            return await self.fleet.ask(timeout, prove)
+        if self._asking is None or self._asking.done():  # who asks meanwhile gets the same answer
+            self._asking = asyncio.create_task(self.fleet.ask(timeout))
+        return await asyncio.shield(self._asking)
 
     async def drain(self, grace: float) -> int:
         """Admit nothing more, wait for what is open, end what is left after `grace` seconds; returns how many that
@@ -284,11 +297,12 @@ class Frontend:
         self._cancel_recovery()
         self._delivery.end(list(self._journal), FinishReason.ABORTED)
         await self.fleet.close(timeout)
+        self.beside.close()
 
     # ------------------------------------------------------------ admission
 
     def _admission(self) -> Admission:
-        return Admission(limits=self.limits, config=self.config, codec=self.codec)
+        return Admission(limits=self.limits, config=self.config, codec=self.codec, beside=self.beside)
 
     def _check_count(self, field: str, count: int) -> None:
         most = self.config.max_prompts_per_call

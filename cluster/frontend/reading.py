@@ -11,12 +11,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from cluster.engine.request import ModelLimits, Pooling
 from cluster.frontend.errors import InvalidRequest, Violation, WrongTask
 from tp_decoders.task_config import CHOICES, MULTI_LABEL, REGRESSION, SEQUENCES, SPANS, TOKENS, TaskConfig
 
 Row = tuple[float, ...]
 MAX_SPANS = 100
+SPANS_AT_ONCE = 1 << 20
+"""Answers that are compared in one piece."""
 MAX_ANSWER_TOKENS = 30
 
 
@@ -130,6 +134,18 @@ def _sigmoid(x: float) -> float:
 
 def best_spans(rows: Sequence[Row], count: int, max_tokens: int) -> list[Span]:
     """The likeliest answers, best first; of equals the earliest."""
-    starts, ends = softmax([row[0] for row in rows]), softmax([row[1] for row in rows])
-    every = ((-starts[i] * ends[j], i, j) for i in range(len(rows)) for j in range(i, min(len(rows), i + max_tokens)))
-    return [Span(i, j, -score) for score, i, j in heapq.nsmallest(count, every)]
+    starts = np.array(softmax([row[0] for row in rows]))
+    ends = np.array(softmax([row[1] for row in rows]))
+    width, length = min(max_tokens, len(rows)), len(rows)
+    ends = np.concatenate([ends, np.full(width - 1, -1.0)])  # no answer goes beyond the last token
+    best: list[tuple[float, int, int]] = []
+    for first in range(0, length, step := max(1, SPANS_AT_ONCE // width)):
+        some = starts[first : first + step]
+        windows = np.lib.stride_tricks.sliding_window_view(ends, width)[first : first + len(some)]
+        scores = np.where(windows < 0, -1.0, some[:, None] * windows).ravel()
+        least = np.partition(scores, -count)[-count] if count < scores.size else -1.0
+        places = np.flatnonzero(scores >= max(least, 0.0))
+        places = places[np.argsort(-scores[places], kind="stable")[:count]]
+        found = ((-float(scores[p]), first + int(p) // width, first + int(p) // width + int(p) % width) for p in places)
+        best = heapq.nsmallest(count, [*best, *found])
+    return [Span(i, j, -score) for score, i, j in best]

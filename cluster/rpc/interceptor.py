@@ -19,6 +19,7 @@ import grpc
 from google.protobuf.message import Message
 
 from cluster.engine.request import Share
+from cluster.frontend.beside import Beside
 from cluster.frontend.calls import FrontendConfig
 from cluster.frontend.errors import SlowReader
 from cluster.frontend.tracing import Tracer
@@ -46,6 +47,8 @@ REQUEST_KINDS: dict[str, type[Message]] = {
     for service in SERVICES
     for method in service.methods
 }
+LARGE_MESSAGE_BYTES = 64 * 1024
+"""Larger ones are parsed beside the event loop."""
 Call = Callable[[Any, grpc.aio.ServicerContext], Any]
 
 
@@ -58,6 +61,7 @@ class Boundary(grpc.aio.ServerInterceptor):
         limits: ServerLimits | None = None,
         tracer: Tracer | None = None,
         config: FrontendConfig | None = None,
+        beside: Beside | None = None,
     ) -> None:
         limits = limits or ServerLimits()
         self._tracer = tracer
@@ -68,6 +72,7 @@ class Boundary(grpc.aio.ServerInterceptor):
         self._open_to_all = OpenCalls(limits.max_health_calls_per_client, max(1, for_health))
         bounds = limits.max_message_bytes, limits.max_unread_bytes_per_client, limits.max_unread_bytes
         self._unread = Unread(Bounds(*bounds, limits.write_seconds))
+        self._beside = beside or Beside()
         self._receive_seconds = limits.receive_seconds
 
     async def intercept_service(
@@ -88,7 +93,7 @@ class Boundary(grpc.aio.ServerInterceptor):
         if kind is None:
             function = self._among_open(_function(handler), account)
             return _handler(handler.request_streaming, handler, function, handler.request_deserializer)
-        inner = received(bounded(_function(handler), kind, self._ranges), self._receive_seconds)
+        inner = received(bounded(_function(handler), kind, self._ranges, self._beside), self._receive_seconds)
         inner = traced(inner, self._tracer, method, handler_call_details.invocation_metadata)
         inner = inner if handler.response_streaming else serialized(inner)
         method_of_bytes: Any = self._counted(inner, account)
@@ -218,14 +223,19 @@ def received(method: Call, seconds: float) -> Call:
 
 
 def bounded(
-    method: Any, kind: type[Message], ranges: RangeCheck
+    method: Any, kind: type[Message], ranges: RangeCheck, beside: Beside
 ) -> Callable[[bytes, grpc.aio.ServicerContext], Awaitable[Any]]:
     """The method over raw bytes, whose fields are in their ranges, with every error turned into a status."""
 
     async def call(data: bytes, context: grpc.aio.ServicerContext) -> Any:
-        try:
+        def read() -> Message:
             message = parse(kind, data)
             ranges.check(message)
+            return message
+
+        try:
+            large = len(data) > LARGE_MESSAGE_BYTES
+            message = await beside.run((TERMS.get() or Terms()).share.caller, read) if large else read()
             return await method(message, context)
         except Exception as error:  # noqa: BLE001 (the boundary: everything becomes a status)
             await fail(context, error)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from google.protobuf.message import Message
 
 from cluster.frontend.calls import Call
 from cluster.frontend.errors import DoesNotFit, SlowReader
 from cluster.frontend.frontend import Frontend
-from cluster.frontend.streams import Stream, collect, raise_if_all_failed
+from cluster.frontend.streams import Result, Stream, collect, raise_if_all_failed
 from cluster.rpc import decode
 from cluster.rpc.auth_limits import CALLER, TERMS, WHO, Terms
 from cluster.rpc.encode import Encoder, texts, token_lists
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
     import grpc
 
 Answer = TypeVar("Answer", bound=Message)
+P = ParamSpec("P")
+T = TypeVar("T")
+LARGE_ANSWER = 1024
+"""Numbers in an answer from which on it is made beside the event loop."""
 
 
 class Inference(InferenceServicer):
@@ -63,7 +68,8 @@ class Inference(InferenceServicer):
         call = decode.classify_call(request, self._frontend.config, context.time_remaining())
         stream = await self._open(call, in_one=True)
         results = await collect(stream, len(call.prompts))
-        return classes(call, results, stream.request_id, self._frontend.limits, self._frontend.codec)
+        named = stream.request_id, self._frontend.limits, self._frontend.codec
+        return await self._made(results, classes, call, results, *named)
 
     async def Embed(
         self, request: inference.EmbedRequest, context: grpc.aio.ServicerContext
@@ -71,17 +77,17 @@ class Inference(InferenceServicer):
         call = decode.embed_call(request, self._frontend.config, context.time_remaining())
         stream = await self._open(call, in_one=True)
         results = await collect(stream, len(call.prompts))
-        return embeddings(results, stream.request_id)
+        return await self._made(results, embeddings, results, stream.request_id)
 
     async def Tokenize(
         self, request: inference.TokenizeRequest, context: grpc.aio.ServicerContext
     ) -> inference.TokenizeResponse:
-        return token_lists(await self._frontend.tokenize(request.texts))
+        return token_lists(await self._frontend.tokenize(request.texts, _caller()))
 
     async def Detokenize(
         self, request: inference.DetokenizeRequest, context: grpc.aio.ServicerContext
     ) -> inference.DetokenizeResponse:
-        return texts(self._frontend.detokenize([sequence.ids for sequence in request.sequences]))
+        return texts(await self._frontend.detokenize([sequence.ids for sequence in request.sequences], _caller()))
 
     async def _open(self, call: Call, in_one: bool = False) -> Stream:
         terms, holds = TERMS.get() or Terms(), self._limits.max_message_bytes if in_one else None
@@ -97,6 +103,12 @@ class Inference(InferenceServicer):
             )
         return answer
 
+    async def _made(self, results: Sequence[Result], make: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """The message of an answer, a large one beside the event loop."""
+        if sum(map(_size, results)) <= LARGE_ANSWER:
+            return make(*args, **kwargs)
+        return await self._frontend.beside.run(_caller(), make, *args, **kwargs)
+
     async def _write(self, context: grpc.aio.ServicerContext, chunk: inference.GenerateChunk) -> None:
         limit = self._limits.write_seconds
         try:
@@ -104,3 +116,16 @@ class Inference(InferenceServicer):
                 await context.write(chunk)
         except TimeoutError as error:
             raise SlowReader(f"nothing was read from the stream for {limit:g} s; read faster, or ask again") from error
+
+
+def _caller() -> str:
+    """Whose work it is, where callers take turns."""
+    return (TERMS.get() or Terms()).share.caller
+
+
+def _size(result: Result) -> int:
+    """Numbers in it: tokens, what is said of each of them, states."""
+    entries = [result.prompt_logprobs or (), *(chunk.logprobs for chunk in result.samples.values())]
+    said = sum(len(some) * (len(some[0].top) + 1) for some in entries if some)
+    pooled = (chunk.pooled for chunk in result.samples.values() if chunk.pooled)
+    return said + sum(len(c.token_ids) for c in result.samples.values()) + sum(len(p) * len(p[0]) for p in pooled)
