@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from cluster.training.data.batch import Batch
 from cluster.training.data.state import DataState
-from cluster.training.nonfinite import PoisonBatch
+from cluster.training.nonfinite import BrokenUpdate, PoisonBatch
 
 OnNonFinite = Literal["stop", "skip"]
 NAMED = re.compile(r"step \d+, batch \d+ of the data")
@@ -54,7 +54,9 @@ class Skips:
         """Counts a batch that is left out, as its record; raises where that is not wanted, or one too many."""
         what = f"step {step}, {place}: {error}; no weight was changed"
         if self._action == "stop":
-            raise PoisonBatch(f"{what}; mend the documents, or set on_nonfinite=skip to leave such batches out")
+            settings = isinstance(error.__cause__, BrokenUpdate)
+            mend = "change the optimizer's settings" if settings else "mend the documents"
+            raise PoisonBatch(f"{what}; {mend}, or set on_nonfinite=skip to leave such batches out")
         if self._in_a_row >= self._most_in_a_row:
             raise PoisonBatch(f"{what}; {self._in_a_row} before it were left out in a row (max_skipped_in_a_row)")
         if self.total >= self._most:

@@ -4,8 +4,9 @@
         proven finite (the usual case): nothing is read, nothing is exchanged
         not proven (no epsilon, a huge rate, float16): a trial on copies, in pieces, by the update's own kernel
 
-Bounds are the whole group's, so every rank takes the same way. Two collectives per trial or measurement: a maximum over
-tensor-parallel and one over data-parallel ranks, none in groups of one.
+A weight that is no finite number to begin with (a checkpoint's row that nobody reads, say) stays as it is, and is no
+reason to refuse. Bounds are the whole group's, so every rank takes the same way. Two collectives per trial or
+measurement: a maximum over tensor-parallel and one over data-parallel ranks, none in groups of one.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ Apply = Callable[[Tensor, Tensor, Tensor, Tensor, Rates], None]
 
 @dataclass(frozen=True)
 class Bounds:
-    """No element of a flat buffer's masters and moments is larger than these, on any rank."""
+    """No finite element of a flat buffer's masters and moments is larger than these, on any rank."""
 
     master: float
     first: float
@@ -99,9 +100,8 @@ class UpdateGuard:
         found = []
         for flat in flats:
             for values in (flat.own_master, *moments[flat].values()):
-                low, high = values.aminmax() if len(values) else (0.0, 0.0)  # a rank may hold no part of any
-                found.append(max(-float(low), float(high)))
-        return _bounds([value if math.isfinite(value) else math.inf for value in self._largest(found)])
+                found.append(max(map(_size, values.split(PIECE)), default=0.0))
+        return _bounds(self._largest(found))
 
     def _tried(
         self,
@@ -139,7 +139,7 @@ class UpdateGuard:
 
 def _trial(flat: Flat, moments: Mapping[str, Tensor], name: str, rates: Rates, apply: Apply) -> Iterator[float]:
     """The largest master, first and second moment of a parameter's part of this rank's slice after the update; inf
-    where one is not finite, or where the master has no place in the parameter's own type.
+    where one ceases to be finite, the master in the parameter's own type.
     """
     start, stop = flat.places[name]
     start, stop = max(start, flat.slice.start), min(stop, flat.slice.stop)
@@ -150,10 +150,24 @@ def _trial(flat: Flat, moments: Mapping[str, Tensor], name: str, rates: Rates, a
         master, grad = flat.master[run].clone(), flat.grad[run].clone()
         first, second = (moment[own].clone() for moment in moments.values())
         apply(master, grad, first, second, rates)
-        for kind, values in enumerate((master.to(flat.parameters[name].dtype), first, second)):
-            size = float(values.abs().max())  # NaN where one is
-            sizes[kind] = max(sizes[kind], size) if math.isfinite(size) else math.inf
+        before = flat.master[run], *(moment[own] for moment in moments.values())
+        after = master.to(flat.parameters[name].dtype), first, second
+        for kind, (old, new) in enumerate(zip(before, after, strict=True)):
+            lost = bool((old.isfinite() & ~new.isfinite()).any())
+            sizes[kind] = math.inf if lost else max(sizes[kind], _size(new))
     return iter(sizes)
+
+
+def _size(values: Tensor) -> float:
+    """The largest number without its sign, of those that are finite; 0 where there is none."""
+    if not len(values):  # a rank may hold no part of a parameter
+        return 0.0
+    low, high = values.aminmax()
+    size = max(-float(low), float(high))
+    if math.isfinite(size):
+        return size
+    whole = values[values.isfinite()]
+    return float(whole.abs().max()) if len(whole) else 0.0
 
 
 def _bounds(values: Sequence[float]) -> list[Bounds]:

@@ -18,6 +18,7 @@ from cluster.actors.training import TrainRank
 from cluster.training.data.state import DataState
 from cluster.training.metrics import read_records
 from cluster.training.nonfinite import PoisonBatch
+from cluster.training.optimizer import OptimizerConfig
 from cluster.training.run_folder import METRICS, SKIPPED, claim_folder
 from cluster.training.skips import BatchPlace, Skips, names_batch
 from launch.init import write_random
@@ -176,3 +177,19 @@ def test_settings_that_mean_nothing_are_refused(start: Path, tmp_path: Path) -> 
         spec_of(start, tmp_path, TrainParallel(), max_skipped=0)
     spec = json.dumps(spec_of(start, tmp_path, TrainParallel(), on_nonfinite="skip").run())
     assert "nonfinite" not in spec, "a run that stopped may go on with another choice"
+
+
+def test_an_update_that_would_not_be_finite_is_a_batch_that_gives_no_numbers(tmp_path: Path) -> None:
+    folder = write_start(tmp_path / "fine")
+    write_random(NEOX, tmp_path / "neox")
+    for path in (tmp_path / "neox").iterdir():
+        path.replace(folder / path.name)
+    broken = OptimizerConfig(epsilon=0.0)  # rows of words that do not occur: 0 / 0
+    words = (
+        r"step 1, batch 1 of the data .*the update would leave the weight of .* not finite \(.*epsilon 0.*change the"
+    )
+    with pytest.raises(PoisonBatch, match=words):
+        go_here(spec_of(folder, tmp_path / "stops", TrainParallel(), optimizer=broken))
+    with pytest.raises(PoisonBatch, match="3 before it were left out in a row"):
+        go_here(spec_of(folder, tmp_path / "skips", TrainParallel(), optimizer=broken, on_nonfinite="skip"))
+    assert [line["step"] for line in read_records(tmp_path / "skips" / SKIPPED)] == [1, 1, 1]
