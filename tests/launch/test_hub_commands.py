@@ -98,7 +98,7 @@ def test_serve_finds_model_and_adapter_before_it_starts(
 ) -> None:
     begun = []
 
-    def serve(config: ServeConfig, model: Path, level: int) -> int:
+    def serve(config: ServeConfig, model: Path, *_: object) -> int:
         begun.append((config, model))
         return 0
 

@@ -109,8 +109,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _model(self, repo: str, revision: str) -> None:
         commit = self._commit(repo, revision.replace("%2F", "/"))
         if commit is not None:
-            files = sorted(path for path in self.hub.repos[repo][commit].iterdir() if path.is_file())
-            siblings = [{"rfilename": path.name, "size": path.stat().st_size} for path in files]
+            folder = self.hub.repos[repo][commit]
+            files = sorted(path for path in folder.rglob("*") if path.is_file())
+            siblings = [{"rfilename": str(path.relative_to(folder)), "size": path.stat().st_size} for path in files]
             self._say(200, json.dumps({"id": repo, "sha": commit, "siblings": siblings}).encode())
 
     def _file(self, repo: str, revision: str, name: str, head: bool) -> None:

@@ -132,9 +132,14 @@ def test_a_fetch_that_was_broken_off_is_gone_on_with(hub: LocalHub, tmp_path: Pa
 
 def test_tokenizer_config_and_adapter_alone(hub: LocalHub, tmp_path: Path) -> None:
     shutil.copytree(TOKENIZER_FOLDER, tmp_path / "tiny", dirs_exist_ok=True)
+    (tmp_path / "tiny" / "additional_chat_templates").mkdir()
+    (tmp_path / "tiny" / "additional_chat_templates" / "tool.jinja").write_text("{{ messages }}")
+    (tmp_path / "tiny" / "onnx").mkdir()
+    (tmp_path / "tiny" / "onnx" / "tokenizer.json").write_text("not wanted")
     tokenizer = load_tokenizer(NAME)
     assert tokenizer is not None and tokenizer.encode("hello") == load_tokenizer(TOKENIZER_FOLDER).encode("hello")  # type: ignore[union-attr]
     assert not {name for name in hub.fetched() if name.startswith("model")}
+    assert hub.fetched().count("tokenizer.json") == 1 and "tool.jinja" in hub.fetched()
     assert {path.name for path in locate(NAME, CONFIG).iterdir()} >= {"config.json"}
     assert locate(NAME, TOKENIZER) == locate(NAME, CONFIG)
     with pytest.raises(CheckpointError, match="org/tiny on .* is no adapter this project reads: it lacks adapter_con"):
