@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import transformers
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXRotaryEmbedding, apply_rotary_pos_emb
 
 from parallel.attention import Causal
+from parallel.errors import ConfigError
 from tests.tp_decoders.parity import NEOX, hf
 from tp_decoders import load
+from tp_decoders.registry import config_from_hf
 from tp_decoders.rotary import Rotary, RotaryConfig, Rotation, rotate, rotated
 
 
@@ -91,3 +95,55 @@ def test_generation_beyond_the_trained_context_equals_transformers(tmp_path: obj
             logits = decoder(torch.tensor(ours), torch.arange(len(ours)), Causal([len(ours)]))
         ours.append(decoder.head.argmax(logits[-1:]).ids.item())
     assert ours == expected
+
+
+def rotary_of(**hf: object) -> RotaryConfig:
+    sizes = {"hidden_size": 64, "num_attention_heads": 2, "max_position_embeddings": 64}
+    rotary = config_from_hf({"model_type": "gpt_neox", **sizes, **hf}).options.rotary
+    assert isinstance(rotary, RotaryConfig)
+    return rotary
+
+
+HALF = RotaryConfig(size=16, base=500.0, max_positions=64)
+TWICE = RotaryConfig(size=16, base=500.0, max_positions=64, kind="linear", factor=2.0)
+WHOLE = {"rope_type": "default", "rope_theta": 500, "partial_rotary_factor": 0.5}
+OLD = {"rotary_pct": 0.5, "rotary_emb_base": 500}
+
+
+@pytest.mark.parametrize(
+    ("hf", "wanted"),
+    [
+        (OLD, HALF),
+        ({"partial_rotary_factor": 0.5, "rope_theta": 500.0}, HALF),
+        ({**OLD, "partial_rotary_factor": 0.5, "rope_theta": 500, "rope_scaling": None, "rope_parameters": None}, HALF),
+        ({**OLD, "rotary_pct": None, "partial_rotary_factor": 0.5}, HALF),
+        ({"rope_parameters": WHOLE}, HALF),
+        ({"rope_parameters": WHOLE, "rotary_pct": 0.25, "rotary_emb_base": 7}, HALF),
+        ({"rope_scaling": {}, "rope_parameters": WHOLE}, HALF),
+        ({"rope_scaling": WHOLE, "rope_parameters": {"rope_theta": 7}}, HALF),
+        ({**OLD, "rope_parameters": {"rope_type": None, "type": "default", "factor": 3.0}}, HALF),
+        ({**OLD, "rope_scaling": {"type": "linear", "factor": 2}}, TWICE),
+        ({**OLD, "rope_scaling": {"type": "linear", "rope_type": "linear", "factor": 2.0}}, TWICE),
+        ({"rope_parameters": {**WHOLE, "rope_type": "linear", "factor": 2.0}}, TWICE),
+    ],
+)
+def test_every_spelling_of_the_rotary_settings_is_read(hf: dict[str, object], wanted: RotaryConfig) -> None:
+    assert rotary_of(**hf) == wanted
+
+
+def test_linear_scaling_extends_the_context_by_its_factor() -> None:
+    assert rotary_of(**OLD, rope_scaling={"type": "linear", "factor": 2.5}).reach == 160
+    counted = {"rope_type": "linear", "factor": 2.0, "original_max_position_embeddings": 32}
+    assert rotary_of(**OLD, rope_parameters=counted).reach == 64
+    with pytest.raises(ConfigError, match="makes a context of more than"):
+        rotary_of(**OLD, rope_scaling={"type": "linear", "factor": 1e300})
+
+
+def test_a_sequence_in_the_extended_context_has_the_logits_of_transformers(tmp_path: Path) -> None:
+    reference = hf("GPTNeoX", NEOX, rope_scaling={"type": "linear", "factor": 4.0})()
+    reference.save_pretrained(tmp_path)
+    model, tokens = load(tmp_path), torch.randint(31, (120,), generator=torch.Generator().manual_seed(2))
+    assert model.config.max_positions == 128
+    with torch.no_grad():
+        wanted = reference(tokens[None]).logits[0]
+        torch.testing.assert_close(model(tokens, torch.arange(120), Causal([120])), wanted, rtol=1e-4, atol=1e-4)
