@@ -7,20 +7,28 @@ hit comes from the run's seed. Waits for nothing to be noticed: that is strike.p
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import signal
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
+from cluster.rpc.client import Client, ServiceError
 from cluster.training.checkpoint import latest_checkpoint
-from tests.chaos.hosts import HEAD, Hosts, end, inner_pid, ranks_below, training_rank
+from tests.chaos.hosts import HEAD, Hosts, end, inner_pid, ranks_below, training_rank, until_gone
+from tests.chaos.injected.sitecustomize import POISON
 from tests.chaos.jobs import KEEPS_STATE, Served, Training
+from tests.chaos.own_head import own_head_dies
+from tests.chaos.threads import busiest_thread, can_trace, stop_thread
 from tests.multinode.commands import Failed
 
 SERVING, TRAINING = "serving", "training"
 FILLER = "filler"
+FOUR_TOKENS = {"max_new_tokens": 4}
 
 
 @dataclass
@@ -30,6 +38,7 @@ class World:
     hosts: Hosts
     served: Served
     training: Training
+    switches: Path  # of injected faults
     disk: Path | None  # a small file system that holds the training run's folder, where one could be made
     places: dict[int, tuple[str, int]] = field(default_factory=dict)  # of serving ranks: host, and its process id there
 
@@ -60,6 +69,9 @@ class Strike:
     mend: Callable[[], None] | None = None  # once it was named
     nodes: Sequence[int] = ()  # whose Ray has to be started again
     at_restart: bool = False  # named when it is read again, not when it happens
+    after: Callable[[], None] | None = None  # once it has healed
+    prove: Callable[[], None] | None = None  # in a thread, once it has healed: raises Failed
+    silent: bool = False  # nobody is to notice it: streams go on, health says nothing
 
 
 Kind = Callable[[World, random.Random], Strike]
@@ -161,6 +173,80 @@ def corrupt_model(world: World, rng: random.Random) -> Strike:
     return Strike(target, {SERVING: words}, lambda: flip(path, 9), at_restart=True)
 
 
+def refuse_connects(world: World, rng: random.Random) -> Strike:
+    """A rank is lost, and the engines that are made in its place refuse connections until the fault was named."""
+    switch = world.switches / "refuse"
+    switch.touch()
+    victim = rng.choice(sorted(world.ranks(SERVING)))
+    end(victim[2])
+    words = "could not be rebuilt: cannot reach the engine"
+    return Strike(f"engines after {victim}", {SERVING: words}, lambda: switch.unlink(missing_ok=True), at_restart=True)
+
+
+def hang_engine(world: World, rng: random.Random) -> Strike:
+    """One thread of a rank, the one that computes, stands still; all others go on."""
+    victim = rng.choice(sorted(world.ranks(SERVING)))
+    let_go = stop_thread(busiest_thread(victim[2]))
+    return Strike(f"the engine's thread of {victim}", {SERVING: named(world, world.ranks(SERVING))}, after=let_go)
+
+
+def poison_call(world: World, rng: random.Random) -> Strike:
+    """A request that ends every rank that computes it: refused after its second death, and nothing else is."""
+    answers: list[str] = []
+
+    def ask() -> None:
+        with Client(world.served.address, retry_seconds=0.0) as client:
+            try:
+                client.generate([[*POISON, *rng.choices(range(8, 60), k=4)]], stopping=FOUR_TOKENS, timeout=170)
+                answers.append("an answer")
+            except ServiceError as error:
+                answers.append(str(error))
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+
+    def prove() -> None:
+        asking.join(180)
+        if not (answers and "quarantined" in answers[0]):
+            raise Failed(f"the poison call was not quarantined: {answers or 'no answer'}")
+
+    return Strike("a call", {SERVING: "quarantined: [0-9]+ engines died"}, at_restart=True, prove=prove)
+
+
+def slow_disk(world: World, rng: random.Random) -> Strike:
+    """Each write of the ledger takes three seconds; streams do not."""
+    switch = world.switches / "slow-disk"
+    switch.write_text("3.0")
+    served, before = world.served, len(world.served.lines)
+
+    def prove() -> None:
+        if not until_gone(lambda: served.said("ledger's disk has caught up", before) is None, 60.0):
+            raise Failed("the ledger did not catch up")
+
+    words = "the ledger's disk takes longer"
+    mend = lambda: switch.unlink(missing_ok=True)  # noqa: E731
+    return Strike("the state folder", {SERVING: words}, mend, prove=prove, silent=True)
+
+
+def signal_group(world: World, rng: random.Random) -> Strike:
+    """SIGTERM to every process of the front-end's group, as a service manager does: it ends in order."""
+    served = world.served
+    before = len(served.statuses)
+    os.killpg(os.getpgid(served.pid), signal.SIGTERM)
+
+    def prove() -> None:
+        if served.statuses[before : before + 1] != [0]:
+            raise Failed(f"the server ended with status {served.statuses[before:]}")
+
+    return Strike("tp-decoders serve and its group", {SERVING: None}, prove=prove)
+
+
+def kill_own_head(world: World, rng: random.Random) -> Strike:
+    """The raylet or the GCS of a cluster that a server has started for itself: it ends with words, and nothing is left."""
+    name = rng.choice(["raylet", "gcs_server"])
+    return Strike(f"the {name} of a server's own cluster", {}, prove=partial(own_head_dies, world.served.model, name))
+
+
 def flip(path: Path, at: int) -> None:
     """One bit, in place."""
     with path.open("r+b") as file:
@@ -179,18 +265,24 @@ def tensor_byte(path: Path, rng: random.Random) -> int:
 
 
 KINDS: dict[str, tuple[int, Kind]] = {
-    "kill -9 of a serving rank": (16, strike_rank(SERVING, signal.SIGKILL)),
-    "SIGSTOP of a serving rank": (10, strike_rank(SERVING, signal.SIGSTOP)),
-    "kill -9 of a training rank": (12, strike_rank(TRAINING, signal.SIGKILL)),
-    "SIGSTOP of a training rank": (8, strike_rank(TRAINING, signal.SIGSTOP)),
-    "kill -9 of a raylet": (12, strike_raylet(signal.SIGKILL)),
+    "kill -9 of a serving rank": (12, strike_rank(SERVING, signal.SIGKILL)),
+    "SIGSTOP of a serving rank": (6, strike_rank(SERVING, signal.SIGSTOP)),
+    "kill -9 of a training rank": (8, strike_rank(TRAINING, signal.SIGKILL)),
+    "SIGSTOP of a training rank": (6, strike_rank(TRAINING, signal.SIGSTOP)),
+    "kill -9 of a raylet": (8, strike_raylet(signal.SIGKILL)),
     "SIGSTOP of a raylet": (6, strike_raylet(signal.SIGSTOP)),
     "host cut off": (8, cut_off),
-    "kill -9 of the front-end": (12, kill_front_end),
+    "kill -9 of the front-end": (8, kill_front_end),
     "kill -9 of the training command": (4, kill_train_command),
     "disk full": (6, fill_disk),
     "corrupt checkpoint": (4, corrupt_checkpoint),
     "corrupt model file": (2, corrupt_model),
+    "refused connects": (4, refuse_connects),
+    "hung engine thread": (4, hang_engine),
+    "poison call": (4, poison_call),
+    "killed head of an own cluster": (2, kill_own_head),
+    "slow disk": (4, slow_disk),
+    "SIGTERM to the process group": (4, signal_group),
 }
 """How many of a hundred, and how."""
 
@@ -199,7 +291,8 @@ def possible(world: World) -> list[str]:
     """The kinds that can strike here."""
     without = {"host cut off"} if not world.hosts.can_cut else set()
     without |= {"disk full"} if world.disk is None else set()
-    without |= set() if KEEPS_STATE else {"kill -9 of the front-end"}
+    without |= set() if KEEPS_STATE else {"kill -9 of the front-end", "slow disk", "SIGTERM to the process group"}
+    without |= set() if can_trace() else {"hung engine thread"}
     return [kind for kind in KINDS if kind not in without]
 
 

@@ -84,7 +84,7 @@ class Namespaces:
     def __init__(self, base: Path) -> None:
         self._script = base / "tree/tests/multinode/hosts.sh"
         self._base = base
-        self._env = dict(os.environ) | {"HOME": os.environ["HOST_HOME"]} | _ray_settings()
+        self._env = dict(os.environ) | {"HOME": os.environ["HOST_HOME"]} | _ray_settings() | injected(base)
         self._run("bridge")
         for number in self.numbers:
             self._run("up", str(number))
@@ -194,7 +194,7 @@ class Raylets:
         return socket.gethostname()
 
     def command(self, words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-        return list(words), dict(os.environ) | _ray_settings() | {"RAY_AUTH_MODE": "disabled"}
+        return list(words), dict(os.environ) | _ray_settings() | injected(self._base) | {"RAY_AUTH_MODE": "disabled"}
 
     def link(self, number: int, state: str) -> None:
         raise AssertionError("raylets of one machine have no link")
@@ -220,6 +220,19 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def switches(base: Path) -> Path:
+    """The folder that says which injected faults are on."""
+    return base / "switches"
+
+
+def injected(base: Path) -> dict[str, str]:
+    """What makes processes take faults that are put into them (tests/chaos/injected)."""
+    switches(base).mkdir(exist_ok=True)
+    folder = Path(__file__).resolve().parent / "injected"
+    paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {"PYTHONPATH": os.pathsep.join(paths), "TP_CHAOS_SWITCHES": str(switches(base))}
 
 
 def _ray_settings() -> dict[str, str]:
@@ -300,7 +313,7 @@ def until_gone(there: Any, limit: float = LEAVE_S) -> bool:
 
 def command_process(pid: int) -> int:
     """The command itself, where nsenter stands before it."""
-    while cmdline(pid).startswith((b"nsenter", b"bash", b"/usr/bin/env", b"env")) and (below := children(pid)):
+    while cmdline(pid).startswith((b"nsenter", b"bash", b"/usr/bin/env", b"env", b"setsid")) and (below := children(pid)):
         pid = below[0]
     return pid
 

@@ -45,11 +45,14 @@ class Supervised:
         self._earlier: list[tuple[float, str]] = []
         self.command: Command | None = None
         self.starts = 0
+        self.statuses: list[int | None] = []
+        """How each life before the present one ended."""
 
     def start(self) -> None:
         if self.command is not None:
             self._earlier = self.lines
-        words, env = self._hosts.command(python("-m", "launch", *self._words))
+            self.statuses.append(self.command.status)
+        words, env = self._hosts.command(["setsid", *python("-m", "launch", *self._words)])  # a group of its own
         self.command = Command(words, env=env, log=self._log)
         self.starts += 1
 

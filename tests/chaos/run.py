@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tests.chaos import report
 from tests.chaos.faults import World, drawn, possible
-from tests.chaos.hosts import Hosts
+from tests.chaos.hosts import Hosts, switches
 from tests.chaos.jobs import Lap, Served, Training, until
 from tests.chaos.load import Load
 from tests.chaos.strike import Striker
@@ -68,7 +68,7 @@ class Run:
     async def _with(self, plan: Plan, training: Training, began: float) -> int:
         load = Load(self.served.address, plan.tokens)
         await asyncio.gather(self._learn(load, began), self._lap(training, began))
-        striker = Striker(World(self.hosts, self.served, training, self._disk), load, plan.seed)
+        striker = Striker(World(self.hosts, self.served, training, switches(self.base), self._disk), load, plan.seed)
         load.start()
         try:
             await self._faults(plan, striker, began)

@@ -105,7 +105,12 @@ class Striker:
         nodes = asyncio.create_task(asyncio.to_thread(self._restore, strike))
         try:
             await self._healed(record, strike, struck, (lap, file))
-            if SERVING in strike.words and not any(when >= struck for when in self.load.not_serving):
+            if strike.after is not None:
+                strike.after()
+            if strike.prove is not None:
+                await asyncio.to_thread(strike.prove)
+            noticed = SERVING in strike.words and not strike.silent
+            if noticed and not any(when >= struck for when in self.load.not_serving):
                 record.violations.append("health never said NOT_SERVING")
         finally:
             await nodes
