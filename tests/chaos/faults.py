@@ -242,7 +242,7 @@ def signal_group(world: World, rng: random.Random) -> Strike:
 
 
 def kill_own_head(world: World, rng: random.Random) -> Strike:
-    """The raylet or the GCS of a cluster that a server has started for itself: it ends with words, and nothing is left."""
+    """The raylet or the GCS of a cluster that a server has started for itself: it ends with words, leaving nothing."""
     name = rng.choice(["raylet", "gcs_server"])
     return Strike(f"the {name} of a server's own cluster", {}, prove=partial(own_head_dies, world.served.model, name))
 

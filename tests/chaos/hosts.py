@@ -313,7 +313,8 @@ def until_gone(there: Any, limit: float = LEAVE_S) -> bool:
 
 def command_process(pid: int) -> int:
     """The command itself, where nsenter stands before it."""
-    while cmdline(pid).startswith((b"nsenter", b"bash", b"/usr/bin/env", b"env", b"setsid")) and (below := children(pid)):
+    before = (b"nsenter", b"bash", b"/usr/bin/env", b"env", b"setsid")
+    while cmdline(pid).startswith(before) and (below := children(pid)):
         pid = below[0]
     return pid
 
