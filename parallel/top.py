@@ -18,6 +18,9 @@ from parallel.group import Group
 from parallel.shard import VirtualShards
 from parallel.vocab import log_normaliser
 
+PIECE = 32
+"""Columns whose maximum says whether one of the largest can be among them."""
+
 
 @dataclass(frozen=True)
 class Top:
@@ -27,12 +30,23 @@ class Top:
     log_probs: Tensor
 
 
+def top_values(rows_RV: Tensor, count: int) -> Tensor:
+    """[R, count] the largest values of each row, descending: all in the `count` pieces with the largest maxima."""
+    pieces = rows_RV.shape[1] // PIECE
+    if count > pieces // 4:
+        return rows_RV.topk(count, 1).values
+    body = rows_RV[:, : pieces * PIECE].unflatten(1, (pieces, PIECE))
+    places = body.amax(2).topk(count, 1).indices
+    found = body.gather(1, places[:, :, None].expand(-1, -1, PIECE)).flatten(1)
+    return torch.cat([found, rows_RV[:, pieces * PIECE :]], 1).topk(count, 1).values
+
+
 def row_top(x_TV: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """[T, count] the largest values of each row, descending, and their places; of equal ones the first places."""
     count = min(count, x_TV.shape[1])
     if count == 0:
         return x_TV[:, :0], torch.zeros((x_TV.shape[0], 0), dtype=torch.long, device=x_TV.device)
-    above_TV = x_TV >= x_TV.topk(count, 1).values[:, -1:]
+    above_TV = x_TV >= top_values(x_TV, count)[:, -1:]
     if not bool((above_TV.sum(1) == count).all()):  # equal values at the border, or NaN
         above_TV = _first_of_equals(x_TV, above_TV, count)
         if not bool((above_TV.sum(1) == count).all()):

@@ -16,8 +16,8 @@ from torch.nn import functional
 
 from cluster.engine.request import SamplingParams
 from parallel.logsumexp import exp_sum_leaves, invariant_exp
+from parallel.top import top_values
 
-PIECE = 32
 FIRST_CANDIDATES = 256
 BINS, BINS_PER_UNIT = 512, 16
 """Bins of logits: 16 to a unit, the last one for everything below -32."""
@@ -65,17 +65,6 @@ def _keep(rows_RV: Tensor, places: list[int], floor: Tensor) -> None:
     chosen.masked_fill_(chosen < floor[:, None], float("-inf"))
     if chosen is not rows_RV:
         rows_RV[places] = chosen
-
-
-def top_values(rows_RV: Tensor, count: int) -> Tensor:
-    """[R, count] the largest values of each row, descending: all in the `count` pieces with the largest maxima."""
-    pieces = rows_RV.shape[1] // PIECE
-    if count > pieces // 4:
-        return rows_RV.topk(count, 1).values
-    body = rows_RV[:, : pieces * PIECE].unflatten(1, (pieces, PIECE))
-    places = body.amax(2).topk(count, 1).indices
-    found = body.gather(1, places[:, :, None].expand(-1, -1, PIECE)).flatten(1)
-    return torch.cat([found, rows_RV[:, pieces * PIECE :]], 1).topk(count, 1).values
 
 
 def top_k_floor(rows_RV: Tensor, counts: list[int]) -> Tensor:

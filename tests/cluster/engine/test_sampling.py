@@ -12,13 +12,14 @@ import transformers
 from torch import Tensor
 
 from cluster.engine.adjustments import Adjustments
-from cluster.engine.cuts import _floor_by_bins, cut, top_values
+from cluster.engine.cuts import _floor_by_bins, cut
 from cluster.engine.draws import stream_of, uniform
 from cluster.engine.flows import Caller, Flow
 from cluster.engine.request import ModelLimits, Request, ResponseOptions, SamplingParams, StoppingCriteria
 from cluster.engine.sampling import Sampler, look_up
 from cluster.engine.sequence import Answer, Sequence
 from cluster.engine.validation import resolve
+from parallel.top import top_values
 
 VOCAB = 997
 NEVER = float("-inf")
