@@ -29,6 +29,7 @@ from launch.background import Server
 
 NAMES = ("calm", "hostile")
 MANY = 48_000
+URGENT = -1_000_000
 LONG_STOPS = ["ab" * 500 + chr(300 + i) for i in range(64)]
 Attack = Callable[[AsyncClient], Awaitable[Any]]
 
@@ -38,6 +39,15 @@ def generating(prompts: list[list[int]], new: int, sampling: dict[str, Any] | No
     return lambda client: client.generate(prompts, sampling=sampling or {}, stopping=stopping, timeout=300, **more)
 
 
+def at_once(attack: Attack, count: int) -> Attack:
+    """So many of the same call."""
+
+    async def calls(client: AsyncClient) -> None:
+        await asyncio.gather(*(attack(client) for _ in range(count)))
+
+    return calls
+
+
 HOSTILE: dict[str, Attack] = {
     "beams": generating([[5, 6, 7]], 20, {"beam": {"width": 64}}, stopping={"stop_token_ids": list(range(60, MANY))}),
     "beams that change rows": generating([[5, 6, 7]], 20, {"beam": {"width": 64}, "repetition_penalty": 1.2}),
@@ -45,6 +55,9 @@ HOSTILE: dict[str, Attack] = {
     "biases": generating([[5] * 8], 40, {"n": 64, "logit_bias": dict.fromkeys(range(MANY), 0.5)}),
     "alternatives": generating([[5] * 8], 100, {"n": 64}, response={"logprobs": 64}),
     "stop strings": generating([[5] * 8], 60, {"n": 64}, stopping={"stop_sequences": LONG_STOPS}),
+    "1,000 prompts": generating([[5 + i % 500] * 60 for i in range(1000)], 30),
+    "64 urgent streams": at_once(generating([[5, 6]], 200, priority=URGENT), 64),
+    "long prompts": at_once(generating([[7, 8] * 400], 1, priority=URGENT), 32),
     "scores": lambda client: client.score([[5 + i % 50] * 1000 for i in range(64)], top_logprobs=64, timeout=300),
     "scores too large": lambda client: client.score([[5] * 1000] * 512, top_logprobs=64, timeout=300),
     "plain scores": lambda client: client.score([[5 + i % 50] * 1000 for i in range(256)], timeout=300),

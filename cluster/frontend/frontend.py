@@ -108,7 +108,8 @@ class Frontend:
         REQUEST.set(call.request_id)
         if recall is not None and (known := recall.again(call)) is not None:
             return known
-        self._journal.check_room(call.caller, call.request_id, len(call.prompts) * call.sampling.num_samples)
+        samples = len(call.prompts) * call.sampling.num_samples
+        self._journal.check_room(call.caller, call.request_id, samples, call.share.caller)
         made = [self._barred(item) for item in await admission.requests(call)]
         self._check_open()
         failed = [item for item in made if isinstance(item, RequestError)]

@@ -7,6 +7,7 @@ requests.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -158,11 +159,17 @@ class Entry:
         )
 
 
+FEW = 64
+"""With fewer places than this nothing is kept back for others."""
+
+
 class Journal:
     """Open entries by engine id, in order of admission; bounded by the number of their samples."""
 
     def __init__(self, max_open: int) -> None:
         self._max_open = max_open
+        self._max_of_one = max_open - max_open // 4 if max_open >= FEW else max_open
+        self._samples_of: Counter[str] = Counter()  # by who shares the engine
         self._num_samples = 0
         self._entries: dict[str, Entry] = {}
         self._calls: dict[str, dict[str, list[str]]] = {}  # by the call's id, then by its caller
@@ -180,28 +187,35 @@ class Journal:
         """Of that name, whosever it is."""
         return [self._entries[request_id] for ids in self._calls.get(call_id, {}).values() for request_id in ids]
 
-    def check_room(self, caller: str, call_id: str, count: int) -> None:
-        """Refuse a call of `count` samples that cannot be added now."""
+    def check_room(self, caller: str, call_id: str, count: int, sharer: str = "") -> None:
+        """Refuse a call of `count` samples that cannot be added now. One caller never has the last quarter."""
         if caller in self._calls.get(call_id, {}):
             raise DuplicateRequest(f"request_id {call_id!r} is still open; give each call its own, or none")
-        if count > self._max_open:
+        if count > self._max_of_one:
             raise CapacityError(
-                f"{count} samples were sent and at most {self._max_open} may be open; send fewer at a time"
+                f"{count} samples were sent and at most {self._max_of_one} may be open; send fewer at a time"
             )
         if self._num_samples + count > self._max_open:
             raise QueueFull(
                 f"{self._num_samples} samples are open and {count} more were sent; "
                 f"at most {self._max_open} may be open; retry later"
             )
+        if self._samples_of[sharer] + count > self._max_of_one:
+            raise QueueFull(
+                f"{self._samples_of[sharer]} samples of this caller are open and {count} more were sent; "
+                f"one caller may have {self._max_of_one} of {self._max_open}; retry later"
+            )
 
     def add(self, entries: list[Entry]) -> None:
         """Open all entries of one call, or none."""
         if entries:
             count = sum(len(entry.samples) for entry in entries)
-            self.check_room(entries[0].caller, entries[0].call_id, count)
+            sharer = entries[0].request.share.caller
+            self.check_room(entries[0].caller, entries[0].call_id, count, sharer)
             if (account := entries[0].account) is not None:
                 account.reserve(sum(entry.num_tokens for entry in entries))
             self._num_samples += count
+            self._samples_of[sharer] += count
             self._entries.update((entry.request.request_id, entry) for entry in entries)
             calls = self._calls.setdefault(entries[0].call_id, {})
             calls[entries[0].caller] = [entry.request.request_id for entry in entries]
@@ -211,6 +225,10 @@ class Journal:
         if entry.account is not None:
             entry.account.release(entry.num_tokens)
         self._num_samples -= len(entry.samples)
+        sharer = entry.request.share.caller
+        self._samples_of[sharer] -= len(entry.samples)
+        if not self._samples_of[sharer]:
+            del self._samples_of[sharer]
         calls = self._calls[entry.call_id]
         calls[entry.caller].remove(entry.request.request_id)
         if not calls[entry.caller]:

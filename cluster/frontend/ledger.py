@@ -9,7 +9,9 @@ replayed through the very code that took them the first time.
 from __future__ import annotations
 
 import logging
+import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -46,13 +48,14 @@ class LedgerConfig:
     """How long and how much a server remembers of calls that came with a request_id."""
 
     retain_seconds: float = 600.0  # an answer, after its end
-    retain_bytes: int = 64 << 20  # all answers; the oldest go first
+    retain_bytes: int = 64 << 20  # all answers; the oldest of whoever has the most go first
+    rewrite_seconds: float = 60.0  # how long what is forgotten may stay on the disk
     segment_bytes: int = 8 << 20  # written before what counts is written anew
     orphan_seconds: float = 60.0  # after a restart a call without a reader is computed on for so long
     fsync: bool = False  # each write down to the disk: for hosts that lose power
 
     def __post_init__(self) -> None:
-        for name in ("retain_seconds", "retain_bytes", "segment_bytes", "orphan_seconds"):
+        for name in ("retain_seconds", "retain_bytes", "rewrite_seconds", "segment_bytes", "orphan_seconds"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"ledger.{name} is {getattr(self, name)}; give a number above 0")
 
@@ -68,8 +71,12 @@ class Ledger:
         self._records: dict[Key, Record] = {}
         self._by_number: dict[int, Record] = {}
         self._retained: dict[int, Record] = {}  # oldest first
-        self._retained_bytes = 0
+        self._retained_of: dict[str, dict[int, Record]] = {}  # the same, by caller
+        self._bytes_of: Counter[str] = Counter()
+        self._begun = -math.inf  # when the present base was
+        self._forgotten = False  # whether there is something on the disk that counts no more
         self._last = 0
+        self._closed = False
         self._items: list[tuple[int, int, int, int, Heard]] = []
         self.deaths: dict[bytes, Count] = {}
         """What was running when engines died, by content: quarantine.py's."""
@@ -84,7 +91,16 @@ class Ledger:
 
     @property
     def retained_bytes(self) -> int:
-        return self._retained_bytes
+        return self._bytes_of.total()
+
+    def tidy(self) -> None:
+        """To be called at times: what has expired leaves the memory, and the disk with the next base."""
+        if self._closed:
+            return
+        self._prune()
+        due = self._begun + self.config.rewrite_seconds
+        if self._forgotten and not self._folder.writes_base and self._clock() >= due:
+            self._begin()
 
     @property
     def failures(self) -> int:
@@ -162,6 +178,7 @@ class Ledger:
         if self._by_number.pop(record.number, None) is not None:
             self._unretain(record)
             del self._records[record.key]
+            self._forgotten = True
             self._write(b"D" + dumps(record.number))
 
     def note_deaths(self, key: bytes, count: Count | None) -> None:
@@ -169,6 +186,7 @@ class Ledger:
         self._write(_deaths(key, count))
 
     def close(self) -> None:
+        self._closed = True
         self.flush()
         self._writer.close()
 
@@ -188,20 +206,33 @@ class Ledger:
     def _retain(self, record: Record) -> None:
         record.packed, record.content = record.packed or pack(record.unpacked()), None
         self._retained[record.number] = record
-        self._retained_bytes += len(record.packed)
+        self._retained_of.setdefault(record.key[0], {})[record.number] = record
+        self._bytes_of[record.key[0]] += len(record.packed)
 
     def _unretain(self, record: Record) -> None:
         if (kept := self._retained.pop(record.number, None)) is not None:
-            self._retained_bytes -= len(kept.packed or b"")
+            caller, own = kept.key[0], self._retained_of[kept.key[0]]
+            del own[record.number]
+            self._bytes_of[caller] -= len(kept.packed or b"")
+            if not own:
+                del self._retained_of[caller], self._bytes_of[caller]
 
     def _prune(self) -> None:
-        """Forgets what is too old or too much. Nothing is written of it: bases leave it out."""
+        """Forgets what is too old, then the oldest of whoever has the most while all is too much. Nothing is written of
+        it: bases leave it out."""
         oldest = self._clock() - self.config.retain_seconds
         for record in list(self._retained.values()):
-            if record.over >= oldest and self._retained_bytes <= self.config.retain_bytes:
+            if record.over >= oldest:
                 break
-            self._unretain(record)
-            del self._by_number[record.number], self._records[record.key]
+            self._forget(record)
+        while self.retained_bytes > self.config.retain_bytes:
+            caller, _ = self._bytes_of.most_common(1)[0]
+            self._forget(next(iter(self._retained_of[caller].values())))
+
+    def _forget(self, record: Record) -> None:
+        self._unretain(record)
+        del self._by_number[record.number], self._records[record.key]
+        self._forgotten = True
 
     # ------------------------------------------------------------ the folder
 
@@ -211,6 +242,7 @@ class Ledger:
             self._begin()
 
     def _begin(self) -> None:
+        self._begun, self._forgotten = self._clock(), False
         if self._items:  # they are in the base, too, but that may not be completed
             self._writer.append(b"S" + dumps(self._items))
             self._items = []

@@ -92,9 +92,14 @@ class LedgerFolder:
             yield from read_payloads(self._path(number, "log"), torn=number == logs[-1])
 
     @property
+    def writes_base(self) -> bool:
+        """Whether one is being written."""
+        return self._base_writer is not None and self._base_writer.is_alive()
+
+    @property
     def wants_base(self) -> bool:
         """Whether the log has grown so long that what counts should be written anew; also after a failure, at times."""
-        if self._base_writer is not None and self._base_writer.is_alive():
+        if self.writes_base:
             return False
         if self._log is None:
             return self._retry_at is None or time.monotonic() >= self._retry_at

@@ -29,6 +29,7 @@ from cluster.frontend.streams import Stream
 from parallel.errors import RequestError, TpError
 
 log = logging.getLogger(__name__)
+TIDY_SECONDS = 15.0
 
 
 class Recall:
@@ -56,7 +57,9 @@ class Recall:
         self._follow(record, entries)
 
     def go_on(self) -> None:
-        """After a restart: open calls are computed on, for a while also without a reader."""
+        """After a restart: open calls are computed on, for a while also without a reader. What expires is forgotten
+        from now on, also where nothing is asked."""
+        self._tidy()
         for record in self._ledger.unfinished():
             try:
                 record.orphan = self._replayed(record, None)
@@ -66,6 +69,10 @@ class Recall:
                 continue
             seconds = self._ledger.config.orphan_seconds
             asyncio.get_running_loop().call_later(seconds, self._orphaned, record)
+
+    def _tidy(self) -> None:
+        self._ledger.tidy()
+        asyncio.get_running_loop().call_later(TIDY_SECONDS, self._tidy)
 
     def forget(self, entries: Sequence[Entry]) -> None:
         """Ended by somebody's order: a retry is a new call."""

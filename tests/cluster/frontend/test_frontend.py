@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
-from cluster.engine.request import FinishReason, ResponseOptions, SamplingParams, StoppingCriteria, TokenEvent
+from cluster.engine.request import FinishReason, ResponseOptions, SamplingParams, Share, StoppingCriteria, TokenEvent
 from cluster.frontend.errors import DuplicateRequest, InvalidRequest, RequestFailed
 from cluster.frontend.frontend import Frontend, State
 from cluster.frontend.link import Rejected
@@ -239,5 +240,20 @@ def test_an_idle_engine_is_kept_alive_without_steps() -> None:
         async with serving(engine):
             await until(lambda: engine.kept_alive >= 1)
             assert engine.steps == 0
+
+    run(main())
+
+
+def test_one_caller_never_takes_the_last_quarter_of_the_open_requests() -> None:
+    async def main() -> None:
+        async with serving(FakeEngine(held=True), max_open_requests=64) as frontend:
+            mine, other = Share("token 'mine'"), Share("token 'other'")
+            await frontend.open(replace(call(*[[1]] * 40), share=mine))
+            with pytest.raises(QueueFull, match="40 samples of this caller are open and 9 more were sent; one caller"):
+                await frontend.open(replace(call(*[[1]] * 9), share=mine))
+            stream = await frontend.open(replace(call(*[[1]] * 16), share=other))
+            await frontend.open(replace(call(*[[1]] * 8), share=mine))
+            stream.close()
+            await frontend.open(replace(call(*[[1]] * 16), share=other))
 
     run(main())

@@ -347,3 +347,40 @@ def test_what_no_disk_should_do_ends_the_remembering_and_nothing_else(
         step(ledger, record, token)
     assert ledger.failures == 1 and tokens_of(record) == (0, 1, 2)
     ledger.close()
+
+
+def ended_call(ledger: Ledger, key: tuple[str, str], tokens: int) -> None:
+    record = begun(ledger, key)
+    step(ledger, record, *range(tokens), end=True)
+    ledger.prompt_over(record, complete=True)
+
+
+def test_one_caller_s_answers_never_push_out_another_s(tmp_path: Path) -> None:
+    ledger = ledger_at(tmp_path / "state", retain_bytes=50_000)
+    ended_call(ledger, ALICE, 3)
+    for number in range(100):
+        ended_call(ledger, ("flood", str(number)), 200)
+    assert ledger.retained_bytes <= 50_000
+    assert ledger.find(ALICE, b"digest") is not None, "hers is the oldest, but she has the least"
+    assert ledger.find(("flood", "0"), b"digest") is None and ledger.find(("flood", "99"), b"digest") is not None
+    ledger.close()
+
+
+def test_what_has_expired_leaves_the_disk_though_nobody_asks(tmp_path: Path) -> None:
+    now, state = [1000.0], tmp_path / "state"
+    ledger = ledger_at(state, clock=lambda: now[0], retain_seconds=10.0, rewrite_seconds=5.0)
+    ended_call(ledger, ("secret caller", "id"), 3)
+    base_written(ledger)
+
+    def on_disk() -> bool:
+        return any(b"secret caller" in path.read_bytes() for path in state.iterdir())
+
+    ledger.tidy()
+    assert on_disk() and len(ledger) == 1
+    now[0] += 11.0
+    ledger.tidy()
+    base_written(ledger)
+    assert not on_disk() and len(ledger) == 0
+    ledger.tidy()
+    ledger.close()
+    ledger.tidy()
