@@ -37,7 +37,7 @@ from tp_decoders.hub_cache import (
     refuse_incomplete,
     templates,
 )
-from tp_decoders.hub_errors import explained, is_transient, is_unreachable
+from tp_decoders.hub_errors import broke_off, explained, is_transient, is_unreachable
 from tp_decoders.registry import read_config
 
 log = logging.getLogger(__name__)
@@ -45,6 +45,8 @@ log.setLevel(logging.INFO)  # what is fetched from elsewhere is said whatever el
 
 PAUSES_S = (0.5, 2.0)
 """Before the second and third attempt of what the hub or the network failed to do."""
+FAILURES = (HfHubHTTPError, requests.RequestException, TypeError, LookupError, AttributeError)
+"""What huggingface_hub raises, also where an answer is none of a hub."""
 SPARE = 1 << 28
 """Bytes of the disk that a fetch leaves free."""
 REVISION = re.compile(r"[A-Za-z0-9_][\w.+-]*(/[A-Za-z0-9_][\w.+-]*)*")
@@ -168,7 +170,7 @@ def _listed(name: HubName) -> _Listing:
             raise CheckpointError(f"{error}; it is not in the cache {constants.HF_HUB_CACHE} either") from error
         log.warning("%s; commit %s is taken from the cache", error, seen.commit[:12])
         return _Listing(seen, None)
-    files = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+    files = {file.rfilename: file.size if isinstance(file.size, int) else 0 for file in info.siblings or ()}
     if not COMMIT.fullmatch(info.sha or ""):
         raise CheckpointError(f"{name}: {constants.ENDPOINT} names no commit; is HF_ENDPOINT a Hugging Face hub?")
     return _Listing(Cached(name.repo, str(info.sha)), files)
@@ -223,8 +225,8 @@ def _tried(call: Callable[[], _T], name: HubName, file: str | None = None) -> _T
     for pause in (*PAUSES_S, None):
         try:
             return call()
-        except (HfHubHTTPError, requests.RequestException, OSError, ValueError) as error:
-            tried_already = file is not None and is_unreachable(error)  # several times, by huggingface_hub
+        except (*FAILURES, OSError, ValueError) as error:
+            tried_already = file is not None and is_unreachable(error) and not broke_off(error)  # by huggingface_hub
             if pause is None or tried_already or not is_transient(error):
                 kind = _Unreachable if is_unreachable(error) else CheckpointError
                 raise kind(explained(error, str(name), file)) from error

@@ -17,6 +17,7 @@ from huggingface_hub.errors import (
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 BUSY = (408, 429)
+NO_HUB = (requests.exceptions.InvalidJSONError, requests.exceptions.InvalidURL, requests.TooManyRedirects)
 LOGIN = "set HF_TOKEN, or log in with `hf auth login`"
 
 
@@ -31,7 +32,12 @@ def is_unreachable(error: Exception) -> bool:
     status = _status(cause)
     if status is not None:
         return status >= 500
-    return isinstance(cause, requests.RequestException) and not isinstance(cause, requests.exceptions.InvalidURL)
+    return isinstance(cause, requests.RequestException) and not isinstance(cause, NO_HUB)
+
+
+def broke_off(error: Exception) -> bool:
+    """Whether a transfer ended early, which huggingface_hub does not try again itself; it goes on where it stopped."""
+    return isinstance(_cause(error), requests.exceptions.ChunkedEncodingError)
 
 
 def explained(error: Exception, name: str, file: str | None = None) -> str:
@@ -54,8 +60,14 @@ def explained(error: Exception, name: str, file: str | None = None) -> str:
         return f"{hub} refuses {what} ({status}): it is private, or the token is wrong; {LOGIN}"
     if status is not None:
         return f"{hub} cannot give {what} now (HTTP status {status}); try again later"
+    if isinstance(cause, (*NO_HUB, TypeError, LookupError, AttributeError)):
+        return f"{hub} does not answer as a Hugging Face hub ({_first_line(cause)}); is HF_ENDPOINT right?"
     if isinstance(cause, requests.Timeout):
         return f"{what}: {hub} does not answer in time (HF_HUB_ETAG_TIMEOUT, HF_HUB_DOWNLOAD_TIMEOUT); try again"
+    if isinstance(cause, requests.RequestException) and file is not None:
+        return (
+            f"{what}: the transfer from {hub} broke off ({_reason(cause)}); the same command goes on where it stopped"
+        )
     if isinstance(cause, requests.RequestException):
         return (
             f"{what} is no folder here, and {hub} cannot be reached ({_reason(cause)}); check the name, the "

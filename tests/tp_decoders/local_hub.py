@@ -29,6 +29,8 @@ class LocalHub:
     token: str | None = None
     faults: dict[str, list[int]] = field(default_factory=dict)  # the end of a path: statuses of its next answers
     delay_s: float = 0.0
+    short: dict[str, int] = field(default_factory=dict)  # the end of a path: how many of its next bodies end early
+    strange: bytes | None = None  # the answer to everything, where this is no hub
     asked: list[str] = field(default_factory=list)
     port: int = 0
 
@@ -82,6 +84,8 @@ class _Handler(BaseHTTPRequestHandler):
         hub, path = self.hub, self.path.partition("?")[0]
         hub.asked.append(f"{self.command} {path}")
         time.sleep(hub.delay_s)
+        if hub.strange is not None:
+            return self._say(200, hub.strange)
         for end, statuses in hub.faults.items():
             if path.endswith(end) and statuses:
                 return self._say(statuses.pop(0), b"something went wrong")
@@ -139,4 +143,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(key, value)
         self.end_headers()
         if self.command != "HEAD" and not head:
-            self.wfile.write(body)
+            self.wfile.write(body[: len(body) // 2] if self._ends_early() else body)
+
+    def _ends_early(self) -> bool:
+        end = next((end for end, left in self.hub.short.items() if left and self.path.endswith(end)), None)
+        if end is not None:
+            self.hub.short[end] -= 1
+        return end is not None

@@ -209,6 +209,21 @@ def test_what_passes_is_tried_again_and_a_slow_hub_is_given_up(hub: LocalHub, mo
         locate("org/slow")
 
 
+def test_a_transfer_that_breaks_off_goes_on_and_at_last_says_so(hub: LocalHub) -> None:
+    hub.short["model.safetensors"] = 9
+    with pytest.raises(CheckpointError, match="model.safetensors of org/tiny: the transfer from .* broke off"):
+        load(NAME)
+    hub.short["model.safetensors"] = 2
+    assert load(NAME).config.model_type == "gpt_neox"
+
+
+@pytest.mark.parametrize("answer", [b"<html>", b"[]", b"{}", b'{"id": "org/tiny", "sha": "../../x", "siblings": []}'])
+def test_what_is_no_hub_is_called_so(answer: bytes, hub: LocalHub) -> None:
+    hub.strange = answer
+    with pytest.raises(CheckpointError, match="HF_ENDPOINT"):
+        load(NAME)
+
+
 def test_a_disk_without_room_is_said_before_the_weights_and_a_full_one_when_it_is_full(
     hub: LocalHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
