@@ -7,6 +7,7 @@
 # make chaos  100 faults under load on three hosts of this machine (root, unshare, ip); an hour at most; CHAOS_ARGS
 # make soak   half an hour of mixed load: memory and handles of every process must stay flat; SOAK_ARGS
 # make outside-files   checkpoints as transformers 4 and 5 write them, against both; makes .venv-transformers5 for the second
+# make sanitize  the native tests over kernels built with address and undefined-behaviour sanitisers; some minutes
 # make proto  regenerate the gRPC code from its .proto files
 
 PYTHON ?= python3.11
@@ -19,7 +20,7 @@ PYTEST_ARGS ?=
 CHAOS_ARGS ?=
 SOAK_ARGS ?=
 
-.PHONY: demo families test lint style contracts types tests walk chaos soak outside-files format proto setup clean
+.PHONY: demo families test lint style contracts types tests walk chaos soak outside-files sanitize format proto setup clean
 
 setup: $(STAMP)
 
@@ -72,6 +73,11 @@ $(STAMP5): constraints-transformers5.txt | $(STAMP)
 	$(VENV5)/bin/python -m pip install --quiet -c constraints-transformers5.txt transformers sentencepiece
 	$(BIN)/python -c "import pathlib, torch; print(pathlib.Path(torch.__file__).parents[1])" > $$(ls -d $(VENV5)/lib/python*/site-packages)/torch-of-the-first.pth
 	touch $@
+
+sanitize: $(STAMP)
+	$(BIN)/python -m tests.sanitized build
+	LD_PRELOAD=$$(g++ -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	$(BIN)/python -m tests.sanitized test $(PYTEST_ARGS)
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

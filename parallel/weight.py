@@ -29,7 +29,8 @@ class Weight(nn.Parameter):
         """The values without their history, as everywhere in PyTorch; writes to it show in the stamp."""
         alias = self._alias
         if alias is None or not alias.is_set_to(self):
-            self._forget()
+            if alias is not None:
+                self._forget()
             alias = self._alias = _DATA.__get__(self)
         return alias.detach()  # shares the alias's count, and may be resized or transposed on its own
 

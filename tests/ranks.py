@@ -24,7 +24,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from parallel.native.library import available
+from parallel.native import library
 
 WORKER = Path(__file__).with_name("ranks_worker.py")
 ROOT = Path(__file__).resolve().parents[1]
@@ -106,7 +106,7 @@ class Ranks:
                 self._workers[rank] = self._start(rank)
                 self._generation += 1
         if size > len(self._workers):
-            available()  # builds the native library here: a call's limit is for the call
+            library.available()  # builds the native library here: a call's limit is for the call
         for rank in range(len(self._workers), size):
             self._workers.append(self._start(rank))
 
@@ -114,7 +114,7 @@ class Ranks:
         ours, theirs = socket.socketpair()
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         process = subprocess.Popen(
-            [sys.executable, str(WORKER), str(rank), str(self._store.port), str(theirs.fileno())],
+            [sys.executable, str(WORKER), str(rank), str(self._store.port), str(theirs.fileno()), *built_like_here()],
             pass_fds=[theirs.fileno()],
             env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         )
@@ -154,6 +154,12 @@ class Ranks:
             self._workers[rank].process.kill()
             self._workers[rank].process.wait()
             outcomes[rank] = Outcome(error=RankTooSlow(message), raised_at=time.monotonic())
+
+
+def built_like_here() -> list[str]:
+    """For workers: cache and flags of a library that was configured here, a sanitiser's (tests/sanitized.py)."""
+    flags = library.extra_flags()
+    return [str(library.cache_dir()), *flags] if flags else []
 
 
 def free_address() -> str:

@@ -1,7 +1,8 @@
 """The worker process of tests/ranks.py: loads test functions by file path and runs them with a Group.
 
-Started as `ranks_worker.py RANK PORT FD`: the store's port on 127.0.0.1 and the descriptor of the pipe to the pool.
-It ends with its parent. Groups are kept from call to call, one per (pool generation, size, kind of comm).
+Started as `ranks_worker.py RANK PORT FD [CACHE FLAGS...]`: the store's port on 127.0.0.1, the descriptor of the pipe to
+the pool, and a native library that is not the usual one. It ends with its parent. Groups
+are kept from call to call, one per (pool generation, size, kind of comm).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import torch.distributed as dist
 
 from parallel.group import Group
 from parallel.mesh import Wiring, connect
+from parallel.native.library import configure
 
 COMM_TIMEOUT_S = 60.0
 PR_SET_PDEATHSIG = 1
@@ -101,6 +103,8 @@ class Worker:
 
 def main() -> None:
     rank, port, fd = map(int, sys.argv[1:4])
+    if len(sys.argv) > 4:
+        configure(sys.argv[4], flags=sys.argv[5:])
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     torch.set_num_threads(1)

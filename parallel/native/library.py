@@ -102,6 +102,11 @@ def extra_flags() -> tuple[str, ...]:
     return _loaded.config.flags
 
 
+def cache_dir() -> Path | None:
+    """The folder that was configured."""
+    return _loaded.config.cache_dir
+
+
 def withhold(reason: str | None) -> None:
     """From now on this process does without the kernels, for that reason; None: it need not any more. The ranks of a
     group agree on it (parallel.machines), so that none computes what another cannot.
@@ -125,6 +130,16 @@ def library() -> ctypes.CDLL:
                 _loaded.failure = str(error)
                 raise
         return _loaded.cdll
+
+
+def build() -> Path:
+    """Compiles the configured library where it is not there yet, and loads nothing."""
+    path = library_path(_loaded.config.cache_dir or _default_cache_dir())
+    path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    with _exclusive(path.with_suffix(".lock")):
+        if not path.exists():
+            _build(path)
+    return path
 
 
 def entry(name: str, argtypes: tuple, restype: type | None = None, keep_lock: bool = False) -> Callable[..., Any]:

@@ -1,0 +1,41 @@
+"""The native tests over kernels built with address and undefined-behaviour sanitisers: `make sanitize`.
+
+    python -m tests.sanitized build     compiles them
+    python -m tests.sanitized test ...  runs tests, with the sanitiser's runtime preloaded (Python is built without it)
+
+Every fault ends the process that has it. Nothing of our own code is suppressed; detect_leaks=0 in the Makefile is for
+Python, which keeps memory until it ends.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from parallel.native import library
+
+FLAGS = ("-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+TESTS = (
+    "tests/parallel/native",
+    "tests/parallel/test_comm.py",
+    "tests/parallel/test_attention.py",
+    "tests/parallel/test_products.py",
+    "tests/parallel/test_dropout.py",
+    "tests/parallel/test_kv_cache.py",
+)
+
+
+def main(arguments: list[str]) -> int:
+    action, *chosen = arguments
+    root = Path(__file__).parents[1]
+    library.configure(cache_dir=root / "parallel" / "native" / "_build" / "sanitized", flags=FLAGS)
+    if action == "build":
+        print(library.build())
+        return 0
+    return int(pytest.main(["-q", "-x", "-p", "no:cacheprovider", *(chosen or TESTS)]))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
