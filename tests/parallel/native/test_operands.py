@@ -28,7 +28,7 @@ def paged(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None = None) -> Tens
     blocks = -(-T // 16)
     meta = AttentionMeta.build([T], [T], [list(range(blocks))], 16)
     caches = (torch.zeros(blocks, K, 1, 16 * H, dtype=q.dtype) for _ in range(2))
-    return attention.forward(meta.paged_step, *caches, q, k, v, scale=0.3, slopes=slopes)
+    return attention.forward(meta.paged_step, *caches, q, k, v, scale=0.3, slopes=slopes)  # type: ignore
 
 
 def half(*shape: int) -> Tensor:
@@ -46,7 +46,7 @@ ENTRIES: list[Callable[[Callable[..., Tensor]], object]] = [
     lambda x: elementwise.layer_norm(x(2, 8), None, None, 1e-5),
     lambda x: elementwise.layer_norm(torch.zeros(2, 8), x(8), None, 1e-5),
     lambda x: elementwise.layer_norm_grad(x(2, 8), x(2, 8), None, 1e-5, (0, 2)),
-    lambda x: elementwise.softmax_grad(x(2, 8), *torch.zeros(2, 2), torch.zeros(2).long(), torch.zeros(2)),
+    lambda x: elementwise.softmax_grad(x(2, 8), *torch.zeros(2, 2), torch.zeros(2).long(), torch.zeros(2)),  # type: ignore
     lambda x: elementwise.rotary(x(2, 2, 8), torch.zeros(2, 2), torch.zeros(2, 2)),
     lambda x: elementwise.rotary(torch.zeros(2, 2, 8), x(2, 2), x(2, 2)),
     lambda x: PackedMatrix.pack(x(8, 8)),
@@ -54,9 +54,9 @@ ENTRIES: list[Callable[[Callable[..., Tensor]], object]] = [
     lambda x: product([Source(torch.zeros(2, 8), PackedMatrix.pack(torch.zeros(4, 8)), (0, 8))], x(4)),
     lambda x: paged(x(3, 2, 8), x(3, 2, 8), x(3, 2, 8)),
     lambda x: paged(torch.zeros(3, 2, 8), x(3, 2, 8), torch.zeros(3, 2, 8)),
-    lambda x: paged(*torch.zeros(3, 3, 2, 8), slopes=x(2)),
+    lambda x: paged(*torch.zeros(3, 3, 2, 8), slopes=x(2)),  # type: ignore
     lambda x: dropout.drop_rows(x(2, 8), torch.zeros(2).long(), 0, 1, 1.0),
-    lambda x: adamw.update(x(8), *torch.zeros(3, 8), RATES),
+    lambda x: adamw.update(x(8), *torch.zeros(3, 8), RATES),  # type: ignore
 ]
 RATES = adamw.Rates(step=1, learning_rate=1e-3, beta1=0.9, beta2=0.9, epsilon=1e-8, weight_decay=0.0)
 FOREIGN: dict[str, Callable[..., Tensor]] = {
@@ -138,7 +138,7 @@ def test_block_tables_and_positions_outside_of_the_cache_are_refused() -> None:
 
     def step(starts: list[int], lens: list[int], table: list[list[int]]) -> attention.PagedStep:
         tensors = (torch.tensor(given, dtype=int32) for given in (starts, lens, table))
-        return attention.PagedStep(*tensors, 16)
+        return attention.PagedStep(*tensors, 16)  # type: ignore
 
     for starts, lens, table in (
         ([0, 2], [1], [[0]]),  # more new tokens than there are
