@@ -7,7 +7,7 @@ refused with the estimate, the limit and how to split the call.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 
 from cluster.engine.request import ModelLimits, Request
 from cluster.frontend.calls import Call, FrontendConfig
@@ -57,6 +57,14 @@ def check_answer(call: Call, made: Sequence[Request | RequestError], limits: Mod
         answer = f"the answer would be up to {total} bytes long, the largest of {len(made)} {call.prompts_field} "
         whole = f"{answer}{max(sizes)}; a message holds {most}"
         raise DoesNotFit.of(call.prompts_field, f"{whole}: {_advice(call, len(made), max(sizes), most, total)}")
+
+
+def check_converted(field: str, items: Sequence[Sized], each: int, most: int | None) -> None:
+    """Of texts that become ids, or ids that become text: `each` bytes for each character or id."""
+    total = sum(len(item) * each + PIECE_BYTES for item in items)
+    if most is not None and total > most:
+        answer = f"the answer would be up to {total} bytes long; a message holds {most}"
+        raise DoesNotFit.of(field, f"{answer}: send {_parts(len(items), most, total)}, or shorter ones")
 
 
 def _advice(call: Call, count: int, largest: int, most: int, total: int) -> str:

@@ -18,7 +18,7 @@ from cluster.engine.request import EngineLoad, FinishReason, ModelLimits, Reques
 from cluster.frontend.admission import Admission
 from cluster.frontend.beside import Beside
 from cluster.frontend.calls import Call, FrontendConfig
-from cluster.frontend.costs import check_answer
+from cluster.frontend.costs import ID_BYTES, TEXT_BYTES, check_answer, check_converted
 from cluster.frontend.delivery import Delivery
 from cluster.frontend.errors import Draining, EngineFault, InvalidRequest, Violation
 from cluster.frontend.fleet import Fleet, Seat
@@ -138,15 +138,21 @@ class Frontend:
         self._delivery.end(entries, FinishReason.ABORTED)
         return len(entries)
 
-    async def tokenize(self, texts: Sequence[str], caller: str = "") -> list[tuple[int, ...]]:
-        """The tokens of texts, each of which must fit the model's context."""
+    async def tokenize(
+        self, texts: Sequence[str], caller: str = "", answer_bytes: int | None = None
+    ) -> list[tuple[int, ...]]:
+        """The tokens of texts, each of which must fit the model's context, and together a message."""
         self._check_count("texts", len(texts))
+        check_converted("texts", texts, ID_BYTES, answer_bytes)
         admission = self._admission()
         return [await admission.encode_bounded(text, f"texts[{i}]", caller) for i, text in enumerate(texts)]
 
-    async def detokenize(self, sequences: Sequence[Sequence[int]], caller: str = "") -> list[str | RequestError]:
+    async def detokenize(
+        self, sequences: Sequence[Sequence[int]], caller: str = "", answer_bytes: int | None = None
+    ) -> list[str | RequestError]:
         """The text of each sequence of tokens, or what is wrong with it."""
         self._check_count("sequences", len(sequences))
+        check_converted("sequences", sequences, TEXT_BYTES, answer_bytes)
         admission = self._admission()
 
         def texts() -> list[str | RequestError]:

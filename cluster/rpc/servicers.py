@@ -82,12 +82,14 @@ class Inference(InferenceServicer):
     async def Tokenize(
         self, request: inference.TokenizeRequest, context: grpc.aio.ServicerContext
     ) -> inference.TokenizeResponse:
-        return token_lists(await self._frontend.tokenize(request.texts, _caller()))
+        holds = self._limits.max_message_bytes
+        return self._sendable(token_lists(await self._frontend.tokenize(request.texts, _caller(), holds)))
 
     async def Detokenize(
         self, request: inference.DetokenizeRequest, context: grpc.aio.ServicerContext
     ) -> inference.DetokenizeResponse:
-        return texts(await self._frontend.detokenize([sequence.ids for sequence in request.sequences], _caller()))
+        sequences, holds = [sequence.ids for sequence in request.sequences], self._limits.max_message_bytes
+        return self._sendable(texts(await self._frontend.detokenize(sequences, _caller(), holds)))
 
     async def _open(self, call: Call, in_one: bool = False) -> Stream:
         terms, holds = TERMS.get() or Terms(), self._limits.max_message_bytes if in_one else None

@@ -93,3 +93,15 @@ def test_bad_words_are_bounded_together() -> None:
         check_lists(Call(prompts=(), sampling=SamplingParams(bad_words=((9,) * 1000,) * 1024)), FrontendConfig())
     with pytest.raises(DoesNotFit, match="1048576 characters"):
         check_lists(Call(prompts=(), bad_words=("x" * 1024,) * 1024), FrontendConfig())
+
+
+def test_texts_and_ids_that_would_become_too_much_are_refused_in_their_parts_not() -> None:
+    async def main() -> None:
+        async with service(FakeEngine(), limits=ServerLimits(max_message_bytes=SMALL)) as s:
+            too_much = grpc.StatusCode.RESOURCE_EXHAUSTED
+            await refused(s.client.tokenize(["ab" * 100] * 50), too_much, "send at most 32 at a time")
+            assert len((await s.client.tokenize(["ab" * 100] * 32)).results) == 32
+            await refused(s.client.detokenize([[3] * 100] * 40), too_much, "send at most 20 at a time")
+            assert len((await s.client.detokenize([[3] * 100] * 20)).results) == 20
+
+    run(main())
