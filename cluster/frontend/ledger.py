@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,10 @@ from parallel.errors import ConfigError, RequestError
 log = logging.getLogger(__name__)
 INTERRUPTED = (FinishReason.ABORTED, FinishReason.DEADLINE)
 """Ends that are no answer: a retry goes on from there."""
+
+
+LOOKED_AT = 64
+"""Of a caller's oldest records, to find one that is not short."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,8 +231,13 @@ class Ledger:
                 break
             self._forget(record)
         while self.retained_bytes > self.config.retain_bytes:
-            caller, _ = self._bytes_of.most_common(1)[0]
-            self._forget(next(iter(self._retained_of[caller].values())))
+            self._forget(self._superfluous(*self._bytes_of.most_common(1)[0]))
+
+    def _superfluous(self, caller: str, nbytes: int) -> Record:
+        """The oldest of a caller's records, but for short ones among them: long answers push out long ones first."""
+        own = self._retained_of[caller]
+        oldest = list(islice(own.values(), LOOKED_AT))
+        return next((record for record in oldest if 2 * len(record.packed or b"") * len(own) >= nbytes), oldest[0])
 
     def _forget(self, record: Record) -> None:
         self._unretain(record)

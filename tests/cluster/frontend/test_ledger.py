@@ -384,3 +384,13 @@ def test_what_has_expired_leaves_the_disk_though_nobody_asks(tmp_path: Path) -> 
     ledger.tidy()
     ledger.close()
     ledger.tidy()
+
+
+def test_long_answers_push_out_long_ones_before_a_short_one_of_the_same_caller(tmp_path: Path) -> None:
+    ledger = ledger_at(tmp_path / "state", retain_bytes=50_000)
+    ended_call(ledger, ALICE, 3)
+    for number in range(100):
+        ended_call(ledger, (ALICE[0], str(number)), 400)
+    assert ledger.retained_bytes <= 50_000 and ledger.find(ALICE, b"digest") is not None
+    assert ledger.find((ALICE[0], "0"), b"digest") is None and ledger.find((ALICE[0], "99"), b"digest") is not None
+    ledger.close()
