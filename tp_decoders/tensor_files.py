@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import pickle
+import zipfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -30,7 +31,7 @@ LAYOUTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.b
 LONGEST_HEADER = 100_000_000
 """Bytes, as safetensors itself reads."""
 UNREADABLE = (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError,
-              ArithmeticError, ImportError, MemoryError)  # fmt: skip
+              ArithmeticError, ImportError, MemoryError, zipfile.BadZipFile)  # fmt: skip
 """What unpickling a damaged or made-up file may raise."""
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -96,12 +97,16 @@ class PickledFile:
 def _load_pickled(path: Path) -> dict[str, Tensor]:
     try:
         mapped = path.open("rb").read(2) == b"PK"
-        if not mapped:
+        if mapped:
+            _refuse_compressed(path)
+        else:
             log.warning(
                 "%s has the format of before torch 1.6: it is read whole into memory; save it again as safetensors",
                 path,
             )
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped or None)
+    except CheckpointError:
+        raise
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} cannot be read: it holds more than tensors, or is damaged, and nothing in it is run; fetch it "
@@ -120,6 +125,13 @@ def _load_pickled(path: Path) -> dict[str, Tensor]:
             "dict saved by torch.save"
         )
     return loaded
+
+
+def _refuse_compressed(path: Path) -> None:
+    """torch.save stores bytes as they are; mapped, compressed ones would be read as numbers."""
+    with zipfile.ZipFile(path) as archive:
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise CheckpointError(f"{path} is compressed, which torch.save does not do; save it again as safetensors")
 
 
 def _is_plain(value: object) -> bool:

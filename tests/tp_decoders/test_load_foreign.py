@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import logging
 import struct
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -205,6 +206,18 @@ def test_a_bin_file_holds_plain_tensors_or_is_refused(value: object, message: st
     with pytest.raises(CheckpointError, match=message) as caught:
         load(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_compressed_bin_file_is_refused_rather_than_misread(tmp_path: Path) -> None:
+    tensors = write(tmp_path, "gpt2")
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(tensors, tmp_path / "stored")
+    with zipfile.ZipFile(tmp_path / "stored") as stored:
+        with zipfile.ZipFile(tmp_path / "pytorch_model.bin", "w", zipfile.ZIP_DEFLATED) as packed:
+            for entry in stored.infolist():
+                packed.writestr(entry.filename, stored.read(entry.filename))
+    with pytest.raises(CheckpointError, match="pytorch_model.bin is compressed, which torch.save does not do; save it again as safetensors$"):
+        load(tmp_path)
 
 
 def test_a_trainers_state_dict_inside_a_bin_file_is_found(tmp_path: Path) -> None:
