@@ -216,7 +216,7 @@ def test_a_compressed_bin_file_is_refused_rather_than_misread(tmp_path: Path) ->
         with zipfile.ZipFile(tmp_path / "pytorch_model.bin", "w", zipfile.ZIP_DEFLATED) as packed:
             for entry in stored.infolist():
                 packed.writestr(entry.filename, stored.read(entry.filename))
-    with pytest.raises(CheckpointError, match="pytorch_model.bin is compressed, which torch.save does not do; save it again as safetensors$"):
+    with pytest.raises(CheckpointError, match="pytorch_model.bin is compressed, .* as safetensors$"):
         load(tmp_path)
 
 
