@@ -154,7 +154,7 @@ def _values(path: Path) -> Mapping[str, Any]:
         return read(path).values
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"--config {path} cannot be read as JSON: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"--config {path} holds {type(values).__name__}; a configuration is a JSON object")

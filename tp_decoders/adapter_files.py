@@ -86,7 +86,7 @@ def read_adapter_config(folder: str | Path) -> LoraConfig:
     path = Path(folder) / CONFIG
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); give the folder of a PEFT adapter") from error
     if not isinstance(content, dict) or content.get("peft_type") != "LORA":
         raise CheckpointError(f"{path} does not describe a LoRA adapter; its peft_type should be 'LORA'")
