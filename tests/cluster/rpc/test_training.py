@@ -193,3 +193,23 @@ def test_a_server_without_a_trainer_says_so(tiny: Path) -> None:
             await refused(call, grpc.StatusCode.FAILED_PRECONDITION, "start it with --train")
 
     run(main())
+
+
+def test_sessions_are_seen_and_dropped_over_the_wire_and_answers_name_the_ranks_memory(tiny: Path) -> None:
+    async def main() -> None:
+        async with training_service(tiny) as client:
+            added = await client.forward_backward(DOCUMENTS, idempotency_key="a", session="one")
+            other = client.train_step(DOCUMENTS, expected_step=0, session="two", **STEP)
+            error = await refused(
+                other, grpc.StatusCode.RESOURCE_EXHAUSTED, "session 'one' holds the gradients of 1 calls"
+            )
+            assert info(error).reason == "SESSION_OPEN" and info(error).metadata["retryable"] == "true"
+            state = await client.train_state()
+            assert [(session.name, session.calls) for session in state.sessions] == [("one", 1)]
+            assert added.waiting_calls == 1 and added.incarnation == state.incarnation > 0
+            assert (await client.drop_gradients(session="one")).dropped_calls == 1
+            again = client.forward_backward(DOCUMENTS, idempotency_key="a", session="one")
+            await refused(again, grpc.StatusCode.ABORTED, "its gradient was dropped since, by its owner")
+            assert (await client.train_step(DOCUMENTS, expected_step=0, session="two", **STEP)).step == 1
+
+    run(main())
