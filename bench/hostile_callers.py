@@ -139,7 +139,7 @@ def write_tokens(folder: Path) -> str:
     path.touch(0o600)
     lines = []
     for name in NAMES:
-        token = f"a token of the {name} caller"
+        token = f"the-token-of-the-{name}-caller"
         (folder / name).touch(0o600)
         (folder / name).write_text(token)
         lines.append(f'[{name}]\ntoken = "{token}"\nroles = ["generate"]\n')
