@@ -55,7 +55,7 @@ HOSTILE: dict[str, Attack] = {
     "biases": generating([[5] * 8], 40, {"n": 64, "logit_bias": dict.fromkeys(range(MANY), 0.5)}),
     "alternatives": generating([[5] * 8], 100, {"n": 64}, response={"logprobs": 64}),
     "stop strings": generating([[5] * 8], 60, {"n": 64}, stopping={"stop_sequences": LONG_STOPS}),
-    "1,000 prompts": generating([[5 + i % 500] * 60 for i in range(1000)], 30),
+    "thousand prompts": generating([[5 + i % 500] * 60 for i in range(1000)], 30),
     "64 urgent streams": at_once(generating([[5, 6]], 200, priority=URGENT), 64),
     "long prompts": at_once(generating([[7, 8] * 400], 1, priority=URGENT), 32),
     "scores": lambda client: client.score([[5 + i % 50] * 1000 for i in range(64)], top_logprobs=64, timeout=300),
