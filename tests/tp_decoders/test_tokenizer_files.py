@@ -253,6 +253,15 @@ def test_a_text_that_a_vocabulary_cannot_hold_is_refused(tmp_path: Path) -> None
         tokenizer.encode("xyz")
 
 
+def test_a_pattern_that_the_library_gives_up_on_refuses_the_text_alone(tmp_path: Path) -> None:
+    """The library panics there, which is no Exception."""
+    split = {"type": "Split", "pattern": {"Regex": "^(a+)+$"}, "behavior": "Isolated", "invert": False}
+    tokenizer = opened(write_files(tmp_path, {"tokenizer.json": {**TINY, "pre_tokenizer": split}}))
+    with pytest.raises(RequestError, match="cannot read this text"):
+        tokenizer.encode("a" * 40 + "b")
+    assert tokenizer.encode("ab") == [2]
+
+
 def test_a_form_that_is_not_read_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "spiece.model").write_bytes(b"\0")
     assert load_tokenizer(tmp_path) is None
