@@ -99,13 +99,14 @@ def _write(folder: Path, name: str, value: Any) -> None:
 
 
 def _cut(pipeline: dict[str, Any], merges: int) -> None:
-    """The bytes and the first merges alone, with END as the last id."""
+    """The bytes and the first merges alone, then the special tokens of the vocabulary's own."""
     model = pipeline["model"]
     alphabet = sorted(token for token in model["vocab"] if len(token) == 1)
     model["merges"] = model["merges"][:merges]
     made = ["".join(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
-    model["vocab"] = {token: i for i, token in enumerate(dict.fromkeys([*alphabet, *made, END]))}
-    pipeline["added_tokens"] = [{"id": model["vocab"][END], "content": END, **PLAIN}]
+    special = [END, *(["<|padding|>"] if "<|padding|>" in model["vocab"] else [])]
+    model["vocab"] = {token: i for i, token in enumerate(dict.fromkeys([*alphabet, *made, *special]))}
+    pipeline["added_tokens"] = [{"id": model["vocab"][text], "content": text, **PLAIN} for text in special]
 
 
 def _size(pipeline: dict[str, Any]) -> int:
