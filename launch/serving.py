@@ -312,6 +312,8 @@ class _Signals:
             await restart()
         except TpError as error:
             log.error("SIGHUP: %s", error)
+        except Exception:
+            log.exception("SIGHUP: the restart failed")
 
 
 async def _unless(event: asyncio.Event, work: Coroutine[Any, Any, Any]) -> Any:

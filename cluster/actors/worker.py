@@ -17,11 +17,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from cluster.actors.place import Place
 from cluster.json_lines import JsonLines
+from cluster.supervision import supervised
 from parallel.errors import CollectiveError, WorkerError
 
 log = logging.getLogger(__name__)
@@ -155,7 +157,7 @@ class Worker:
         handler.setFormatter(JsonLines(rank) if log_json else plain)
         logging.basicConfig(level=log_level, handlers=[handler])
         if lease is not None:
-            threading.Thread(target=self._until_orphaned, args=(lease,), name="lease", daemon=True).start()
+            supervised("lease", partial(self._until_orphaned, lease), lambda _: os._exit(1))  # nobody else would end it
 
     def __repr__(self) -> str:  # Ray prefixes this actor's output with it
         return f"rank {self.rank}"

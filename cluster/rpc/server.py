@@ -7,6 +7,7 @@ admitted and the last canary came back (readiness); `Control` until the end (liv
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import Any
 
 import grpc
@@ -30,6 +31,8 @@ from cluster.rpc.training import Training
 from parallel.errors import ConfigError
 
 INFERENCE, CONTROL, TRAINING = (service.full_name for service in SERVICES)
+
+log = logging.getLogger(__name__)
 
 
 class Server:
@@ -80,7 +83,12 @@ class Server:
         """Health answers soon after the front-end changes state; changes keep their order."""
         task = asyncio.get_running_loop().create_task(self._set_health(self._state, self._ready))
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._health_told)
+
+    def _health_told(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("health could not be told of a change", exc_info=error)
 
     async def _set_health(self, state: State, ready: bool) -> None:
         kinds = health_pb2.HealthCheckResponse
