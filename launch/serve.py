@@ -56,6 +56,7 @@ ENVIRONMENT = {
     "RAY_worker_niceness": "0",  # Ray's default of 15 starves the ranks on a machine that does anything else
     "RAY_USAGE_STATS_ENABLED": "0",  # nothing is reported to anyone unless asked for
     "RAY_DEDUP_LOGS": "0",  # what two ranks say alike is still said by two ranks
+    "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # a signal while Ray starts ends it at once, not in half a minute
     "TORCH_CPP_LOG_LEVEL": "ERROR",  # a lost peer is reported by name; torch's C++ stack adds nothing
     "MALLOC_ARENA_MAX": "1",  # these three: a step finds the memory of the last one again, where glibc would give it
     "MALLOC_MMAP_THRESHOLD_": "4294967296",  # back and have the system zero it anew: a tenth of a training step

@@ -82,6 +82,7 @@ def serve(config: ServeConfig, model: Path, log_level: int, leaving: Leaving) ->
         head = Head()
         try:
             with kept_state(config, model) as state, ray_session(config.ray.address, cores, head=head):
+                signal.signal(signal.SIGTERM, signal.default_int_handler)  # in place of Ray's own
                 return asyncio.run(_serve(config, model, log_level, state, head))
         finally:
             leaving.behind = bool(head.lost)
