@@ -20,7 +20,7 @@ from tests.chaos.run import Plan, Run
 
 TEXT = Path(__file__).resolve().parents[1] / "data" / "text" / "tinyshakespeare.txt"
 FIVE = (
-    "kill -9 of a serving rank", "SIGSTOP of a training rank", "kill -9 of a raylet", "corrupt checkpoint",
+    "refused connects", "SIGSTOP of a training rank", "kill -9 of a raylet", "corrupt checkpoint",
     "kill -9 of the front-end" if KEEPS_STATE else "kill -9 of the training command",
 )  # fmt: skip
 
