@@ -92,7 +92,7 @@ class Ours:
         from cluster.engine.commands import Commands
         from cluster.engine.config import EngineConfig
         from cluster.engine.executors import follow
-        from parallel.mesh import init_groups, pin_to_core
+        from parallel.mesh import Wiring, init_groups, pin_to_core
         from parallel.native.library import set_threads
         from tp_decoders.weights import load
 
@@ -101,7 +101,8 @@ class Ours:
             pin_to_core(rank, tp)
         else:
             set_threads(threads)
-        self.groups = init_groups(rank, tp, tp, 1, f"tcp://127.0.0.1:{port}", numerics=numerics)  # type: ignore[arg-type]
+        address, wiring = f"tcp://127.0.0.1:{port}", Wiring(key=b"bench")
+        self.groups = init_groups(rank, tp, tp, 1, address, wiring=wiring, numerics=numerics)  # type: ignore[arg-type]
         group = self.groups.tp
         config = EngineConfig(kv_blocks=512, max_step_tokens=1024, max_sequences=16, prefix_caching=False)
         self.runner = build_runner(load(path, group=group, dtype=dtype), config, 0)

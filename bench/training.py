@@ -44,7 +44,7 @@ class Ours:
     def __init__(self, path: Path, dtype: torch.dtype, rank: int, tp: int, port: int, threads: int) -> None:
         from cluster.training.optimizer import OptimizerConfig
         from cluster.training.trainer import TrainBatch, Trainer, TrainerConfig
-        from parallel.mesh import init_groups, pin_to_core
+        from parallel.mesh import Wiring, init_groups, pin_to_core
         from parallel.native.library import set_threads
         from tp_decoders.weights import load
 
@@ -54,7 +54,7 @@ class Ours:
         else:
             torch.set_num_threads(threads)
             set_threads(threads)
-        groups = init_groups(rank, tp, tp, 1, f"tcp://127.0.0.1:{port}")
+        groups = init_groups(rank, tp, tp, 1, f"tcp://127.0.0.1:{port}", wiring=Wiring(key=b"bench"))
         model = load(path, group=groups.tp, dtype=dtype)
         self.trainer = Trainer(model, groups, TrainerConfig(optimizer=OptimizerConfig(learning_rate=1e-4)))
         ids = torch.tensor(prompts_of([LENGTH] * SEQUENCES, VOCAB[path.name], 5))

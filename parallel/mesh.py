@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Literal
 from urllib.parse import urlparse
@@ -22,6 +22,7 @@ import torch.distributed as dist
 from parallel.comm import Comm, waited
 from parallel.errors import CollectiveError, ConfigError, KernelsWithheld, NativeUnavailable, TpError
 from parallel.group import Group, Numerics
+from parallel.keyed_store import KeyedStore
 from parallel.machines import agree, cpu_kind
 from parallel.native.library import library, withhold
 from parallel.segment import memory_identity, share
@@ -46,6 +47,7 @@ class Groups:
     rank: int = 0
     world: int = 1
     store: dist.Store | None = None  # rank 0's is the one the others still read: it lives as long as the groups
+    meeting: KeyedStore | None = None  # what `store` is a part of, where the ranks met over a network
 
     @property
     def collective_seconds(self) -> float:
@@ -56,6 +58,8 @@ class Groups:
         for group in (self.tp, self.dp):
             if group.comm is not None:
                 group.comm.close()
+        if self.meeting is not None:
+            self.meeting.close()
         withhold(None)  # what these ranks agreed on ends with them
 
 
@@ -68,6 +72,7 @@ class Wiring:
     start_timeout_s: float = 120.0
     transport: Transport = "auto"
     hostname: str | None = None  # this rank's own address, as its peers reach it; None lets gloo choose
+    key: bytes = field(default=b"", repr=False)  # which the ranks prove to each other where they meet over a network
 
 
 def check_mesh(rank: int, world: int, tp: int, dp: int) -> None:
@@ -100,7 +105,7 @@ def init_groups(
         raise ConfigError(
             f"{world} ranks need an address to meet at; give tcp://HOST:PORT, a free port on rank 0's host"
         )
-    store = _rendezvous(address, rank, world, wiring.start_timeout_s)
+    store, meeting = _rendezvous(address, rank, world, wiring)
     wiring = _with_hostname(wiring, address)
     dp_index, tp_index = divmod(rank, tp)
     try:
@@ -111,8 +116,10 @@ def init_groups(
         dp_group = connect(dist.PrefixStore(f"dp{tp_index}", store), dp_index, dp, wiring, numerics)
     except TpError:
         _linger(store, rank, world)
+        if meeting is not None:
+            meeting.close()
         raise
-    return Groups(tp_group, dp_group, rank, world, store)
+    return Groups(tp_group, dp_group, rank, world, store, meeting)
 
 
 def connect(
@@ -149,15 +156,26 @@ def pin_to_core(local_rank: int, local_size: int) -> int | None:
     return cores[local_rank]
 
 
-def _rendezvous(address: str, rank: int, world: int, timeout_s: float) -> dist.Store:
+def _rendezvous(address: str, rank: int, world: int, wiring: Wiring) -> tuple[dist.Store, KeyedStore | None]:
+    """The store of these ranks, and the KeyedStore below it: over a network only who has the key is let in, in a
+    folder who may read it.
+    """
+    limit, parts = timedelta(seconds=wiring.start_timeout_s), urlparse(address)
     try:
-        store, _, _ = next(dist.rendezvous(address, rank, world, timeout=timedelta(seconds=timeout_s)))
-    except (RuntimeError, ValueError) as error:
+        if parts.scheme == "tcp":
+            if not wiring.key:
+                raise ConfigError(f"ranks that meet at {address} need a key that only they know; give Wiring(key=...)")
+            meeting = KeyedStore(str(parts.hostname), parts.port or 0, wiring.key, limit, serve=rank == 0)
+            return dist.PrefixStore("tp-decoders", meeting), meeting
+        store, _, _ = next(dist.rendezvous(address, rank, world, timeout=limit))
+    except ConfigError:
+        raise
+    except (OSError, RuntimeError, ValueError) as error:
         raise CollectiveError(
-            f"rank {rank} of {world} could not meet the others at {address} within {timeout_s:g} s "
+            f"rank {rank} of {world} could not meet the others at {address} within {wiring.start_timeout_s:g} s "
             f"({str(error).splitlines()[0]}); check that rank 0 runs there and that the port is free and reachable"
         ) from error
-    return dist.PrefixStore("tp-decoders", store)
+    return dist.PrefixStore("tp-decoders", store), None
 
 
 def _linger(store: dist.Store, rank: int, world: int) -> None:

@@ -15,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -163,7 +164,5 @@ def built_like_here() -> list[str]:
 
 
 def free_address() -> str:
-    """tcp://127.0.0.1:PORT with a port that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+    """file:///PATH of a store in a new folder that only this user can read: ranks of one host need no port."""
+    return f"file://{tempfile.mkdtemp(prefix='ranks-')}/store"

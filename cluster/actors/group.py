@@ -9,6 +9,7 @@ whether and how often to rebuild is its owner's business.
 from __future__ import annotations
 
 import logging
+import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -42,6 +43,9 @@ SILENT = "its process gives no sign of life: it is frozen, or its node cannot be
 
 Share = Callable[[Sequence[Place], threading.Event], list[Place]]
 """Tells ranks their share of nodes that others work on, too; does not wait once the event is set."""
+
+
+LOOPBACK = "127.0.0.1"
 
 
 class WorkerGroup:
@@ -215,7 +219,9 @@ class WorkerGroup:
             port = ray.get(self._actors[0].free_port.remote(), timeout=ANSWER_S)
         except (RayActorError, GetTimeoutError) as error:
             raise WorkerError(f"rank 0 on {nodes[0]}: its process did not start: {describe(error)}") from error
-        self._places = assign(nodes, f"tcp://{nodes[0]}:{port}" if self._size > 1 else None, self._life)
+        host = LOOPBACK if len(set(nodes)) == 1 else nodes[0]
+        address = f"tcp://{host}:{port}" if self._size > 1 else None
+        self._places = assign(nodes, address, self._life, secrets.token_bytes(32), self._listen(nodes[0]))
         if self._share is not None:
             self._places = self._share(self._places, self._closing)
         self._runs = [
@@ -234,6 +240,10 @@ class WorkerGroup:
             **more,
         )
         return options.remote(rank, self.config.log_level, self.config.log_json, lease)
+
+    def _listen(self, node: str) -> str | None:
+        """Where rank 0's engine listens: to this machine alone where its front-end, this process, is there too."""
+        return LOOPBACK if node == ray.util.get_node_ip_address() else None
 
     def _terms(self, rank: int) -> tuple[dict[str, Any], Lease | None]:
         """What else Ray is told of a rank's process, and its lease: none, it ends with this one."""

@@ -93,6 +93,10 @@ class KeptGroup(WorkerGroup):
             actors=tuple(self._names), placement=bundles.placement, bundles=bundles.of_rank, life=self._life
         )
 
+    def _listen(self, node: str) -> str | None:
+        """To the node's network: the server that comes after this one may be elsewhere."""
+        return None
+
     def _terms(self, rank: int) -> tuple[dict[str, Any], Lease | None]:
         name = f"{self._keep.name}/{rank}-{secrets.token_hex(4)}"  # Ray frees a name some time after its actor's end
         self._names[rank] = name

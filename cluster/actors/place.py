@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from parallel.errors import ConfigError
@@ -64,6 +64,8 @@ class Place:
     local_size: int = 1
     address: str | None = None  # tcp://HOST:PORT of rank 0
     life: int = 0  # how often the group was rebuilt before
+    key: bytes = field(default=b"", repr=False)  # which the ranks prove to each other when they meet
+    listen: str | None = None  # the address that rank 0's engine listens on; None: the node's
 
     def __str__(self) -> str:
         return f"rank {self.rank} on {self.node}"
@@ -146,7 +148,9 @@ def split_replicas(node_of_rank: Sequence[str], tp: int) -> list[str]:
     return sentences
 
 
-def assign(node_of_rank: Sequence[str], address: str | None, life: int = 0) -> list[Place]:
+def assign(
+    node_of_rank: Sequence[str], address: str | None, life: int = 0, key: bytes = b"", listen: str | None = None
+) -> list[Place]:
     """The ranks' places from the node each was put on: local ranks count up in rank order."""
     seen: dict[str, int] = {}
     places = []
@@ -162,6 +166,8 @@ def assign(node_of_rank: Sequence[str], address: str | None, life: int = 0) -> l
                 local_size=node_of_rank.count(node),
                 address=address,
                 life=life,
+                key=key,
+                listen=listen,
             )
         )
     return places

@@ -129,7 +129,7 @@ class PreflightRank:
         spec = self.spec
         return Wiring(
             device=self._device, timeout_s=spec.collective_timeout_s, start_timeout_s=spec.start_timeout_s,
-            transport=spec.transport, hostname=hostname,
+            transport=spec.transport, hostname=hostname, key=self.place.key,
         )  # fmt: skip
 
     def _clocks(self) -> tuple[float, float]:

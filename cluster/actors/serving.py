@@ -183,6 +183,7 @@ class ServeRank:
             timeout_s=parallel.collective_timeout_s,
             start_timeout_s=self._spec.start_timeout_s,
             transport=parallel.transport,
+            key=place.key,
         )
         return init_groups(
             place.rank, place.world, parallel.tp, parallel.dp, place.address, wiring=wiring, numerics=parallel.numerics
@@ -217,7 +218,8 @@ class ServeRank:
         self._engine = build_engine(runner, self._spec.engine, ends, commands if self._place.world > 1 else None)
         changed, idle = self._engine.weights_changed, self._spec.training.session_idle_s
         lead = TrainLead(self._training, commands, changed, idle) if self._training else None
-        self._server = EngineServer(self._engine, self._spec.authkey, host=self._place.node, training=lead)
+        host = self._place.listen or self._place.node
+        self._server = EngineServer(self._engine, self._spec.authkey, host=host, training=lead)
 
     def _facts(self, runner: ModelRunner, cores: tuple[int, ...]) -> RankFacts:
         model, layout = runner.model, runner.cache.layout

@@ -151,6 +151,7 @@ class TrainRank:
             timeout_s=parallel.collective_timeout_s,
             start_timeout_s=self._spec.start_timeout_s,
             transport=parallel.transport,
+            key=place.key,
         )
         groups = init_groups(
             place.rank, place.world, parallel.tp, parallel.dp, place.address, wiring=wiring, numerics=parallel.numerics

@@ -24,7 +24,7 @@ from parallel.torch_comm import TorchComm
 from parallel.tree import ReductionTree
 
 Run = Callable[..., list[Any]]
-WIRING = Wiring(timeout_s=60.0, start_timeout_s=60.0)
+WIRING = Wiring(timeout_s=60.0, start_timeout_s=60.0, key=b"of these tests")
 
 
 def free_port() -> int:
@@ -167,7 +167,7 @@ def test_ranks_of_different_hosts_use_gloo(ranks: Run) -> None:
 def absent_peer(group: Group, address: str) -> str:
     """Rank 1 meets the others but never says what machine it is on."""
     if group.rank == 1:
-        store = mesh._rendezvous(address, 1, 2, 60.0)
+        store = mesh._rendezvous(address, 1, 2, WIRING)[0]
         store.wait(["machine/0"])
         return ""
     try:
