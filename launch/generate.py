@@ -50,7 +50,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--token-ids", help="the prompt as token ids, as in 2,1,0,1; for checkpoints without a tokenizer"
     )
     parser.add_argument("--address", default="127.0.0.1:50051", help="the server (default 127.0.0.1:50051)")
-    parser.add_argument("--max-new-tokens", type=int, help="default: what is left of the context")
+    parser.add_argument(
+        "--max-new-tokens", type=int,
+        help="default: as the checkpoint's generation_config.json says, else what is left of the context",
+    )  # fmt: skip
     parser.add_argument("--min-new-tokens", type=int)
     parser.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated"

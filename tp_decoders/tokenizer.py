@@ -261,6 +261,15 @@ def eos_token_ids(path: str | Path) -> tuple[int, ...]:
     return ()
 
 
+def default_new_tokens(path: str | Path) -> int | None:
+    """How many tokens an answer has where nobody says, by generation_config.json; None: it does not say either."""
+    value = read_json(Path(path) / "generation_config.json").get("max_new_tokens")
+    if value is not None and not (type(value) is int and value > 0):
+        log.warning("%s: max_new_tokens = %r is not a number above 0; it is ignored", path, value)
+        return None
+    return value
+
+
 def check_vocabulary(tokenizer: Tokenizer | None, vocab_size: int, where: object) -> None:
     """Warns of a tokenizer with ids that the model does not have; a text that needs them is refused when it comes."""
     if tokenizer is not None and tokenizer.vocab_size > vocab_size:

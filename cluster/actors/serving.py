@@ -41,7 +41,7 @@ from tp_decoders.adapter_files import load_merged
 from tp_decoders.decoder import Decoder
 from tp_decoders.hub import here
 from tp_decoders.hub_cache import ADAPTER
-from tp_decoders.tokenizer import eos_token_ids, load_tokenizer
+from tp_decoders.tokenizer import default_new_tokens, eos_token_ids, load_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -215,7 +215,9 @@ class ServeRank:
         if not ends:  # then the tokenizer may name the token that ends a text
             tokenizer = load_tokenizer(self._spec.model)
             ends = tokenizer.eos_token_ids if tokenizer else ()
-        self._engine = build_engine(runner, self._spec.engine, ends, commands if self._place.world > 1 else None)
+        others = commands if self._place.world > 1 else None
+        new_tokens = default_new_tokens(self._spec.model)
+        self._engine = build_engine(runner, self._spec.engine, ends, others, new_tokens)
         changed, idle = self._engine.weights_changed, self._spec.training.session_idle_s
         lead = TrainLead(self._training, commands, changed, idle) if self._training else None
         host = self._place.listen or self._place.node

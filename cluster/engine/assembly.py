@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence as Many
+from dataclasses import replace
 
 import torch
 
@@ -111,9 +112,13 @@ def limits_of(model: Decoder, eos_token_ids: Many[int] = ()) -> ModelLimits:
 
 
 def build_engine(
-    runner: ModelRunner, config: EngineConfig, eos_token_ids: Many[int] = (), commands: Commands | None = None
+    runner: ModelRunner,
+    config: EngineConfig,
+    eos_token_ids: Many[int] = (),
+    commands: Commands | None = None,
+    new_tokens: int | None = None,
 ) -> Engine:
     """Rank 0's engine; `commands` reaches the other ranks, which run `executors.follow`."""
     executor = LocalExecutor(runner) if commands is None else GroupExecutor(runner, commands)
-    limits = limits_of(runner.model, eos_token_ids)
+    limits = replace(limits_of(runner.model, eos_token_ids), new_tokens=new_tokens)
     return Engine(executor, limits, config, runner.cache.num_blocks, canary=Canary(runner, commands))

@@ -220,6 +220,7 @@ class ModelLimits:
     task: TaskConfig | None = None  # None: a language model
     state_size: int = 0  # numbers of a hidden state
     block_size: int = 1  # tokens of the cache that are given out together
+    new_tokens: int | None = None  # of an answer where a call does not say, as its files have it; None: what is left
 
 
 @dataclass(frozen=True, kw_only=True)

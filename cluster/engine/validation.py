@@ -72,9 +72,11 @@ def room(request: Request, limits: ModelLimits) -> int:
 
 
 def what_is_left(request: Request, limits: ModelLimits) -> int:
-    """How many follow where nobody said how many: what prompt and answer together leave of the context. A prompt that
-    fills it is still followed by the one token it predicts.
+    """How many follow where nobody said how many: as many as the checkpoint's own files say, else what prompt and
+    answer together leave of the context. A prompt that fills it is still followed by the one token it predicts.
     """
+    if limits.new_tokens is not None and request.stopping.max_new_tokens is None:
+        return min(room(request, limits), limits.new_tokens)
     return min(room(request, limits), max(1, limits.max_context - len(request.token_ids)))
 
 

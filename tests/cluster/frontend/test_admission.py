@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from cluster.engine.request import ModelLimits, Request, ResponseOptions, SamplingParams, StoppingCriteria
+from cluster.engine.validation import resolve
 from cluster.frontend.admission import Admission
 from cluster.frontend.calls import Call, FillInMiddle, FrontendConfig, Prompt
 from cluster.frontend.errors import InvalidRequest, NoTokenizer
@@ -259,3 +260,13 @@ def test_a_bad_word_whose_tokens_the_model_does_not_have_is_refused_by_name() ->
     admission = Admission(limits=replace(LIMITS, vocab_size=10), config=FrontendConfig(), codec=CODEC)
     with pytest.raises(InvalidRequest, match=r"sampling.bad_words: holds 'é'"):
         run(admission.requests(Call(prompts=(Prompt(text="a"),), bad_words=("é",))))
+
+
+def test_an_answers_length_is_the_checkpoints_own_where_a_call_gives_none() -> None:
+    limits = ModelLimits(vocab_size=13, max_context=11, kv_capacity_tokens=32, new_tokens=6)
+    request = Request(request_id="r", token_ids=(1,) * 6)
+    assert resolve(request, limits).stopping.max_new_tokens == 6
+    assert resolve(replace(request, token_ids=(1,) * 9), limits).stopping.max_new_tokens == 3
+    given = replace(request, stopping=StoppingCriteria(max_new_tokens=2))
+    assert resolve(given, limits).stopping.max_new_tokens == 2
+    assert resolve(request, replace(limits, new_tokens=None)).stopping.max_new_tokens == 5
