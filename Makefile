@@ -76,7 +76,7 @@ $(STAMP5): constraints-transformers5.txt | $(STAMP)
 
 sanitize: $(STAMP)
 	$(BIN)/python -m tests.sanitized build
-	LD_PRELOAD=$$(g++ -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	$(BIN)/python -m tests.sanitized test $(PYTEST_ARGS)
 
 format: $(STAMP)

@@ -3,8 +3,9 @@
     python -m tests.sanitized build     compiles them
     python -m tests.sanitized test ...  runs tests, with the sanitiser's runtime preloaded (Python is built without it)
 
-Every fault ends the process that has it. Nothing of our own code is suppressed; detect_leaks=0 in the Makefile is for
-Python, which keeps memory until it ends.
+Every fault ends the process that has it, the sanitiser's report on the terminal (hence --capture=sys). libstdc++ is
+preloaded with the runtime, which looks for what throws when it starts. Nothing of our own code is suppressed;
+detect_leaks=0 in the Makefile is for Python, which keeps memory until it ends.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from parallel.native import library
+from parallel.native import build, library
 
 FLAGS = ("-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 TESTS = (
@@ -32,10 +33,10 @@ def main(arguments: list[str]) -> int:
     root = Path(__file__).parents[1]
     library.configure(cache_dir=root / "parallel" / "native" / "_build" / "sanitized", flags=FLAGS)
     if action == "build":
-        library.BUILD_SECONDS = 1800.0  # instrumented code compiles slowly
-        print(library.build())
+        build.BUILD_SECONDS = 1800.0  # instrumented code compiles slowly
+        print(library.prebuild())
         return 0
-    return int(pytest.main(["-q", "-x", "-p", "no:cacheprovider", *(chosen or TESTS)]))
+    return int(pytest.main(["-q", "-x", "--capture=sys", "-p", "no:cacheprovider", *(chosen or TESTS)]))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from parallel.errors import ConfigError, OperandError
-from parallel.native import library
+from parallel.native import build, library
 from parallel.native.elementwise import activate
 from parallel.native.gemm import PackedMatrix, Source, nodes, product
 
@@ -291,9 +291,9 @@ PORTABLE = """
 import sys
 from pathlib import Path
 import torch
-from parallel.native import library
-library.SOURCES = Path(sys.argv[1])
-library.FLAGS = ("-O1", "-march=x86-64-v3", *library.FLAGS[2:])
+from parallel.native import build, library
+build.SOURCES = Path(sys.argv[1])
+build.FLAGS = ("-O1", "-march=x86-64-v3", *build.FLAGS[2:])
 library.configure(cache_dir=sys.argv[2], threads=2)
 from parallel.native.gemm import PackedMatrix, Source, product
 for dtype in (torch.float32, torch.bfloat16):
@@ -309,10 +309,10 @@ for dtype in (torch.float32, torch.bfloat16):
 """
 
 
-@pytest.mark.skipif("avx2" not in library._cpu_identity(), reason="needs an x86 CPU with AVX2")
+@pytest.mark.skipif("avx2" not in build._cpu_identity(), reason="needs an x86 CPU with AVX2")
 def test_the_kernel_without_wide_registers_obeys_the_same_rules(tmp_path: Path) -> None:
-    sources = [library.SOURCES / name for name in ("gemm.cpp", "gemm_pack.cpp", "pool.cpp")]
-    for source in (*sources, *library.SOURCES.glob("*.h")):
+    sources = [build.SOURCES / name for name in ("gemm.cpp", "gemm_pack.cpp", "pool.cpp")]
+    for source in (*sources, *build.SOURCES.glob("*.h")):
         (tmp_path / source.name).write_bytes(source.read_bytes())
     root = Path(__file__).parents[3]
     done = subprocess.run(

@@ -3,40 +3,19 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
+from parallel.activation import is_native
+from parallel.backends import choose_backend
 from parallel.errors import ConfigError, NativeUnavailable
+from parallel.native import build
 from parallel.native import library as native
-
-TINY = """
-static int threads = 1;
-extern "C" void pool_set_threads(int n) { threads = n; }
-extern "C" int pool_num_threads() { return threads; }
-extern "C" int tiny_answer() { return 42; }
-"""
-
-
-@pytest.fixture
-def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder of sources and an empty cache; the process's own library is put back afterwards."""
-    if native.shutil.which("g++") is None:
-        pytest.skip("no g++ here")
-    sources = tmp_path / "sources"
-    sources.mkdir()
-    (sources / "tiny.cpp").write_text(TINY)
-    monkeypatch.setattr(native, "SOURCES", sources)
-    monkeypatch.setattr(native, "_loaded", native._Loaded())
-    native.configure(cache_dir=tmp_path / "cache")
-    yield tmp_path
-
-
-def fresh(cache: Path, threads: int = 1) -> None:
-    """Forget the loaded library, as a new process would."""
-    native._loaded = native._Loaded()
-    native.configure(cache_dir=cache, threads=threads)
+from parallel.products import uses_native
+from tests.parallel.native.tiny import fresh
 
 
 def counting_compiler(folder: Path) -> Path:
@@ -53,7 +32,7 @@ def calls(folder: Path) -> list[str]:
 
 
 def test_the_library_is_built_once_and_then_found_in_the_cache(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "_compiler", lambda: str(counting_compiler(tiny)))
+    monkeypatch.setattr(build, "_compiler", lambda: str(counting_compiler(tiny)))
     assert native.library().tiny_answer() == 42
     assert native.library() is native.library()
     built = len(calls(tiny))
@@ -66,24 +45,25 @@ def test_the_library_is_built_once_and_then_found_in_the_cache(tiny: Path, monke
 
 
 def test_a_changed_source_compiler_or_cpu_is_another_file(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    paths = {native.library_path(tiny)}
+    paths = {build.file_name(())}
     (tiny / "sources" / "tiny.h").write_text("// a header\n")
-    paths.add(native.library_path(tiny))
-    monkeypatch.setattr(native, "_cpu_identity", lambda: "another CPU")
-    paths.add(native.library_path(tiny))
-    monkeypatch.setattr(native, "_compiler_version", lambda compiler: "another compiler")
-    paths.add(native.library_path(tiny))
-    monkeypatch.setattr(native, "FLAGS", (*native.FLAGS, "-g"))
-    paths.add(native.library_path(tiny))
+    paths.add(build.file_name(()))
+    monkeypatch.setattr(build, "_cpu_identity", lambda: "another CPU")
+    paths.add(build.file_name(()))
+    monkeypatch.setattr(build, "_compiler_version", lambda compiler: "another compiler")
+    paths.add(build.file_name(()))
+    monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-g"))
+    paths.add(build.file_name(()))
     assert len(paths) == 5
 
 
 def test_processes_that_start_at_once_compile_once(tiny: Path) -> None:
     program = f"""
 from pathlib import Path
+from parallel.native import build
 from parallel.native import library as native
-native.SOURCES = Path({str(tiny / "sources")!r})
-native._compiler = lambda: {str(counting_compiler(tiny))!r}
+build.SOURCES = Path({str(tiny / "sources")!r})
+build._compiler = lambda: {str(counting_compiler(tiny))!r}
 native.configure(cache_dir={str(tiny / "cache")!r})
 assert native.library().tiny_answer() == 42
 """
@@ -96,7 +76,7 @@ assert native.library().tiny_answer() == 42
 def test_a_compile_error_is_reported_in_the_compilers_words_and_remembered(
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(native, "_compiler", lambda: str(counting_compiler(tiny)))
+    monkeypatch.setattr(build, "_compiler", lambda: str(counting_compiler(tiny)))
     (tiny / "sources" / "broken.cpp").write_text("int f() { return no_such_name; }\n")
     with pytest.raises(NativeUnavailable, match="no_such_name"):
         native.library()
@@ -109,7 +89,7 @@ def test_a_compile_error_is_reported_in_the_compilers_words_and_remembered(
 
 
 def test_without_a_compiler_the_error_says_so(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native.shutil, "which", lambda name: None)
+    monkeypatch.setattr(build.shutil, "which", lambda name: None)
     with pytest.raises(NativeUnavailable, match=r"no C\+\+ compiler"):
         native.library()
 
@@ -120,47 +100,65 @@ def test_a_library_that_is_there_needs_no_write_access(tiny: Path, monkeypatch: 
     native.library()
     native._loaded = native._Loaded()
     monkeypatch.setattr(Path, "mkdir", lambda *_, **__: pytest.fail("a folder was made"))
-    monkeypatch.setattr(native, "_exclusive", lambda path: pytest.fail("a lock was taken"))
+    monkeypatch.setattr(build, "exclusive", lambda path: pytest.fail("a lock was taken"))
     assert native.library().tiny_answer() == 42
-    assert native._default_cache_dir() == beside
 
 
-def test_a_damaged_cached_file_is_built_again(tiny: Path) -> None:
-    path = native.library_path(tiny / "cache")
-    path.parent.mkdir()
-    path.write_bytes(b"not a library")
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flipped(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "damage", [cut, flipped, lambda path: path.write_bytes(b""), lambda path: path.write_bytes(b"not a library")]
+)
+def test_a_damaged_cached_file_is_built_again(tiny: Path, damage: Callable[[Path], object]) -> None:
+    path = native.prebuild()
+    whole = path.read_bytes()
+    path.write_bytes(whole)  # in the place of one that may be mapped
+    damage(path)
     assert native.library().tiny_answer() == 42
+    assert build.is_whole(path.read_bytes())
+
+
+def test_the_one_answer_whether_there_are_kernels_follows_the_settings(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answers() -> set[bool]:
+        x = torch.zeros(2, 8)
+        best = choose_backend(None, "cpu", x.dtype, alibi=False, head_dim=8).name
+        return {native.available(), uses_native(x), is_native(x, "gelu"), best == "cpu"}
+
+    (tiny / "file").write_text("no folder can be below")
+    native.configure(cache_dir=tiny / "file" / "cache")
+    assert answers() == {False} == answers()
+    native.set_threads(2)  # changes nothing of what was found
+    monkeypatch.setattr(build, "compile_to", lambda *_: pytest.fail("tried again"))
+    assert answers() == {False}
+    monkeypatch.undo()
+    monkeypatch.setattr(build, "SOURCES", tiny / "sources")
+    monkeypatch.setattr(native, "_loaded", native._Loaded())
+    native.configure(cache_dir=tiny / "cache")
+    assert answers() == {True}
+    native.withhold("another rank has none")
+    assert answers() == {False}
+    native.set_threads(1)
+    assert answers() == {False}
+    native.withhold(None)
+    assert answers() == {True}
 
 
 def test_a_lock_that_is_never_released_ends_in_an_error(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "BUILD_SECONDS", -29.8)
-    lock = native.library_path(tiny / "cache").with_suffix(".lock")
+    monkeypatch.setattr(build, "BUILD_SECONDS", -29.8)
+    lock = (tiny / "cache" / build.file_name(())).with_suffix(".lock")
     lock.parent.mkdir()
-    with native._exclusive(lock), pytest.raises(NativeUnavailable, match="another process has held"):
+    with build.exclusive(lock), pytest.raises(NativeUnavailable, match="another process has held"):
         native.library()
-
-
-def test_the_default_cache_is_beside_the_sources_and_ignored_by_git(tiny: Path) -> None:
-    fresh_cache = native._default_cache_dir()
-    assert fresh_cache == tiny / "sources" / "_build"
-    assert (fresh_cache / ".gitignore").read_text() == "*\n"
-
-
-def test_a_read_only_installation_uses_a_private_folder(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native.tempfile, "gettempdir", lambda: str(tiny))
-    monkeypatch.setattr(native, "SOURCES", Path("/proc/no-such-folder"))
-    private = native._default_cache_dir()
-    assert private == tiny / f"tp-decoders-native-{os.getuid()}"
-    assert private.stat().st_mode & 0o777 == 0o700
-
-
-def test_a_private_folder_open_to_others_is_refused(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native.tempfile, "gettempdir", lambda: str(tiny))
-    planted = tiny / f"tp-decoders-native-{os.getuid()}"
-    planted.mkdir()
-    planted.chmod(0o777)
-    with pytest.raises(NativeUnavailable, match="open to this user alone"):
-        native._private_dir()
 
 
 @pytest.mark.parametrize("threads", [0, -1, 1.5, 10_000])
