@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from parallel.errors import CheckpointError
+from tp_decoders.git_lfs import refuse_pointer
 
 MOST_BYTES = 32 * 2**20
 """Names of a hundred thousand labels are a few."""
@@ -20,8 +21,9 @@ MOST_BYTES = 32 * 2**20
 
 def read_json_object(path: Path) -> dict[str, Any]:
     """The object a file holds."""
+    text = _text(path)
     try:
-        content = json.loads(_text(path), object_pairs_hook=_each_key_once)
+        content = json.loads(text, object_pairs_hook=_each_key_once)
     except RecursionError as error:
         raise CheckpointError(f"{path} is nested too deeply to be a model's; mend or replace it") from error
     except ValueError as error:
@@ -35,19 +37,35 @@ def _text(path: Path) -> str:
     try:
         found = path.stat()
     except FileNotFoundError as error:
-        what = "give the folder of a Hugging Face checkpoint, or its ORG/NAME on the hub"
-        raise CheckpointError(f"{path.parent} has no {path.name}; {what}") from error
+        raise CheckpointError(f"{path.parent} has no {path.name}; {_instead(path)}") from error
+    except NotADirectoryError as error:
+        raise CheckpointError(f"{path.parent} is a file; give the folder it lies in, {path.parent.parent}") from error
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error}") from error
     if not stat.S_ISREG(found.st_mode):
         raise CheckpointError(f"{path} is not a plain file; give the folder of a Hugging Face checkpoint")
     if found.st_size > MOST_BYTES:
         raise CheckpointError(f"{path} has {found.st_size} bytes, more than the {MOST_BYTES} a {path.name} may have")
+    refuse_pointer(path)
     try:
         with path.open("rb") as file:
             return file.read(MOST_BYTES + 1).decode("utf-8")
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error}") from error
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+
+
+def _instead(path: Path) -> str:
+    """What to give where a folder has no config.json: what it holds often tells."""
+    folder = path.parent
+    if (folder / "adapter_config.json").is_file():
+        return "it is an adapter: give it as --adapter, and its base model as --model"
+    below = sorted(found.parent for found in folder.glob(f"*/{path.name}") if found.is_file())
+    if below:
+        newest = max(below, key=lambda folder: (folder / path.name).stat().st_mtime)
+        return f"{len(below)} of the folders in it have one, {newest.name} the newest: give one of these"
+    return "give the folder of a Hugging Face checkpoint, or its ORG/NAME on the hub"
 
 
 def _each_key_once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:

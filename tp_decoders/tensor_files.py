@@ -23,6 +23,7 @@ from torch import Tensor
 
 from parallel.errors import CheckpointError
 from parallel.shard import Index
+from tp_decoders.git_lfs import refuse_pointer
 from tp_decoders.weights_cache import WeightsCache
 
 log = logging.getLogger(__name__)
@@ -59,6 +60,7 @@ class SafetensorsFile:
 
     def __init__(self, path: Path, stack: ExitStack, copy: Path | None = None) -> None:
         self.name = path.name
+        refuse_pointer(path)
         try:
             self._file = stack.enter_context(safe_open(copy or path, framework="pt"))
             self.shapes = {name: tuple(self._file.get_slice(name).get_shape()) for name in self._file.keys()}  # noqa: SIM118
@@ -80,6 +82,7 @@ class PickledFile:
 
     def __init__(self, path: Path, copy: Path | None = None) -> None:
         self.name = path.name
+        refuse_pointer(path)
         self._tensors = _load_pickled(copy or path)
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
 
@@ -248,6 +251,7 @@ def _open_index(folder: Path, layout: str, stack: ExitStack, cache: WeightsCache
 
 
 def read_weight_map(path: Path) -> dict[str, str]:
+    refuse_pointer(path)
     try:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:

@@ -20,7 +20,9 @@ from tokenizers import Encoding, decoders
 from tokenizers import Tokenizer as HFTokenizer
 
 from parallel.errors import CheckpointError, RequestError, TpError
+from tp_decoders.companions import tokenizer_files
 from tp_decoders.fast_tokenizer import open_tokenizer
+from tp_decoders.git_lfs import refuse_pointer
 from tp_decoders.hub import locate
 from tp_decoders.hub_cache import TOKENIZER
 from tp_decoders.japanese_tokenizer import FILES as JAPANESE_FILES
@@ -220,6 +222,8 @@ def _of_the_library(kind: type[TpError], what: str, do: str) -> Iterator[None]:
 def load_tokenizer(path: str | Path) -> Tokenizer | None:
     """The tokenizer in a checkpoint folder or repository of the hub, None where there is none."""
     folder = locate(path, TOKENIZER)
+    for file in tokenizer_files(folder).values():
+        refuse_pointer(file)
     with _of_the_library(CheckpointError, f"the tokenizer in {folder} cannot be read", "fetch it again"):
         found = _vocabulary(folder)
     if found is None:

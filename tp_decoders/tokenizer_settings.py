@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 from tokenizers import AddedToken
 
 from parallel.errors import CheckpointError
+from tp_decoders.git_lfs import refuse_pointer
 
 GPT2, NEOX, JAPANESE = "GPT2Tokenizer", "GPTNeoXTokenizer", "GPTNeoXJapaneseTokenizer"
 KIND_OF_MODEL = {"gpt2": GPT2, "gpt_bigcode": GPT2, "gpt_neox": NEOX, "mpt": NEOX, "gpt_neox_japanese": JAPANESE}
@@ -175,6 +176,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """An optional JSON object; empty where the file is not there."""
     if not path.is_file():
         return {}
+    refuse_pointer(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

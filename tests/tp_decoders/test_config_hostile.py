@@ -30,6 +30,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "mpt": {"d_model": 16, "n_layers": 2, "n_heads": 2, "vocab_size": 31, "max_seq_len": 32},
 }  # fmt: skip
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4d7a2146" * 8 + b"\nsize 548105171\n"
+
 CONTENTS: dict[str, tuple[bytes, str]] = {
     "nested 100,000 deep": (b'{"a":' * 100_000, "nested too deeply"),
     "a list nested 100,000 deep": (b"[" * 100_000, "nested too deeply"),
@@ -40,6 +42,8 @@ CONTENTS: dict[str, tuple[bytes, str]] = {
     "a list": (b"[1, 2]", "should hold a JSON object, not list"),
     "a key twice": (b'{"model_type": "gpt2", "n_layer": 2, "n_layer": 3}', "'n_layer' is given twice"),
     "a model_type of the wrong kind": (b'{"model_type": ["gpt2"]}', "is not one of this project's families"),
+    "a pointer": (POINTER, "config.json is a Git LFS pointer in the file's place: run `git lfs pull`"),
+    "UTF-16": ('{"model_type": "gpt2"}'.encode("utf-16"), "config.json is not valid JSON: 'utf-8' codec"),
     "no model_type": (b"{}", "model_type None is not one of"),
     "infinity": (b'{"model_type": "gpt2", "layer_norm_epsilon": Infinity}', "layer_norm_epsilon = inf"),
     "1e400": (b'{"model_type": "gpt2", "layer_norm_epsilon": 1e400}', "layer_norm_epsilon = inf"),
@@ -67,10 +71,10 @@ def test_contents_that_cannot_be_a_models_are_refused_in_one_line(case: str, tmp
 
 def test_a_folder_a_pipe_and_a_gigabyte_are_refused_unread(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
-    with pytest.raises(CheckpointError, match="has no config.json"):
+    with pytest.raises(CheckpointError, match=f"^{tmp_path} has no config.json; give the folder of a Hugging Face"):
         read_config(tmp_path)
     path.mkdir()
-    with pytest.raises(CheckpointError, match="not a plain file"):
+    with pytest.raises(CheckpointError, match=f"^{path} is not a plain file"):
         read_config(tmp_path)
     path.rmdir()
     os.mkfifo(path)
@@ -84,6 +88,21 @@ def test_a_folder_a_pipe_and_a_gigabyte_are_refused_unread(tmp_path: Path) -> No
     path.unlink()
     path.symlink_to(path)
     with pytest.raises(CheckpointError, match="cannot read"):
+        read_config(tmp_path)
+
+
+def test_what_was_given_in_a_checkpoints_place_is_told(tmp_path: Path) -> None:
+    for step in (500, 1000):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "config.json").write_text("{}")
+        os.utime(tmp_path / f"checkpoint-{step}" / "config.json", (step, step))
+    with pytest.raises(CheckpointError, match=r"has no config.json; 2 of the folders in it have one, checkpoint-1000 the"):
+        read_config(tmp_path)
+    file = tmp_path / "checkpoint-500" / "config.json"
+    with pytest.raises(CheckpointError, match=f"^{file} is a file; give the folder it lies in, {file.parent}$"):
+        read_config(file)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="has no config.json; it is an adapter: give it as --adapter"):
         read_config(tmp_path)
 
 

@@ -19,8 +19,11 @@ from torch import Tensor
 
 from launch.main import main
 from parallel.errors import CheckpointError
+from tests.tp_decoders.test_config_hostile import POINTER
 from tests.tp_decoders.test_load import assert_same, full, write
 from tp_decoders import load
+from tp_decoders.tensor_files import LAYOUTS
+from tp_decoders.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
 
@@ -236,6 +239,17 @@ def test_an_index_names_files_of_its_own_folder_only(name: object, tmp_path: Pat
     )
     with pytest.raises(CheckpointError, match="name of a file in the same folder|files that are not there"):
         load(tmp_path / "a")
+
+
+@pytest.mark.parametrize("name", [*LAYOUTS, "tokenizer.json", "tokenizer_config.json", "merges.txt"])
+def test_a_git_lfs_pointer_in_a_files_place_is_called_so(name: str, tmp_path: Path) -> None:
+    write(tmp_path, "gpt2")
+    (tmp_path / "model.safetensors").unlink()
+    for file in (name, "vocab.json", "merges.txt"):
+        (tmp_path / file).write_bytes(POINTER if file == name else b"{}")
+    read = load if name in LAYOUTS else load_tokenizer
+    with pytest.raises(CheckpointError, match=f"^{tmp_path / name} is a Git LFS pointer in the file's place: run `git"):
+        read(tmp_path)
 
 
 def test_links_to_elsewhere_are_followed(tmp_path: Path) -> None:
