@@ -96,7 +96,7 @@ def test_what_was_given_in_a_checkpoints_place_is_told(tmp_path: Path) -> None:
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "config.json").write_text("{}")
         os.utime(tmp_path / f"checkpoint-{step}" / "config.json", (step, step))
-    with pytest.raises(CheckpointError, match=r"has no config.json; 2 of the folders in it have one, checkpoint-1000 the"):
+    with pytest.raises(CheckpointError, match="2 of the folders in it have one, checkpoint-1000 the newest"):
         read_config(tmp_path)
     file = tmp_path / "checkpoint-500" / "config.json"
     with pytest.raises(CheckpointError, match=f"^{file} is a file; give the folder it lies in, {file.parent}$"):
