@@ -15,7 +15,7 @@ from cluster.engine.request import ModelLimits, Request, SamplingParams
 from cluster.engine.validation import check_capacity, room, what_is_left
 from cluster.frontend.beside import Beside
 from cluster.frontend.calls import Call, FillInMiddle, FrontendConfig, Prompt
-from cluster.frontend.costs import check_lists
+from cluster.frontend.costs import ID_BYTES, TEXT_BYTES, check_converted, check_lists
 from cluster.frontend.errors import DoesNotFit, InvalidRequest, NoTokenizer, Violation
 from cluster.frontend.reading import Reading, check_task, matters, pooling_of
 from cluster.frontend.rules import token_ids, violations
@@ -87,13 +87,49 @@ class Admission:
         """`encode`, of longer texts beside the event loop; refused where the text is too long to fit."""
         if self.codec is None:
             raise NoTokenizer(f"{field}: {NO_TOKENIZER}")
+        self._check_length(text, field)
+        if len(text) > self.config.inline_chars:
+            return await self.beside.run(caller, self.encode, text, whole)
+        if len(text) > self.config.inline_chars // TURN:  # many such are long together
+            await asyncio.sleep(0)
+        return self.encode(text, whole)
+
+    def _check_length(self, text: str, field: str) -> None:
         most = self.limits.max_context * self.config.max_chars_per_token
         if len(text) > most:
             holds = f"the context of {self.limits.max_context} tokens never holds more than {most}"
             raise DoesNotFit.of(field, f"{len(text)} characters; {holds}; shorten it")
-        if len(text) <= self.config.inline_chars:
-            return self.encode(text, whole)
-        return await self.beside.run(caller, self.encode, text, whole)
+
+    async def all_ids(self, texts: Sequence[str], caller: str, answer_bytes: int | None) -> list[tuple[int, ...]]:
+        """Of texts that are only tokenized: together they fit a message."""
+        self._check_count("texts", len(texts))
+        for index, text in enumerate(texts):
+            self._check_length(text, f"texts[{index}]")
+        check_converted("texts", texts, ID_BYTES, answer_bytes)
+        found = []
+        for index, text in enumerate(texts):
+            if index % TURN == TURN - 1:
+                await asyncio.sleep(0)
+            found.append(await self.encode_bounded(text, f"texts[{index}]", caller))
+        return found
+
+    async def all_texts(
+        self, sequences: Sequence[Sequence[int]], caller: str, answer_bytes: int | None
+    ) -> list[str | RequestError]:
+        """The text of each sequence, or what is wrong with it; of many tokens beside the event loop."""
+        self._check_count("sequences", len(sequences))
+        check_converted("sequences", sequences, TEXT_BYTES, answer_bytes)
+
+        def texts() -> list[str | RequestError]:
+            return [self.decode(ids, f"sequences[{i}]") for i, ids in enumerate(sequences)]
+
+        few = sum(map(len, sequences)) <= self.config.inline_chars
+        return texts() if few else await self.beside.run(caller, texts)
+
+    def _check_count(self, field: str, count: int) -> None:
+        most = self.config.max_prompts_per_call
+        if not 1 <= count <= most:
+            raise _invalid(field, f"{count} given; a call takes 1 to {most}")
 
     async def _token_ids(self, prompt: Prompt, field: str, caller: str) -> Sequence[int]:
         if sum(given is not None for given in (prompt.text, prompt.token_ids, prompt.fim)) != 1:

@@ -93,6 +93,7 @@ class Fleet:
         self.canaries = False
         """Whether somebody proves engines by canaries: what depends on that waits for it."""
         self._moved = asyncio.Event()
+        self._asking: asyncio.Task[dict[Seat, EngineLoad | TpError]] | None = None
         self._on_events: Events
         self._on_fault: Faults
 
@@ -149,6 +150,13 @@ class Fleet:
 
     async def ask(self, timeout: float, prove: bool = False) -> dict[Seat, EngineLoad | TpError]:
         """Every engine's counters, or why it gave none; to `prove`, after a canary through every rank."""
+        if prove:
+            return await self._ask(timeout, prove)
+        if self._asking is None or self._asking.done():  # who asks meanwhile gets the same answer
+            self._asking = asyncio.create_task(self._ask(timeout))
+        return await asyncio.shield(self._asking)
+
+    async def _ask(self, timeout: float, prove: bool = False) -> dict[Seat, EngineLoad | TpError]:
         seats = [replica.seat for replica in self.replicas if replica.seat]
         asked = (asyncio.to_thread(seat.link.load, timeout, prove) for seat in seats)
         answers = await asyncio.gather(*asked, return_exceptions=True)

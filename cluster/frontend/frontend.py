@@ -13,14 +13,16 @@ import math
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 from cluster.engine.request import EngineLoad, FinishReason, ModelLimits, Request
 from cluster.frontend.admission import Admission
 from cluster.frontend.beside import Beside
 from cluster.frontend.calls import Call, FrontendConfig
-from cluster.frontend.costs import ID_BYTES, TEXT_BYTES, check_answer, check_converted
+from cluster.frontend.content_keys import ContentKeys
+from cluster.frontend.costs import check_answer
 from cluster.frontend.delivery import Delivery
-from cluster.frontend.errors import Draining, EngineFault, InvalidRequest, Violation
+from cluster.frontend.errors import Draining, EngineFault
 from cluster.frontend.fleet import Fleet, Seat
 from cluster.frontend.journal import Entry, Journal
 from cluster.frontend.ledger import Ledger
@@ -28,7 +30,7 @@ from cluster.frontend.link import EngineLink
 from cluster.frontend.loads import total
 from cluster.frontend.meters import Meters
 from cluster.frontend.opening import Opener
-from cluster.frontend.quarantine import Death, Quarantine, keys_of
+from cluster.frontend.quarantine import Death, Quarantine
 from cluster.frontend.recall import Recall
 from cluster.frontend.streams import Stream
 from cluster.frontend.text import TextCodec
@@ -81,7 +83,6 @@ class Frontend:
         self._opener = Opener(codec, self._delivery.leave)
         self._recall = None if ledger is None else Recall(ledger, self._journal, self._delivery, self._opener)
         self.beside = Beside()
-        self._asking: asyncio.Task[dict[Seat, EngineLoad | TpError]] | None = None
         self._training = TrainingDesk(self.meters.train, self.quarantine, self._delivery.trials)
         self.drained = asyncio.Event()
         """Set when a drain has ended: whoever runs the server may stop it then."""
@@ -110,13 +111,14 @@ class Frontend:
             return known
         samples = len(call.prompts) * call.sampling.num_samples
         self._journal.check_room(call.caller, call.request_id, samples, call.share.caller)
-        made = [self._barred(item) for item in await admission.requests(call)]
+        keys = ContentKeys()
+        made = [self.quarantine.screened(item, keys) for item in await admission.requests(call)]
         self._check_open()
         failed = [item for item in made if isinstance(item, RequestError)]
         if len(failed) == len(made):
             raise failed[0]
         check_answer(call, made, self.limits)
-        return self._admit(call, made, recall)
+        return await self._admit(call, made, recall, keys)
 
     @trained
     async def train(self, call: TrainCall) -> TrainAnswer:
@@ -142,24 +144,13 @@ class Frontend:
         self, texts: Sequence[str], caller: str = "", answer_bytes: int | None = None
     ) -> list[tuple[int, ...]]:
         """The tokens of texts, each of which must fit the model's context, and together a message."""
-        self._check_count("texts", len(texts))
-        check_converted("texts", texts, ID_BYTES, answer_bytes)
-        admission = self._admission()
-        return [await admission.encode_bounded(text, f"texts[{i}]", caller) for i, text in enumerate(texts)]
+        return await self._admission().all_ids(texts, caller, answer_bytes)
 
     async def detokenize(
         self, sequences: Sequence[Sequence[int]], caller: str = "", answer_bytes: int | None = None
     ) -> list[str | RequestError]:
         """The text of each sequence of tokens, or what is wrong with it."""
-        self._check_count("sequences", len(sequences))
-        check_converted("sequences", sequences, TEXT_BYTES, answer_bytes)
-        admission = self._admission()
-
-        def texts() -> list[str | RequestError]:
-            return [admission.decode(ids, f"sequences[{i}]") for i, ids in enumerate(sequences)]
-
-        few = sum(map(len, sequences)) <= self.config.inline_chars
-        return texts() if few else await self.beside.run(caller, texts)
+        return await self._admission().all_texts(sequences, caller, answer_bytes)
 
     # ------------------------------------------------------------ the life of a server
 
@@ -183,11 +174,7 @@ class Frontend:
     async def loads(self, timeout: float = 5.0, prove: bool = False) -> dict[Seat, EngineLoad | TpError]:
         """Those of each engine, or why it gave none."""
         self._check_engine()
-        if prove:
-            return await self.fleet.ask(timeout, prove)
-        if self._asking is None or self._asking.done():  # who asks meanwhile gets the same answer
-            self._asking = asyncio.create_task(self.fleet.ask(timeout))
-        return await asyncio.shield(self._asking)
+        return await self.fleet.ask(timeout, prove)
 
     async def drain(self, grace: float) -> int:
         """Admit nothing more, wait for what is open, end what is left after `grace` seconds; returns how many that
@@ -311,11 +298,6 @@ class Frontend:
     def _admission(self) -> Admission:
         return Admission(limits=self.limits, config=self.config, codec=self.codec, beside=self.beside)
 
-    def _check_count(self, field: str, count: int) -> None:
-        most = self.config.max_prompts_per_call
-        if not 1 <= count <= most:
-            raise InvalidRequest.of([Violation(field, f"{count} given; a call takes 1 to {most}")])
-
     def _check_open(self) -> None:
         if self.state in (State.DRAINING, State.CLOSED):
             raise Draining("the server is shutting down and admits nothing more; send the request elsewhere")
@@ -328,15 +310,14 @@ class Frontend:
         if not self.fleet.has_engine:
             raise EngineFault(self.fault_cause)
 
-    def _barred(self, made: Request | RequestError) -> Request | RequestError:
-        """Content in quarantine is refused in its place."""
-        return made if isinstance(made, RequestError) else self.quarantine.refusal(*keys_of(made)) or made
-
-    def _admit(self, call: Call, made: Sequence[Request | RequestError], recall: Recall | None) -> Stream:
-        stream, entries = self._opener.open(call.request_id, call.sampling.n, made)
+    async def _admit(
+        self, call: Call, made: Sequence[Request | RequestError], recall: Recall | None, keys: ContentKeys
+    ) -> Stream:
+        stream, entries = await self._opener.open_in_turns(call.request_id, call.sampling.n, made)
+        self._check_open()
         for entry in entries:
             entry.account, entry.caller = call.account, call.caller
-            self.quarantine.suspect(entry, *keys_of(entry.request))
+            self.quarantine.suspect(entry, partial(keys.both, entry.request))
         self._delivery.begin(entries)
         if recall is not None:
             recall.record(call, made, entries)

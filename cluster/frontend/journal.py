@@ -8,15 +8,16 @@ requests.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from cluster.engine.request import FinishReason, Request, Timings, TokenEvent
 from cluster.frontend.best_of import BestOf
 from cluster.frontend.calls import Account
+from cluster.frontend.content_keys import ContentKeys
 from cluster.frontend.errors import DuplicateRequest
-from cluster.frontend.quarantine import Suspicion, key_of
+from cluster.frontend.quarantine import Suspicion
 from cluster.frontend.streams import Chunk, PromptInfo, Stream
 from cluster.frontend.text import SampleText
 from cluster.frontend.tracing import PromptTrace
@@ -32,7 +33,7 @@ class SampleState:
     """One sample: the tokens received so far and its text."""
 
     text: SampleText
-    prefix: str = ""  # text to send before the first piece (echo)
+    prefix: Callable[[], str] | None = None  # text to send before the first piece (echo)
     token_ids: list[int] = field(default_factory=list)
     last: float | None = None  # when its last token came
     done: bool = False
@@ -70,11 +71,10 @@ class Entry:
         """The samples that have not ended."""
         return [index for index, sample in enumerate(self.samples) if not sample.done]
 
-    @property
-    def content_key(self) -> bytes:
+    def content_key(self, keys: ContentKeys) -> bytes:
         """What it is counted by where it is suspected: a seed that nothing was drawn by yet does not matter."""
         drawn = any(sample.token_ids for sample in self.samples) and not self.request.sampling.greedy
-        return key_of(self.request, seed=drawn)
+        return keys.of(self.request, seed=drawn)
 
     @property
     def _most_new(self) -> int:
@@ -103,8 +103,9 @@ class Entry:
         self.prompt_logprobs_seen |= event.prompt_logprobs is not None
         if event.timings is not None:
             self.queued = event.timings.queued
-        chunk = self.chunk(event.sample_index, sample.prefix + text)
-        sample.prefix = ""
+        if sample.prefix is not None:
+            text, sample.prefix = sample.prefix() + text, None
+        chunk = self.chunk(event.sample_index, text)
         chunk.token_ids = list(new_ids)
         chunk.logprobs = list(event.logprobs[: piece.num_tokens])
         chunk.prompt_logprobs, chunk.pooled = event.prompt_logprobs, event.pooled

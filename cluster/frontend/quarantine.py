@@ -14,12 +14,14 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, MutableMapping, Sequence
-from dataclasses import dataclass, field, replace
-from hashlib import sha256
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 from cluster.engine.request import Request
+from cluster.frontend.content_keys import ContentKeys
 from cluster.frontend.errors import Quarantined
+from parallel.errors import RequestError
 
 log = logging.getLogger(__name__)
 DEATHS = 2
@@ -73,8 +75,7 @@ class Suspect(Protocol):
 
     suspicion: Suspicion | None
 
-    @property
-    def content_key(self) -> bytes: ...
+    def content_key(self, keys: ContentKeys) -> bytes: ...
 
     @property
     def unfinished(self) -> Sequence[int]:
@@ -83,6 +84,8 @@ class Suspect(Protocol):
 
 
 Write = Callable[[bytes, Count | None], None]
+Keys = Callable[[], Sequence[bytes]]
+"""Hashing costs time, and nobody asks while nothing is suspected."""
 
 
 class Quarantine:
@@ -103,20 +106,24 @@ class Quarantine:
 
     # ------------------------------------------------------------ at the door
 
-    def refusal(self, *keys: bytes) -> Quarantined | None:
+    def refusal(self, keys: Keys) -> Quarantined | None:
         """Why content of one of these keys is not run, if it is not."""
         found = self._known(keys)
         return None if found is None or not found[1].guilty else _refused(found[1])
 
-    def suspect(self, suspect: Suspect, *keys: bytes) -> None:
+    def screened(self, made: Request | RequestError, keys: ContentKeys) -> Request | RequestError:
+        """A call's prompt, or in its place why its content is not run."""
+        return made if isinstance(made, RequestError) else self.refusal(partial(keys.both, made)) or made
+
+    def suspect(self, suspect: Suspect, keys: Keys) -> None:
         """Content that was running at a death before, in another request or process, is a suspect from its start."""
         if (found := self._known(keys)) is not None:
             key, count = found
             suspect.suspicion = Suspicion(key, [Death(NOT_HERE, cause) for cause in count.causes])
 
-    def _known(self, keys: Sequence[bytes]) -> tuple[bytes, Count] | None:
+    def _known(self, keys: Keys) -> tuple[bytes, Count] | None:
         oldest = self._clock() - QUARANTINE_S
-        for key in keys if self._counts else ():
+        for key in keys() if self._counts else ():
             if (count := self._counts.get(key)) is not None and count.when >= oldest:
                 return key, count
         return None
@@ -127,9 +134,9 @@ class Quarantine:
         """An engine's end, with what was running there; the one that is guilty of it, where that is certain."""
         stuck = [each for each in running if each.suspicion is not None and death.proved and not moved(each)]
         often = [each for each in running if each.suspicion is not None and len(each.suspicion.deaths) + 1 >= MOST]
-        suspects = sum(each.suspicion is not None for each in running)
+        suspects, keys = sum(each.suspicion is not None for each in running), ContentKeys()
         for suspect in running:
-            suspicion = suspect.suspicion = suspect.suspicion or Suspicion(suspect.content_key)
+            suspicion = suspect.suspicion = suspect.suspicion or Suspicion(suspect.content_key(keys))
             suspicion.deaths.append(death)
             suspicion.gained = {}
             self._note(suspicion, guilty=False)
@@ -206,19 +213,6 @@ def moved(suspect: Suspect, tokens: int = 1) -> bool:
     """Whether every sample that has not ended went on by so many tokens since the last death."""
     suspicion = suspect.suspicion
     return suspicion is None or all(suspicion.gained.get(i, 0) >= tokens for i in suspect.unfinished)
-
-
-def key_of(request: Request, seed: bool) -> bytes:
-    """Of all that decides what an engine does for a request, `seed` included or not."""
-    sampling = replace(request.sampling, seed=request.sampling.seed if seed else None)
-    values = {**vars(sampling), "logit_bias": sorted(sampling.logit_bias.items())}
-    asked = (request.token_ids, values, request.stopping, request.response, request.score_only, request.pooling)
-    return sha256(repr(asked).encode()).digest()
-
-
-def keys_of(request: Request) -> tuple[bytes, bytes]:
-    """Both keys that a request's content may be counted under."""
-    return key_of(request, seed=False), key_of(request, seed=True)
 
 
 def _refused(count: Count) -> Quarantined:

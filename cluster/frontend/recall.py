@@ -15,16 +15,17 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 from cluster.engine.request import Request
 from cluster.frontend.calls import Call
+from cluster.frontend.content_keys import ContentKeys
 from cluster.frontend.delivery import Delivery
 from cluster.frontend.errors import DuplicateRequest
 from cluster.frontend.journal import Entry, Journal
 from cluster.frontend.ledger import Ledger
 from cluster.frontend.ledger_records import Progress, Record, digest_of
 from cluster.frontend.opening import Opener
-from cluster.frontend.quarantine import keys_of
 from cluster.frontend.streams import Stream
 from parallel.errors import RequestError, TpError
 
@@ -83,11 +84,12 @@ class Recall:
     def _replayed(self, record: Record, call: Call | None) -> Stream:
         content, now = record.unpacked(), time.monotonic()
         limit = None if call is None else call.deadline
-        asked = [self._asked(request, limit) for request in content.requests]
+        keys = ContentKeys()
+        asked = [self._asked(request, limit, keys) for request in content.requests]
         stream, entries = self._opener.open(record.key[1], content.shown, asked)
         for entry in entries:
             entry.caller, entry.account = record.key[0], None if call is None else call.account
-            self._delivery.quarantine.suspect(entry, *keys_of(entry.request))
+            self._delivery.quarantine.suspect(entry, partial(keys.both, entry.request))
             for event in content.events(entry.prompt_index):
                 entry.show(entry.take(event, now))
             if entry.done and entry.trace is not None:
@@ -103,11 +105,10 @@ class Recall:
             self._ledger.prompt_over(record, complete=True)
         return stream
 
-    def _asked(self, made: Request | RequestError, limit: float | None) -> Request | RequestError:
+    def _asked(self, made: Request | RequestError, limit: float | None, keys: ContentKeys) -> Request | RequestError:
         """As it was asked, unless it is in quarantine by now."""
-        if isinstance(made, RequestError):
-            return made
-        return self._delivery.quarantine.refusal(*keys_of(made)) or replace(made, deadline=limit)
+        made = self._delivery.quarantine.screened(made, keys)
+        return made if isinstance(made, RequestError) else replace(made, deadline=limit)
 
     def _attached(self, record: Record, stream: Stream, call: Call) -> Stream:
         entries = [entry for entry in self._journal.of_call(call.request_id) if entry.stream is stream]

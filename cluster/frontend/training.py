@@ -16,6 +16,7 @@ from hashlib import sha256
 
 from cluster.engine.request import ModelLimits
 from cluster.frontend.calls import FrontendConfig
+from cluster.frontend.content_keys import ContentKeys
 from cluster.frontend.errors import InvalidRequest, Violation
 from cluster.frontend.link import EngineLink
 from cluster.frontend.meters import TrainMeters
@@ -59,8 +60,7 @@ class TrainSuspect:
     suspicion: Suspicion | None = None
     unfinished: Sequence[int] = (0,)
 
-    @property
-    def content_key(self) -> bytes:
+    def content_key(self, keys: ContentKeys | None = None) -> bytes:
         """Of what it does, whatever its key and step."""
         what = replace(self.call, idempotency_key="", expected_step=None)
         return sha256(repr(what).encode()).digest()
@@ -85,9 +85,9 @@ class TrainingDesk:
         """Cancelled before its turn, the call is never run."""
         self.weights.check(call)
         suspect = TrainSuspect(call)
-        if (refusal := self._quarantine.refusal(suspect.content_key)) is not None:
+        if (refusal := self._quarantine.refusal(lambda: [suspect.content_key()])) is not None:
             raise refusal
-        self._quarantine.suspect(suspect, suspect.content_key)
+        self._quarantine.suspect(suspect, lambda: [suspect.content_key()])
         if suspect.suspicion is not None and self._trials is not None:
             async with self._trials.alone():
                 return await self._run(link, call, suspect)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
@@ -69,7 +69,7 @@ class Inference(InferenceServicer):
         stream = await self._open(call, in_one=True)
         results = await collect(stream, len(call.prompts))
         named = stream.request_id, self._frontend.limits, self._frontend.codec
-        return await self._made(results, classes, call, results, *named)
+        return await self._made(sum(map(_size, results)), classes, call, results, *named)
 
     async def Embed(
         self, request: inference.EmbedRequest, context: grpc.aio.ServicerContext
@@ -77,19 +77,21 @@ class Inference(InferenceServicer):
         call = decode.embed_call(request, self._frontend.config, context.time_remaining())
         stream = await self._open(call, in_one=True)
         results = await collect(stream, len(call.prompts))
-        return await self._made(results, embeddings, results, stream.request_id)
+        return await self._made(sum(map(_size, results)), embeddings, results, stream.request_id)
 
     async def Tokenize(
         self, request: inference.TokenizeRequest, context: grpc.aio.ServicerContext
     ) -> inference.TokenizeResponse:
         holds = self._limits.max_message_bytes
-        return self._sendable(token_lists(await self._frontend.tokenize(request.texts, _caller(), holds)))
+        ids = await self._frontend.tokenize(request.texts, _caller(), holds)
+        return self._sendable(await self._made(sum(map(len, ids)), token_lists, ids))
 
     async def Detokenize(
         self, request: inference.DetokenizeRequest, context: grpc.aio.ServicerContext
     ) -> inference.DetokenizeResponse:
         sequences, holds = [sequence.ids for sequence in request.sequences], self._limits.max_message_bytes
-        return self._sendable(texts(await self._frontend.detokenize(sequences, _caller(), holds)))
+        found = await self._frontend.detokenize(sequences, _caller(), holds)
+        return self._sendable(await self._made(len(found), texts, found))
 
     async def _open(self, call: Call, in_one: bool = False) -> Stream:
         terms, holds = TERMS.get() or Terms(), self._limits.max_message_bytes if in_one else None
@@ -105,9 +107,9 @@ class Inference(InferenceServicer):
             )
         return answer
 
-    async def _made(self, results: Sequence[Result], make: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """The message of an answer, a large one beside the event loop."""
-        if sum(map(_size, results)) <= LARGE_ANSWER:
+    async def _made(self, size: int, make: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """The message of an answer; of so many numbers that it is large, beside the event loop."""
+        if size <= LARGE_ANSWER:
             return make(*args, **kwargs)
         return await self._frontend.beside.run(_caller(), make, *args, **kwargs)
 

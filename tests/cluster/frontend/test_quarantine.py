@@ -11,17 +11,19 @@ import pytest
 
 from cluster.actors.place import PlacementConfig
 from cluster.engine.request import Pooling, Request, SamplingParams, StoppingCriteria, TokenEvent
+from cluster.frontend import content_keys
 from cluster.frontend.calls import FrontendConfig
+from cluster.frontend.content_keys import ContentKeys
 from cluster.frontend.errors import Quarantined
 from cluster.frontend.frontend import Frontend, State
 from cluster.frontend.ledger import Ledger
 from cluster.frontend.local_link import LocalLink
-from cluster.frontend.quarantine import QUARANTINE_S, Death, Quarantine, Suspicion, key_of
+from cluster.frontend.quarantine import QUARANTINE_S, Death, Quarantine, Suspicion
 from cluster.frontend.readiness import Readiness
 from cluster.training.calls import Kind, TrainAnswer, TrainCall, TrainSequence
 from launch.healing import Restarts
-from tests.cluster.frontend.fakes import CODEC, FakeEngine, tokens_of
-from tests.cluster.frontend.harness import answer, call, run, until
+from tests.cluster.frontend.fakes import CODEC, LIMITS, FakeEngine, tokens_of
+from tests.cluster.frontend.harness import answer, call, run, serving, until
 
 PATIENT = FrontendConfig(recovery_seconds=60.0)
 POISON = (3, 3, 3)
@@ -122,7 +124,7 @@ def test_requests_that_give_no_token_count_too(reading: dict[str, bool]) -> None
     suspect = Held(request)
     assert quarantine.died([suspect], Death(0, "a")) is None
     assert quarantine.died([suspect], Death(0, "b")) is suspect
-    assert "a; b" in str(quarantine.convict(suspect)) and quarantine.refusal(suspect.content_key) is not None
+    assert "a; b" in str(quarantine.convict(suspect)) and quarantine.refusal(suspect.keys) is not None
 
 
 @dataclass(eq=False)
@@ -133,9 +135,11 @@ class Held:
     suspicion: Suspicion | None = None
     unfinished: tuple[int, ...] = (0,)
 
-    @property
-    def content_key(self) -> bytes:
-        return key_of(self.request, seed=False)
+    def content_key(self, keys: ContentKeys) -> bytes:
+        return keys.of(self.request, seed=False)
+
+    def keys(self) -> list[bytes]:
+        return [self.content_key(ContentKeys())]
 
 
 def test_one_that_went_on_between_two_deaths_is_no_more_guilty_than_before() -> None:
@@ -174,11 +178,11 @@ def test_a_quarantine_ends_in_time_and_counts_and_verdicts_outlive_the_process(t
     ledger.close()
     ledger = Ledger(tmp_path / "state", "here")
     again = Quarantine(ledger.deaths, ledger.note_deaths, clock=lambda: now[0])
-    assert str(again.refusal(guilty.content_key)).startswith("quarantined: 2 engines died")
-    again.suspect(suspected, suspected.content_key)
+    assert str(again.refusal(guilty.keys)).startswith("quarantined: 2 engines died")
+    again.suspect(suspected, suspected.keys)
     assert again.died([suspected], Death(0, "three")) is suspected, "one death was in the process before"
     now[0] += QUARANTINE_S + 1
-    assert again.refusal(guilty.content_key) is None
+    assert again.refusal(guilty.keys) is None
     ledger.close()
 
 
@@ -196,7 +200,55 @@ def test_restarts_for_a_request_that_was_found_out_do_not_count() -> None:
 def test_a_seed_matters_only_where_something_was_drawn() -> None:
     sampled = Request(request_id="x", token_ids=(1,), sampling=SamplingParams(seed=4))
     other = replace(sampled, request_id="y", sampling=SamplingParams(seed=5))
-    assert key_of(sampled, seed=False) == key_of(other, seed=False) and key_of(sampled, True) != key_of(other, True)
+    keys = ContentKeys()
+    assert keys.of(sampled, seed=False) == keys.of(other, seed=False) and keys.of(sampled, True) != keys.of(other, True)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"token_ids": tuple(range(41))},
+        {"sampling": SamplingParams(logit_bias=dict.fromkeys(range(1, 50), 0.5))},
+        {"sampling": SamplingParams(logit_bias=dict.fromkeys(range(50), 0.25))},
+        {"sampling": SamplingParams(bad_words=((1,),) * 40)},
+        {"stopping": StoppingCriteria(stop_token_ids=tuple(range(30)))},
+        {"stopping": StoppingCriteria(stop_sequences=("ab",) * 30)},
+        {"score_only": True},
+    ],
+)
+def test_content_is_the_same_by_value_not_by_name(other: dict[str, Any]) -> None:
+    def made(**fields: Any) -> Request:
+        sampling = SamplingParams(logit_bias=dict.fromkeys(range(50), 0.5))
+        return Request(**{"request_id": str(fields), "token_ids": tuple(range(40)), "sampling": sampling, **fields})
+
+    assert ContentKeys().both(made()) == ContentKeys().both(made(request_id="another"))
+    assert not set(ContentKeys().both(made())) & set(ContentKeys().both(made(**other)))
+
+
+def test_nothing_is_hashed_while_nothing_is_suspected_and_a_calls_lists_are_hashed_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    hashed: list[int] = []
+    digest = content_keys._bytes
+
+    def counted(value: Any) -> bytes:
+        hashed.append(len(value))
+        return digest(value)
+
+    monkeypatch.setattr(content_keys, "_bytes", counted)
+    biases = dict.fromkeys(range(1000), 0.5)
+
+    async def main() -> None:
+        async with serving(FakeEngine(replace(LIMITS, vocab_size=1000))) as frontend:
+            asked = call(*[[i] for i in range(9)], sampling=SamplingParams(logit_bias=biases))
+            await answer(frontend, asked)
+            assert not hashed
+            frontend.quarantine.died([Held(Request(request_id="x", token_ids=(1,)))], Death(0, "a"))
+            hashed.clear()
+            await answer(frontend, asked)
+            assert hashed.count(1000) == 1
+
+    run(main())
 
 
 def test_a_training_call_that_is_sent_again_after_it_killed_an_engine_is_refused_at_its_second_death() -> None:
