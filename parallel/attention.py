@@ -70,6 +70,7 @@ class Causal:
         self._fits = self.backend is not None and not isinstance(backend, str)  # else the first call asks
 
     def __call__(self, spec: AttentionSpec, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
+        _check_dimensions(q_TNH, k_TKH, v_TKH)
         _check_heads(spec, q_TNH, k_TKH, v_TKH, self._packed.num_tokens)
         if self.backend is None or not self._fits:
             self._fits = True
@@ -117,6 +118,7 @@ class Cached:
 
     def __call__(self, spec: AttentionSpec, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
         layout, n_kv_heads = self._cache.layout, self._cache.layout.heads(spec.layer)
+        _check_dimensions(q_TNH, k_TKH, v_TKH)
         if k_TKH.shape[1] != n_kv_heads and k_TKH.stride(1) == 0:  # a shared head, expanded: stored once
             k_TKH, v_TKH = k_TKH[:, :1], v_TKH[:, :1]
         _check_heads(spec, q_TNH, k_TKH, v_TKH, self._meta.num_tokens)
@@ -128,6 +130,12 @@ class Cached:
                 f"{layout.head_dim} in {layout.dtype}; build the KVLayout from the model's local heads and dtype"
             )
         return self.backend.cached(spec, q_TNH, k_TKH, v_TKH, self._cache, self._meta)
+
+
+def _check_dimensions(*operands: Tensor) -> None:
+    for x in operands:
+        if x.dim() != 3:
+            raise ConfigError(f"attention over a tensor {list(x.shape)}; q, k and v are [tokens, heads, head_dim]")
 
 
 def _check_heads(spec: AttentionSpec, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, num_tokens: int) -> None:

@@ -82,10 +82,10 @@ class KVCache:
 
     def paged(self, layer: int) -> PagedCache:
         """A layer's blocks as the native kernel reads them; of the `cpu` layout only."""
-        known = self._paged.get(layer)
-        if known is None:
+        known, keys, values = self._paged.get(layer), self.keys[layer], self.values[layer]
+        if known is None or known.addresses != (keys.data_ptr(), values.data_ptr()):
             sizes = self.layout.heads(layer), self.layout.head_dim, self.layout.block_size
-            known = self._paged[layer] = PagedCache(self.keys[layer], self.values[layer], *sizes)
+            known = self._paged[layer] = PagedCache(keys, values, *sizes)
         return known
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:

@@ -82,9 +82,7 @@ class ColumnLinear(nn.Module):
         dtype: torch.dtype | None = None,
         low_TR: Tensor | None = None,
     ) -> Tensor:
-        weight = self.weight
-        if self._operand is None or self._operand.parameter is not weight:
-            self._operand = Operand(weight, (0, self.d_in))
+        self._operand = Operand.of(self._operand, self.weight, (0, self.d_in))
         terms = [Term(x_TK, self._operand)]
         if low_TR is not None and self.adapter is not None:
             terms.append(self.adapter.term(low_TR))
@@ -160,7 +158,7 @@ class RowLinear(nn.Module):
         self.weight = sharded((d_out, shards.size), Split(1, shards), group.rank, dtype, device)
         self.bias = sharded((d_out,), Replicated(), group.rank, dtype, device) if bias else None
         self.borders = shards.local_borders(group.rank)
-        self.joint_bias: tuple[tuple[Stamp, ...], Tensor] | None = None  # see _joint_bias
+        self.joint_bias: tuple[list[Tensor], list[Stamp], Tensor] | None = None  # see _joint_bias
         self.adapter: RowAdapter | None = None
         self._operand: Operand | None = None
         self._backward: Operand | None = None
@@ -173,15 +171,12 @@ class RowLinear(nn.Module):
         return reduce_sum(self.partial(x_TK), tokens=tokens)
 
     def term(self, x_TK: Tensor) -> Term:
-        weight = self.weight
-        if self._operand is None or self._operand.parameter is not weight:
-            self._operand = Operand(weight, self.borders)
+        self._operand = Operand.of(self._operand, self.weight, self.borders)
         return Term(x_TK, self._operand)
 
     def back_term(self, grad_TN: Tensor) -> Term:
         """dX = dY W, as an addend."""
-        if self._backward is None or self._backward.parameter is not self.weight:
-            self._backward = Operand(self.weight, (0, self.d_out), transposed=True)
+        self._backward = Operand.of(self._backward, self.weight, (0, self.d_out), transposed=True)
         return Term(grad_TN, self._backward)
 
     def input_grad(self, grad_TN: Tensor) -> Tensor:
@@ -240,11 +235,11 @@ def _joint_bias(layers: tuple[RowLinear, ...]) -> Tensor | None:
     biases = [layer.bias for layer in layers if layer.bias is not None]
     if len(biases) < 2:
         return biases[0] if biases else None
-    now = tuple(map(stamp, biases))
-    known = layers[0].joint_bias
-    if known is None or known[0] != now:
-        known = layers[0].joint_bias = (now, torch.stack([bias.detach().float() for bias in biases]).sum(0))
-    return known[1]
+    now, known = [stamp(bias) for bias in biases], layers[0].joint_bias
+    if known is None or known[1] != now or any(a is not b for a, b in zip(known[0], biases, strict=True)):
+        joint = torch.stack([bias.detach().float() for bias in biases]).sum(0)
+        known = layers[0].joint_bias = ([*biases], now, joint)
+    return known[2]
 
 
 def _trains(bias: Tensor | None) -> bool:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from parallel.dropout import DropoutSite, Dropping
 from parallel.errors import ConfigError
 from parallel.group import Group
+from parallel.native.packed import PackedMatrix
 from parallel.outputs import DividedOutputs
 from parallel.products import Operand, Term, leaf_tree, nodes, outer_product, product
 from parallel.shard import Part, Replicated, Split, VirtualShards, full_shape_of, rule_of, sharded
@@ -114,25 +115,29 @@ class ColumnAdapter(Adapter):
         self.parts, self.group = parts, group
         self.a = sharded((rank, d_in), Replicated(), group.rank, weight.dtype, weight.device)
         self.b = sharded((d_out, rank), rule_of(weight), group.rank, weight.dtype, weight.device)
-        self._down, self._up = Operand(self.a, (0, d_in)), Operand(self.b, (0, rank))
-        self._down_back = Operand(self.a, (0, rank), transposed=True)
+        self._down: Operand | None = None
+        self._up: Operand | None = None
+        self._down_back: Operand | None = None
         self._up_back: DividedOutputs | None = None
 
     def low(self, x_TK: Tensor, dropping: Dropping | None) -> Tensor:
         """[T, R], scaled."""
+        self._down = Operand.of(self._down, self.a, (0, self.a.shape[1]))
         return product([Term(self.dropped(x_TK, dropping), self._down)]) * self.scale
 
     def term(self, low_TR: Tensor) -> Term:
         """This branch's addend of the layer's product."""
+        self._up = Operand.of(self._up, self.b, (0, self.b.shape[1]))
         return Term(low_TR, self._up)
 
     def low_grad(self, grad_TN: Tensor) -> Tensor:
         """[T, R], the same on every rank. One reduction."""
-        if self._up_back is None:
+        if self._up_back is None or self._up_back.weight is not self.b:
             self._up_back = DividedOutputs(self.parts, self.b, self.group)
         return self._up_back.input_grad(grad_TN) * self.scale
 
     def input_grad(self, low_grad_TR: Tensor, dropping: Dropping | None) -> Tensor:
+        self._down_back = Operand.of(self._down_back, self.a, (0, self.a.shape[0]), transposed=True)
         return self.dropped(product([Term(low_grad_TR, self._down_back)]), dropping)
 
 
@@ -151,21 +156,24 @@ class RowAdapter(Adapter):
         super().__init__(scale, shards.range(group.rank)[0], site)
         d_out, d_in = full_shape_of(weight)
         borders = shards.local_borders(group.rank)
-        self.shards, self.group, self.rank, self.num_leaves = shards, group, rank, len(borders) - 1
+        self.shards, self.group, self.borders, self.num_leaves = shards, group, borders, len(borders) - 1
         self.a = sharded((rank, d_in), Split(1, shards), group.rank, weight.dtype, weight.device)
         self.b = sharded((d_out, rank), Replicated(), group.rank, weight.dtype, weight.device)
-        self._down = Operand(self.a, borders)
-        self._down_back = Operand(self.a, (0, rank), transposed=True)
-        self._up = _RepeatedOperand(self.b, self.num_leaves)
-        self._up_back = Operand(self.b, (0, d_out), transposed=True)
+        self._down: Operand | None = None
+        self._down_back: Operand | None = None
+        self._up: _RepeatedOperand | None = None
+        self._up_back: Operand | None = None
 
     def lows(self, x_TK: Tensor, dropping: Dropping | None) -> Tensor:
         """[L, T, R] float32, scaled."""
+        self._down = Operand.of(self._down, self.a, self.borders)
         term = Term(self.dropped(x_TK, dropping), self._down)
         return nodes([term], [(leaf, leaf + 1) for leaf in range(self.num_leaves)]) * self.scale
 
     def term(self, lows_LTR: Tensor, dtype: torch.dtype) -> Term:
         """This branch's addend of the layer's product, leaf by leaf."""
+        if self._up is None or self._up.parameter is not self.b:
+            self._up = _RepeatedOperand(self.b, self.num_leaves)
         return Term(lows_LTR.to(dtype).permute(1, 0, 2).flatten(1), self._up)
 
     def low(self, lows_LTR: Tensor, dtype: torch.dtype) -> Tensor:
@@ -177,10 +185,12 @@ class RowAdapter(Adapter):
 
     def low_grad(self, grad_TN: Tensor) -> Tensor:
         """[T, R], the same on every rank."""
+        self._up_back = Operand.of(self._up_back, self.b, (0, self.b.shape[0]), transposed=True)
         return product([Term(grad_TN, self._up_back)]) * self.scale
 
     def input_grad(self, layer_term: Term, low_grad_TR: Tensor, dropping: Dropping | None) -> Tensor:
         """The layer's input gradient and this branch's: one product, unless masks come between."""
+        self._down_back = Operand.of(self._down_back, self.a, (0, self.a.shape[0]), transposed=True)
         own = Term(low_grad_TR, self._down_back)
         if dropping is None:
             return product([layer_term, own])
@@ -193,14 +203,15 @@ AdapterT = TypeVar("AdapterT", bound=Adapter)
 class _RepeatedOperand(Operand):
     """B beside itself once for every local leaf, [N, L R]: each leaf's u meets a B of its own."""
 
-    watched = False
-
     def __init__(self, parameter: Tensor, num_leaves: int) -> None:
         super().__init__(parameter, tuple(leaf * parameter.shape[1] for leaf in range(num_leaves + 1)))
         self._count = num_leaves
 
     def matrix(self) -> Tensor:
         return self.parameter.detach().repeat(1, self._count)
+
+    def follow(self, packed: PackedMatrix) -> None:
+        packed.follow(self.matrix, self.parameter if self._count else None)
 
 
 def active(adapter: AdapterT | None) -> AdapterT | None:

@@ -52,8 +52,8 @@ def agree(
     notes = [json.loads(note) for note in share(store, "machine", rank, size, json.dumps([missing, kind]))]
     _check_kinds([kind for _, kind in notes], numerics, rank)
     lacking = [reason for reason, _ in notes if reason is not None]
-    if lacking and len(lacking) < size:
-        if rank == 0:
+    if lacking:  # also where all lack them: none may find them later on its own
+        if rank == 0 and len(lacking) < size:
             log.warning("no rank uses the native kernels, which are slower to do without: %s", "; ".join(lacking))
         withhold("; ".join(lacking))
 

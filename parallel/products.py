@@ -43,9 +43,6 @@ class Operand:
     `borders` cut the reduced axis into this rank's leaves.
     """
 
-    watched = True
-    """Whether the matrix is the parameter's own memory, which products can look at."""
-
     def __init__(
         self, parameter: Tensor, borders: tuple[int, ...], rows: Range | None = None, transposed: bool = False
     ) -> None:
@@ -58,9 +55,24 @@ class Operand:
         self._leaves: dict[int, onednn.PackedLeaf] = {}
         self._leaves_stamp: Stamp | None = None
 
+    def __getstate__(self) -> dict[str, object]:
+        """Copies and pickled ones pack anew: what is packed is known by its address."""
+        return {**self.__dict__, "_packed": None, "_stamp": None, "_leaves": {}, "_leaves_stamp": None}
+
+    @staticmethod
+    def of(known: Operand | None, parameter: Tensor, borders: tuple[int, ...], transposed: bool = False) -> Operand:
+        """The known one, or a new one where the parameter is not the object that it was made for."""
+        if known is not None and known.parameter is parameter:
+            return known
+        return Operand(parameter, borders, transposed=transposed)
+
     def matrix(self) -> Tensor:
         """[N, K]: outputs by reduction."""
         return _matrix(self.parameter, self._rows, self._transposed)
+
+    def follow(self, packed: gemm.PackedMatrix) -> None:
+        """Fills it, and has it watch the parameter's memory."""
+        packed.follow(partial(_matrix, self.parameter, self._rows, self._transposed))
 
     @property
     def num_outputs(self) -> int:
@@ -85,10 +97,7 @@ class Operand:
             matrix.dtype,
         ):
             self._packed = gemm.PackedMatrix.made_for(matrix, self.borders, memory.weights.take)
-        if self.watched:
-            self._packed.follow(partial(_matrix, self.parameter, self._rows, self._transposed))
-        else:
-            self._packed.repack(matrix)
+        self.follow(self._packed)
         self._leaves, self._leaves_stamp = {}, None
 
     def leaf_product(self, x_TK: Tensor, leaf: int) -> Tensor:

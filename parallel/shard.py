@@ -207,7 +207,8 @@ def sharded(
     device: torch.device | str | None,
 ) -> nn.Parameter:
     """An uninitialised parameter of the rank's shape that remembers its rule and its full shape."""
-    parameter = Weight(torch.empty(rule.local_shape(full_shape, rank), dtype=dtype, device=device))
+    with torch.inference_mode(False):  # writes to memory made in that mode are not counted
+        parameter = Weight(torch.empty(rule.local_shape(full_shape, rank), dtype=dtype, device=device))
     parameter.shard_rule = rule  # type: ignore[attr-defined]
     parameter.full_shape = tuple(full_shape)  # type: ignore[attr-defined]
     return parameter

@@ -7,6 +7,7 @@ writes that do not go through PyTorch (numpy over the same memory, C); the watch
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -16,10 +17,11 @@ _DATA: Any = torch.Tensor.data  # the descriptor of every tensor
 
 Stamp = tuple[int, int, int]
 """Equal stamps of one parameter: it was not written to between them."""
+_uncounted = itertools.count(1)
 
 
 class Weight(nn.Parameter):
-    """An nn.Parameter whose `.data` counts its writes."""
+    """An nn.Parameter whose `.data` counts its writes. A parameter is made of it by nn.Parameter(weight.detach())."""
 
     _alias: Tensor | None = None
     _replaced = 0
@@ -37,6 +39,9 @@ class Weight(nn.Parameter):
     @data.setter
     def data(self, values: Tensor) -> None:
         self._forget()
+        if values.is_inference():  # no write to such memory is counted
+            with torch.inference_mode(False):
+                values = values.clone()
         _DATA.__set__(self, values)
 
     def _forget(self) -> None:
@@ -52,8 +57,8 @@ def stamp(parameter: Tensor) -> Stamp:
         writes = parameter._replaced if alias is None else parameter._replaced + _version(alias)
     try:
         return parameter._version, writes, parameter.data_ptr()
-    except RuntimeError:  # made in inference mode, where nothing is counted
-        return 0, writes, parameter.data_ptr()
+    except RuntimeError:  # memory made in inference mode, where nothing is counted: it may have been written to
+        return -next(_uncounted), writes, parameter.data_ptr()
 
 
 def _version(x: Tensor) -> int:

@@ -81,7 +81,7 @@ class PagedCache:
     """
 
     def __init__(self, k_cache: Tensor, v_cache: Tensor, kv_heads: int, head_dim: int, block_size: int) -> None:
-        shape = (k_cache.shape[0], kv_heads, block_size // RUN, RUN * head_dim)
+        shape = (k_cache.shape[0] if k_cache.dim() else 0, kv_heads, block_size // RUN, RUN * head_dim)
         self.dtype = k_cache.dtype
         for name, cache_ in (("k_cache", k_cache), ("v_cache", v_cache)):
             number("attention", name, cache_)

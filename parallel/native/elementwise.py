@@ -218,6 +218,8 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None, inver
     dtype = number("rotary", "x", x)
     if x.dim() != 3:
         raise refused("rotary", "x", words(x), "it must be [tokens, heads, head_dim]")
+    if cos.dim() != 2:
+        raise refused("rotary", "cos (a table of angles)", words(cos), "it must be [tokens, angles]")
     tokens, heads, width = x.shape
     half = cos.shape[-1]
     angles = tokens, half
@@ -255,9 +257,14 @@ def _rotary_into(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor, inverse: bool
 
 
 def _distinct(out: Tensor) -> None:
-    """Refuses an output of which several elements are one place in memory, as in an expanded head."""
-    if any(size > 1 and stride == 0 for size, stride in zip(out.shape, out.stride(), strict=True)):
-        raise refused("rotary", "out", words(out), "several of its elements are one place in memory; give a copy of it")
+    """Refuses an output of which several elements may be one place in memory, as in an expanded head."""
+    reach = 1  # of the dimensions that lie closer together
+    for stride, size in sorted(zip(out.stride(), out.shape, strict=True)):
+        if size > 1:
+            if stride < reach:
+                rule = "several of its elements are one place in memory; give a copy of it"
+                raise refused("rotary", "out", words(out), rule)
+            reach += (size - 1) * stride
 
 
 @cache

@@ -18,7 +18,7 @@ from torch import Tensor
 from parallel.errors import ConfigError
 from parallel.native.elementwise import activation_id
 from parallel.native.library import entry
-from parallel.native.operands import DTYPES, NUMBERS, Status, apart, checked, number, succeeded, words, written
+from parallel.native.operands import DTYPES, NUMBERS, Status, apart, checked, number, refused, succeeded, words, written
 from parallel.native.packed import PANEL, UNIT, PackedMatrix
 
 MAX_SOURCES = 16
@@ -49,7 +49,7 @@ def product(
     """
     plan = _plan(sources, None)
     first = sources[0]
-    m, n = first.x.shape[0], first.weight.n
+    m, n = _rows_of(first), first.weight.n
     if out is None:
         out = torch.empty(m, n, dtype=out_dtype or first.weight.dtype)
     else:
@@ -68,7 +68,7 @@ def nodes(
     """The root of each complete subtree (lo, hi), float32 [len(node_ranges), M, N], no bias; into `out` where given
     (a contiguous float32 tensor, or an address that Comm.slot gave)."""
     plan = _plan(sources, tuple(node_ranges))
-    m, n = sources[0].x.shape[0], sources[0].weight.n
+    m, n = _rows_of(sources[0]), sources[0].weight.n
     shape = (len(node_ranges), m, n)
     if out is None:
         out = torch.empty(shape, dtype=torch.float32)
@@ -131,6 +131,12 @@ def _run(
     call, run = _call_struct(len(sources)).pack(*fields), _function(m * n * sources[0].weight.k < _SMALL)
     if status := run(call, plan):
         succeeded("product", _again(status, sources, lambda: run(call, plan)))
+
+
+def _rows_of(source: Source) -> int:
+    if source.x.dim() != 2:
+        raise refused("product", "x", words(source.x), f"it must be [rows, {source.weight.k}]")
+    return source.x.shape[0]
 
 
 def _again(status: int, sources: Sequence[Source], run: Callable[[], int]) -> int:

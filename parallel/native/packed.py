@@ -5,6 +5,7 @@ import itertools
 import struct
 from collections.abc import Callable, Sequence
 from functools import cache
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -39,7 +40,8 @@ class PackedMatrix:
         self.plans: dict[tuple, bytes] = {}
         self.leaves = leaves_of(self)
         self.watch = 0  # the address of a Watch of gemm_watch.h, or 0
-        self._watched: tuple[Callable[[], Tensor], ctypes.Array] | None = None
+        self._matrix: Callable[[], Tensor] | None = None  # what is watched
+        self._watch = ctypes.create_string_buffer(_WATCH.size)  # one for good: another thread may be reading it
 
     @classmethod
     def pack(cls, src: Tensor, borders: Sequence[int] | None = None, place: Place | None = None) -> "PackedMatrix":
@@ -62,6 +64,11 @@ class PackedMatrix:
             raise ConfigError(f"borders {tuple(borders or ())} leave the range 0..{k} of K; give borders inside it")
         return cls(n, k, src.dtype, cuts, place)
 
+    def __reduce__(self) -> NoReturn:
+        raise ConfigError(
+            "a packed matrix is known by its address and cannot be copied or pickled; pack its source anew"
+        )
+
     def repack(self, src: Tensor) -> None:
         """Take over src's present values, in place."""
         src = src.detach()
@@ -81,25 +88,26 @@ class PackedMatrix:
         )  # fmt: skip
         succeeded("pack", status)
 
-    def follow(self, matrix: Callable[[], Tensor]) -> None:
+    def follow(self, matrix: Callable[[], Tensor], memory: Tensor | None = None) -> None:
         """repack() of matrix(); from now on every product looks at a few of its elements and takes all over again where
         they differ, for writes that no counter shows. Whoever replaces that memory calls this again before a product.
+        `memory`: the first columns of the matrix, where it is itself no memory that lasts.
         """
         src = matrix().detach()
         self.repack(src)
-        if self.n == 0 or self.k == 0:
+        seen = src if memory is None else memory.detach()
+        if self.n == 0 or seen.shape[1] == 0:
             return
-        fields = _WATCH.pack(
-            src.data_ptr(), *src.stride(), self.n, self.k, src.element_size(), self.address, self.units,
-            ctypes.addressof(self.leaves), len(self.starts), 0,
+        _WATCH.pack_into(
+            self._watch, 0, seen.data_ptr(), *seen.stride(), self.n, seen.shape[1], seen.element_size(), self.address,
+            self.units, ctypes.addressof(self.leaves), len(self.starts), 0,
         )  # fmt: skip
-        struct_ = ctypes.create_string_buffer(fields, len(fields))
-        self._watched, self.watch = (matrix, struct_), ctypes.addressof(struct_)
+        self._matrix, self.watch = matrix, ctypes.addressof(self._watch)
 
     def catch_up(self) -> None:
         """Takes over what the watched matrix holds now."""
-        if self._watched is not None:
-            self.repack(self._watched[0]())
+        if self._matrix is not None:
+            self.repack(self._matrix())
 
     @property
     def nbytes(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
+import contextlib
 import subprocess
 import sys
 from collections.abc import Callable
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[3]
 
 def paged(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None = None) -> Tensor:
     """One sequence through the cached kernel."""
-    T, K, H = k.shape
+    T, K, H = k.shape if k.dim() == 3 else (3, 2, 8)
     blocks = -(-T // 16)
     meta = AttentionMeta.build([T], [T], [list(range(blocks))], 16)
     caches = (torch.zeros(blocks, K, 1, 16 * H, dtype=q.dtype) for _ in range(2))
@@ -58,6 +58,7 @@ ENTRIES: list[Callable[[Callable[..., Tensor]], object]] = [
     lambda x: dropout.drop_rows(x(2, 8), torch.zeros(2).long(), 0, 1, 1.0),
     lambda x: adamw.update(x(8), *torch.zeros(3, 8), RATES),  # type: ignore
 ]
+PACKING = 13
 RATES = adamw.Rates(step=1, learning_rate=1e-3, beta1=0.9, beta2=0.9, epsilon=1e-8, weight_decay=0.0)
 FOREIGN: dict[str, Callable[..., Tensor]] = {
     "float16": half,
@@ -72,14 +73,26 @@ FOREIGN: dict[str, Callable[..., Tensor]] = {
 @pytest.mark.parametrize("kind", FOREIGN)
 @pytest.mark.parametrize("entry", range(len(ENTRIES)))
 def test_foreign_memory_is_refused_at_every_entry(entry: int, kind: str) -> None:
-    if kind == "wants a gradient" and "PackedMatrix.pack(x" in _source(entry):
-        return  # packing a parameter is a copy, without history
+    if entry == PACKING and kind == "wants a gradient":  # packing a parameter is a copy, without history
+        packed = ENTRIES[entry](FOREIGN[kind])
+        assert isinstance(packed, PackedMatrix) and packed.storage.view(torch.float32).count_nonzero() == 0
+        return
     with pytest.raises(ConfigError):
         ENTRIES[entry](FOREIGN[kind])
 
 
-def _source(entry: int) -> str:
-    return inspect.getsource(ENTRIES[entry])
+@pytest.mark.parametrize("shape", [(), (8,), (2, 8), (2, 2, 2, 8)])
+@pytest.mark.parametrize("entry", range(len(ENTRIES)))
+def test_a_tensor_of_other_dimensions_is_taken_as_what_it_is_or_refused(entry: int, shape: tuple[int, ...]) -> None:
+    with contextlib.suppress(ConfigError):  # and not an IndexError, nor a signal
+        ENTRIES[entry](lambda *_: torch.zeros(shape))
+
+
+def test_attention_over_what_are_no_heads_is_refused() -> None:
+    x = torch.zeros(2, 8)
+    for operands in ((x, x, x), (x[None], x, x), (x[0, 0], x[None], x[None])):
+        with pytest.raises(ConfigError, match="tokens, heads, head_dim"):
+            Causal([1])(AttentionSpec(0, 1.0), *operands)
 
 
 def test_an_enum_that_is_no_type_and_sizes_that_are_none_come_back_as_statuses() -> None:
@@ -166,10 +179,15 @@ def test_outputs_that_share_memory_with_what_is_still_read_are_refused() -> None
         elementwise.activate(x[:10], "gelu", out=x[1:11])
     with pytest.raises(OperandError, match="shares memory"):
         adamw.update(x[:8], x[4:12], torch.zeros(8), torch.zeros(8), RATES)
-    heads = torch.zeros(2, 1, 8).expand(2, 3, 8)
     angles = torch.zeros(2, 2)
-    with pytest.raises(OperandError, match="one place in memory"):
-        elementwise.rotary(heads, angles, angles, out=heads)
+    for heads in (torch.zeros(2, 1, 8).expand(2, 3, 8), torch.zeros(40).as_strided((2, 3, 8), (20, 4, 1))):
+        with pytest.raises(OperandError, match="one place in memory"):
+            elementwise.rotary(heads, angles, angles, out=heads)
+        with pytest.raises(OperandError, match="one place in memory"):
+            elementwise.rotary(torch.zeros(2, 3, 8), angles, angles, out=heads)
+    fused = torch.zeros(2, 5, 8)[:, 1:4]  # heads of a fused row, and heads before tokens
+    for heads in (fused, torch.zeros(3, 2, 8).transpose(0, 1)):
+        assert elementwise.rotary(heads, angles, angles, out=heads) is heads
 
 
 def test_a_rotation_into_strided_memory_arrives_there() -> None:
@@ -233,6 +251,57 @@ assert torch.equal(attention.forward(meta.paged_step, *cache, small, small, smal
 
 @pytest.mark.skipif(bool(library.extra_flags()), reason="a sanitiser's own memory is beyond any limit")
 def test_a_thread_without_memory_is_the_callers_error_and_the_pool_goes_on() -> None:
-    done = subprocess.run([sys.executable, "-c", SHORT], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert in_child(SHORT).count("attention: the memory for its working room could not be had") == 2
+
+
+def in_child(program: str) -> str:
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, (done.returncode, done.stdout, done.stderr[-2000:])
-    assert done.stdout.count("attention: the memory for its working room could not be had") == 2
+    return done.stdout
+
+
+BESIDE = """
+import os, sys, threading, time, torch
+torch.set_num_threads(1)
+from parallel.native import library
+from parallel.native.gemm import PackedMatrix, Source, product
+library.configure({cache!r}, 3, {flags!r})
+x, w = torch.randn(64, 256), PackedMatrix.pack(torch.randn(512, 256))
+def once():
+    return product([Source(x, w, (0, 256))])
+want = once()
+"""
+
+
+@pytest.mark.parametrize("program", [
+    """
+wrong = []
+def many():
+    for _ in range(100):
+        wrong.extend([1] * (not torch.equal(once(), want)))
+threads = [threading.Thread(target=many) for _ in range(3)]
+for thread in threads: thread.start()
+for i in range(40): library.set_threads(1 + i % 3); time.sleep(0.001)
+for thread in threads: thread.join()
+assert not wrong
+""", """
+stop = []
+def many():
+    while not stop: once()
+thread = threading.Thread(target=many); thread.start()
+for _ in range(8):
+    if (pid := os.fork()) == 0: os._exit(0 if torch.equal(once(), want) and torch.equal(once(), want) else 3)
+    assert os.waitpid(pid, 0)[1] == 0
+stop.append(1); thread.join()
+assert torch.equal(once(), want)
+""", """
+def many():
+    out = torch.empty(64, 512)  # torch's own calls do not stand an exit beside them
+    while True: product([Source(x, w, (0, 256))], out=out)
+for _ in range(2): threading.Thread(target=many, daemon=True).start()
+time.sleep(0.1)
+sys.exit(0)
+"""], ids=["threads", "a fork while the pool works", "an exit while the pool works"])  # fmt: skip
+def test_the_pool_stands_what_a_process_does_beside_it(program: str) -> None:
+    cache_dir = library.cache_dir()
+    in_child(BESIDE.format(cache=cache_dir and str(cache_dir), flags=library.extra_flags()) + program)
