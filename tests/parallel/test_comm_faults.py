@@ -15,7 +15,7 @@ import torch
 
 from parallel.errors import CollectiveError
 from parallel.group import Group
-from parallel.tree import ReductionTree
+from parallel.tree import ADD, ReductionTree
 from tests.ranks import Outcome, RankDied, Ranks
 
 Run = Callable[..., list[Any]]
@@ -53,6 +53,13 @@ def one_rank_skips_a_sum(group: Group) -> None:
     group.talk.broadcast_bytes(b"step")
 
 
+def sums_of_other_counts(group: Group) -> None:
+    """The same steps over as many nodes; but for rank 0 the third one comes from rank 1, for the others from rank 2."""
+    tree = ReductionTree(8, ((0, 6), (6, 8), (8, 8)) if group.rank == 0 else ((0, 6), (6, 6), (6, 8)))
+    assert tree.program() == (0, 1, 2, ADD, ADD)
+    group.talk.tree_sum(torch.zeros(tree.node_counts[group.rank], 4), tree)
+
+
 MISTAKES = [
     sum_or_barrier,
     sum_or_max,
@@ -69,6 +76,12 @@ def test_ranks_in_different_collectives_are_named(ranks: Run, mistake: Callable[
     with pytest.raises(CollectiveError, match=r"out of step.*same order|same order.*out of step") as raised:
         ranks(2, mistake, comm=comm)
     assert "rank 0 " in str(raised.value) and "rank 1 " in str(raised.value)
+
+
+@pytest.mark.parametrize("comm", COMMS)
+def test_ranks_that_count_the_nodes_of_a_sum_differently_are_named(ranks: Run, comm: str) -> None:
+    with pytest.raises(CollectiveError, match="out of step"):
+        ranks(3, sums_of_other_counts, comm=comm)
 
 
 def late_barrier(group: Group) -> str:

@@ -47,3 +47,20 @@ def test_the_packed_leaves_follow_the_weight() -> None:
     before = product([Term(x, operand)])
     weight.mul_(2.0)
     assert torch.equal(product([Term(x, operand)]), before * 2.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n", [1, 2, 15, 16])
+def test_strided_expanded_and_empty_rows_give_what_contiguous_ones_do(n: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    wide, weight = torch.randn(9, 80).to(dtype), torch.randn(n, 40).to(dtype)
+    turned = wide[:, :40].t().contiguous().t()
+    for x in (wide[:, ::2], wide[::4, :40], turned, wide[:1, :40].expand(5, -1), wide[:0, :40]):
+        for matrix in (weight, weight.t().contiguous().t(), weight.repeat_interleave(2, 1)[:, ::2]):
+            operand = Operand(matrix, (0, 13, 40))
+            found = product([Term(x, operand)], dtype=torch.float32)
+            assert torch.equal(
+                found, product([Term(x.contiguous(), Operand(weight, (0, 13, 40)))], dtype=torch.float32)
+            )
+            wanted = x.double() @ weight.double().t()
+            assert torch.allclose(found.double(), wanted, atol=1e-5 if dtype is torch.float32 else 0.2)

@@ -28,6 +28,11 @@ def transposed(parameter: nn.Parameter) -> None:
     parameter.data = torch.randn(parameter.shape[::-1]).t()
 
 
+def there_and_back(parameter: nn.Parameter) -> None:
+    parameter.data = parameter.data.double()
+    parameter.data = parameter.data.float() * 2
+
+
 def in_inference_mode(parameter: nn.Parameter) -> None:
     with torch.inference_mode():
         parameter[3, 4:5].fill_(50.0)
@@ -47,11 +52,11 @@ WRITES: dict[str, Callable[[nn.Parameter], object]] = {
     "detached": lambda p: p.detach().add_(1.0),
     "no_grad": lambda p: nn.init.zeros_(p),
     "copied into": lambda p: p.copy_(torch.ones_like(p)),
-    "other memory": lambda p: p.set_(torch.ones_like(p).detach()),
+    "other memory": lambda p: p.set_(torch.ones_like(p).detach()),  # type: ignore[call-overload]
     "strided memory": transposed,
     "in inference mode": in_inference_mode,
     "memory of inference mode": of_inference_mode,
-    "another type and back": lambda p: (setattr(p, "data", p.data.double()), setattr(p, "data", p.data.float() * 2)),
+    "another type and back": there_and_back,
     "swapped": lambda p: torch.utils.swap_tensors(p, nn.Parameter(torch.ones_like(p))),
 }
 PAST_PYTORCH: dict[str, Callable[[nn.Parameter], object]] = {

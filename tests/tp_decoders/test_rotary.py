@@ -9,6 +9,7 @@ import torch
 import transformers
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXRotaryEmbedding, apply_rotary_pos_emb
 
+from parallel import products
 from parallel.attention import Causal
 from parallel.errors import ConfigError
 from tests.tp_decoders.parity import NEOX, hf
@@ -66,6 +67,30 @@ def test_rotation_in_place_and_with_gradient_have_the_same_bits(dtype: torch.dty
     assert served[0].data_ptr() == qkv.data_ptr()
     assert not torch.equal(served[0], before[:, :, 0])
     assert torch.equal(served[2], before[:, :, 2])
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_rotation_of_strided_memory_arrives_there(
+    dtype: torch.dtype, native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not native:
+        monkeypatch.setattr(products, "native_products", lambda: False)
+    torch.manual_seed(0)
+    rotation = Rotary(RotaryConfig(size=8, base=500.0, max_positions=64)).at(torch.tensor([5, 0, 63, 17]))
+    whole = torch.randn(4, 6, 3, 32).to(dtype)
+    for view in (
+        lambda x: x,
+        lambda x: x[..., ::2],
+        lambda x: x[:, ::2],
+        lambda x: x[:, :1],
+        lambda x: x.transpose(0, 1)[:4, :4],
+    ):
+        given = view(whole.clone())
+        plain = given.contiguous().clone()
+        want = [rotate(x.contiguous(), rotation) for x in plain.unbind(2)[:2]]
+        q, k, v = rotated(given, rotation)
+        assert torch.equal(q, want[0]) and torch.equal(k, want[1]) and torch.equal(v, plain[:, :, 2])
 
 
 def test_rotation_and_its_gradient_equal_transformers() -> None:
