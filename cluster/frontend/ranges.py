@@ -116,11 +116,14 @@ POSITIVE_SUM = number(1e-6, 1e12, "a sum of weights, or a count: what the loss i
 WEIGHT = number(0, 1e4, "a share of the loss")
 SESSION = text("max_request_id", why="whose gradients are meant, among the caller's own")
 CALLER = text(4096, why="as GetTrainState names it")
+STAND = ("expected_step", "expected_incarnation")
 PASS: Mapping[str, Range] = {
     "sequences": SEQUENCES, "loss": text(64), "expected_step": ANY_INT63, "normaliser": POSITIVE_SUM,
-    "idempotency_key": KEY, "dropout_seed": ANY_UINT64, "session": SESSION,
+    "idempotency_key": KEY, "dropout_seed": ANY_UINT64, "session": SESSION, "expected_incarnation": ANY_INT63,
 }  # fmt: skip
-NAMED: Mapping[str, Range] = {"name": STATE_NAME, "expected_step": ANY_INT63, "idempotency_key": KEY}
+NAMED: Mapping[str, Range] = {
+    "name": STATE_NAME, "expected_step": ANY_INT63, "idempotency_key": KEY, "expected_incarnation": ANY_INT63,
+}  # fmt: skip
 
 FIELDS: Mapping[str, Mapping[str, Range]] = {
     "GenerateRequest": {
@@ -220,9 +223,9 @@ FIELDS: Mapping[str, Mapping[str, Range]] = {
     "TrainStepRequest": PASS,
     "ForwardBackwardRequest": PASS,
     "EvaluateRequest": {
-        name: row for name, row in PASS.items() if name in ("sequences", "loss", "expected_step", "normaliser")
+        name: row for name, row in PASS.items() if name not in ("idempotency_key", "dropout_seed", "session")
     },
-    "OptimStepRequest": {"expected_step": ANY_INT63, "idempotency_key": KEY, "session": SESSION},
+    "OptimStepRequest": {name: row for name, row in PASS.items() if name in (*STAND, "idempotency_key", "session")},
     "DropGradientsRequest": {"caller": CALLER, "session": SESSION},
     "SaveStateRequest": NAMED,
     "LoadStateRequest": NAMED,

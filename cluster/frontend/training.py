@@ -62,7 +62,7 @@ class TrainSuspect:
 
     def content_key(self, keys: ContentKeys | None = None) -> bytes:
         """Of what it does, whatever its key and step."""
-        what = replace(self.call, idempotency_key="", expected_step=None)
+        what = replace(self.call, idempotency_key="", expected_step=None, expected_incarnation=None)
         return sha256(repr(what).encode()).digest()
 
 

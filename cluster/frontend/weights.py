@@ -88,13 +88,17 @@ class WeightsRecord:
 
     def check(self, call: TrainCall) -> None:
         """Refuses what would go on from a step that its caller has not seen, or that a repeated call cannot be told
-        from a new one: the keys of calls are lost with an engine.
+        from a new one: the keys of calls are lost with an engine. A call that says which engine it means is that one's
+        to refuse.
         """
+        if call.expected_incarnation is not None:
+            return
         if not self._rebuilt or call.kind in (Kind.STATE, Kind.EVALUATE, Kind.DROP) or call.kind.writes:
             return
         if self._lost and call.caller not in self._asked:
             raise StepConflict(f"{self._rebuilt}; ask GetTrainState where training stands, and go on from there")
         if call.expected_step is None:
             raise StepConflict(
-                f"{self._rebuilt}, and no longer knows which idempotency keys were used before; give expected_step"
+                f"{self._rebuilt}, and no longer knows which idempotency keys were used before; give expected_step or "
+                "expected_incarnation"
             )

@@ -99,6 +99,7 @@ def train_call(kind: Kind, message: Any) -> TrainCall:
         optimizer=_set_fields(message.optimizer if "optimizer" in fields else None),
         normaliser=_optional(message, "normaliser"),
         expected_step=_optional(message, "expected_step"),
+        expected_incarnation=_optional(message, "expected_incarnation"),
         idempotency_key=message.idempotency_key if "idempotency_key" in fields else "",
         session=message.session if "session" in fields else "",
         owner=_optional(message, "caller"),

@@ -153,6 +153,7 @@ class TrainCall:
     optimizer: Mapping[str, float] = field(default_factory=dict)
     normaliser: float | None = None
     expected_step: int | None = None
+    expected_incarnation: int | None = None  # of the ranks' memory, as answers say it
     idempotency_key: str = ""
     caller: str = ""  # whose key and session it is
     session: str = ""  # whose gradients it adds to or applies, among the caller's

@@ -233,6 +233,12 @@ class TrainLead:
 
     def _check_step(self, call: TrainCall) -> None:
         state = self._side.state()
+        if call.expected_incarnation not in (None, self._incarnation):
+            raise StepConflict(
+                f"expected_incarnation is {call.expected_incarnation}, but the ranks' memory is {self._incarnation} "
+                f"after {state.step} steps: gradients and keys of before are gone; nothing was changed: ask "
+                "GetTrainState, and go on from there"
+            )
         if call.expected_step is not None and call.expected_step != state.step:
             raise StepConflict(
                 f"expected_step is {call.expected_step}, but {state.step} steps have been applied; nothing was "

@@ -32,8 +32,10 @@ from parallel.products import outer_product, uses_native
 ALIGN = 64
 """Elements: the widest vector times the unrolling of the element-wise kernels."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
+BELOW_ONE = 1.0 - 2.0**-25
+"""From here on a number is 1 in float32: a moment of such a beta never learns."""
 PIECE = 1 << 24
-"""Elements of a flat buffer that go between replicas at once: bounds what a collective holds beside it."""
+"""Elements of a flat buffer that go between replicas, or through torch's kernel, at once: bounds what they hold."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,15 +56,15 @@ class OptimizerConfig:
             ("epsilon", 0.0, math.inf),
         ):
             _check(name, getattr(self, name), low, high)
-        _check("beta1", self.beta1, 0.0, 1.0)
-        _check("beta2", self.beta2, 0.0, 1.0)
+        _check("beta1", self.beta1, 0.0, BELOW_ONE)
+        _check("beta2", self.beta2, 0.0, BELOW_ONE)
         if self.max_grad_norm is not None:
             _check("max_grad_norm", self.max_grad_norm, 0.0, math.inf)
 
 
 def _check(name: str, value: float, low: float, high: float) -> None:
     if not (math.isfinite(value) and low <= value < high):
-        raise ConfigError(f"{name} {value} is outside [{low:g}, {high:g}); give a finite number inside")
+        raise ConfigError(f"{name} {value} is outside [{low:g}, {high:.8g}); give a finite number inside")
 
 
 class Flat:
@@ -289,9 +291,17 @@ def _update(flat: Flat, rates: Rates, exp_avg: Tensor, exp_avg_sq: Tensor) -> It
             yield
             _touch(parameter)
     else:
-        _update_one(flat.own_master, grad, exp_avg, exp_avg_sq, rates)
-        yield
+        for buffers in zip(
+            *(own.split(_run(own)) for own in (flat.own_master, grad, exp_avg, exp_avg_sq)), strict=True
+        ):
+            _update_one(*buffers, rates)
+            yield
         flat.gather()
+
+
+def _run(own: Tensor) -> int:
+    """Elements of one update: all of them by the kernel that copies nothing."""
+    return max(1, len(own)) if _native(own) else PIECE
 
 
 def _native(master: Tensor) -> bool:
@@ -299,9 +309,7 @@ def _native(master: Tensor) -> bool:
 
 
 def _update_one(master: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, rates: Rates) -> None:
-    """One run of masters and moments in place, by the kernel that there is; without the native one grad is scaled in
-    place.
-    """
+    """One run of masters and moments in place, by the kernel that there is; the gradient stays as it is."""
     apply = update if _native(master) else _torch_update
     apply(master, grad, exp_avg, exp_avg_sq, rates)
 
@@ -309,7 +317,7 @@ def _update_one(master: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tenso
 def _torch_update(master: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, rates: Rates) -> None:
     before = torch.tensor(float(rates.step - 1), device=grad.device)
     adamw.adamw(
-        [master], [grad.mul_(rates.scale) if rates.scale != 1.0 else grad], [exp_avg], [exp_avg_sq], [], [before],
+        [master], [grad * rates.scale if rates.scale != 1.0 else grad], [exp_avg], [exp_avg_sq], [], [before],
         amsgrad=False, beta1=rates.beta1, beta2=rates.beta2, lr=rates.learning_rate,
         weight_decay=rates.weight_decay, eps=rates.epsilon, maximize=False, fused=True,
     )  # fmt: skip

@@ -32,8 +32,10 @@ SMALL = 1e-37
 """A divisor from this one on is no subnormal that a kernel may take for zero."""
 ROUNDING = 1.0 + 1e-6
 """More than the rounding of one update adds to a number."""
-PIECE = 1 << 22
+PIECE = 1 << 20
 """Elements of a trial: bounds the copies."""
+TRIAL_BYTES = 28
+"""For each element of a piece: copies of master, gradient and both moments, a scaled gradient, what a check makes."""
 KINDS = ("weight", "first moment", "second moment")
 Apply = Callable[[Tensor, Tensor, Tensor, Tensor, Rates], None]
 """One update in place: master, gradient, both moments."""

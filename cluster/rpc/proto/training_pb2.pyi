@@ -81,7 +81,7 @@ class TrainTimings(_message.Message):
     def __init__(self, forward_backward: _Optional[float] = ..., optimizer: _Optional[float] = ..., collectives: _Optional[float] = ...) -> None: ...
 
 class TrainStepRequest(_message.Message):
-    __slots__ = ("sequences", "loss", "loss_options", "optimizer", "expected_step", "idempotency_key", "normaliser", "dropout_seed", "session")
+    __slots__ = ("sequences", "loss", "loss_options", "optimizer", "expected_step", "idempotency_key", "normaliser", "dropout_seed", "session", "expected_incarnation")
     SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     LOSS_FIELD_NUMBER: _ClassVar[int]
     LOSS_OPTIONS_FIELD_NUMBER: _ClassVar[int]
@@ -91,6 +91,7 @@ class TrainStepRequest(_message.Message):
     NORMALISER_FIELD_NUMBER: _ClassVar[int]
     DROPOUT_SEED_FIELD_NUMBER: _ClassVar[int]
     SESSION_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_INCARNATION_FIELD_NUMBER: _ClassVar[int]
     sequences: _containers.RepeatedCompositeFieldContainer[TrainSequence]
     loss: str
     loss_options: LossOptions
@@ -100,7 +101,8 @@ class TrainStepRequest(_message.Message):
     normaliser: float
     dropout_seed: int
     session: str
-    def __init__(self, sequences: _Optional[_Iterable[_Union[TrainSequence, _Mapping]]] = ..., loss: _Optional[str] = ..., loss_options: _Optional[_Union[LossOptions, _Mapping]] = ..., optimizer: _Optional[_Union[OptimizerOptions, _Mapping]] = ..., expected_step: _Optional[int] = ..., idempotency_key: _Optional[str] = ..., normaliser: _Optional[float] = ..., dropout_seed: _Optional[int] = ..., session: _Optional[str] = ...) -> None: ...
+    expected_incarnation: int
+    def __init__(self, sequences: _Optional[_Iterable[_Union[TrainSequence, _Mapping]]] = ..., loss: _Optional[str] = ..., loss_options: _Optional[_Union[LossOptions, _Mapping]] = ..., optimizer: _Optional[_Union[OptimizerOptions, _Mapping]] = ..., expected_step: _Optional[int] = ..., idempotency_key: _Optional[str] = ..., normaliser: _Optional[float] = ..., dropout_seed: _Optional[int] = ..., session: _Optional[str] = ..., expected_incarnation: _Optional[int] = ...) -> None: ...
 
 class TrainStepResponse(_message.Message):
     __slots__ = ("step", "loss", "grad_norm", "tokens", "learning_rate", "weight_version", "logprobs", "timings", "metrics", "replayed", "incarnation")
@@ -136,7 +138,7 @@ class TrainStepResponse(_message.Message):
     def __init__(self, step: _Optional[int] = ..., loss: _Optional[float] = ..., grad_norm: _Optional[float] = ..., tokens: _Optional[int] = ..., learning_rate: _Optional[float] = ..., weight_version: _Optional[int] = ..., logprobs: _Optional[_Iterable[_Union[SequenceLogprobs, _Mapping]]] = ..., timings: _Optional[_Union[TrainTimings, _Mapping]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., replayed: _Optional[bool] = ..., incarnation: _Optional[int] = ...) -> None: ...
 
 class ForwardBackwardRequest(_message.Message):
-    __slots__ = ("sequences", "loss", "loss_options", "expected_step", "idempotency_key", "normaliser", "dropout_seed", "session")
+    __slots__ = ("sequences", "loss", "loss_options", "expected_step", "idempotency_key", "normaliser", "dropout_seed", "session", "expected_incarnation")
     SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     LOSS_FIELD_NUMBER: _ClassVar[int]
     LOSS_OPTIONS_FIELD_NUMBER: _ClassVar[int]
@@ -145,6 +147,7 @@ class ForwardBackwardRequest(_message.Message):
     NORMALISER_FIELD_NUMBER: _ClassVar[int]
     DROPOUT_SEED_FIELD_NUMBER: _ClassVar[int]
     SESSION_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_INCARNATION_FIELD_NUMBER: _ClassVar[int]
     sequences: _containers.RepeatedCompositeFieldContainer[TrainSequence]
     loss: str
     loss_options: LossOptions
@@ -153,7 +156,8 @@ class ForwardBackwardRequest(_message.Message):
     normaliser: float
     dropout_seed: int
     session: str
-    def __init__(self, sequences: _Optional[_Iterable[_Union[TrainSequence, _Mapping]]] = ..., loss: _Optional[str] = ..., loss_options: _Optional[_Union[LossOptions, _Mapping]] = ..., expected_step: _Optional[int] = ..., idempotency_key: _Optional[str] = ..., normaliser: _Optional[float] = ..., dropout_seed: _Optional[int] = ..., session: _Optional[str] = ...) -> None: ...
+    expected_incarnation: int
+    def __init__(self, sequences: _Optional[_Iterable[_Union[TrainSequence, _Mapping]]] = ..., loss: _Optional[str] = ..., loss_options: _Optional[_Union[LossOptions, _Mapping]] = ..., expected_step: _Optional[int] = ..., idempotency_key: _Optional[str] = ..., normaliser: _Optional[float] = ..., dropout_seed: _Optional[int] = ..., session: _Optional[str] = ..., expected_incarnation: _Optional[int] = ...) -> None: ...
 
 class ForwardBackwardResponse(_message.Message):
     __slots__ = ("step", "loss", "tokens", "weight_version", "logprobs", "timings", "metrics", "replayed", "incarnation", "waiting_calls")
@@ -187,16 +191,18 @@ class ForwardBackwardResponse(_message.Message):
     def __init__(self, step: _Optional[int] = ..., loss: _Optional[float] = ..., tokens: _Optional[int] = ..., weight_version: _Optional[int] = ..., logprobs: _Optional[_Iterable[_Union[SequenceLogprobs, _Mapping]]] = ..., timings: _Optional[_Union[TrainTimings, _Mapping]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., replayed: _Optional[bool] = ..., incarnation: _Optional[int] = ..., waiting_calls: _Optional[int] = ...) -> None: ...
 
 class OptimStepRequest(_message.Message):
-    __slots__ = ("optimizer", "expected_step", "idempotency_key", "session")
+    __slots__ = ("optimizer", "expected_step", "idempotency_key", "session", "expected_incarnation")
     OPTIMIZER_FIELD_NUMBER: _ClassVar[int]
     EXPECTED_STEP_FIELD_NUMBER: _ClassVar[int]
     IDEMPOTENCY_KEY_FIELD_NUMBER: _ClassVar[int]
     SESSION_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_INCARNATION_FIELD_NUMBER: _ClassVar[int]
     optimizer: OptimizerOptions
     expected_step: int
     idempotency_key: str
     session: str
-    def __init__(self, optimizer: _Optional[_Union[OptimizerOptions, _Mapping]] = ..., expected_step: _Optional[int] = ..., idempotency_key: _Optional[str] = ..., session: _Optional[str] = ...) -> None: ...
+    expected_incarnation: int
+    def __init__(self, optimizer: _Optional[_Union[OptimizerOptions, _Mapping]] = ..., expected_step: _Optional[int] = ..., idempotency_key: _Optional[str] = ..., session: _Optional[str] = ..., expected_incarnation: _Optional[int] = ...) -> None: ...
 
 class OptimStepResponse(_message.Message):
     __slots__ = ("step", "grad_norm", "learning_rate", "weight_version", "timings", "replayed", "incarnation")
@@ -217,18 +223,20 @@ class OptimStepResponse(_message.Message):
     def __init__(self, step: _Optional[int] = ..., grad_norm: _Optional[float] = ..., learning_rate: _Optional[float] = ..., weight_version: _Optional[int] = ..., timings: _Optional[_Union[TrainTimings, _Mapping]] = ..., replayed: _Optional[bool] = ..., incarnation: _Optional[int] = ...) -> None: ...
 
 class EvaluateRequest(_message.Message):
-    __slots__ = ("sequences", "loss", "loss_options", "expected_step", "normaliser")
+    __slots__ = ("sequences", "loss", "loss_options", "expected_step", "normaliser", "expected_incarnation")
     SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     LOSS_FIELD_NUMBER: _ClassVar[int]
     LOSS_OPTIONS_FIELD_NUMBER: _ClassVar[int]
     EXPECTED_STEP_FIELD_NUMBER: _ClassVar[int]
     NORMALISER_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_INCARNATION_FIELD_NUMBER: _ClassVar[int]
     sequences: _containers.RepeatedCompositeFieldContainer[TrainSequence]
     loss: str
     loss_options: LossOptions
     expected_step: int
     normaliser: float
-    def __init__(self, sequences: _Optional[_Iterable[_Union[TrainSequence, _Mapping]]] = ..., loss: _Optional[str] = ..., loss_options: _Optional[_Union[LossOptions, _Mapping]] = ..., expected_step: _Optional[int] = ..., normaliser: _Optional[float] = ...) -> None: ...
+    expected_incarnation: int
+    def __init__(self, sequences: _Optional[_Iterable[_Union[TrainSequence, _Mapping]]] = ..., loss: _Optional[str] = ..., loss_options: _Optional[_Union[LossOptions, _Mapping]] = ..., expected_step: _Optional[int] = ..., normaliser: _Optional[float] = ..., expected_incarnation: _Optional[int] = ...) -> None: ...
 
 class EvaluateResponse(_message.Message):
     __slots__ = ("step", "loss", "tokens", "weight_version", "logprobs", "timings", "metrics", "incarnation")
@@ -258,14 +266,16 @@ class EvaluateResponse(_message.Message):
     def __init__(self, step: _Optional[int] = ..., loss: _Optional[float] = ..., tokens: _Optional[int] = ..., weight_version: _Optional[int] = ..., logprobs: _Optional[_Iterable[_Union[SequenceLogprobs, _Mapping]]] = ..., timings: _Optional[_Union[TrainTimings, _Mapping]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., incarnation: _Optional[int] = ...) -> None: ...
 
 class SaveStateRequest(_message.Message):
-    __slots__ = ("name", "expected_step", "idempotency_key")
+    __slots__ = ("name", "expected_step", "idempotency_key", "expected_incarnation")
     NAME_FIELD_NUMBER: _ClassVar[int]
     EXPECTED_STEP_FIELD_NUMBER: _ClassVar[int]
     IDEMPOTENCY_KEY_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_INCARNATION_FIELD_NUMBER: _ClassVar[int]
     name: str
     expected_step: int
     idempotency_key: str
-    def __init__(self, name: _Optional[str] = ..., expected_step: _Optional[int] = ..., idempotency_key: _Optional[str] = ...) -> None: ...
+    expected_incarnation: int
+    def __init__(self, name: _Optional[str] = ..., expected_step: _Optional[int] = ..., idempotency_key: _Optional[str] = ..., expected_incarnation: _Optional[int] = ...) -> None: ...
 
 class SaveStateResponse(_message.Message):
     __slots__ = ("step", "name", "bytes", "weight_version", "replayed", "incarnation")
@@ -284,14 +294,16 @@ class SaveStateResponse(_message.Message):
     def __init__(self, step: _Optional[int] = ..., name: _Optional[str] = ..., bytes: _Optional[int] = ..., weight_version: _Optional[int] = ..., replayed: _Optional[bool] = ..., incarnation: _Optional[int] = ...) -> None: ...
 
 class LoadStateRequest(_message.Message):
-    __slots__ = ("name", "expected_step", "idempotency_key")
+    __slots__ = ("name", "expected_step", "idempotency_key", "expected_incarnation")
     NAME_FIELD_NUMBER: _ClassVar[int]
     EXPECTED_STEP_FIELD_NUMBER: _ClassVar[int]
     IDEMPOTENCY_KEY_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_INCARNATION_FIELD_NUMBER: _ClassVar[int]
     name: str
     expected_step: int
     idempotency_key: str
-    def __init__(self, name: _Optional[str] = ..., expected_step: _Optional[int] = ..., idempotency_key: _Optional[str] = ...) -> None: ...
+    expected_incarnation: int
+    def __init__(self, name: _Optional[str] = ..., expected_step: _Optional[int] = ..., idempotency_key: _Optional[str] = ..., expected_incarnation: _Optional[int] = ...) -> None: ...
 
 class LoadStateResponse(_message.Message):
     __slots__ = ("step", "name", "weight_version", "replayed", "incarnation")
@@ -308,14 +320,16 @@ class LoadStateResponse(_message.Message):
     def __init__(self, step: _Optional[int] = ..., name: _Optional[str] = ..., weight_version: _Optional[int] = ..., replayed: _Optional[bool] = ..., incarnation: _Optional[int] = ...) -> None: ...
 
 class ExportRequest(_message.Message):
-    __slots__ = ("name", "expected_step", "idempotency_key")
+    __slots__ = ("name", "expected_step", "idempotency_key", "expected_incarnation")
     NAME_FIELD_NUMBER: _ClassVar[int]
     EXPECTED_STEP_FIELD_NUMBER: _ClassVar[int]
     IDEMPOTENCY_KEY_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_INCARNATION_FIELD_NUMBER: _ClassVar[int]
     name: str
     expected_step: int
     idempotency_key: str
-    def __init__(self, name: _Optional[str] = ..., expected_step: _Optional[int] = ..., idempotency_key: _Optional[str] = ...) -> None: ...
+    expected_incarnation: int
+    def __init__(self, name: _Optional[str] = ..., expected_step: _Optional[int] = ..., idempotency_key: _Optional[str] = ..., expected_incarnation: _Optional[int] = ...) -> None: ...
 
 class ExportResponse(_message.Message):
     __slots__ = ("step", "name", "bytes", "weight_version", "replayed", "incarnation")

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
-from cluster.training.optimizer import Flat
+from cluster.training.optimizer import PIECE, Flat
+from cluster.training.update_guard import PIECE as TRIAL
+from cluster.training.update_guard import TRIAL_BYTES
 from parallel.attention import AttentionSpec
 from parallel.group import Group
 from parallel.kv_cache import KVLayout
@@ -57,8 +59,14 @@ def training_bytes(model: Decoder, dp: Group, device: str) -> StaticBytes:
 
 
 def _update_bytes(model: Decoder, flats: Sequence[Flat], dp: Group, device: str) -> int:
-    """The largest temporary of a step: a buffer summed or gathered over dp, or the squares of one leaf."""
+    """The largest temporary of a step: a buffer summed or gathered over dp, the squares of one leaf, a trial of the
+    update in pieces, or a piece's scaled gradient where torch's kernel takes it.
+    """
+    largest = max(parameter.numel() for flat in flats for parameter in flat.parameters.values())
+    trial = TRIAL_BYTES * min(largest, TRIAL)
+    scaled = 4 * min(PIECE, max(flat.master.numel() // dp.size for flat in flats)) if device == "cuda" else 0
     leaf = max((layer.weight.numel() * 4 // max(1, len(layer.borders) - 1) for layer in _rows(model)), default=0)
+    leaf = max(leaf, trial, scaled)
     if dp.size == 1:
         return leaf
     flat = max(flat.master.nbytes for flat in flats)

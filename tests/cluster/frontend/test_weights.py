@@ -88,6 +88,13 @@ def test_gradients_that_waited_are_lost_aloud() -> None:
         record.check(call(Kind.FORWARD_BACKWARD, idempotency_key="second", expected_step=0))
 
 
+def test_a_call_that_names_the_memory_it_means_is_let_through_to_be_compared_there() -> None:
+    record = WeightsRecord()
+    answered(record, Kind.FORWARD_BACKWARD, 0, 0, waiting_calls=1)
+    record.rebuilt(record.restore_point())
+    record.check(call(Kind.OPTIM_STEP, idempotency_key="k", expected_incarnation=5))
+
+
 def test_gradients_that_were_applied_are_not_missed() -> None:
     record = WeightsRecord()
     answered(record, Kind.FORWARD_BACKWARD, 0, 0)

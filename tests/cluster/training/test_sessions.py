@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from cluster.engine.commands import Commands
 from cluster.training.answered import ALL_BYTES, CALLER_BYTES, CALLER_KEYS, Answered
@@ -16,6 +17,7 @@ from cluster.training.calls import (
     NotApplied,
     OpenSession,
     SessionOpen,
+    StepConflict,
     TrainAnswer,
     TrainCall,
 )
@@ -117,6 +119,22 @@ def test_a_replay_says_what_waits_now_and_every_answer_which_memory_it_is_of(lea
     assert {again.incarnation, done.incarnation, late.incarnation, ask(lead, STATE, "").incarnation} == {
         lead._incarnation
     }
+
+
+def test_what_began_before_a_rebuild_is_not_applied_in_part_after_it(lead: TrainLead) -> None:
+    """One of two gradients is lost with the ranks; somebody of the same name has asked where training stands since."""
+    meant = ask(lead, Kind.FORWARD_BACKWARD, "a", "first", expected_incarnation=lead._incarnation).incarnation
+    ask(lead, Kind.DROP, "a")
+    lead._incarnation, lead._answered = meant + 1, Answered()  # as of new ranks
+    ask(lead, Kind.FORWARD_BACKWARD, "a", "second", expected_step=0)  # says nothing of what it belongs to
+    weights = [p.detach().clone() for p in lead._side._runner.model.parameters()]
+    for kind in (Kind.TRAIN_STEP, Kind.FORWARD_BACKWARD, Kind.OPTIM_STEP, Kind.EVALUATE, Kind.SAVE, Kind.LOAD):
+        with pytest.raises(StepConflict, match="gradients and keys of before are gone"):
+            ask(lead, kind, "a", "third", name="x", expected_step=0, expected_incarnation=meant)
+    stands = ask(lead, Kind.STATE, "a")
+    assert (stands.step, stands.waiting_calls, stands.incarnation) == (0, 1, meant + 1)
+    assert all(torch.equal(a, b) for a, b in zip(weights, lead._side._runner.model.parameters(), strict=True))
+    assert ask(lead, Kind.OPTIM_STEP, "a", "third", expected_incarnation=stands.incarnation).step == 1
 
 
 def test_a_load_drops_its_callers_gradients_and_waits_for_those_of_others(lead: TrainLead) -> None:

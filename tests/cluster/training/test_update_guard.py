@@ -47,6 +47,18 @@ def state_of(trainer: Trainer) -> list[bytes]:
     return [tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes() for tensor in kept]
 
 
+def failing(at: int, whole: Any = None) -> Any:
+    """Calls the whole that often, then raises."""
+    calls = itertools.count()
+
+    def run(*arguments: Any, **named: Any) -> Any:
+        if next(calls) == at:
+            raise MemoryError("told to fail")
+        return whole(*arguments, **named)
+
+    return run
+
+
 def refusals(group: Group, folder: str, layout: Layout, address: str, dtype: torch.dtype) -> Any:
     """One rank: two steps, every broken update in between, and whether a clean run gives the same bits."""
     if layout.dp > 1:
@@ -82,6 +94,32 @@ def test_a_broken_update_changes_nothing_on_any_rank_and_is_named_alike(
 def test_the_kernel_of_torch_refuses_the_same(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_native", lambda master: False)
     refusals(Group.single(), folder, Layout(), "", torch.float32)
+
+
+def test_torchs_kernel_in_runs_leaves_the_gradient_as_it_is_and_gives_the_native_ones_update(
+    folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes a scaled copy: after an error the gradients that waited wait again, unclipped."""
+    clipped = replace(FINE, max_grad_norm=1e-3)
+    native, other = (
+        make_trainer(Layout(), Groups(Group.single(), Group.single()), folder, torch.float32) for _ in range(2)
+    )
+    for trainer in (native, other):
+        trainer.forward_backward(batch_of(documents(0), 4.0))
+    monkeypatch.setattr(module, "PIECE", 1 << 10)
+    native.optim_step(config=clipped)
+    monkeypatch.setattr(module, "_native", lambda master: False)
+    before = [flat.grad.clone() for flat in other.optimizer.flats]
+    names = other.optimizer.keep(values=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(module.adamw, "adamw", failing(0))
+        with pytest.raises(MemoryError):
+            other.optim_step(config=clipped)
+    other.optimizer.put_back(names)
+    assert all(torch.equal(flat.grad, grad) for flat, grad in zip(other.optimizer.flats, before, strict=True))
+    other.optim_step(config=clipped)
+    for one, same in zip(native.model.parameters(), other.model.parameters(), strict=True):
+        torch.testing.assert_close(one, same, rtol=1e-6, atol=1e-8)
 
 
 def test_a_weight_that_has_no_place_in_its_own_type_is_refused(folder: str) -> None:
@@ -136,22 +174,13 @@ def test_what_fails_before_the_first_number_is_written_is_the_calls_own_and_half
 ) -> None:
     trainer = make_trainer(Layout(), Groups(Group.single(), Group.single()), folder, torch.float32)
     list(advance(trainer, trainer.groups, 1))
-    before, whole, calls = state_of(trainer), module._update_one, itertools.count()
-
-    def failing(at: int) -> Any:
-        def update(*arguments: Any) -> None:
-            if next(calls) == at:
-                raise MemoryError("told to fail")
-            whole(*arguments)
-
-        return update
-
+    before, whole = state_of(trainer), module._update_one
     monkeypatch.setattr(module, "_update_one", failing(0))
     trainer.forward_backward(batch_of(documents(1), 4.0))
     with pytest.raises(MemoryError):
         trainer.optim_step()
     assert state_of(trainer) == before
-    monkeypatch.setattr(module, "_update_one", failing(2))
+    monkeypatch.setattr(module, "_update_one", failing(1, whole))
     with pytest.raises(WorkerError, match="half-way"):
         trainer.optim_step()
 
