@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import adamw
 
+from cluster.training.gradient_sums import accumulating
 from cluster.training.nonfinite import NonFinite
 from cluster.training.update_guard import UpdateGuard
 from parallel.errors import ConfigError, WorkerError
@@ -27,7 +28,6 @@ from parallel.grads import squared_norm
 from parallel.group import Group
 from parallel.native import library
 from parallel.native.adamw import Rates, update
-from parallel.products import outer_product, uses_native
 
 ALIGN = 64
 """Elements: the widest vector times the unrolling of the element-wise kernels."""
@@ -156,7 +156,7 @@ class ShardedAdamW:
         self.steps = 0
         self._moments: dict[Flat, dict[str, Tensor]] = {}  # of this dp rank's slices; made with the first update
         self._guard = UpdateGuard(tp, dp, self.flats[0].master.device)
-        self._hooks = [hook for flat in self.flats for hook in _accumulating(flat)]
+        self._hooks = [hook for flat in self.flats for hook in accumulating(flat)]
 
     def local_state(self) -> Iterator[LocalState]:
         """All that this rank keeps, not copied: moments by parameter, and the masters of parameters that are not
@@ -294,7 +294,8 @@ def _update(flat: Flat, rates: Rates, exp_avg: Tensor, exp_avg_sq: Tensor) -> It
         for buffers in zip(
             *(own.split(_run(own)) for own in (flat.own_master, grad, exp_avg, exp_avg_sq)), strict=True
         ):
-            _update_one(*buffers, rates)
+            master, gradient, first, second = buffers
+            _update_one(master, gradient, first, second, rates)
             yield
         flat.gather()
 
@@ -321,39 +322,3 @@ def _torch_update(master: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Ten
         amsgrad=False, beta1=rates.beta1, beta2=rates.beta2, lr=rates.learning_rate,
         weight_decay=rates.weight_decay, eps=rates.epsilon, maximize=False, fused=True,
     )  # fmt: skip
-
-
-class _Sum:
-    """The part of a flat buffer into which one parameter's gradients are added."""
-
-    def __init__(self, flat: Flat, name: str) -> None:
-        self._total, self._waiting, self._name = flat.view(flat.grad, name), flat.waiting, name
-
-    def add_product(self, grad_TN: Tensor, x_TK: Tensor) -> bool:
-        if not uses_native(grad_TN):
-            return False
-        if self._name in self._waiting:
-            self._total.add_(outer_product(grad_TN, x_TK, torch.empty_like(self._total)))
-        else:
-            outer_product(grad_TN, x_TK, self._total)
-            self._waiting.add(self._name)
-        return True
-
-    def add(self, parameter: Tensor) -> None:
-        """The hook of what autograd made."""
-        if parameter.grad is None:
-            return
-        if self._name in self._waiting:
-            self._total.add_(parameter.grad)
-        else:
-            self._total.copy_(parameter.grad)
-            self._waiting.add(self._name)
-        parameter.grad = None
-
-
-def _accumulating(flat: Flat) -> Iterator[torch.utils.hooks.RemovableHandle]:
-    """Has each gradient added into its float32 sum as soon as it is complete."""
-    for name, parameter in flat.parameters.items():
-        total = _Sum(flat, name)
-        setattr(parameter, ATTRIBUTE, total)
-        yield parameter.register_post_accumulate_grad_hook(total.add)

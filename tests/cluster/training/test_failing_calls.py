@@ -14,8 +14,8 @@ from cluster.engine.assembly import build_engine, build_runner
 from cluster.engine.commands import Commands
 from cluster.engine.config import EngineConfig
 from cluster.engine.executors import follow
+from cluster.training import gradient_sums, remote, restore, trainer
 from cluster.training import optimizer as optimizer_module
-from cluster.training import remote, restore, trainer
 from cluster.training.calls import (
     InParts,
     Kind,
@@ -87,7 +87,7 @@ FAULTS: dict[str, tuple[Any, str, int, type[Exception]]] = {
     "loss of the second micro-batch": (trainer, "compute_loss", 1, OverflowError),
     "backward": (torch.Tensor, "backward", 0, RuntimeError),
     "backward of the second micro-batch": (torch.Tensor, "backward", 1, IndexError),
-    "gradients of the second micro-batch": (optimizer_module, "outer_product", 12, ValueError),
+    "gradients of the second micro-batch": (gradient_sums, "outer_product", 12, ValueError),
     "batch": (remote, "batch_of", 0, KeyError),
     "answer": (remote, "by_sequence", 0, ZeroDivisionError),
     "norm": (optimizer_module, "squared_norm", 0, OverflowError),
