@@ -167,9 +167,11 @@ def tokenizer_files(where: str | None) -> dict[str, Path]:
         return {}
     from tp_decoders.hub import locate
     from tp_decoders.hub_cache import TOKENIZER
+    from tp_decoders.json_files import read_json_object
 
     given = locate(where, TOKENIZER)
     if given.is_file():
+        read_json_object(given)  # a checkpoint with a tokenizer that is none would be found out much later
         return {"tokenizer.json": given}
     return found_tokenizer(given)
 

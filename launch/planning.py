@@ -27,6 +27,7 @@ from cluster.training.memory.estimate import (
     shard,
 )
 from cluster.training.memory.layouts import Candidate, Plan, Question, make_plan, nearest
+from launch.paths import full_path
 from launch.presets import find, read
 from parallel.errors import ConfigError
 from tp_decoders.config import DecoderConfig
@@ -55,6 +56,10 @@ def question_of(args: argparse.Namespace, memory: int) -> Question:
     """The command line's question."""
     if args.out is not None and args.out.exists():
         raise ConfigError(f"--out {args.out} exists; name a new file")
+    for flag in ("gpus", "per_node", "sequence", "batch_size", "micro_batch_tokens", "streams", "lora_rank", "show"):
+        value = getattr(args, flag)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{flag.replace('_', '-')} is {value}; give at least 1")
     config = model_config(args.model)
     sequence = args.sequence or config.max_positions
     serve = args.mode == "serve"
@@ -200,7 +205,7 @@ def _training(question: Question, best: Candidate, model: str) -> dict[str, Any]
     layout, lora = best.layout, question.setup.lora
     values: dict[str, Any] = {"scratch": {"preset": model}}
     if Path(model).is_dir() or is_hub(model):
-        values = {"model": model if is_hub(model) else str(Path(model).resolve())}
+        values = {"model": model if is_hub(model) else str(full_path(model))}
     values |= {
         "corpus": {"tokens_per_sample": question.sequence, "batch_size": question.batch_size},
         "steps": 1000,

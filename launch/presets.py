@@ -40,8 +40,10 @@ def read(path: Path) -> Layer:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
     except OSError as error:
         raise ConfigError(f"{where} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{where} is not valid YAML: {' '.join(str(error).split())[:200]}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{where} is nested too deeply to hold settings") from error
     if not isinstance(values, Mapping):
         raise ConfigError(f"{where} holds {_kind(values)}; a preset is a mapping of settings")
     return Layer(where, values)
@@ -85,8 +87,10 @@ def overrides(settings: Sequence[str]) -> Layer:
             raise ConfigError(f"{setting!r} is not an override; write name.name=value, as in engine.max_sequences=8")
         try:
             value = yaml.load(text, Loader=_StrictLoader)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{setting!r}: the value is not valid YAML: {' '.join(str(error).split())}") from error
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            raise ConfigError(
+                f"{setting[:100]!r}: the value is not valid YAML: {' '.join(str(error).split())[:200]}"
+            ) from error
         written = _Written(text, value) if isinstance(value, bool | int | float) else value
         _put(values, name.split("."), written, setting)
     return Layer("command line", values)
@@ -147,19 +151,31 @@ def _merge(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _make(kind: type[Any], values: Mapping[str, Any]) -> Any:
+def _make(kind: type[Any], values: Mapping[str, Any], path: str = "") -> Any:
+    """`path` is the section's, with a dot behind it: what a section's own rules say of a field gets its whole name."""
     hints = get_type_hints(kind)
     missing = [
         f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING and f.name not in values
     ]
     if missing:
-        raise ConfigError(f"{kind.__name__} needs {missing}; no preset or option gives them")
+        names = [f"{path}{name}" for name in missing]
+        raise ConfigError(f"{kind.__name__} needs {names}; no preset or option gives them: add {names[0]}=...")
     made = dict(values)
     for name, value in values.items():
         inner = next((hint for hint in (hints[name], *get_args(hints[name])) if is_dataclass(hint)), None)
         if inner is not None and isinstance(value, Mapping):  # not where an optional one is left out
-            made[name] = _make(inner, value)  # type: ignore[arg-type]
-    return kind(**made)
+            made[name] = _make(inner, value, f"{path}{name}.")  # type: ignore[arg-type]
+    try:
+        return kind(**made)
+    except ConfigError as error:
+        raise ConfigError(_named(str(error), kind, path)) from error
+
+
+def _named(message: str, kind: type[Any], path: str) -> str:
+    """A section's message, in which the name it begins with is one that can be set."""
+    if not path or re.match(r"[a-z_]+\.[a-z]", message):
+        return message
+    return f"{path}{message}" if message.split()[0].rstrip(",:") in _names(kind) else f"{path[:-1]}: {message}"
 
 
 def _put(values: dict[str, Any], path: Sequence[str], value: Any, setting: str) -> None:
@@ -175,7 +191,10 @@ def _names(kind: type[Any]) -> list[str]:
     return sorted(f.name for f in fields(kind))
 
 
-_WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+_WORDS: Mapping[Any, str] = {
+    int: "a whole number", float: "a number", str: "text", bool: "true or false",
+    tuple[str, ...]: "a list of texts, as in [a, b]", tuple[int, ...]: "a list of whole numbers, as in [1, 2]",
+}  # fmt: skip
 
 
 def _kind(value: Any) -> str:

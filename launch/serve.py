@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from os.path import expanduser
 from typing import Any
 
-from cluster.actors.place import PlacementConfig
+from cluster.actors.place import PlacementConfig, Strategy, check_replicas
 from cluster.actors.spec import MptReference, ParallelConfig, TrainingConfig
 from cluster.engine.config import EngineConfig
 from cluster.frontend.calls import FrontendConfig
@@ -23,8 +23,10 @@ from launch import logs
 from launch.ending import prompt_end
 from launch.observe import ObserveConfig
 from launch.own_ray import own_ray
+from launch.paths import full_path
 from launch.presets import Layer, build, find, overrides, read
 from parallel.errors import ConfigError
+from parallel.options import check_backend
 
 FLAGS = {
     "model": "model",
@@ -77,6 +79,24 @@ class RayConfig:
         if self.oversubscribe and (self.address is not None or self.num_cpus is not None):
             given = "address" if self.address is not None else "num_cpus"
             raise ConfigError(f"ray.oversubscribe has no effect beside ray.{given}; leave one of them out")
+        if self.num_cpus is not None and self.num_cpus < 1:
+            raise ConfigError(f"ray.num_cpus is {self.num_cpus}; give at least 1, or leave it out for all cores")
+        if self.num_cpus is not None and self.address is not None:
+            raise ConfigError(
+                f"ray.num_cpus={self.num_cpus} is for a cluster that is started here; {self.address} has its "
+                "own cores: leave it out (ray.num_cpus=null)"
+            )
+
+    def check_room(self, replicas: int, tp: int, device: str, strategy: Strategy) -> None:
+        """Refuses before anything starts what this machine cannot hold; a standing cluster is asked once joined."""
+        if self.address is not None:
+            return
+        found = {"CPU": self.cores(replicas * tp) or os.cpu_count() or 1}
+        if device == "cuda":
+            from torch import cuda
+
+            found["GPU"] = cuda.device_count()
+        check_replicas([{"Alive": True, "Resources": found}], replicas, tp, device, strategy)
 
     def cores(self, ranks: int) -> int | None:
         """What a local cluster is told to have; None: what Ray finds."""
@@ -98,6 +118,8 @@ class ServerConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.port < 65536:
             raise ConfigError(f"server.port is {self.port}; give 1 to 65535, or 0 for any free one")
+        if not self.drain_seconds >= 0:
+            raise ConfigError(f"server.drain_seconds is {self.drain_seconds:g}; give seconds, 0 or more")
 
     @property
     def security(self) -> Security:
@@ -131,6 +153,7 @@ class ServeConfig:
                 f"training.enabled with parallel.dp={self.parallel.dp}: a training call changes one replica's weights, "
                 "and the others would answer with other ones; train with parallel.dp=1, or serve without --train"
             )
+        check_backend("engine.attention_backend", self.engine.attention_backend, self.parallel.device)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -213,7 +236,7 @@ def run(args: argparse.Namespace) -> int:
         from tp_decoders.hub import locate
         from tp_decoders.hub_cache import ADAPTER
 
-        model = locate(config.model).resolve()
+        model = full_path(locate(config.model))
         if config.adapter is not None:
             config = replace(config, adapter=str(locate(config.adapter, ADAPTER)))
         return serve(config, model, level, leaving)

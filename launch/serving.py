@@ -74,6 +74,7 @@ def serve(config: ServeConfig, model: Path, log_level: int, leaving: Leaving) ->
     if config.training.enabled:
         dtype = trained_dtype(model, config.parallel.dtype)
         config = replace(config, parallel=replace(config.parallel, dtype=dtype))
+    config.ray.check_room(config.parallel.dp, config.parallel.tp, config.parallel.device, config.placement.strategy)
     if config.training.save_root is not None:
         StateFolder(Path(config.training.save_root).expanduser())
     cores = config.ray.cores(config.parallel.tp * config.parallel.dp)

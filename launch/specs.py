@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from cluster.actors.spec import Dtype, FlightSpec, ServeSpec, TrainingConfig
+from launch.paths import full_path
 from parallel.errors import ConfigError
 from tp_decoders.weights import checkpoint_dtype
 
@@ -27,7 +28,7 @@ def spec_of(config: ServeConfig, model: Path) -> ServeSpec:
         model=str(model),
         task=config.task,
         mpt_reference=config.mpt_reference,
-        adapter=None if config.adapter is None else str(Path(config.adapter).resolve()),
+        adapter=None if config.adapter is None else str(full_path(config.adapter)),
         authkey=secrets.token_bytes(32),
         parallel=replace(config.parallel, dp=1),  # a replica knows of no other
         engine=config.engine,
@@ -52,10 +53,10 @@ def trained_dtype(model: Path, given: Dtype | None) -> Dtype | None:
 
 
 def _folder(path: str | None) -> str | None:
-    return None if path is None else str(Path(path).expanduser().resolve())
+    return None if path is None else str(full_path(path))
 
 
 def _training(config: TrainingConfig) -> TrainingConfig:
     """With the root as a path that means the same on every rank, whose working folders differ."""
     root = config.save_root
-    return config if root is None else replace(config, save_root=str(Path(root).expanduser().resolve()))
+    return config if root is None else replace(config, save_root=str(full_path(root)))

@@ -23,6 +23,7 @@ from cluster.actors.detached import Keep, Whereabouts
 from cluster.actors.kept_group import KeptGroup
 from cluster.actors.spec import FlightSpec, ServeSpec
 from cluster.frontend.ledger import Ledger
+from launch.paths import full_path
 from launch.specs import spec_of
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def kept_state(config: ServeConfig, model: Path) -> Iterator[State]:
     if config.server.state_dir is None:
         yield State()
         return
-    folder = Path(config.server.state_dir).expanduser().resolve()
+    folder = full_path(config.server.state_dir)
     spec = spec_of(config, model)
     ledger = Ledger(folder, identity_of(spec), config.ledger)
     try:

@@ -34,7 +34,10 @@ def run(args: argparse.Namespace) -> int:
     if not NAME.fullmatch(args.name):
         raise ConfigError(f"the name is {args.name!r}; give 1 to 64 letters, digits, - and _")
     server, client = Path(args.add_to).expanduser(), Path(args.out or f"{args.name}.token").expanduser()
-    before = server.read_text(encoding="utf-8") if server.exists() else ""
+    try:
+        before = server.read_text(encoding="utf-8") if server.exists() else ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--add-to {server} cannot be read ({error}); give the server's token file") from error
     if before and args.name in {grant.name for grant in read_grants(str(server))}:
         raise ConfigError(f"{server} has a token named {args.name!r}; remove that entry first, or take another name")
     token = secrets.token_urlsafe(32)
@@ -42,8 +45,8 @@ def run(args: argparse.Namespace) -> int:
     parse_grants(text.encode(), str(server))  # the server's own rules
     draft = server.with_name(f".{server.name}.{os.getpid()}")
     try:
-        _write(draft, text)
-        _write(client, token + "\n")
+        _write(draft, text, f"--add-to {server}")
+        _write(client, token + "\n", f"--out {client}")
         os.replace(draft, server)
     finally:
         draft.unlink(missing_ok=True)
@@ -58,10 +61,10 @@ def _entry(args: argparse.Namespace, token: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _write(path: Path, text: str) -> None:
+def _write(path: Path, text: str, given: str) -> None:
     """A new file, its owner's alone."""
     try:
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
             file.write(text)
     except OSError as error:
-        raise ConfigError(f"{path} cannot be made: {error.strerror}; give another place with --out") from error
+        raise ConfigError(f"{given} cannot be written: {error.strerror}; give another place") from error

@@ -39,6 +39,7 @@ from cluster.training.skips import OnNonFinite, names_batch
 from launch.healing import Restarts
 from launch.init import copy_tokenizer, write_random
 from launch.metrics_server import MetricsServer
+from launch.paths import full_path
 from launch.presets import Layer, build, find, read
 from launch.progress import header, watch
 from launch.serve import RayConfig
@@ -127,9 +128,12 @@ def configuration(layers: Sequence[Layer]) -> TrainConfig:
 
 def prepare(config: TrainConfig) -> TrainSpec:
     """The run's specification, with its folder claimed and its first weights in place."""
+    config.ray.check_room(1, config.parallel.world, config.parallel.device, config.placement.strategy)
+    if config.metrics_port is not None and not 0 <= config.metrics_port < 65536:
+        raise ConfigError(f"metrics_port is {config.metrics_port}; give 1 to 65535, or 0 for any free one")
     if config.tensorboard:
         check_tensorboard()
-    out = Path(config.out).resolve()
+    out = full_path(config.out)
     origin = _from_scratch(config.scratch, out) if config.model is None else _from_folder(config.model, config)
     same = {f.name: getattr(config, f.name) for f in fields(TrainSpec) if hasattr(config, f.name)}
     if config.model is not None:
@@ -138,23 +142,24 @@ def prepare(config: TrainConfig) -> TrainSpec:
         "model": str(origin.model),
         "origin": origin.identity,
         "out": str(out),
-        "corpus": replace(config.corpus, path=str(Path(config.corpus.path).resolve())),
+        "corpus": replace(config.corpus, path=str(full_path(config.corpus.path))),
         "start_timeout_s": config.placement.start_timeout_s,
         "weights_cache": config.placement.weights_cache,
     }
     spec = TrainSpec(**same | given)
-    _check_corpus(spec)
+    _check_corpus(spec, config.corpus.path)
     _check_fit(spec, origin)
     claim_folder(out, spec.run())
     origin.write()
     return spec
 
 
-def _check_corpus(spec: TrainSpec) -> None:
-    """That it is there and can be read as the settings say; the whole of it is read by the ranks."""
+def _check_corpus(spec: TrainSpec, given: str) -> None:
+    """That it is there, as it was given, and can be read as the settings say; the whole of it is read by the ranks."""
     corpus = spec.corpus
     if not Path(corpus.path).exists():
-        raise ConfigError(f"corpus.path {corpus.path} does not exist; give a text or JSONL file, or a folder")
+        hint = "" if given.startswith(("/", "~")) else f": {given} is looked for below the current folder"
+        raise ConfigError(f"corpus.path {corpus.path} does not exist{hint}; give a text or JSONL file, or a folder")
     try:
         if spec.task == CAUSAL:
             peek(open_source(corpus.path, corpus.source_options))
@@ -165,7 +170,7 @@ def _check_corpus(spec: TrainSpec) -> None:
 
 
 def _from_folder(folder: str, config: TrainConfig) -> _Origin:
-    model = locate(folder).resolve()
+    model = full_path(locate(folder))
     shape = read_config(model, mpt_reference=config.mpt_reference).hf
     return _Origin(model, folder_origin(model), shape, model, lambda: None)
 

@@ -41,7 +41,7 @@ def _text(path: Path) -> str:
     except NotADirectoryError as error:
         raise CheckpointError(f"{path.parent} is a file; give the folder it lies in, {path.parent.parent}") from error
     except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from error
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
     if not stat.S_ISREG(found.st_mode):
         raise CheckpointError(f"{path} is not a plain file; give the folder of a Hugging Face checkpoint")
     if found.st_size > MOST_BYTES:
@@ -51,7 +51,7 @@ def _text(path: Path) -> str:
         with path.open("rb") as file:
             return file.read(MOST_BYTES + 1).decode("utf-8")
     except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from error
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from error
 

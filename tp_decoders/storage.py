@@ -6,6 +6,7 @@ lasts. Mounts of object stores run in user space and may forget a file whenever 
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 MOUNTS = Path("/proc/self/mountinfo")
@@ -28,7 +29,7 @@ def kind_of(path: Path) -> str:
 
 def advice(folder: Path) -> str | None:
     """What to say of a checkpoint that is read without a cache where each process may fetch it for itself."""
-    kind = kind_of(folder.resolve())
+    kind = kind_of(Path(os.path.realpath(folder)))
     if not kind.startswith("fuse"):
         return None
     return (

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from parallel.errors import ConfigError
+from parallel.options import check_above_zero
 
 Strategy = Literal["STRICT_PACK", "PACK", "SPREAD", "STRICT_SPREAD"]
 STRATEGIES: tuple[Strategy, ...] = ("STRICT_PACK", "PACK", "SPREAD", "STRICT_SPREAD")
@@ -37,6 +38,9 @@ class PlacementConfig:
     def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:
             raise ConfigError(f"placement strategy {self.strategy!r} is unknown; choose one of {list(STRATEGIES)}")
+        check_above_zero("placement", self, ("place_timeout_s", "start_timeout_s", "stop_timeout_s"))
+        if not self.join_timeout_s >= 0:
+            raise ConfigError(f"placement.join_timeout_s is {self.join_timeout_s:g}; give seconds, 0 or more")
         if self.silence_s < 2.0:
             raise ConfigError(
                 f"placement.silence_s is {self.silence_s:g}; give at least 2 seconds: a rank answers once a second"

@@ -19,7 +19,7 @@ from cluster.training.optimizer import OptimizerConfig
 from cluster.training.schedule import Schedule
 from cluster.training.skips import OnNonFinite
 from parallel.errors import ConfigError
-from parallel.options import Recompute, check_recompute
+from parallel.options import Recompute, check_backend, check_recompute
 from tp_decoders.lora import LoraConfig
 from tp_decoders.task_config import CAUSAL, SEQUENCES
 
@@ -76,6 +76,10 @@ class SampleConfig:
             raise ConfigError(f"samples.max_tokens is {self.max_tokens}; give at least 1")
         if self.temperature < 0:
             raise ConfigError(f"samples.temperature is {self.temperature}; give 0 for greedy, or more")
+        if self.top_k is not None and self.top_k < 1:
+            raise ConfigError(f"samples.top_k is {self.top_k}; give at least 1, or leave it out")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ConfigError(f"samples.top_p is {self.top_p}; give a number above 0, at most 1, or leave it out")
 
     def params(self) -> SamplingParams:
         return SamplingParams(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, seed=self.seed)
@@ -149,6 +153,7 @@ class TrainSpec:
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}; give at least 1")
         check_recompute(self.recompute)
+        check_backend("attention_backend", self.attention_backend, self.parallel.device)
         self._check_nonfinite()
         if self.peak_flops is not None and not self.peak_flops > 0:
             raise ConfigError(f"peak_flops is {self.peak_flops}; give floating-point operations per second above 0")
@@ -187,6 +192,8 @@ class TrainSpec:
             raise ConfigError(f"task {self.task!r} is not a job's; choose {CAUSAL} or {SEQUENCES}, or train over gRPC")
         if self.task == CAUSAL and self.labels != LabelConfig():
             raise ConfigError(f"labels are set, but task is {CAUSAL}; set task={SEQUENCES}, or leave them out")
+        if self.task == CAUSAL and self.corpus.tokens_per_sample < 2:
+            raise ConfigError("corpus.tokens_per_sample is 1, which leaves nothing to predict; give at least 2")
         if self.task == SEQUENCES:
             prompts, separator = self.samples.prompts, self.corpus.separator
             unfit = {"samples.prompts": prompts, "lora": self.lora, "corpus.separator": separator}

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 
 from parallel.errors import ConfigError
+from parallel.options import check_backend
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,7 @@ class EngineConfig:
             raise ConfigError(
                 f"engine.kv_memory_fraction is {self.kv_memory_fraction!r}; it must be above 0 and at most 1"
             )
+        check_backend("engine.attention_backend", self.attention_backend)
         if self.kv_blocks is not None and self.kv_blocks < 1:
             raise ConfigError(
                 f"engine.kv_blocks is {self.kv_blocks}; give at least 1, or leave it out to use free memory"

@@ -5,11 +5,13 @@ yet.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Protocol
 
 from cluster.engine.request import ResponseOptions, SamplingParams, Share, StoppingCriteria
 from cluster.frontend.routing import RoutingConfig
+from parallel.errors import ConfigError
+from parallel.options import check_above_zero
 
 if TYPE_CHECKING:
     from cluster.frontend.reading import Reading  # which brings in torch
@@ -100,3 +102,8 @@ class FrontendConfig:
     inline_chars: int = 1024  # longer texts are tokenized beside the event loop, longer runs of tokens decoded there
     recovery_seconds: float = 0.0  # how long open requests wait for a new engine after a fault
     routing: RoutingConfig = field(default_factory=RoutingConfig)
+
+    def __post_init__(self) -> None:
+        check_above_zero("frontend", self, (f.name for f in fields(self) if f.name.startswith(("max_", "inline_"))))
+        if not self.recovery_seconds >= 0:
+            raise ConfigError(f"frontend.recovery_seconds is {self.recovery_seconds:g}; give seconds, 0 or more")

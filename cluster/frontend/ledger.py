@@ -37,7 +37,8 @@ from cluster.frontend.ledger_records import (
 )
 from cluster.frontend.ledger_writer import LedgerWriter
 from cluster.frontend.quarantine import Count
-from parallel.errors import ConfigError, RequestError
+from parallel.errors import RequestError
+from parallel.options import check_above_zero
 
 log = logging.getLogger(__name__)
 INTERRUPTED = (FinishReason.ABORTED, FinishReason.DEADLINE)
@@ -60,9 +61,8 @@ class LedgerConfig:
     fsync: bool = False  # each write down to the disk: for hosts that lose power
 
     def __post_init__(self) -> None:
-        for name in ("retain_seconds", "retain_bytes", "rewrite_seconds", "segment_bytes", "orphan_seconds"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"ledger.{name} is {getattr(self, name)}; give a number above 0")
+        names = ("retain_seconds", "retain_bytes", "rewrite_seconds", "segment_bytes", "orphan_seconds")
+        check_above_zero("ledger", self, names)
 
 
 class Ledger:

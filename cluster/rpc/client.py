@@ -93,7 +93,7 @@ class AsyncClient:
         access = access or Access()
         self._retry_seconds = retry_seconds
         self._met = False  # whether the server has ever answered
-        self._host, self._encrypted = host_of(address), access.encrypted
+        self._address, self._host, self._encrypted = address, host_of(address), access.encrypted
         self.metadata = call_metadata(access)
         self.channel = channel(address, access, OPTIONS)
         self.inference = InferenceStub(self.channel)
@@ -116,7 +116,7 @@ class AsyncClient:
                 await self.channel.channel_ready()
                 self._met = True
         except TimeoutError as error:
-            text = f"no server answered within {timeout:g} s; is it running, and is the address right?"
+            text = f"{self._address}: no server answered within {timeout:g} s; is it running, and is the address right?"
             text = "; ".join(filter(None, (text, advice(self._host, self._encrypted))))
             raise ServiceError(text) from error
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+
+from parallel.options import check_above_zero
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +25,9 @@ class ServerLimits:
     max_health_calls: int = 256  # of all clients, and an eighth of max_concurrent_rpcs at most
     handshake_seconds: float = 10.0  # for a connection's whole handshake, TLS included
     reflection: bool | None = None  # None: where only this machine can reach the server
+
+    def __post_init__(self) -> None:
+        check_above_zero("limits", self, (f.name for f in fields(self) if f.name != "reflection"))
 
     def options(self) -> list[tuple[str, int]]:
         """As gRPC channel arguments."""

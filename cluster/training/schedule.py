@@ -26,7 +26,7 @@ class Schedule:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise ConfigError(f"kind {self.kind!r} of schedule is unknown; choose one of {list(KINDS)}")
+            raise ConfigError(f"kind {self.kind!r} is unknown; choose one of {list(KINDS)}")
         if not (math.isfinite(self.learning_rate) and self.learning_rate >= 0.0):
             raise ConfigError(f"learning_rate {self.learning_rate} is not a finite number of at least 0")
         if not 0.0 <= self.final_ratio <= 1.0:

@@ -76,7 +76,7 @@ class StateFolder:
 
     def _check_inside(self, name: str, folder: Path) -> None:
         for path in (folder, *folder.rglob("*")):
-            if not path.resolve().is_relative_to(self.root):
+            if not Path(os.path.realpath(path)).is_relative_to(self.root):
                 raise NoSuchState(f"{name!r} leads out of the server's folder by a symbolic link; it is not followed")
 
 

@@ -18,10 +18,10 @@ from parallel.backends.step import Backend
 from parallel.errors import ConfigError, NativeUnavailable
 from parallel.native.library import library
 from parallel.native.operands import DTYPES
+from parallel.options import BACKENDS
 
 __all__ = ["BACKENDS", "Backend", "backend_named", "choose_backend"]
 
-BACKENDS = ("eager", "cpu", "sdpa", "flash")
 _BEST = {"cpu": ("cpu", "sdpa", "eager"), "cuda": ("flash", "sdpa", "eager")}
 _log = logging.getLogger(__name__)
 

@@ -12,6 +12,7 @@ import pytest
 from launch.main import COMMANDS, main
 
 ROOT = Path(__file__).resolve().parents[2]
+NANO = str(ROOT / "tests/data/gpt-nano-sort")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -68,6 +69,32 @@ def test_wrong_arguments_exit_with_2(arguments: list[str], capsys: pytest.Captur
             "'engine.max_sequences' is not an override; write name.name",
         ),
         (["serve", "--model", "m", "--tp", "0"], "parallel.tp is 0; it must be at least 1"),
+        (["serve", "--model", "loop"], "cannot read"),
+        (["serve", "--model", "m", "frontend.max_n=0"], "frontend.max_n is 0; give a number above 0"),
+        (["serve", "--model", "m", "limits.write_seconds=-1"], "limits.write_seconds is -1; give a number above 0"),
+        (["serve", "--model", "m", "server.drain_seconds=-1"], "server.drain_seconds is -1; give seconds, 0 or more"),
+        (["serve", "--model", "m", "placement.start_timeout_s=0"], "placement.start_timeout_s is 0; give a number"),
+        (["serve", "--model", "m", "ray.num_cpus=0"], "ray.num_cpus is 0; give at least 1"),
+        (["serve", "--model", "m", "engine.attention_backend=foo"], "engine.attention_backend is 'foo'; choose one of"),
+        (["serve", "--model", "m", "engine.attention_backend=flash"], "is 'flash', which does not run on cpu; choose"),
+        (["serve", "--model", "m", "--tls-cert", "c.pem"], "TlsConfig needs ['server.tls.key']"),
+        (["serve", "--model", NANO, "--tp", "4096"], "4096 ranks need 4096 CPU cores on one node, the cluster has"),
+        (["train", "--config", "laptop"], "TrainConfig needs ['out']; no preset or option gives them: add out=..."),
+        (["train", "--config", "deep.yaml"], "deep.yaml is nested too deeply to hold settings"),
+        (["train", "--config", "laptop", "out=o", "model=loop"], "cannot read"),
+        (["train", "--config", "laptop", "out=o", "corpus.path=a.txt"], "a.txt is looked for below the current folder"),
+        (["train", "--config", "laptop", "out=o", "schedule.warmup_steps=-1"], "schedule.warmup_steps -1 is negative"),
+        (["train", "--config", "laptop", "out=o", "optimizer.beta1=2"], "optimizer.beta1 2.0 is outside [0, 1)"),
+        (["train", "--config", "laptop", "out=o", "corpus.split.unit=x"], "corpus.split.unit 'x' is unknown; choose"),
+        (["train", "--config", "laptop", "out=o", "lora.rank=0"], "lora: lora rank 0; give at least 1"),
+        (["train", "--config", "laptop", "out=o", "samples.prompts=a"], "it must be a list of texts, as in [a, b]"),
+        (["train", "--config", "laptop", "out=o", "metrics_port=70000"], "metrics_port is 70000; give 1 to 65535"),
+        (["train", "--config", "laptop", "out=o", "parallel.tp=64"], "64 ranks need 64 CPU cores on one node"),
+        (["plan", "--model", "gpt2", "--gpus", "2", "--gpu-memory", "9GB", "--sequence", "0"], "--sequence is 0; give"),
+        (["plan", "--model", "gpt2", "--gpus", "0", "--gpu-memory", "9GB"], "--gpus is 0; give at least 1"),
+        (["token", "a", "--roles", "generate", "--add-to", "."], "--add-to . cannot be read"),
+        (["token", "a", "--roles", "generate", "--add-to", "no/t"], "--add-to no/t cannot be written: No such file"),
+        (["convert", NANO, "out", "--tokenizer", "deep.yaml"], "deep.yaml is nested too deeply"),
         (["serve", "--model", "m", "--dp", "2", "--train"], "training.enabled with parallel.dp=2"),
         (["serve", "--model", "m", "--save-root", "x"], "training.save_root is set but training is off; add --train"),
         (["generate"], "give the prompt either as text or with --token-ids"),
@@ -83,8 +110,15 @@ def test_wrong_arguments_exit_with_2(arguments: list[str], capsys: pytest.Captur
     ],
 )
 def test_bad_input_is_one_line_and_status_2(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("loop").symlink_to("loop")
+    Path("deep.yaml").write_text("[" * 100_000)
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert message in error

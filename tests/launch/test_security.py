@@ -80,7 +80,7 @@ def test_files_are_looked_at_before_anything_starts(tmp_path: Path, capsys: pyte
     for flags, words in (
         (["--token-file", str(loose)], "can be read or changed by others (mode 644)"),
         (["--tls-cert", "nowhere.pem", "--tls-key", "nowhere.key"], "the key nowhere.key cannot be read"),
-        (["--tls-cert", "nowhere.pem"], "TlsConfig needs ['key']"),
+        (["--tls-cert", "nowhere.pem"], "TlsConfig needs ['server.tls.key']"),
     ):
         assert main(["serve", "--model", str(model), "--port", "0", *flags]) == 2
         error = capsys.readouterr().err
@@ -120,7 +120,7 @@ def test_token_makes_a_token_that_only_its_owner_reads_and_a_digest(
         (["bob", "--roles", "admin"], "roles is ['admin']; give a list of"),
         (["bob", "--roles", "train", "--calls", "0"], "calls is 0; give a number above 0"),
         (["b/b", "--roles", "train"], "the name is 'b/b'"),
-        (["bob", "--roles", "train", "--out", "alice.token"], "alice.token cannot be made: File exists"),
+        (["bob", "--roles", "train", "--out", "alice.token"], "--out alice.token cannot be written: File exists"),
     ],
 )
 def test_a_token_that_cannot_be_made_changes_nothing(

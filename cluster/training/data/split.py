@@ -34,7 +34,7 @@ class SplitRule:
                 f"eval_fraction {self.eval_fraction} is not in [0, 1); give the share to hold out, such as 0.05"
             )
         if self.unit not in UNITS:
-            raise ConfigError(f"unit {self.unit!r} of the split is unknown; choose one of {list(UNITS)}")
+            raise ConfigError(f"unit {self.unit!r} is unknown; choose one of {list(UNITS)}")
 
     def in_eval(self, hashes: NDArray[np.uint64], pieces: NDArray[np.uint64]) -> NDArray[np.bool_]:
         """Which pieces are held out, given their documents' hashes and their numbers in the document."""
