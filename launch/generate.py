@@ -10,7 +10,7 @@ import argparse
 import asyncio
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -98,7 +98,7 @@ def fill_in_middle(args: argparse.Namespace, prompt: str | list[int]) -> Prompt:
     from cluster.rpc.proto.inference_pb2 import Prompt as Message
 
     order = FIM_ORDERS[args.fim_order or "prefix"]
-    return Message(fim={"prefix": prompt, "suffix": args.suffix, "order": order})
+    return Message(fim={"prefix": prompt, "suffix": checked_text("--suffix", args.suffix), "order": order})
 
 
 def prompt_of(args: argparse.Namespace) -> str | list[int]:
@@ -107,12 +107,17 @@ def prompt_of(args: argparse.Namespace) -> str | list[int]:
         raise ConfigError("give the prompt either as text or with --token-ids")
     if args.text is None:
         return parse_ids(args.token_ids)
+    return checked_text("the prompt", args.text, sys.stdin.read if args.text == "-" else None)
+
+
+def checked_text(what: str, text: str, read: Callable[[], str] | None = None) -> str:
+    """A text that was typed, or is read, if it is one: bytes of another encoding are no characters."""
     try:
-        text = sys.stdin.read() if args.text == "-" else str(args.text)
+        text = read() if read else text
         text.encode()
     except (UnicodeDecodeError, UnicodeEncodeError) as error:
         raise ConfigError(
-            f"the prompt is not in this terminal's encoding ({sys.stdin.encoding}): {error.reason} at {error.start}; "
+            f"{what} is not in this terminal's encoding ({sys.stdin.encoding}): {error.reason} at {error.start}; "
             "convert it, or set LC_ALL to the locale it is in"
         ) from error
     return text
@@ -130,7 +135,8 @@ def request_fields(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     sampling = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
     if (beam := beam_fields(args)) is not None:
         sampling["beam"] = beam
-    stopping: dict[str, Any] = {"stop_sequences": args.stop, "ignore_eos": args.ignore_eos}
+    stops = [checked_text("--stop", stop) for stop in args.stop]
+    stopping: dict[str, Any] = {"stop_sequences": stops, "ignore_eos": args.ignore_eos}
     for name in ("max_new_tokens", "min_new_tokens"):
         if getattr(args, name) is not None:
             stopping[name] = getattr(args, name)

@@ -155,14 +155,19 @@ def test_a_terminal_without_the_characters_is_shown_their_numbers() -> None:
     assert done.returncode == 0 and done.stdout.endswith("\\u0416\\U0001f600\n")
 
 
-def test_a_prompt_that_is_no_text_in_this_encoding_is_one_line() -> None:
-    for argument, given in ((b"caf\xe9", b""), (b"-", b"caf\xe9")):
+def test_a_text_that_is_none_in_this_encoding_is_one_line() -> None:
+    for words, given, what in (
+        ((b"caf\xe9",), b"", b"the prompt"),
+        ((b"-",), b"caf\xe9", b"the prompt"),
+        ((b"a", b"--suffix", b"caf\xe9"), b"", b"--suffix"),
+        ((b"a", b"--stop", b"b", b"--stop", b"caf\xe9"), b"", b"--stop"),
+    ):
         done = subprocess.run(
-            [sys.executable, "-m", "launch", "generate", argument, "--address", "127.0.0.1:9"], cwd=ROOT, input=given,
+            [sys.executable, "-m", "launch", "generate", *words, "--address", "127.0.0.1:9"], cwd=ROOT, input=given,
             env={**os.environ, "LC_ALL": "C.UTF-8", "PYTHONUTF8": "0"}, capture_output=True, check=False,
         )  # fmt: skip
         assert done.returncode == 2 and done.stderr.count(b"\n") == 1
-        assert b"the prompt is not in this terminal's encoding (utf-8)" in done.stderr
+        assert what + b" is not in this terminal's encoding (utf-8)" in done.stderr
 
 
 def test_what_the_surroundings_refuse_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
