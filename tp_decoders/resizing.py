@@ -78,8 +78,11 @@ def _table(model: Decoder, value: nn.Module | Tensor) -> Tensor:
     given = value if isinstance(value, Tensor) else value.weight
     assert isinstance(given, Tensor), "modules with a matrix"
     full = whole_tensor(given, value.group) if isinstance(value, (VocabEmbedding, VocabHead)) else given.detach()
-    if full.dim() != 2 or full.shape[1] != model.config.d_model or not len(full):
-        raise ConfigError(f"a table of shape {list(full.shape)}; give [vocabulary, {model.config.d_model}]")
+    if full.dim() != 2 or full.shape[1] != model.config.d_model or not len(full) or not full.is_floating_point():
+        raise ConfigError(
+            f"a table of {full.dtype}, shape {list(full.shape)}; give [vocabulary, {model.config.d_model}] of a "
+            "floating-point type"
+        )
     return full.to(model.embed.weight)
 
 

@@ -34,6 +34,15 @@ LONGEST_HEADER = 100_000_000
 UNREADABLE = (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError,
               ArithmeticError, ImportError, MemoryError, zipfile.BadZipFile)  # fmt: skip
 """What unpickling a damaged or made-up file may raise."""
+TRAINERS_KEYS = ("state_dict", "model_state_dict", "module", "model")
+"""Under which trainers (Lightning, plain loops, DeepSpeed) put a state dict beside what else they save."""
+ELSEWHERE = {
+    "adapter_config.json": "it is an adapter: give it as --adapter, and its base model as --model",
+    "zero_to_fp32.py": "its weights are DeepSpeed's shards: `python zero_to_fp32.py . pytorch_model.bin` joins them",
+    "tf_model.h5": "save it from transformers as safetensors",
+    "flax_model.msgpack": "save it from transformers as safetensors",
+}
+"""What tells where the weights of a folder are that has none of these."""
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -117,8 +126,8 @@ def _load_pickled(path: Path) -> dict[str, Tensor]:
         ) from error
     except UNREADABLE as error:
         raise _corrupt(path, error) from error
-    if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
-        loaded = loaded["state_dict"]
+    if isinstance(loaded, dict):
+        loaded = next((loaded[key] for key in TRAINERS_KEYS if isinstance(loaded.get(key), dict)), loaded)
     if not isinstance(loaded, dict) or not all(isinstance(name, str) for name in loaded):
         raise CheckpointError(f"{path} does not hold a table of tensors; give a state dict saved by torch.save")
     others = [name for name, value in loaded.items() if not _is_plain(value)]
@@ -211,10 +220,7 @@ def open_checkpoint(folder: Path, cache: WeightsCache | None = None) -> Checkpoi
     """Opens the first of the layouts that the folder has; with a cache, the copies there of what holds the tensors."""
     layout = next((name for name in LAYOUTS if (folder / name).is_file()), None)
     if layout is None:
-        held = (
-            ", ".join(sorted(path.name for path in folder.iterdir())) if folder.is_dir() else "nothing: it is no folder"
-        )
-        raise CheckpointError(f"{folder} has none of {', '.join(LAYOUTS)}; it holds {held or 'nothing'}")
+        raise CheckpointError(f"{folder} has none of {', '.join(LAYOUTS)}; {_held(folder)}")
     with ExitStack() as stack:
         if layout.endswith(".json"):
             files = _open_index(folder, layout, stack, cache)
@@ -223,6 +229,16 @@ def open_checkpoint(folder: Path, cache: WeightsCache | None = None) -> Checkpoi
             files = dict.fromkeys(file.shapes, file)
         return Checkpoint(folder, files, stack.pop_all())
     raise AssertionError("an ExitStack that is given away suppresses nothing")
+
+
+def _held(folder: Path) -> str:
+    """What a folder without weights holds, and what to do about it where that is known."""
+    if not folder.is_dir():
+        return "it is no folder"
+    names = sorted(path.name for path in folder.iterdir())
+    hint = next((f"; {what}" for name, what in ELSEWHERE.items() if name in names), "")
+    more = f" and {len(names) - 24} more" if len(names) > 24 else ""
+    return f"it holds {', '.join(names[:24]) or 'nothing'}{more}{hint}"
 
 
 def _open_files(paths: Sequence[Path], stack: ExitStack, cache: WeightsCache | None) -> dict[str, TensorFile]:

@@ -223,11 +223,28 @@ def test_a_compressed_bin_file_is_refused_rather_than_misread(tmp_path: Path) ->
         load(tmp_path)
 
 
-def test_a_trainers_state_dict_inside_a_bin_file_is_found(tmp_path: Path) -> None:
+@pytest.mark.parametrize("key", ["state_dict", "model_state_dict", "module", "model"])
+def test_a_trainers_state_dict_inside_a_bin_file_is_found(key: str, tmp_path: Path) -> None:
     tensors = write(tmp_path, "gpt2")
     (tmp_path / "model.safetensors").unlink()
-    torch.save({"state_dict": tensors}, tmp_path / "pytorch_model.bin")
+    torch.save({key: tensors, "epoch": 3, "optimizer": {"state": {}}}, tmp_path / "pytorch_model.bin")
     assert_same(full(load(tmp_path)), tensors)
+
+
+@pytest.mark.parametrize(
+    ("file", "do"),
+    [
+        ("adapter_config.json", "it is an adapter: give it as --adapter"),
+        ("zero_to_fp32.py", "its weights are DeepSpeed's shards: `python zero_to_fp32.py"),
+        ("flax_model.msgpack", "save it from transformers as safetensors"),
+        ("model.fp16.safetensors", "$"),
+    ],
+)
+def test_a_folder_without_weights_says_what_it_holds_and_what_to_do(file: str, do: str, tmp_path: Path) -> None:
+    write(tmp_path, "gpt2")
+    (tmp_path / "model.safetensors").rename(tmp_path / file)
+    with pytest.raises(CheckpointError, match=f"has none of model.safetensors, .*; it holds .*{file}.*{do}"):
+        load(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "..", ".", "", "sub/model.safetensors", 7])

@@ -123,6 +123,8 @@ def test_tables_are_replaced_whole(tmp_path: Path) -> None:
         tied.set_output_embeddings(table.weight)
     with pytest.raises(ConfigError, match=r"shape \[50, 8\]; give \[vocabulary, 24\]"):
         tied.set_input_embeddings(nn.Embedding(50, 8))
+    with pytest.raises(ConfigError, match=r"a table of torch.int64, shape \[50, 24\]; give"):
+        untied.set_input_embeddings(torch.zeros(50, 24, dtype=torch.int64))
 
 
 @pytest.mark.parametrize("size, multiple", [(0, None), (-3, None), (2.5, None), (True, None), (40, 0), (40, 1.5)])
