@@ -201,11 +201,9 @@ class EngineServer:
             for event in events:
                 self._note_end(event)
         wire = self._wire
-        if wire is not None:
-            wire.send(Events(events))
-            if self._written.is_set():  # else it does not read: steps do not wait for it
-                self._written = wire.flush()
-                self._written.wait(FLUSH_SECONDS)
+        if wire is not None and not wire.send_now(Events(events)) and self._written.is_set():
+            self._written = wire.flush()  # where that one is not set the front-end does not read: no step waits for it
+            self._written.wait(FLUSH_SECONDS)
 
     def _note_end(self, event: LinkEvent) -> None:
         if isinstance(event, Rejected):

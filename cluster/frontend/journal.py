@@ -71,6 +71,11 @@ class Entry:
         """The samples that have not ended."""
         return [index for index, sample in enumerate(self.samples) if not sample.done]
 
+    @property
+    def begun(self) -> bool:
+        """Whether it has given a token."""
+        return self.first_token is not None
+
     def content_key(self, keys: ContentKeys) -> bytes:
         """What it is counted by where it is suspected: a seed that nothing was drawn by yet does not matter."""
         drawn = any(sample.token_ids for sample in self.samples) and not self.request.sampling.greedy

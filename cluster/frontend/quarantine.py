@@ -4,9 +4,10 @@ A death makes every request that was open on that engine a suspect. Suspects go 
 canary or by news of others, that it works without them; together at first, and one at a time (trials.py) after a second
 death. What an innocent does and a guilty one does not clears them: they go on beyond the place at which the engine
 died. (An engine's news have left it before its next step begins, so that place is known.) Guilty is the one that was
-running at two deaths at the same place, where it is the only such one; or that was at MOST deaths, the last one as the
-only suspect. It is answered with `Quarantined`, and the same content is refused for QUARANTINE_S. Counts go by content,
-so that they outlive rebuilds, retries and, in the ledger, this process.
+running at two deaths at the same place, where nothing else can have done the second one; at three, the last one as the
+only suspect; or that was at MOST deaths anywhere, the last one as the only suspect. An error that refuses an innocent
+is worse than one more rebuild. The guilty one is answered with `Quarantined`, and the same content is refused for
+QUARANTINE_S. Counts go by content, so that they outlive rebuilds, retries and, in the ledger, this process.
 """
 
 from __future__ import annotations
@@ -82,6 +83,11 @@ class Suspect(Protocol):
         """The samples that have not ended."""
         ...
 
+    @property
+    def begun(self) -> bool:
+        """Whether it has given a token: what it does then it did before without harm."""
+        ...
+
 
 Write = Callable[[bytes, Count | None], None]
 Keys = Callable[[], Sequence[bytes]]
@@ -132,9 +138,7 @@ class Quarantine:
 
     def died(self, running: Sequence[Suspect], death: Death) -> Suspect | None:
         """An engine's end, with what was running there; the one that is guilty of it, where that is certain."""
-        stuck = [each for each in running if each.suspicion is not None and death.proved and not moved(each)]
-        often = [each for each in running if each.suspicion is not None and len(each.suspicion.deaths) + 1 >= MOST]
-        suspects, keys = sum(each.suspicion is not None for each in running), ContentKeys()
+        guilty, keys = self._guilty(running, death), ContentKeys()
         for suspect in running:
             suspicion = suspect.suspicion = suspect.suspicion or Suspicion(suspect.content_key(keys))
             suspicion.deaths.append(death)
@@ -142,11 +146,22 @@ class Quarantine:
             self._note(suspicion, guilty=False)
         if running:
             self._last[death.replica] = death, list(running)
-        if len(stuck) == 1:
-            return stuck[0]
-        if len(stuck) > 1:
-            log.warning("%d requests were running at two deaths; each is tried alone", len(stuck))
-        return often[0] if suspects == 1 and often else None
+        return guilty
+
+    def _guilty(self, running: Sequence[Suspect], death: Death) -> Suspect | None:
+        """Of those at an engine's end the one that did it, where nothing else can have."""
+        before = [each for each in running if each.suspicion is not None]
+        stuck = [each for each in before if death.proved and not _went_on(each)]
+        suspects = {each.suspicion.key for each in before if each.suspicion is not None}
+        if len(suspects) > 1:
+            if stuck:
+                log.warning("%d requests were running at two deaths; each is tried alone", len(stuck))
+            return None
+        newcomers = [each for each in running if each.suspicion is None and not each.begun]
+        for each in stuck:
+            if not newcomers or _deaths(each) >= DEATHS:
+                return each
+        return next((each for each in before if _deaths(each) + 1 >= MOST), None)
 
     def convict(self, suspect: Suspect) -> Quarantined:
         """Refuses its content from now on; what it is answered. The restarts that it cost do not count."""
@@ -209,17 +224,27 @@ class Quarantine:
             self._write(key, count)
 
 
-def moved(suspect: Suspect, tokens: int = 1) -> bool:
+def moved(suspect: Suspect, tokens: int) -> bool:
     """Whether every sample that has not ended went on by so many tokens since the last death."""
     suspicion = suspect.suspicion
     return suspicion is None or all(suspicion.gained.get(i, 0) >= tokens for i in suspect.unfinished)
+
+
+def _went_on(suspect: Suspect) -> bool:
+    """Whether any sample did since the last death; of many some may wait for their turn."""
+    return suspect.suspicion is None or bool(suspect.suspicion.gained)
+
+
+def _deaths(suspect: Suspect) -> int:
+    return 0 if suspect.suspicion is None else len(suspect.suspicion.deaths)
 
 
 def _refused(count: Count) -> Quarantined:
     causes = "; ".join(dict.fromkeys(count.causes))
     error = Quarantined(
         f"quarantined: {len(count.causes)} engines died while it was running ({causes}); it is not run again, nor is "
-        f"the same content within {QUARANTINE_S:g} s; change it, and report it: no request should be able to do this"
+        f"the same content within {QUARANTINE_S:g} s; change it, and report it: no request should be able to do this. "
+        f"If the causes lie elsewhere (a process killed from outside), ask again after {QUARANTINE_S:g} s"
     )
     error.deaths, error.causes = len(count.causes), count.causes
     return error

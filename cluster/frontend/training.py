@@ -59,6 +59,7 @@ class TrainSuspect:
     call: TrainCall
     suspicion: Suspicion | None = None
     unfinished: Sequence[int] = (0,)
+    begun: bool = False
 
     def content_key(self, keys: ContentKeys | None = None) -> bytes:
         """Of what it does, whatever its key and step."""

@@ -101,13 +101,16 @@ Message = Hello | Submit | Abort | AskLoad | LoadAnswer | Train | CancelTrain | 
 
 
 class Wire:
-    """One connection. `send` only queues; a thread writes, and beats while there is nothing to write. One thread may
-    `receive`.
+    """One connection. `send` only queues; a thread writes, and beats while there is nothing to write. `send_now` writes
+    in the caller's thread, as far as that takes no waiting. One thread may `receive`.
     """
 
     def __init__(self, connection: Connection, name: str) -> None:
         self._connection = connection
-        self._outbox: queue.SimpleQueue[Message | threading.Event | None] = queue.SimpleQueue()
+        self._socket = socket.socket(fileno=socket.dup(connection.fileno()))
+        self._outbox: queue.SimpleQueue[Message | bytes | threading.Event | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._waiting = 0  # queued or being written by the thread; `send_now` may not overtake it
         self._closed = threading.Event()
         self._writer = threading.Thread(target=self._write, name=f"{name}-writer", daemon=True)
         self._writer.start()
@@ -115,15 +118,39 @@ class Wire:
     def send(self, message: Message) -> None:
         """Returns at once; what is sent on a closed wire is dropped."""
         if not self._closed.is_set():
-            self._outbox.put(message)
+            self._queue(message)
+
+    def send_now(self, message: Message) -> bool:
+        """As `send`, but whether it has left this process; it has where the peer reads and nothing else waits."""
+        if self._waiting:
+            self.send(message)
+            return False
+        rest = _framed(message)
+        with self._lock:
+            try:
+                if not self._waiting and not self._closed.is_set():
+                    rest = rest[self._socket.send(rest, socket.MSG_DONTWAIT) :]
+            except BlockingIOError:
+                pass
+            except OSError:
+                return False  # the reader finds the same and reports it
+            if rest and not self._closed.is_set():
+                self._waiting += 1
+                self._outbox.put(rest)
+        return not rest
 
     def flush(self) -> threading.Event:
         """Set once all that was sent so far has left this process, or the wire is closed."""
         written = threading.Event()
-        self._outbox.put(written)
+        self._queue(written)
         if self._closed.is_set():
             written.set()
         return written
+
+    def _queue(self, item: Message | threading.Event | None) -> None:
+        with self._lock:
+            self._waiting += 1
+            self._outbox.put(item)
 
     def receive(self) -> Message:
         """The next message that says something. Raises EOFError or OSError when the peer is gone or silent."""
@@ -135,18 +162,20 @@ class Wire:
 
     def close(self, timeout: float = 2.0) -> None:
         """Write what is queued, then let go; wakes a thread in `receive`."""
-        self._outbox.put(None)
+        self._queue(None)
         if threading.current_thread() is not self._writer:
             self._writer.join(timeout)
         self._hang_up()
 
     def _write(self) -> None:
         try:
-            while (message := self._next()) is not None:
-                if isinstance(message, threading.Event):
-                    message.set()
+            while (item := self._next()) is not None:
+                if isinstance(item, threading.Event):
+                    item.set()
                 else:
-                    self._connection.send_bytes(pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL))
+                    self._socket.sendall(item if isinstance(item, bytes) else _framed(item))
+                with self._lock:
+                    self._waiting -= 1
         except OSError:
             pass  # the reader finds the same and reports it
         except Exception:
@@ -155,25 +184,42 @@ class Wire:
             self._hang_up()
             self._release()
 
-    def _next(self) -> Message | threading.Event | None:
-        try:
-            return self._outbox.get(timeout=BEAT_SECONDS)
-        except queue.Empty:
-            return Beat()
+    def _next(self) -> Message | bytes | threading.Event | None:
+        while True:
+            try:
+                return self._outbox.get(timeout=BEAT_SECONDS)
+            except queue.Empty:
+                with self._lock:
+                    if self._waiting == 0:
+                        self._waiting = 1
+                        return Beat()
 
     def _release(self) -> None:
         """Nobody waits for what will not be written."""
         while not self._outbox.empty():
-            message = self._outbox.get()
-            if isinstance(message, threading.Event):
-                message.set()
+            item = self._outbox.get()
+            if isinstance(item, threading.Event):
+                item.set()
 
     def _hang_up(self) -> None:
         """Shut the socket down; the descriptor itself goes with the last reference, never under a reading thread."""
-        if self._closed.is_set():
-            return
-        self._closed.set()
+        with self._lock:
+            if self._closed.is_set():
+                return
+            self._closed.set()
+            self._socket.close()
         _shut_down(self._connection)
+
+
+SHORT_BYTES = 0x7FFFFFFF
+
+
+def _framed(message: Message) -> bytes:
+    """As `Connection.send_bytes` frames it."""
+    body = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
+    if len(body) > SHORT_BYTES:
+        return struct.pack("!iQ", -1, len(body)) + body
+    return struct.pack("!i", len(body)) + body
 
 
 GONE = frozenset({9, 32, 104, 107})  # EBADF, EPIPE, ECONNRESET, ENOTCONN: the other side was faster

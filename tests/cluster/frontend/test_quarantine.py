@@ -134,6 +134,7 @@ class Held:
     request: Request
     suspicion: Suspicion | None = None
     unfinished: tuple[int, ...] = (0,)
+    begun: bool = False
 
     def content_key(self, keys: ContentKeys) -> bytes:
         return keys.of(self.request, seed=False)
@@ -153,6 +154,45 @@ def test_one_that_went_on_between_two_deaths_is_no_more_guilty_than_before() -> 
         assert quarantine.died([suspect], Death(0, "nearby")) is None
         quarantine.gained(suspect, 0, 1)
     assert quarantine.died([suspect], Death(0, "nearby")) is suspect, "so often, always within a few tokens, alone"
+
+
+def held(token: int, **fields: Any) -> Held:
+    return Held(Request(request_id=f"r{token}", token_ids=(token,)), **fields)
+
+
+def test_at_the_second_death_nobody_is_guilty_where_another_can_have_done_it() -> None:
+    """A long call without tokens, and a rank that is killed twice from outside while others stream or arrive."""
+    quarantine = Quarantine()
+    long, stream = held(1), held(2, begun=True)
+    assert quarantine.died([long, stream], Death(0, "a")) is None
+    quarantine.gained(stream, 0, 3)
+    assert quarantine.died([long, stream], Death(0, "b")) is None, "the stream is a suspect, too"
+    assert long.suspicion.alone and stream.suspicion.alone
+    assert quarantine.died([long, held(3, begun=True)], Death(0, "c")) is long, "tried alone"
+
+    quarantine = Quarantine()
+    quarantine.died([long := held(1)], Death(0, "a"))
+    assert quarantine.died([long, held(4)], Death(0, "b")) is None, "it may have been the newcomer"
+    assert quarantine.died([long, held(5)], Death(0, "c")) is long, "no newcomer can save it for ever"
+
+
+def test_of_many_samples_those_that_wait_for_their_turn_do_not_make_it_guilty() -> None:
+    quarantine = Quarantine()
+    many = held(1, unfinished=tuple(range(64)))
+    for cause in "abcd":
+        assert quarantine.died([many], Death(0, cause)) is None
+        for sample in range(8):
+            quarantine.gained(many, sample, 20)
+    for sample in range(64):
+        quarantine.gained(many, sample, 16)
+    assert many.suspicion is None
+
+
+def test_copies_of_one_request_are_one_suspect() -> None:
+    quarantine = Quarantine()
+    copies = [held(1), held(1)]
+    assert quarantine.died(copies, Death(0, "a")) is None
+    assert quarantine.died(copies, Death(0, "b")) in copies
 
 
 def test_an_engine_that_never_worked_accuses_nobody_and_a_lost_connection_is_no_death() -> None:
