@@ -13,7 +13,7 @@ import logging
 import math
 import signal
 import socket
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from dataclasses import replace
@@ -40,6 +40,7 @@ from launch.metrics import ServeMetrics
 from launch.metrics_server import MetricsServer, check_host
 from launch.replicas import Replicas
 from launch.rolling import Upkeep
+from launch.signals import Signals
 from launch.specs import trained_dtype
 from launch.standing import State, kept_state
 from launch.tracing import check_traces, open_tracer
@@ -56,7 +57,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 CLOSE_GRACE_S = 2.0
 THREADS = 16
-Restart = Callable[[], Awaitable[object]]
 
 
 def serve(config: ServeConfig, model: Path, log_level: int, leaving: Leaving) -> int:
@@ -118,7 +118,7 @@ async def _serve(config: ServeConfig, model: Path, log_level: int, state: State,
     ray = RayWatch(head, loop)
     # a replica that starts or is watched holds a thread for as long as that takes
     loop.set_default_executor(ThreadPoolExecutor(THREADS + 4 * config.parallel.dp, "serve"))
-    signals = _Signals(loop)
+    signals = Signals(loop)
     replicas = Replicas(config, model, log_level, state.standing)
     async with AsyncExitStack() as stack:
         stack.callback(ray.let_threads_go)
@@ -133,7 +133,7 @@ async def _serve(config: ServeConfig, model: Path, log_level: int, state: State,
     return 0
 
 
-async def _started(replicas: Replicas, signals: _Signals, ray: RayWatch) -> list[list[Ready]] | None:
+async def _started(replicas: Replicas, signals: Signals, ray: RayWatch) -> list[list[Ready]] | None:
     """None where a signal came first, however it reached Ray."""
     starting = asyncio.ensure_future(_unless(signals.stop, replicas.start()))
     try:
@@ -206,7 +206,7 @@ async def _observe(
     return f"  metrics {shown_address(observe.metrics_host, metrics.port)}"
 
 
-async def _run(frontend: Frontend, signals: _Signals, upkeep: Upkeep, drain_s: float, ray: RayWatch) -> None:
+async def _run(frontend: Frontend, signals: Signals, upkeep: Upkeep, drain_s: float, ray: RayWatch) -> None:
     """Until there is a reason to stop, and what was open has ended; what cannot be healed is raised."""
     healing = asyncio.create_task(upkeep.run())
     try:
@@ -285,37 +285,6 @@ def _service_info(config: ServeConfig, model: Path, facts: RankFacts) -> Service
         tensor_parallel_size=config.parallel.tp,
         data_parallel_size=config.parallel.dp,
     )
-
-
-class _Signals:
-    """SIGINT and SIGTERM as events: the first asks to stop, any further one to hurry. SIGHUP restarts the replicas."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.stop, self.again = asyncio.Event(), asyncio.Event()
-        self.restart: Restart | None = None
-        self._restarts: set[asyncio.Task[None]] = set()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self._take)
-        loop.add_signal_handler(signal.SIGHUP, self._hang_up)
-
-    def _take(self) -> None:
-        (self.again if self.stop.is_set() else self.stop).set()
-
-    def _hang_up(self) -> None:
-        if self.restart is None:
-            log.warning("SIGHUP: nothing is restarted before the server is ready")
-            return
-        task = asyncio.get_running_loop().create_task(self._restart(self.restart))
-        self._restarts.add(task)
-        task.add_done_callback(self._restarts.discard)
-
-    async def _restart(self, restart: Restart) -> None:
-        try:
-            await restart()
-        except TpError as error:
-            log.error("SIGHUP: %s", error)
-        except Exception:
-            log.exception("SIGHUP: the restart failed")
 
 
 async def _unless(event: asyncio.Event, work: Coroutine[Any, Any, Any]) -> Any:

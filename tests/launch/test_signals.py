@@ -1,0 +1,92 @@
+"""What a signal asks of `serve`, by a real process with real signals and a real terminal, without a server."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import signal
+import subprocess
+import sys
+import termios
+from collections.abc import Iterator
+
+import pytest
+
+SERVER = """
+import asyncio, sys
+from launch.signals import Signals
+
+async def main():
+    signals = Signals(asyncio.get_running_loop())
+    async def restart():
+        print("restarts", file=sys.stderr, flush=True)
+    signals.restart = restart
+    print("ready", file=sys.stderr, flush=True)
+    await signals.stop.wait()
+    print("stops", file=sys.stderr, flush=True)
+    await signals.again.wait()
+    print("hurries", file=sys.stderr, flush=True)
+
+asyncio.run(main())
+"""
+
+
+def started(**how: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", SERVER]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True, **how)  # type: ignore[call-overload]
+    assert said(process) == "ready"
+    return process  # type: ignore[no-any-return]
+
+
+def said(process: subprocess.Popen[str]) -> str:
+    assert process.stderr is not None
+    return process.stderr.readline().strip()
+
+
+@pytest.fixture
+def terminal() -> Iterator[tuple[int, int]]:
+    ends = pty.openpty()
+    yield ends
+    for end in ends:
+        try:
+            os.close(end)
+        except OSError:
+            continue  # closed by the test
+
+
+def test_without_a_terminal_a_hangup_restarts_and_a_second_signal_hurries() -> None:
+    with started() as process:
+        for number, words in (
+            (signal.SIGHUP, "restarts"), (signal.SIGHUP, "restarts"), (signal.SIGINT, "stops"),
+            (signal.SIGINT, "hurries"),
+        ):  # fmt: skip
+            process.send_signal(number)
+            assert said(process) == words
+        assert process.wait(60) == 0
+
+
+def test_in_a_terminal_a_hangup_restarts_while_that_is_there_and_ends_the_server_when_it_is_closed(
+    terminal: tuple[int, int],
+) -> None:
+    master, slave = terminal
+    take = lambda: fcntl.ioctl(slave, termios.TIOCSCTTY, 0)  # noqa: E731
+    with started(preexec_fn=take, pass_fds=[slave]) as process:
+        process.send_signal(signal.SIGHUP)
+        assert said(process) == "restarts"
+        os.close(slave)
+        os.close(master)  # the kernel sends SIGHUP
+        assert said(process) == "SIGHUP: the terminal was closed, and the server ends"
+        assert said(process) == "stops"
+        process.terminate()
+        assert said(process) == "hurries"
+
+
+def test_a_hangup_that_is_ignored_from_the_start_stays_so() -> None:
+    ignore = lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)  # noqa: E731  # as nohup does
+    with started(preexec_fn=ignore) as process:
+        process.send_signal(signal.SIGHUP)
+        process.terminate()
+        assert said(process) == "stops", "and nothing was restarted"
+        process.terminate()
+        assert said(process) == "hurries"
