@@ -1,6 +1,6 @@
 """What the signals to `serve` ask for: an end in order, an end at once, or fresh ranks.
 
-SIGHUP is the order to a daemon to begin anew. In a terminal it says that the terminal was closed, which ends the server in
+SIGHUP is the order to a daemon to begin anew. In a terminal it says that this was closed, which ends the server in
 order, as any program that ran there. Where it is ignored from the start (`nohup`) it stays so.
 """
 
