@@ -167,7 +167,7 @@ def test_at_the_second_death_nobody_is_guilty_where_another_can_have_done_it() -
     assert quarantine.died([long, stream], Death(0, "a")) is None
     quarantine.gained(stream, 0, 3)
     assert quarantine.died([long, stream], Death(0, "b")) is None, "the stream is a suspect, too"
-    assert long.suspicion.alone and stream.suspicion.alone
+    assert all(each.suspicion is not None and each.suspicion.alone for each in (long, stream))
     assert quarantine.died([long, held(3, begun=True)], Death(0, "c")) is long, "tried alone"
 
     quarantine = Quarantine()
