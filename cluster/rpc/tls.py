@@ -14,6 +14,7 @@ from typing import Any
 import grpc
 
 from cluster.rpc.auth_config import Access, TlsConfig, is_loopback, read_file, read_secret
+from cluster.rpc.proxies import proxy_of
 from parallel.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -82,12 +83,10 @@ def _check(config: TlsConfig) -> None:
 
 
 def channel(address: str, access: Access, options: tuple[tuple[str, Any], ...]) -> grpc.aio.Channel:
-    """A connection to a server, encrypted where `access` says so; to this machine itself never through a proxy, which
-    grpc would take from http_proxy even for 127.0.0.1.
-    """
+    """A connection to a server, encrypted where `access` says so, through a proxy only where proxies.py says."""
     options = (*options, ("grpc.use_local_subchannel_pool", 1))  # a connection of its own: servers tell them apart
     host = host_of(address)
-    if is_loopback(host):
+    if proxy_of(host) is None:
         options = (*options, ("grpc.enable_http_proxy", 0))
     if not access.encrypted:
         if access.token_file is not None and not access.plain_token and not is_loopback(host):

@@ -170,6 +170,18 @@ def test_a_text_that_is_none_in_this_encoding_is_one_line() -> None:
         assert what + b" is not in this terminal's encoding (utf-8)" in done.stderr
 
 
+def test_foreign_packages_of_our_names_on_the_path_do_no_harm(tmp_path: Path) -> None:
+    (tmp_path / "parallel.py").write_text("raise SystemExit('a foreign parallel')")
+    (tmp_path / "cluster").mkdir()  # a folder without __init__.py is a package, too
+    path = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    code = f"import sys; sys.path.append({str(ROOT)!r}); from launch.main import main; main(['convert', 'no', 'out'])"
+    for folder in (tmp_path, ROOT):
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=folder, env=path, capture_output=True, text=True, check=False
+        )
+        assert "no has no config.json" in done.stderr, done.stderr
+
+
 def test_what_the_surroundings_refuse_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "taken").write_text("")
     assert main(["init", "tiny-gpt2", str(tmp_path / "taken" / "below")]) in (1, 2)

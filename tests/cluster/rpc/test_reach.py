@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import pytest
 
 from cluster.rpc.auth_config import Access, Security, TlsConfig
 from cluster.rpc.client import AsyncClient, ServiceError
-from cluster.rpc.reach import PROXIES, advice, proxy_of
+from cluster.rpc.proxies import PROXIES, is_own, proxy_of
+from cluster.rpc.reach import advice
 from tests.cluster.frontend.harness import run
 from tests.cluster.rpc.certificates import Authority
 from tests.cluster.rpc.harness import service
@@ -40,12 +42,54 @@ def test_a_proxy_on_the_way_to_another_machine_is_named(monkeypatch: pytest.Monk
 
     async def main() -> None:
         async with AsyncClient(f"{ELSEWHERE}:50051") as client:
-            with pytest.raises(ServiceError, match=f"http_proxy={DEAD}: add {ELSEWHERE} to no_proxy"):
+            with pytest.raises(ServiceError, match=f"proxy of http_proxy={DEAD}: add {ELSEWHERE} to no_proxy"):
                 await client.server_info(timeout=60)
 
     run(main())
     monkeypatch.setenv("no_proxy", ELSEWHERE)
     assert proxy_of(ELSEWHERE) is None and advice(ELSEWHERE, encrypted=False) == ""
+
+
+@pytest.mark.parametrize(
+    ("host", "exceptions", "excepted"),
+    [
+        ("10.1.2.3", "10.0.0.0/8", True),
+        ("10.1.2.3", "a.example, 10.1.2.3", True),
+        ("11.1.2.3", "10.0.0.0/8", False),
+        ("fd00::7", "[fd00::7]", True),
+        ("fd00::7", "fd00::/16", True),
+        ("gpu.example.com", ".example.com", True),
+        ("gpu.example.com", "example.com", True),
+        ("gpu.example.com", "*.example.com", True),
+        ("GPU.example.com", "Example.Com", True),
+        ("badexample.com", "example.com", False),
+        ("gpu.example.com", "*", True),
+        ("gpu.example.com", "", False),
+    ],
+)
+@pytest.mark.parametrize("name", ["no_proxy", "NO_PROXY"])
+def test_exceptions_are_read_as_others_read_them(
+    name: str, host: str, exceptions: str, excepted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.rpc.proxies.is_own", lambda host: False)
+    monkeypatch.setenv("http_proxy", DEAD)
+    monkeypatch.setenv(name, exceptions)
+    assert (proxy_of(host) is None) is excepted
+
+
+def test_a_name_in_upper_case_is_no_proxy_of_grpcs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTPS_PROXY", DEAD)
+    assert proxy_of(ELSEWHERE) is None
+
+
+def test_every_address_of_this_machine_is_its_own() -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((ELSEWHERE, 9))  # sends nothing: asks which of our addresses would be used
+            ours = probe.getsockname()[0]
+        except OSError:
+            ours = "127.0.0.1"
+    assert is_own(ours) and is_own("localhost") and not is_own(ELSEWHERE) and not is_own("no-such-host.invalid")
 
 
 def test_tls_on_one_side_only_is_said_on_either_side(tmp_path: Path) -> None:
