@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from typing import Any, Self
 
 import grpc
@@ -16,6 +16,14 @@ from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cluster.rpc.auth_config import Access
+from cluster.rpc.client_messages import (
+    Fields,
+    Prompt,
+    generate_request,
+    prompt_message,
+    score_request,
+    train_sequences,
+)
 from cluster.rpc.proto import control_pb2 as control
 from cluster.rpc.proto import inference_pb2 as inference
 from cluster.rpc.proto import training_pb2 as training
@@ -34,48 +42,7 @@ OPTIONS = (
     ("grpc.initial_reconnect_backoff_ms", 200),  # grpc's own goes up to two minutes: a server that is back sooner
     ("grpc.max_reconnect_backoff_ms", 2000),  # would not be noticed
 )
-__all__ = ["AsyncClient", "Client", "ServiceError", "generate_request", "prompt_message", "score_request"]
-
-Prompt = str | Sequence[int] | inference.Prompt
-Fields = Mapping[str, Any]
-
-
-def prompt_message(prompt: Prompt) -> inference.Prompt:
-    """Of text, of token ids, or as it is: a prompt with a hole is Prompt(fim={"prefix": ..., "suffix": ...})."""
-    if isinstance(prompt, inference.Prompt):
-        return prompt
-    if isinstance(prompt, str):
-        return inference.Prompt(text=prompt)
-    return inference.Prompt(token_ids=inference.TokenIds(ids=prompt))
-
-
-def generate_request(
-    prompts: Sequence[Prompt],
-    *,
-    sampling: Fields | None = None,
-    stopping: Fields | None = None,
-    response: Fields | None = None,
-    request_id: str = "",
-    priority: int = 0,
-) -> inference.GenerateRequest:
-    """A GenerateRequest from plain values; field names are the protocol's."""
-    return inference.GenerateRequest(
-        request_id=request_id,
-        prompts=map(prompt_message, prompts),
-        sampling=inference.SamplingParams(**(sampling or {})),
-        stopping=inference.StoppingCriteria(**(stopping or {})),
-        response=inference.ResponseOptions(**(response or {})),
-        priority=priority,
-    )
-
-
-def score_request(sequences: Sequence[Prompt], **fields: Any) -> inference.ScoreRequest:
-    return inference.ScoreRequest(sequences=map(prompt_message, sequences), **fields)
-
-
-def train_sequences(sequences: Sequence[Sequence[int] | Fields]) -> list[training.TrainSequence]:
-    """From token ids alone, or from fields named as in the protocol."""
-    return [training.TrainSequence(**(s if isinstance(s, Mapping) else {"token_ids": s})) for s in sequences]
+__all__ = ["AsyncClient", "Client", "Prompt", "ServiceError", "generate_request", "prompt_message", "score_request"]
 
 
 class AsyncClient:
