@@ -99,9 +99,11 @@ class GroupLife:
             elif after is Stage.RUNNING:
                 self.fault = None
                 self._faulted.clear()
+            elif after is Stage.CLOSED:
+                self._faulted.set()  # nothing that is waited for will come
             return after is not before
 
     def wait_fault(self, timeout: float) -> str | None:
-        """What ended the group, if anything does within the time."""
+        """What ended the group, if anything does within the time and before it is closed."""
         self._faulted.wait(timeout)
         return self.fault

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 
 import pytest
 
@@ -62,3 +63,12 @@ def test_one_that_is_given_up_while_it_is_rebuilt_does_not_run() -> None:
     life.take(Event.FAULT, "given up")
     life.take(Event.READY)
     assert life.stage is Stage.FAILED
+
+
+def test_who_waits_for_a_fault_does_not_outlast_the_group() -> None:
+    life = at(Stage.RUNNING)
+    waiting = threading.Thread(target=life.wait_fault, args=(600.0,), daemon=True)
+    waiting.start()
+    life.take(Event.CLOSE)
+    waiting.join(60)
+    assert not waiting.is_alive()
