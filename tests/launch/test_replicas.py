@@ -59,7 +59,9 @@ def server(model: Path) -> Iterator[Server]:
     """The tests of this server run in their order."""
     settings = ["engine.kv_blocks=512", "ray.num_cpus=2", "placement.silence_s=60"]
     running = Server(["--model", str(model), "--preset", "small", "--dp", "2", *settings, "-v"], timeout_s=LIMIT_S)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup, but this one is told SIGHUP
     running.__enter__()
+    signal.signal(signal.SIGHUP, before)
     try:
         yield running
     finally:

@@ -32,11 +32,18 @@ asyncio.run(main())
 """
 
 
-def started(**how: object) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", SERVER]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True, **how)  # type: ignore[call-overload]
+def started(hangups: signal.Handlers = signal.SIG_DFL, terminal: int | None = None) -> subprocess.Popen[str]:
+    def prepare() -> None:
+        signal.signal(signal.SIGHUP, hangups)  # whatever these tests run under
+        if terminal is not None:
+            fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
+
+    process = subprocess.Popen(
+        [sys.executable, "-c", SERVER], stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=prepare, pass_fds=[] if terminal is None else [terminal],
+    )  # fmt: skip
     assert said(process) == "ready"
-    return process  # type: ignore[no-any-return]
+    return process
 
 
 def said(process: subprocess.Popen[str]) -> str:
@@ -70,8 +77,7 @@ def test_in_a_terminal_a_hangup_restarts_while_that_is_there_and_ends_the_server
     terminal: tuple[int, int],
 ) -> None:
     master, slave = terminal
-    take = lambda: fcntl.ioctl(slave, termios.TIOCSCTTY, 0)  # noqa: E731
-    with started(preexec_fn=take, pass_fds=[slave]) as process:
+    with started(terminal=slave) as process:
         process.send_signal(signal.SIGHUP)
         assert said(process) == "restarts"
         os.close(slave)
@@ -83,8 +89,7 @@ def test_in_a_terminal_a_hangup_restarts_while_that_is_there_and_ends_the_server
 
 
 def test_a_hangup_that_is_ignored_from_the_start_stays_so() -> None:
-    ignore = lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)  # noqa: E731  # as nohup does
-    with started(preexec_fn=ignore) as process:
+    with started(hangups=signal.SIG_IGN) as process:  # as nohup does
         process.send_signal(signal.SIGHUP)
         process.terminate()
         assert said(process) == "stops", "and nothing was restarted"
