@@ -10,9 +10,11 @@ from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from cluster.engine.alternatives import Alternatives, Pair
 from cluster.engine.containment import each_alone
 from cluster.engine.request import TokenLogprobs
 from parallel.top import row_top
@@ -50,17 +52,20 @@ def _token_logprobs(head: Normaliser, logits_RV: Tensor, asked: Many[Asked]) -> 
     if not most:
         return [checked(question.token, value, ()) for question, value in zip(asked, chosen, strict=True)]
     logits, ids = row_top(scaled, most)
-    values = logits - normaliser[:, None]
-    equal = (values[:, 1:] == values[:, :-1]).any(1).tolist()  # by rounding: then the lower id goes first
-    answers = []
-    for question, value, of_row, ids_of_row, ties in zip(
-        asked, chosen, values.tolist(), ids.tolist(), equal, strict=True
-    ):
-        ranked = list(zip(ids_of_row, of_row, strict=True))
-        if ties:
-            ranked.sort(key=lambda pair: (-pair[1], pair[0]))
-        answers.append(checked(question.token, value, tuple(ranked[: question.top])))
-    return answers
+    tops = _alternatives(ids, logits - normaliser[:, None], [question.top for question in asked])
+    return [checked(question.token, value, top) for question, value, top in zip(asked, chosen, tops, strict=True)]
+
+
+def _alternatives(ids_TK: Tensor, values_TK: Tensor, counts: Many[int]) -> list[Alternatives]:
+    """The first `counts` of each row."""
+    equal = (values_TK[:, 1:] == values_TK[:, :-1]).any(1).nonzero()[:, 0].tolist()
+    ids, values = ids_TK.to(torch.int32).cpu().numpy(), values_TK.float().cpu().numpy()
+    for row in equal:  # by rounding: then the lower id goes first
+        order = np.lexsort((ids[row], -values[row]))
+        ids[row], values[row] = ids[row][order], values[row][order]
+    return [
+        Alternatives(ids[row, :count].tobytes() + values[row, :count].tobytes()) for row, count in enumerate(counts)
+    ]
 
 
 def at_temperatures(logits_RV: Tensor, temperatures: Many[float] | None) -> Tensor:
@@ -70,7 +75,7 @@ def at_temperatures(logits_RV: Tensor, temperatures: Many[float] | None) -> Tens
     return logits_RV / torch.tensor(temperatures, dtype=torch.float32, device=logits_RV.device)[:, None]
 
 
-def checked(token: int, value: float, top: tuple[tuple[int, float], ...]) -> TokenLogprobs | str:
+def checked(token: int, value: float, top: Many[Pair]) -> TokenLogprobs | str:
     """NaN means that the row had no finite log-sum-exp."""
     if value != value:
         return (

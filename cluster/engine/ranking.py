@@ -16,13 +16,11 @@ import torch
 from torch import Tensor
 
 from cluster.engine.adjustments import NEVER, Adjustments
+from cluster.engine.alternatives import Alternatives, Pair
 from cluster.engine.beams import Candidate, Row
 from cluster.engine.request import TokenLogprobs
 from cluster.engine.sequence import Sequence
 from parallel.top import row_top
-
-Pair = tuple[int, float]
-
 
 MOST_RANKED_STOPS = 128
 """With more stop tokens than that a row is gathered: what a step costs must not grow with them."""
@@ -93,7 +91,7 @@ class WholeRow:
 def _candidates(seq: Sequence, kept: Iterable[tuple[int, float, float]], top: list[Pair]) -> Iterator[Candidate]:
     """From (token, value, the model's log-probability); what cannot happen is left out."""
     wanted = seq.top_logprobs
-    shown = tuple(top[: wanted or 0])
+    shown = Alternatives.of(top[:wanted]) if wanted else ()
     for token, value, log_prob in kept:
         if value != float("-inf"):
             yield Candidate(token, value, None if wanted is None else TokenLogprobs(token, log_prob, shown))

@@ -7,7 +7,7 @@ model's limits is `cluster.engine.validation.validate`; the defaults are a Huggi
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -154,7 +154,7 @@ class TokenLogprobs:
 
     token_id: int
     logprob: float
-    top: tuple[tuple[int, float], ...] = ()
+    top: Sequence[tuple[int, float]] = ()
 
 
 @dataclass(frozen=True)

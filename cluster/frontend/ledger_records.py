@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields
 from hashlib import sha256
 from typing import Any
 
+from cluster.engine.alternatives import Alternatives
 from cluster.engine.request import (
     BeamParams,
     FinishReason,
@@ -34,7 +35,7 @@ from parallel.errors import CapacityError, RequestError
 KNOWN = {
     (kind.__module__, kind.__qualname__): kind
     for kind in (
-        BeamParams, FinishReason, Pooling, Request, ResponseOptions, SamplingParams, Share,
+        Alternatives, BeamParams, FinishReason, Pooling, Request, ResponseOptions, SamplingParams, Share,
         StoppingCriteria, Timings,
         TokenLogprobs, CapacityError, DoesNotFit, InvalidRequest, NoTokenizer, Quarantined, RequestError, Violation,
     )

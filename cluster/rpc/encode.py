@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+
+from google.protobuf.message import Message
 
 from cluster.engine.request import FinishReason, SamplingParams, StoppingCriteria, Timings, TokenLogprobs
 from cluster.frontend.calls import Call
 from cluster.frontend.streams import Chunk, PromptInfo, Result
 from cluster.frontend.text import TextCodec
 from cluster.rpc.errors import status_of
+from cluster.rpc.pieces import nested
 from cluster.rpc.proto import inference_pb2 as pb
 from parallel.errors import RequestError
 
@@ -31,6 +34,9 @@ EARLY_STOPPING: dict[bool | str, pb.EarlyStopping] = {
 
 PIECE = 2048
 """Messages of alternatives that are made in one go: a few milliseconds."""
+SMALL = 16
+"""What a small message counts beside them."""
+Make = Callable[[TokenLogprobs], Message]
 
 
 class Encoder:
@@ -42,7 +48,8 @@ class Encoder:
         self._codec = codec
         self._made = 0
 
-    def chunk(self, chunk: Chunk) -> pb.GenerateChunk:
+    async def chunk(self, chunk: Chunk) -> pb.GenerateChunk:
+        """Of a stream; one with very many alternatives in pieces, as a whole answer is."""
         message = pb.GenerateChunk(
             prompt_index=chunk.prompt_index,
             sample_index=chunk.sample_index,
@@ -54,10 +61,14 @@ class Encoder:
             stop_token_id=chunk.stop_token_id,
         )
         self._add_tokens(message, chunk)
+        for entry in chunk.logprobs if self._response.logprobs else ():
+            message.top_logprobs.append(_top(entry))
+            await self._breathe(len(entry.top))
+        for entry in chunk.prompt_logprobs or ():
+            message.prompt_logprobs.append(_token_logprob(entry))
+            await self._breathe(len(entry.top))
         if chunk.score is not None:
             message.score = chunk.score
-        if chunk.prompt_logprobs is not None:
-            message.prompt_logprobs.extend(map(_token_logprob, chunk.prompt_logprobs))
         if chunk.prompt is not None:
             message.prompt.CopyFrom(self._prompt(chunk.prompt))
         if chunk.error is not None:
@@ -65,19 +76,19 @@ class Encoder:
             message.finish_reason = pb.FINISH_REASON_ERROR
         return message
 
-    async def response(self, results: Sequence[Result]) -> pb.GenerateResponse:
+    async def response(self, results: Sequence[Result]) -> bytes:
         """In pieces, between which the event loop does what others wait for."""
-        message = pb.GenerateResponse(request_id=self._request_id)
+        parts = [pb.GenerateResponse(request_id=self._request_id).SerializeToString()]
         for result in results:
-            message.results.append(await self._result(result))
-        return message
+            parts.append(nested(pb.GenerateResponse.RESULTS_FIELD_NUMBER, await self._result(result)))
+        return b"".join(parts)
 
-    async def scores(self, results: Sequence[Result]) -> pb.ScoreResponse:
+    async def scores(self, results: Sequence[Result]) -> bytes:
         """In pieces as well."""
-        message = pb.ScoreResponse(request_id=self._request_id)
+        parts = [pb.ScoreResponse(request_id=self._request_id).SerializeToString()]
         for result in results:
-            await self._score(result, message.results.add())
-        return message
+            parts.append(nested(pb.ScoreResponse.RESULTS_FIELD_NUMBER, await self._score(result)))
+        return b"".join(parts)
 
     async def _breathe(self, made: int) -> None:
         """Lets others have the loop once so many messages of alternatives were made."""
@@ -86,22 +97,22 @@ class Encoder:
             self._made = 0
             await asyncio.sleep(0)
 
-    async def _result(self, result: Result) -> pb.GenerateResult:
+    async def _result(self, result: Result) -> list[bytes]:
         message = pb.GenerateResult(prompt_index=result.prompt_index, status=status_of(result.error))
         if result.prompt is not None:
             info = self._prompt(result.prompt)
             message.prompt_tokens = info.prompt_tokens
             message.prompt_token_ids.extend(info.prompt_token_ids)
             message.used.CopyFrom(info.used)
+            await self._breathe(SMALL + len(info.prompt_token_ids) // 16)
+        parts = [message.SerializeToString()]
         for _, chunk in sorted(result.samples.items()):
             if chunk.token_ids or chunk.finish_reason is not None:
-                message.samples.append(await self._sample(chunk))
-        for entry in result.prompt_logprobs or ():
-            message.prompt_logprobs.append(_token_logprob(entry))
-            await self._breathe(len(entry.top))
-        return message
+                parts.append(nested(pb.GenerateResult.SAMPLES_FIELD_NUMBER, await self._sample(chunk)))
+        some = result.prompt_logprobs or ()
+        return [*parts, *await self._pieces(pb.GenerateResult, "prompt_logprobs", _token_logprob, some)]
 
-    async def _sample(self, chunk: Chunk) -> pb.Sample:
+    async def _sample(self, chunk: Chunk) -> list[bytes]:
         message = pb.Sample(
             index=chunk.sample_index,
             text=chunk.text,
@@ -112,19 +123,30 @@ class Encoder:
             stop_token_id=chunk.stop_token_id,
             score=chunk.score,
         )
-        self._add_tokens(message, chunk, alternatives=False)
-        for entry in chunk.logprobs if self._response.logprobs else ():
-            message.top_logprobs.append(_top(entry))
-            await self._breathe(len(entry.top))
-        await self._breathe(len(chunk.token_ids) // 16)
-        return message
+        self._add_tokens(message, chunk)
+        await self._breathe(SMALL + len(chunk.token_ids) // 16)
+        some = chunk.logprobs if self._response.logprobs else ()
+        return [message.SerializeToString(), *await self._pieces(pb.Sample, "top_logprobs", _top, some)]
 
-    def _add_tokens(self, message: pb.GenerateChunk | pb.Sample, chunk: Chunk, alternatives: bool = True) -> None:
-        """What was asked for beside the tokens themselves."""
+    async def _pieces(
+        self,
+        kind: type[Message],
+        field: str,
+        make: Callable[[TokenLogprobs], Message],
+        entries: Sequence[TokenLogprobs],
+    ) -> list[bytes]:
+        """A list of alternatives, as parts of the message that it is in."""
+        step = max(1, PIECE // (1 + max((len(entry.top) for entry in entries), default=0)))
+        found = []
+        for first in range(0, len(entries), step):
+            found.append(kind(**{field: map(make, entries[first : first + step])}).SerializeToString())
+            await self._breathe(PIECE)
+        return found
+
+    def _add_tokens(self, message: pb.GenerateChunk | pb.Sample, chunk: Chunk) -> None:
+        """What was asked for beside the tokens themselves, but for alternatives."""
         if self._response.logprobs is not None:
             message.logprobs.extend(entry.logprob for entry in chunk.logprobs)
-        if self._response.logprobs and alternatives:
-            message.top_logprobs.extend(map(_top, chunk.logprobs))
         if self._response.token_bytes and self._codec is not None:
             message.token_bytes.extend(map(self._codec.tokenizer.token_bytes, chunk.token_ids))
         if self._response.timings and chunk.timings is not None:
@@ -137,32 +159,32 @@ class Encoder:
             request_id=self._request_id, prompt_tokens=info.num_tokens, prompt_token_ids=ids, used=used
         )
 
-    async def _score(self, result: Result, message: pb.ScoreResult) -> None:
-        message.sequence_index = result.prompt_index
-        message.status.CopyFrom(status_of(result.error))
-        if result.prompt is not None:
-            message.token_ids.extend(result.prompt.token_ids)
-        for entry in result.prompt_logprobs or ():
-            message.logprobs.append(entry.logprob)
-            if self._response.prompt_logprobs:
-                message.top_logprobs.append(_top(entry))
-            await self._breathe(len(entry.top))
-        message.weight_version = max((chunk.weight_version for chunk in result.samples.values()), default=0)
+    async def _score(self, result: Result) -> list[bytes]:
+        entries = result.prompt_logprobs or ()
+        message = pb.ScoreResult(
+            sequence_index=result.prompt_index,
+            status=status_of(result.error),
+            token_ids=result.prompt.token_ids if result.prompt is not None else (),
+            logprobs=[entry.logprob for entry in entries],
+            weight_version=max((chunk.weight_version for chunk in result.samples.values()), default=0),
+        )
+        await self._breathe(SMALL + len(entries) // 16)
+        some = entries if self._response.prompt_logprobs else ()
+        parts = [message.SerializeToString(), *await self._pieces(pb.ScoreResult, "top_logprobs", _top, some)]
         result.prompt_logprobs = None  # an answer may be large: never whole in two forms
+        return parts
 
 
-def token_lists(sequences: Sequence[Sequence[int]]) -> pb.TokenizeResponse:
-    return pb.TokenizeResponse(results=[pb.TokenIds(ids=ids) for ids in sequences])
+def token_lists(sequences: Sequence[Sequence[int]]) -> Iterator[pb.TokenizeResponse]:
+    """A part for each."""
+    return (pb.TokenizeResponse(results=[pb.TokenIds(ids=ids)]) for ids in sequences)
 
 
-def texts(items: Sequence[str | RequestError]) -> pb.DetokenizeResponse:
-    results = (
-        pb.DetokenizeResult(status=status_of(None), text=item)
-        if isinstance(item, str)
-        else pb.DetokenizeResult(status=status_of(item))
-        for item in items
-    )
-    return pb.DetokenizeResponse(results=results)
+def texts(items: Sequence[str | RequestError]) -> Iterator[pb.DetokenizeResponse]:
+    """A part for each."""
+    for item in items:
+        text, error = (item, None) if isinstance(item, str) else ("", item)
+        yield pb.DetokenizeResponse(results=[pb.DetokenizeResult(status=status_of(error), text=text)])
 
 
 def _sampling(given: SamplingParams) -> pb.SamplingParams:

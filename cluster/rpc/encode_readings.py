@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from cluster.engine.request import FinishReason, ModelLimits
 from cluster.frontend.calls import Call
@@ -18,19 +18,22 @@ from tp_decoders.task_config import CHOICES, SPANS, TOKENS, TaskConfig
 
 def classes(
     call: Call, results: Sequence[Result], request_id: str, limits: ModelLimits, codec: TextCodec | None
-) -> pb.ClassifyResponse:
-    """A head's answers."""
+) -> Iterator[pb.ClassifyResponse]:
+    """A head's answers, as parts of one."""
     task, reading = limits.task, call.reading
     assert task is not None and reading is not None, "checked at admission"
-    message = pb.ClassifyResponse(request_id=request_id, task=task.name, labels=task.labels)
-    message.results.extend(_class(result, task, reading, codec) for result in results)
+    yield pb.ClassifyResponse(request_id=request_id, task=task.name, labels=task.labels)
+    for result in results:
+        yield pb.ClassifyResponse(results=[_class(result, task, reading, codec)])
     if task.name == CHOICES:
-        message.choices.extend(_choices(results, reading.num_choices or len(results)))
-    return message
+        yield pb.ClassifyResponse(choices=_choices(results, reading.num_choices or len(results)))
 
 
-def embeddings(results: Sequence[Result], request_id: str) -> pb.EmbedResponse:
-    return pb.EmbedResponse(results=map(_embedding, results), request_id=request_id)
+def embeddings(results: Sequence[Result], request_id: str) -> Iterator[pb.EmbedResponse]:
+    """Parts of one answer."""
+    yield pb.EmbedResponse(request_id=request_id)
+    for result in results:
+        yield pb.EmbedResponse(results=[_embedding(result)])
 
 
 def _embedding(result: Result) -> pb.EmbedResult:

@@ -187,11 +187,11 @@ def _handler(request_streaming: bool, like: Any, function: Any, deserializer: An
 
 
 def serialized(inner: Call) -> Call:
-    """The answer as bytes."""
+    """The answer as bytes, which large ones are already."""
 
     async def call(request: Any, context: grpc.aio.ServicerContext) -> bytes:
-        answer: Message = await inner(request, context)
-        return answer.SerializeToString()
+        answer: Message | bytes = await inner(request, context)
+        return answer if isinstance(answer, bytes) else answer.SerializeToString()
 
     return call
 
