@@ -8,24 +8,15 @@ from __future__ import annotations
 import argparse
 import asyncio
 
-from launch import access
-from launch.generate import check_address
-from parallel.errors import ConfigError
+from launch import access, grace
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--address", default="127.0.0.1:50051", help="the server (default 127.0.0.1:50051)")
-    parser.add_argument(
-        "--grace", type=float, default=30.0, metavar="SECONDS",
-        help="how long what is open on a replica may take to end before others take it over (default 30)",
-    )  # fmt: skip
-    access.add_arguments(parser)
+    grace.add_arguments(parser, "how long what is open on a replica may take to end before others take it over")
 
 
 def run(args: argparse.Namespace) -> int:
-    check_address(args.address)
-    if not 0 <= args.grace < float("inf"):
-        raise ConfigError(f"--grace {args.grace:g}: give seconds from 0 on")
+    grace.check(args)
     asyncio.run(restart(args))
     return 0
 
