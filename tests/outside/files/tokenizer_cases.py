@@ -11,6 +11,7 @@ import json
 import random
 import shutil
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +68,7 @@ def write_folder(folder: Path, kind: str, choice: dict[str, Any], merges: int | 
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     source, model_type = KINDS[kind]
-    pipeline = json.loads((DATA / source / "tokenizer.json").read_text(encoding="utf-8"))
-    if merges is not None:
-        _cut(pipeline, merges)
+    pipeline = json.loads(_pipeline(source, merges))
     if kind == "bigcode":
         pipeline["pre_tokenizer"] = {
             "type": "Sequence",
@@ -92,6 +91,17 @@ def write_folder(folder: Path, kind: str, choice: dict[str, Any], merges: int | 
     _write(folder, "tokenizer_config.json", config)
     if special_map:
         _write(folder, "special_tokens_map.json", special_map)
+
+
+@cache
+def _pipeline(source: str, merges: int | None) -> str:
+    """A vocabulary's tokenizer.json; cutting a whole one costs more than all that is done with the rest."""
+    text = (DATA / source / "tokenizer.json").read_text(encoding="utf-8")
+    if merges is None:
+        return text
+    pipeline = json.loads(text)
+    _cut(pipeline, merges)
+    return json.dumps(pipeline)
 
 
 def _write(folder: Path, name: str, value: Any) -> None:
