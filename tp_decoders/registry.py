@@ -14,7 +14,7 @@ from tp_decoders.config import DecoderConfig, check_sizes
 from tp_decoders.decoder import Family
 from tp_decoders.families import gpt2, gpt_bigcode, gpt_neox, gpt_neox_japanese, mpt
 from tp_decoders.families.mpt_config import AUTO, REFERENCE, check_reference
-from tp_decoders.fields import Fields, shown
+from tp_decoders.fields import Fields, model_type_of, shown
 from tp_decoders.json_files import read_json_object
 
 log = logging.getLogger(__name__)
@@ -42,7 +42,9 @@ def config_from_hf(
     """Reads the contents of a config.json. `unread`: what becomes of keys that no family's model depends on;
     `mpt_reference` decides whose meaning an MPT's options have (families.mpt_config), whatever the file says.
     """
-    family = family_of(hf.get("model_type"))
+    family = family_of(model_type_of(hf))
+    if hf.get("model_type") is None:
+        hf = {**hf, "model_type": family.model_type}
     if check_reference(mpt_reference) != AUTO and family is mpt.FAMILY:
         hf = {**hf, REFERENCE: mpt_reference}
     fields = Fields(hf, f"config.json ({family.model_type})")

@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 from tokenizers import AddedToken
 
 from parallel.errors import CheckpointError
+from tp_decoders.fields import model_type_of
 from tp_decoders.git_lfs import refuse_pointer
 
 GPT2, NEOX, JAPANESE = "GPT2Tokenizer", "GPTNeoXTokenizer", "GPTNeoXJapaneseTokenizer"
@@ -97,7 +98,7 @@ def tokenizer_class(folder: Path) -> str:
     model = read_json(folder / "config.json")
     named = read_json(folder / "tokenizer_config.json").get("tokenizer_class") or model.get("tokenizer_class")
     if named is None:
-        return KIND_OF_MODEL.get(str(model.get("model_type")), "")
+        return KIND_OF_MODEL.get(str(model_type_of(model)), "")
     if not isinstance(named, str):
         raise CheckpointError(f"{folder}: tokenizer_class = {named!r} should be the name of a class")
     return named.removesuffix("Fast")

@@ -184,6 +184,28 @@ def test_our_own_presets_are_read_strictly(family: str, option: dict[str, object
     assert ", ".join(named) in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        ("GPT2LMHeadModel", "gpt2"),
+        ("GPT2DoubleHeadsModel", "gpt2"),
+        ("GPTNeoXForCausalLM", "gpt_neox"),
+        ("GPTNeoXModel", "gpt_neox"),
+        ("GPTNeoXJapaneseForCausalLM", "gpt_neox_japanese"),
+        ("MPTForCausalLM", "mpt"),
+        ("MptForTokenClassification", "mpt"),
+        ("GPTBigCodeForCausalLM", "gpt_bigcode"),
+    ],
+)
+def test_without_a_model_type_the_class_tells_the_family(name: str, family: str) -> None:
+    given = {key: value for key, value in BASES[family].items() if key != "model_type"}
+    config = config_from_hf({**given, "architectures": [name]})
+    assert config.model_type == config.hf["model_type"] == family
+    for other in ("GPTNeoForCausalLM", "GPT2LMHeadCustomModel", 7, None):
+        with pytest.raises(ConfigError, match="model_type None is not one of"):
+            config_from_hf({**given, "architectures": [other]})
+
+
 def test_unknown_model_type_lists_the_families(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(
