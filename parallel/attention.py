@@ -132,10 +132,11 @@ class Cached:
         return self.backend.cached(spec, q_TNH, k_TKH, v_TKH, self._cache, self._meta)
 
 
-def _check_dimensions(*operands: Tensor) -> None:
-    for x in operands:
-        if x.dim() != 3:
-            raise ConfigError(f"attention over a tensor {list(x.shape)}; q, k and v are [tokens, heads, head_dim]")
+def _check_dimensions(q: Tensor, k: Tensor, v: Tensor) -> None:
+    if not q.dim() == k.dim() == v.dim() == 3:
+        raise ConfigError(
+            f"attention over q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}; each is [tokens, heads, head_dim]"
+        )
 
 
 def _check_heads(spec: AttentionSpec, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, num_tokens: int) -> None:

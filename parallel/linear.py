@@ -10,7 +10,7 @@ T tokens, K inputs, N outputs. A row-parallel bias is one replicated parameter, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -65,8 +65,12 @@ class ColumnLinear(nn.Module):
         With `tokens`, x holds this rank's tokens only and the result all of them (sequence parallelism).
         """
         branch = active(self.adapter)
-        trained = self.weight.requires_grad or _trains(self.bias) or (branch is not None and branch.trains)
-        if torch.is_grad_enabled() and (x_TK.requires_grad or trained):
+        if torch.is_grad_enabled() and (
+            x_TK.requires_grad
+            or self.weight.requires_grad
+            or _trains(self.bias)
+            or (branch is not None and branch.trains)
+        ):
             factors = (branch.a, branch.b) if branch else (None, None)
             y_TN = _Column.apply(x_TK, self.weight, self.bias, *factors, self, dtype, tokens)
             return activate(y_TN, activation) if activation else y_TN
@@ -82,8 +86,10 @@ class ColumnLinear(nn.Module):
         dtype: torch.dtype | None = None,
         low_TR: Tensor | None = None,
     ) -> Tensor:
-        self._operand = Operand.of(self._operand, self.weight, (0, self.d_in))
-        terms = [Term(x_TK, self._operand)]
+        weight, operand = self.weight, self._operand
+        if operand is None or operand.parameter is not weight:
+            operand = self._operand = Operand(weight, (0, self.d_in))
+        terms = [Term(x_TK, operand)]
         if low_TR is not None and self.adapter is not None:
             terms.append(self.adapter.term(low_TR))
         return product(terms, self.bias, activation, dtype)
@@ -156,7 +162,7 @@ class RowLinear(nn.Module):
         super().__init__()
         self.group, self.shards, self.d_out = group, shards, d_out
         self.weight = sharded((d_out, shards.size), Split(1, shards), group.rank, dtype, device)
-        self.bias = sharded((d_out,), Replicated(), group.rank, dtype, device) if bias else None
+        self.bias = sharded((d_out,), Replicated(), group.rank, dtype, device, counted=True) if bias else None
         self.borders = shards.local_borders(group.rank)
         self.joint_bias: tuple[list[Tensor], list[Stamp], Tensor] | None = None  # see _joint_bias
         self.adapter: RowAdapter | None = None
@@ -171,20 +177,22 @@ class RowLinear(nn.Module):
         return reduce_sum(self.partial(x_TK), tokens=tokens)
 
     def term(self, x_TK: Tensor) -> Term:
-        self._operand = Operand.of(self._operand, self.weight, self.borders)
-        return Term(x_TK, self._operand)
+        weight, operand = self.weight, self._operand
+        if operand is None or operand.parameter is not weight:
+            operand = self._operand = Operand(weight, self.borders)
+        return Term(x_TK, operand)
 
     def back_term(self, grad_TN: Tensor) -> Term:
         """dX = dY W, as an addend."""
-        self._backward = Operand.of(self._backward, self.weight, (0, self.d_out), transposed=True)
+        if self._backward is None or self._backward.parameter is not self.weight:
+            self._backward = Operand(self.weight, (0, self.d_out), transposed=True)
         return Term(grad_TN, self._backward)
 
     def input_grad(self, grad_TN: Tensor) -> Tensor:
         return product([self.back_term(grad_TN)])
 
 
-@dataclass(frozen=True, slots=True)
-class Partial:
+class Partial(NamedTuple):
     """A row-parallel layer and its local input: an addend of `reduce_sum`."""
 
     x: Tensor
@@ -203,9 +211,11 @@ def reduce_sum(*partials: Partial, tokens: VirtualShards | None = None) -> Tenso
             "give them shards with the same num_leaves"
         )
     branches = [active(layer.adapter) for layer in layers]
-    trained = any(layer.weight.requires_grad or _trains(layer.bias) for layer in layers)
-    trained = trained or any(branch is not None and branch.trains for branch in branches)
-    if torch.is_grad_enabled() and (trained or any(p.x.requires_grad for p in partials)):
+    if torch.is_grad_enabled() and (
+        any(p.x.requires_grad for p in partials)
+        or any(layer.weight.requires_grad or _trains(layer.bias) for layer in layers)
+        or any(branch is not None and branch.trains for branch in branches)
+    ):
         flat: list[Tensor | None] = []
         for p, branch in zip(partials, branches, strict=True):
             flat += [p.x, p.layer.weight, p.layer.bias, *((branch.a, branch.b) if branch else (None, None))]

@@ -55,6 +55,18 @@ class Adapter(nn.Module):
         self.scale, self.first_column, self.site = scale, first_column, site
         self.merged = False
         self._base: Tensor | None = None
+        self._operands: dict[str, Operand] = {}
+
+    def _operand(self, use: str, parameter: Tensor, borders: tuple[int, ...], transposed: bool = False) -> Operand:
+        """A or B as the right-hand side of products, made for the parameter that is there now."""
+        known = self._operands.get(use)
+        if known is None or known.parameter is not parameter:
+            known = self._operands[use] = Operand(parameter, borders, transposed=transposed)
+        return known
+
+    def _back_term(self, low_grad_TR: Tensor) -> Term:
+        """du A, as an addend."""
+        return Term(low_grad_TR, self._operand("down back", self.a, (0, self.a.shape[0]), transposed=True))
 
     @property
     def trains(self) -> bool:
@@ -115,20 +127,16 @@ class ColumnAdapter(Adapter):
         self.parts, self.group = parts, group
         self.a = sharded((rank, d_in), Replicated(), group.rank, weight.dtype, weight.device)
         self.b = sharded((d_out, rank), rule_of(weight), group.rank, weight.dtype, weight.device)
-        self._down: Operand | None = None
-        self._up: Operand | None = None
-        self._down_back: Operand | None = None
         self._up_back: DividedOutputs | None = None
 
     def low(self, x_TK: Tensor, dropping: Dropping | None) -> Tensor:
         """[T, R], scaled."""
-        self._down = Operand.of(self._down, self.a, (0, self.a.shape[1]))
-        return product([Term(self.dropped(x_TK, dropping), self._down)]) * self.scale
+        down = self._operand("down", self.a, (0, self.a.shape[1]))
+        return product([Term(self.dropped(x_TK, dropping), down)]) * self.scale
 
     def term(self, low_TR: Tensor) -> Term:
         """This branch's addend of the layer's product."""
-        self._up = Operand.of(self._up, self.b, (0, self.b.shape[1]))
-        return Term(low_TR, self._up)
+        return Term(low_TR, self._operand("up", self.b, (0, self.b.shape[1])))
 
     def low_grad(self, grad_TN: Tensor) -> Tensor:
         """[T, R], the same on every rank. One reduction."""
@@ -137,8 +145,7 @@ class ColumnAdapter(Adapter):
         return self._up_back.input_grad(grad_TN) * self.scale
 
     def input_grad(self, low_grad_TR: Tensor, dropping: Dropping | None) -> Tensor:
-        self._down_back = Operand.of(self._down_back, self.a, (0, self.a.shape[0]), transposed=True)
-        return self.dropped(product([Term(low_grad_TR, self._down_back)]), dropping)
+        return self.dropped(product([self._back_term(low_grad_TR)]), dropping)
 
 
 class RowAdapter(Adapter):
@@ -159,15 +166,11 @@ class RowAdapter(Adapter):
         self.shards, self.group, self.borders, self.num_leaves = shards, group, borders, len(borders) - 1
         self.a = sharded((rank, d_in), Split(1, shards), group.rank, weight.dtype, weight.device)
         self.b = sharded((d_out, rank), Replicated(), group.rank, weight.dtype, weight.device)
-        self._down: Operand | None = None
-        self._down_back: Operand | None = None
         self._up: _RepeatedOperand | None = None
-        self._up_back: Operand | None = None
 
     def lows(self, x_TK: Tensor, dropping: Dropping | None) -> Tensor:
         """[L, T, R] float32, scaled."""
-        self._down = Operand.of(self._down, self.a, self.borders)
-        term = Term(self.dropped(x_TK, dropping), self._down)
+        term = Term(self.dropped(x_TK, dropping), self._operand("down", self.a, self.borders))
         return nodes([term], [(leaf, leaf + 1) for leaf in range(self.num_leaves)]) * self.scale
 
     def term(self, lows_LTR: Tensor, dtype: torch.dtype) -> Term:
@@ -185,13 +188,12 @@ class RowAdapter(Adapter):
 
     def low_grad(self, grad_TN: Tensor) -> Tensor:
         """[T, R], the same on every rank."""
-        self._up_back = Operand.of(self._up_back, self.b, (0, self.b.shape[0]), transposed=True)
-        return product([Term(grad_TN, self._up_back)]) * self.scale
+        up_back = self._operand("up back", self.b, (0, self.b.shape[0]), transposed=True)
+        return product([Term(grad_TN, up_back)]) * self.scale
 
     def input_grad(self, layer_term: Term, low_grad_TR: Tensor, dropping: Dropping | None) -> Tensor:
         """The layer's input gradient and this branch's: one product, unless masks come between."""
-        self._down_back = Operand.of(self._down_back, self.a, (0, self.a.shape[0]), transposed=True)
-        own = Term(low_grad_TR, self._down_back)
+        own = self._back_term(low_grad_TR)
         if dropping is None:
             return product([layer_term, own])
         return product([layer_term]) + self.dropped(product([own]), dropping)

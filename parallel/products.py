@@ -10,8 +10,8 @@ found by looking at a few elements per product).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,13 +58,6 @@ class Operand:
     def __getstate__(self) -> dict[str, object]:
         """Copies and pickled ones pack anew: what is packed is known by its address."""
         return {**self.__dict__, "_packed": None, "_stamp": None, "_leaves": {}, "_leaves_stamp": None}
-
-    @staticmethod
-    def of(known: Operand | None, parameter: Tensor, borders: tuple[int, ...], transposed: bool = False) -> Operand:
-        """The known one, or a new one where the parameter is not the object that it was made for."""
-        if known is not None and known.parameter is parameter:
-            return known
-        return Operand(parameter, borders, transposed=transposed)
 
     def matrix(self) -> Tensor:
         """[N, K]: outputs by reduction."""
@@ -119,8 +112,7 @@ def _matrix(parameter: Tensor, rows: Range | None, transposed: bool) -> Tensor:
     return part.t() if transposed else part
 
 
-@dataclass(frozen=True, slots=True)
-class Term:
+class Term(NamedTuple):
     """One addend of a product: x [T, K] against an operand [N, K]."""
 
     x: Tensor

@@ -205,10 +205,14 @@ def sharded(
     rank: int,
     dtype: torch.dtype | None,
     device: torch.device | str | None,
+    counted: bool | None = None,
 ) -> nn.Parameter:
-    """An uninitialised parameter of the rank's shape that remembers its rule and its full shape."""
+    """An uninitialised parameter of the rank's shape that remembers its rule and its full shape. `counted`: whether
+    something is derived from it that follows its writes (parallel.weight); of matrices, unless said.
+    """
+    made = Weight if counted or (counted is None and len(full_shape) == 2) else nn.Parameter  # whose reads are quicker
     with torch.inference_mode(False):  # writes to memory made in that mode are not counted
-        parameter = Weight(torch.empty(rule.local_shape(full_shape, rank), dtype=dtype, device=device))
+        parameter = made(torch.empty(rule.local_shape(full_shape, rank), dtype=dtype, device=device))
     parameter.shard_rule = rule  # type: ignore[attr-defined]
     parameter.full_shape = tuple(full_shape)  # type: ignore[attr-defined]
     return parameter

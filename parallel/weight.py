@@ -52,10 +52,11 @@ class Weight(nn.Parameter):
 def stamp(parameter: Tensor) -> Stamp:
     """What changes with every write that PyTorch can see."""
     writes = 0
-    if type(parameter) is Weight:
-        alias = parameter._alias
-        writes = parameter._replaced if alias is None else parameter._replaced + _version(alias)
     try:
+        if type(parameter) is Weight:
+            alias, writes = parameter._alias, parameter._replaced
+            if alias is not None:
+                writes += alias._version
         return parameter._version, writes, parameter.data_ptr()
     except RuntimeError:  # memory made in inference mode, where nothing is counted: it may have been written to
         return -next(_uncounted), writes, parameter.data_ptr()

@@ -49,7 +49,7 @@ def product(
     """
     plan = _plan(sources, None)
     first = sources[0]
-    m, n = _rows_of(first), first.weight.n
+    m, n = _rows(first.x), first.weight.n
     if out is None:
         out = torch.empty(m, n, dtype=out_dtype or first.weight.dtype)
     else:
@@ -68,7 +68,7 @@ def nodes(
     """The root of each complete subtree (lo, hi), float32 [len(node_ranges), M, N], no bias; into `out` where given
     (a contiguous float32 tensor, or an address that Comm.slot gave)."""
     plan = _plan(sources, tuple(node_ranges))
-    m, n = _rows_of(sources[0]), sources[0].weight.n
+    m, n = _rows(sources[0].x), sources[0].weight.n
     shape = (len(node_ranges), m, n)
     if out is None:
         out = torch.empty(shape, dtype=torch.float32)
@@ -102,21 +102,25 @@ def _run(
     bias: Tensor | None,
     activation: str | None,
 ) -> None:
-    n = sources[0].weight.n
-    if out_dtype not in NUMBERS:
+    first = sources[0].weight
+    n, known = first.n, first.number
+    out_number = known if out_dtype is first.dtype else NUMBERS.get(out_dtype, 0)
+    if not out_number:
         raise ConfigError(f"out_dtype is {out_dtype}; the native product writes float32 or bfloat16")
     grad = torch.is_grad_enabled()
-    address = bias_dtype = 0
+    address = bias_number = 0
     if bias is not None:
         if not bias.is_cpu or bias.layout is not _strided or bias.shape != (n,) or not bias.is_contiguous():
             bias = checked("product", "bias", bias, (n,), *DTYPES)
-        bias_dtype, address = NUMBERS.get(bias.dtype, 0), bias.data_ptr()
-        if not bias_dtype or (grad and bias.requires_grad):
+        bias_number = known if bias.dtype is first.dtype else NUMBERS.get(bias.dtype, 0)
+        if not bias_number or (grad and bias.requires_grad):
             number("product", "bias", bias)
-    fields = [m, out, NUMBERS[out_dtype], n, root_stride, address, bias_dtype, activation_id(activation)]
+        address = bias.data_ptr()
+    activated = 0 if activation is None else activation_id(activation)
+    fields = [m, out, out_number, n, root_stride, address, bias_number, activated]
     keep = []
     for x, weight, _ in sources:
-        if not x.is_cpu or x.layout is not _strided or (grad and x.requires_grad):
+        if x.dtype is not weight.dtype or not x.is_cpu or x.layout is not _strided or (grad and x.requires_grad):
             number("product", "x", x)
         if x.dtype is not weight.dtype or x.shape != (m, weight.k):
             raise ConfigError(
@@ -128,25 +132,27 @@ def _run(
             keep.append(x)
             rows, k = x.stride()
         fields += x.data_ptr(), rows, 1 if weight.k < 2 else k, weight.watch
-    call, run = _call_struct(len(sources)).pack(*fields), _function(m * n * sources[0].weight.k < _SMALL)
-    if status := run(call, plan):
-        succeeded("product", _again(status, sources, lambda: run(call, plan)))
+    small = m * n * first.k < _SMALL
+    call = _call_struct(len(sources)).pack(*fields)
+    if status := _function(small)(call, plan):
+        succeeded("product", _again(status, sources, call, plan, small))
 
 
-def _rows_of(source: Source) -> int:
-    if source.x.dim() != 2:
-        raise refused("product", "x", words(source.x), f"it must be [rows, {source.weight.k}]")
-    return source.x.shape[0]
+def _rows(x: Tensor) -> int:
+    shape = x.shape
+    if len(shape) != 2:
+        raise refused("product", "x", words(x), "it must be [rows, columns]")
+    return shape[0]
 
 
-def _again(status: int, sources: Sequence[Source], run: Callable[[], int]) -> int:
+def _again(status: int, sources: Sequence[Source], call: bytes, plan: bytes, small: bool) -> int:
     """The status after stale weights were packed again, if that is what was wrong."""
     for _ in range(MOST_LOOKS):
         if status != Status.STALE:
             break
         for _, weight, _ in sources:
             weight.catch_up()
-        status = run()
+        status = _function(small)(call, plan)
     return status
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from parallel.errors import ConfigError
 from parallel.native.library import entry
 from parallel.native.memory import Place, heap
-from parallel.native.operands import number, succeeded, words
+from parallel.native.operands import NUMBERS, number, succeeded, words
 
 PANEL = 64  # columns of W in a panel
 UNIT = 4  # bytes of K that go together: a float32 or a pair of bfloat16
@@ -28,6 +28,7 @@ class PackedMatrix:
         self, n: int, k: int, dtype: torch.dtype, borders: tuple[int, ...], place: Place | None = None
     ) -> None:
         self.n, self.k, self.dtype, self.borders = n, k, dtype, borders
+        self.number = NUMBERS[dtype]
         per_unit = UNIT // dtype.itemsize
         starts = [0]
         for begin, end in itertools.pairwise(borders):
