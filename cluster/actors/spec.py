@@ -64,7 +64,7 @@ class TrainingConfig:
 
     enabled: bool = False  # whether clients may train
     save_root: str | None = None  # where they may save, by name
-    micro_batch_tokens: int = 2048  # computed at once; a longer sequence is computed whole
+    micro_batch_tokens: int = 1024  # computed at once; a longer sequence is computed whole
     recompute: Recompute = "none"  # what a backward pass computes again
     save_timeout_s: float = 600.0  # of one save
     session_idle_s: float = 300.0  # after that long without a call, waiting gradients give way to another caller's

@@ -107,11 +107,11 @@ class Checkpointer:
         """On every rank at once, before weights or moments change: waits until those of a save under way are read."""
         if not self._unsettled:
             return
-        self._unsettled = False
         for job in self._unread:
             if not job.read.wait(self.timeout_s):
                 raise CheckpointError(f"{job.target} was not read within {self.timeout_s:g} s; no step can be taken")
         self._unread.clear()
+        self._unsettled = False
         for group in (self.groups.dp, self.groups.tp):
             if group.size > 1:
                 group.talk.barrier(self.timeout_s)  # ranks whose disks are slower are waited for

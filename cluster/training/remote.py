@@ -70,7 +70,7 @@ class TrainSide:
         self, runner: ModelRunner, groups: Groups, config: TrainerConfig | None = None, saves: SaveConfig = SaveConfig()
     ) -> None:
         self._runner, self._groups, self.saves = runner, groups, saves
-        self._config = config or TrainerConfig(micro_batch_tokens=2048)
+        self._config = config or TrainerConfig(micro_batch_tokens=1024)
         self._trainer: Trainer | None = None
         self._waiting = 0
         self._work: _Work | None = None
