@@ -88,3 +88,9 @@ def test_a_cluster_that_is_left_in_order_loses_nothing(head: Watched) -> None:
     head.process("raylet").kill()
     time.sleep(0.5)
     assert not head.lost
+
+
+def test_leaving_is_not_waited_for_when_it_takes_too_long(head: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.actors.head.LEAVE_S", 0.5)
+    assert not head.left(lambda: time.sleep(300))
+    assert head.lost == "Ray did not end within 0.5 s"
