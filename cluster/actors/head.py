@@ -26,8 +26,8 @@ from cluster.supervision import supervised
 log = logging.getLogger(__name__)
 LOOK_S = 0.2
 LEAVE_S = 5.0
-"""How long Ray may take to end its processes in order, with no rank left. A raylet that was signalled, too, waits for its
-agents, and Ray waits for it.
+"""How long Ray may take to end its processes in order, with no rank left. A raylet that was signalled, too, waits for
+its agents, and Ray for it.
 """
 VITAL = ("raylet", "gcs_server")
 Lost = Callable[[str], None]
