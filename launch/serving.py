@@ -40,7 +40,7 @@ from launch.metrics import ServeMetrics
 from launch.metrics_server import MetricsServer, check_host
 from launch.replicas import Replicas
 from launch.rolling import Upkeep
-from launch.signals import Signals
+from launch.signals import Signals, end_undisturbed
 from launch.specs import trained_dtype
 from launch.standing import State, kept_state
 from launch.tracing import check_traces, open_tracer
@@ -84,7 +84,10 @@ def serve(config: ServeConfig, model: Path, log_level: int, leaving: Leaving) ->
         try:
             with kept_state(config, model) as state, ray_session(config.ray.address, cores, head=head):
                 signal.signal(signal.SIGTERM, signal.default_int_handler)  # in place of Ray's own
-                return asyncio.run(_serve(config, model, log_level, state, head))
+                try:
+                    return asyncio.run(_serve(config, model, log_level, state, head))
+                finally:
+                    end_undisturbed()
         finally:
             leaving.behind = bool(head.lost)
     except SystemExit as ended:  # Ray's own handler of SIGTERM, while Ray starts

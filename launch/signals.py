@@ -58,6 +58,12 @@ class Signals:
             log.exception("SIGHUP: the restart failed")
 
 
+def end_undisturbed() -> None:
+    """What is left of the end takes seconds at most, and no further signal breaks it off half-way."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _has_terminal() -> bool:
     """Whether this process has a controlling terminal."""
     try:

@@ -25,7 +25,7 @@ from cluster.supervision import supervised
 
 log = logging.getLogger(__name__)
 LOOK_S = 0.2
-LEAVE_S = 5.0
+LEAVE_S = 4.0
 """How long Ray may take to end its processes in order, with no rank left. A raylet that was signalled, too, waits for
 its agents, and Ray for it.
 """

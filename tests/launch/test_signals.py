@@ -15,7 +15,7 @@ import pytest
 
 SERVER = """
 import asyncio, sys
-from launch.signals import Signals
+from launch.signals import Signals, end_undisturbed
 
 async def main():
     signals = Signals(asyncio.get_running_loop())
@@ -29,6 +29,9 @@ async def main():
     print("hurries", file=sys.stderr, flush=True)
 
 asyncio.run(main())
+end_undisturbed()
+print("ends", file=sys.stderr, flush=True)
+sys.stdin.read()
 """
 
 
@@ -39,7 +42,7 @@ def started(hangups: signal.Handlers = signal.SIG_DFL, terminal: int | None = No
             fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
 
     process = subprocess.Popen(
-        [sys.executable, "-c", SERVER], stderr=subprocess.PIPE, text=True, start_new_session=True,
+        [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
         preexec_fn=prepare, pass_fds=[] if terminal is None else [terminal],
     )  # fmt: skip
     assert said(process) == "ready"
@@ -70,7 +73,11 @@ def test_without_a_terminal_a_hangup_restarts_and_a_second_signal_hurries() -> N
         ):  # fmt: skip
             process.send_signal(number)
             assert said(process) == words
-        assert process.wait(60) == 0
+        assert said(process) == "ends"
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            process.send_signal(number)
+        process.communicate(timeout=60)
+        assert process.returncode == 0, "the end was broken off"
 
 
 def test_in_a_terminal_a_hangup_restarts_while_that_is_there_and_ends_the_server_when_it_is_closed(
