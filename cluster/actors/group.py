@@ -21,6 +21,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
 from cluster.actors.bundles import PULSE_S, Bundles, Tell
+from cluster.actors.end_ranks import end_ranks
 from cluster.actors.faults import Fault, NoAnswer, describe, root_cause
 from cluster.actors.group_life import Event, GroupLife, Stage
 from cluster.actors.place import Place, PlacementConfig, assign
@@ -35,8 +36,6 @@ GRACE_S = 1.0
 SETTLE_S = 15.0
 """How long a surviving rank may take to leave the collective that a lost one broke: its limit, and a little more."""
 ANSWER_S = 5.0
-HEARD_S = 3.0
-"""How long a rank may take to hear that it is to end: one that is frozen, or was signalled itself, does not hear it."""
 STAFF_TRIES = 4  # of one rebuild: Ray takes a while to know that a node is lost
 WATCH_S = 10.0
 """How long errors of Ray's own are borne while ranks are watched; then they cannot be watched, which is a fault."""
@@ -177,23 +176,11 @@ class WorkerGroup:
     def _end(self, ask: bool) -> None:
         self._closing.set()
         self._stages.take(Event.CLOSE)
-        if self._runs and ask:
-            self._ask_to_end()
-        for actor in self._actors:
-            ray.kill(actor)
-        if self._runs:
-            ray.wait(self._runs, num_returns=len(self._runs), timeout=self.config.stop_timeout_s, fetch_local=False)
+        end_ranks(self._actors, self._runs, self._life, self.config.stop_timeout_s, ask)
         self._bundles.release()
         if self._watcher is not None and self._watcher is not threading.current_thread():
             self._watcher.join(self.config.stop_timeout_s)
         self._actors, self._runs = [], []
-
-    def _ask_to_end(self) -> None:
-        """Ranks that hear it have `stop_timeout_s` to end by themselves."""
-        asked = {actor.stop.remote(self._life): run for actor, run in zip(self._actors, self._runs, strict=True)}
-        heard, _ = ray.wait(list(asked), num_returns=len(asked), timeout=HEARD_S)
-        if runs := [asked[answer] for answer in heard]:
-            ray.wait(runs, num_returns=len(runs), timeout=self.config.stop_timeout_s, fetch_local=False)
 
     def _check_open(self) -> None:
         if self._closing.is_set():

@@ -42,7 +42,8 @@ def started(hangups: signal.Handlers = signal.SIG_DFL, terminal: int | None = No
             fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
 
     process = subprocess.Popen(
-        [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
         preexec_fn=prepare, pass_fds=[] if terminal is None else [terminal],
     )  # fmt: skip
     assert said(process) == "ready"
