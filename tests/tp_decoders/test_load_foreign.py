@@ -110,6 +110,7 @@ def test_buffers_of_another_type_do_not_decide_the_weights(family: str, tmp_path
     tensors = {name: tensor.half() for name, tensor in write(tmp_path, family).items()}
     buffer = "h.0.attn.bias" if family == "gpt2" else "gpt_neox.layers.0.attention.rotary_emb.inv_freq"
     put(tmp_path, {"a.attn.masked_bias": torch.tensor(-1e9), buffer: torch.ones(999, 999), **tensors})
+    assert {parameter.dtype for parameter in load(tmp_path).parameters()} == {torch.float16}
     assert_same(full(load(tmp_path)), tensors)
 
 
