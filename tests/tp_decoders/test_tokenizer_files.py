@@ -76,6 +76,30 @@ def test_ids_equal_transformers_with_whole_vocabularies(kind: str, tmp_path: Pat
     assert_as_transformers(tmp_path / "model")
 
 
+@pytest.mark.parametrize("decoder", [False, True])
+@pytest.mark.parametrize("kind", ["gpt2", "neox", "gpt2-bpe"])
+def test_the_map_goes_before_the_settings_unless_these_list_the_added_tokens(
+    kind: str, decoder: bool, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {
+        "bos_token": "<s>", "eos_token": "</s>", "additional_special_tokens": ["<|im_start|>"], "add_bos_token": True,
+        "unk_token": END,
+    }  # fmt: skip
+    if decoder:
+        settings["added_tokens_decoder"] = {"700": {"content": "größe", **PLAIN}}
+    if kind != "neox":
+        del settings["add_bos_token"]
+    said = {
+        "bos_token": {**PLAIN, "content": "<|pad|>", "lstrip": True}, "eos_token": "<|im_end|>",
+        "additional_special_tokens": ["<fim_pad>", "<|im_start|>"],
+    }  # fmt: skip
+    made(tmp_path / "model", kind, settings)
+    (tmp_path / "model" / "special_tokens_map.json").write_text(json.dumps(said))
+    assert_as_transformers(tmp_path / "model")
+    tokenizer = opened(tmp_path / "model")
+    assert tokenizer.special_tokens[tokenizer.eos_token_ids[0]] == ("</s>" if decoder else "<|im_end|>")
+
+
 JAPANESE = "https://a.b/c さんに a@b.jp へ 03-1234-5678 を 2020年1月2日(月) 令和2年1月2日 1,000円(税込) ▀▀━━ 慶應"
 
 
