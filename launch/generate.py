@@ -107,6 +107,8 @@ def prompt_of(args: argparse.Namespace) -> str | list[int]:
         raise ConfigError("give the prompt either as text or with --token-ids")
     if args.text is None:
         return parse_ids(args.token_ids)
+    if args.text == "-" and sys.stdin is None:
+        raise ConfigError("the prompt is -, standard input, which is closed; give it as text, or as in < FILE")
     return checked_text("the prompt", args.text, sys.stdin.read if args.text == "-" else None)
 
 
@@ -117,7 +119,7 @@ def checked_text(what: str, text: str, read: Callable[[], str] | None = None) ->
         text.encode()
     except (UnicodeDecodeError, UnicodeEncodeError) as error:
         raise ConfigError(
-            f"{what} is not in this terminal's encoding ({sys.stdin.encoding}): {error.reason} at {error.start}; "
+            f"{what} is not in this terminal's encoding ({getattr(sys.stdin, 'encoding', 'none')}): {error.reason} at {error.start}; "
             "convert it, or set LC_ALL to the locale it is in"
         ) from error
     return text

@@ -7,6 +7,7 @@ quick. Every expected error becomes one line: exit status 2 for bad input, 1 for
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -103,6 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = next((word for word in given if not word.startswith("-")), None)
     try:
         args = _arguments(parser_of(chosen), given)
+        _check_here()
         return int(import_module(COMMANDS[args.command].module).run(args))
     except TpError as error:
         print(f"tp-decoders {chosen}: {error}", file=sys.stderr)
@@ -117,6 +119,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _check_here() -> None:
+    """In a folder that was removed no library of ours can be loaded, and no path looked up."""
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        raise ConfigError("the current folder does not exist any more; change to one that does") from error
 
 
 def _arguments(parser: argparse.ArgumentParser, given: Sequence[str]) -> argparse.Namespace:

@@ -8,9 +8,10 @@ one that is started here come from launch.own_ray.
 from __future__ import annotations
 
 import logging
+import os
 import socket
 from collections.abc import Iterator
-from contextlib import chdir, contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def _init(address: str, options: dict[str, Any]) -> None:
     """
     for left in reversed(range(STARTS)):
         try:
-            with chdir(PACKAGES):
+            with _called_from(PACKAGES):
                 ray.init(address=address, **options)
             if options["log_to_driver"]:
                 show_rank_output()
@@ -84,6 +85,20 @@ def _init(address: str, options: dict[str, Any]) -> None:
             if not left:
                 raise RuntimeError(str(error)) from error
             log.warning("Ray did not start within its own limit; once more")
+
+
+@contextmanager
+def _called_from(folder: Path) -> Iterator[None]:
+    """In another folder for a while. Where the way back is closed to this user (`sudo -u` in a folder of root's), as
+    after it: what was given as a relative path is a full one by now.
+    """
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        with suppress(PermissionError):
+            os.chdir(before)
 
 
 def read_environment_again() -> None:

@@ -12,6 +12,7 @@ import pytest
 from launch.main import COMMANDS, main
 
 ROOT = Path(__file__).resolve().parents[2]
+CALL = f'import sys; sys.path.append("{ROOT}"); from launch.main import main; sys.exit(main(["init", "x", "y"]))'
 NANO = str(ROOT / "tests/data/gpt-nano-sort")
 
 
@@ -168,6 +169,16 @@ def test_a_text_that_is_none_in_this_encoding_is_one_line() -> None:
         )  # fmt: skip
         assert done.returncode == 2 and done.stderr.count(b"\n") == 1
         assert what + b" is not in this terminal's encoding (utf-8)" in done.stderr
+
+
+def test_a_closed_standard_input_and_a_folder_that_is_gone_are_one_line(tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    for script, words in (
+        (f"exec {sys.executable} -m launch generate - <&-", b"standard input, which is closed"),
+        (f"mkdir {gone}; cd {gone}; rmdir {gone}; exec {sys.executable} -c '{CALL}'", b"does not exist any more"),
+    ):
+        done = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, check=False)
+        assert done.returncode == 2 and words in done.stderr and done.stderr.count(b"\n") == 1, done.stderr
 
 
 def test_foreign_packages_of_our_names_on_the_path_do_no_harm(tmp_path: Path) -> None:
