@@ -119,8 +119,8 @@ def checked_text(what: str, text: str, read: Callable[[], str] | None = None) ->
         text.encode()
     except (UnicodeDecodeError, UnicodeEncodeError) as error:
         raise ConfigError(
-            f"{what} is not in this terminal's encoding ({getattr(sys.stdin, 'encoding', 'none')}): {error.reason} at {error.start}; "
-            "convert it, or set LC_ALL to the locale it is in"
+            f"{what} is not in this terminal's encoding ({getattr(sys.stdin, 'encoding', 'none')}): {error.reason} at "
+            f"{error.start}; convert it, or set LC_ALL to the locale it is in"
         ) from error
     return text
 
