@@ -10,7 +10,7 @@ import argparse
 import asyncio
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from launch import access
 from parallel.errors import ConfigError, RequestError
 
 if TYPE_CHECKING:
-    from cluster.rpc.client import AsyncClient, Prompt, ServiceError
+    from cluster.rpc.client import Prompt, ServiceError
     from cluster.rpc.proto.inference_pb2 import GenerateChunk
 
 SAMPLING = {
@@ -157,7 +157,7 @@ def beam_fields(args: argparse.Namespace) -> dict[str, Any] | None:
 
 @dataclass
 class _Printer:
-    """Writes one sample as it comes, or several one after the other. as_ids None: ids where the server has no text."""
+    """Writes one sample as it comes, or several one after the other: text, or ids where the server has none."""
 
     as_ids: bool
     streaming: bool
@@ -166,6 +166,8 @@ class _Printer:
     parts: dict[int, list[str]] = field(default_factory=dict)
 
     def take(self, chunk: GenerateChunk) -> None:
+        if chunk.HasField("prompt"):
+            self.as_ids = self.as_ids or not chunk.prompt.has_text
         self.tokens += len(chunk.token_ids)
         piece = "".join(f"{token} " for token in chunk.token_ids) if self.as_ids else chunk.text
         if self.streaming:
@@ -189,9 +191,7 @@ async def _stream(args: argparse.Namespace, prompt: Prompt) -> int:
     async with AsyncClient(args.address, access.access_of(args)) as client:
         try:
             fields = request_fields(args)
-            of_ids = isinstance(prompt, Sequence) and not isinstance(prompt, str)
-            as_ids = args.ids or (of_ids and not await _writes_text(client))  # one that takes text writes some
-            printer = _Printer(as_ids, (args.n or 1) == 1)
+            printer = _Printer(args.ids, (args.n or 1) == 1)
             async for chunk in client.stream([prompt], timeout=args.timeout, **fields):
                 printer.take(chunk)
         except ServiceError as error:
@@ -203,12 +203,6 @@ async def _stream(args: argparse.Namespace, prompt: Prompt) -> int:
         reasons = ", ".join(FinishReason.Name(reason).removeprefix("FINISH_REASON_") for reason in printer.reasons)
         print(f"{printer.tokens} tokens in {seconds:.2f} s; ended by {reasons}", file=sys.stderr)
     return 0
-
-
-async def _writes_text(client: AsyncClient) -> bool:
-    """Whether the model has a tokenizer."""
-    info = await client.model_info(timeout=10.0)
-    return bool(info.supports_text_input)
 
 
 def _named(error: ServiceError, address: str) -> Exception:

@@ -156,7 +156,11 @@ class Encoder:
         used = pb.UsedParameters(sampling=_sampling(info.sampling), stopping=_stopping(info.stopping))
         ids = info.token_ids
         return pb.PromptInfo(
-            request_id=self._request_id, prompt_tokens=info.num_tokens, prompt_token_ids=ids, used=used
+            request_id=self._request_id,
+            prompt_tokens=info.num_tokens,
+            prompt_token_ids=ids,
+            used=used,
+            has_text=self._codec is not None,
         )
 
     async def _score(self, result: Result) -> list[bytes]:
