@@ -31,6 +31,8 @@ def test_a_client_that_reads_no_answer_keeps_its_places_and_its_bytes_and_is_hun
 
     async def main() -> None:
         async with service(limits=limits) as s:
+            for _ in range(3):  # what is being read and made at once, and what allocators keep of it, is another matter
+                await asyncio.gather(*(s.raw(INFERENCE + "Detokenize", LARGE) for _ in range(10)))
             base = psutil.Process().memory_info().rss
             raws = [await asyncio.to_thread(RawClient, s.server.port, 0, "127.0.0.9") for _ in range(3)]
             most = 0
@@ -45,7 +47,8 @@ def test_a_client_that_reads_no_answer_keeps_its_places_and_its_bytes_and_is_hun
                 if not open_ones:
                     break
             print(f"answers of 0.75 MB that nobody reads: {most / MB:.0f} MB more, then hung up on")
-            assert most < 120 * MB, "the bound of 8 MB, copies of it, messages on their way in"
+            # of 20 calls each has its message, ids, texts and answer in hand, 5 MB; and twice the bound of 8 MB
+            assert most < 120 * MB, "more than the calls in hand and the bound"
             assert not open_ones, "nobody hung up"
             assert await s.client.tokenize(["ab"]), "others are served"
             raws.append(await asyncio.to_thread(RawClient, s.server.port, 65535, "127.0.0.9"))
