@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from cluster.engine.request import ModelLimits
 from cluster.engine.validation import beam_problems
@@ -71,6 +72,9 @@ def token_ids(ids: Iterable[object], vocab_size: int, most: int) -> Problem:
     ids = tuple(ids)
     if len(ids) > most:
         return f"{len(ids)} entries; at most {most} are allowed"
+    numbers: Any = ids if {*map(type, ids)} == {int} else (-1,)
+    if not ids or (min(numbers) >= 0 and max(numbers) < vocab_size):
+        return None  # three passes in C: lists may be long, and this is the event loop
     wrong = next((i for i in ids if not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < vocab_size), None)
     return None if wrong is None else f"{wrong!r} is not a token id; this model's are 0 to {vocab_size - 1}"
 
@@ -84,7 +88,7 @@ SEED = unset_or(ranged("SamplingParams", "seed", int))
 NGRAM = ranged("SamplingParams", "no_repeat_ngram_size", int)
 REPETITION = ranged("SamplingParams", "repetition_penalty")
 PENALTY = ranged("SamplingParams", "presence_penalty")
-BIAS = ranged("SamplingParams", "logit_bias")
+BIAS, BIASES = ranged("SamplingParams", "logit_bias"), FIELDS["SamplingParams"]["logit_bias"]
 MAX_NEW_TOKENS = unset_or(ranged("StoppingCriteria", "max_new_tokens", int))
 PRIORITY = ranged("GenerateRequest", "priority", int)
 DEADLINE = unset_or(number(1e-9, math.inf, "seconds above 0"))
@@ -145,6 +149,8 @@ def _allowed(s: Scope) -> Problem:
 
 def _logit_bias(s: Scope) -> Problem:
     bias = s.call.sampling.logit_bias
+    if {*map(type, bias.values())} == {float} and BIASES.problem_at([*bias.values()]) is None:
+        return _ids(bias, s)
     wrong = ((key, BIAS(value)) for key, value in bias.items())
     return _ids(bias, s) or next((f"of token {key}: {problem}" for key, problem in wrong if problem), None)
 

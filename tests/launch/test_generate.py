@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 
@@ -38,7 +39,7 @@ def test_a_prompt_of_ids_is_one_call_and_its_answer_is_text_where_there_is_a_tok
         async with service(codec=codec) as s:
             argv = ["generate", "--address", s.address, "--token-ids", "0,1", "--max-new-tokens", "5", "--seed", "1"]
 
-            async def counted(self: AsyncClient, method: object, *args: object) -> object:
+            async def counted(self: AsyncClient, method: Any, *args: Any) -> Any:
                 called.append(str(method))
                 return await call(self, method, *args)
 
