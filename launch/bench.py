@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cluster.plain_lines import for_terminal
 from launch import access
 from launch.generate import check_address
 from launch.latency import StreamTimes, summarise, table
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
             raise ConfigError(f"--{name.replace('_', '-')} is {getattr(args, name)}; give at least 1")
     streams = asyncio.run(_measure(args))
     summary = summarise(streams)
-    print(table(summary))
+    print(for_terminal(table(summary)))
     if args.json is not None:
         workload = {name: getattr(args, name) for name in ("streams", "prompt_tokens", "new_tokens", "seed")}
         args.json.write_text(json.dumps({"workload": workload, **summary.as_dict()}, indent=2) + "\n", encoding="utf-8")

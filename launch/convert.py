@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cluster.plain_lines import visible
 from launch.init import found_tokenizer
 from launch.presets import find, read
 from parallel.errors import ConfigError
@@ -77,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     sizes = [path.stat().st_size for path in args.output.glob("*.safetensors")]
     shown = str(done.dtype).removeprefix("torch.")
     for line in done.lost.report():
-        print(f"note: {line}")
+        print(visible(f"note: {line}"))
     print(f"{args.output}: {config.model_type}, {shown}, {sum(sizes) / 1e6:.1f} MB in {len(sizes)} file(s)")
     return 0
 

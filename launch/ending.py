@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
+from cluster.plain_lines import visible
 from parallel.errors import TpError
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def prompt_end() -> Iterator[Leaving]:
     except TpError as error:
         if not leaving.behind:
             raise
-        print(f"tp-decoders serve: {error}", file=sys.stderr)
+        print(visible(f"tp-decoders serve: {error}"), file=sys.stderr)
     finally:
         if leaving.behind:
             logging.shutdown()

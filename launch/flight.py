@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cluster.plain_lines import for_terminal
 from launch.flight_reading import RankRecord, judge, read_ranks
 from parallel.errors import ConfigError
 
@@ -34,10 +35,10 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps({"ranks": verdict.ranks, "command": verdict.command, "verdict": verdict.text}))
         return 0
     for record, dump in zip(ranks, dumps, strict=True):
-        print(line(record))
+        print(for_terminal(line(record)))
         for entry in dump["records"][-args.last :] if args.last > 0 else ():
-            print(record_line(entry))
-    print(f"=> {verdict.text}")
+            print(for_terminal(record_line(entry)))
+    print(for_terminal(f"=> {verdict.text}"))
     return 0
 
 

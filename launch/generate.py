@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from cluster.plain_lines import for_terminal
 from launch import access
 from parallel.errors import ConfigError, RequestError
 
@@ -170,6 +171,8 @@ class _Printer:
             self.as_ids = self.as_ids or not chunk.prompt.has_text
         self.tokens += len(chunk.token_ids)
         piece = "".join(f"{token} " for token in chunk.token_ids) if self.as_ids else chunk.text
+        if sys.stdout.isatty():  # a file or a program gets every character
+            piece = for_terminal(piece)
         if self.streaming:
             print(piece, end="", flush=True)
         else:

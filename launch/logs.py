@@ -11,6 +11,7 @@ import argparse
 import logging
 
 from cluster.json_lines import JsonLines
+from cluster.plain_lines import PlainLines
 
 FORMAT = "%(asctime)s %(levelname).1s %(name)s: %(message)s"
 NOISY = ("asyncio", "filelock", "urllib3", "transformers")
@@ -27,7 +28,7 @@ def configure(verbose: bool, as_json: bool | None = None) -> int:
     """Sets up logging and returns the level, for the ranks."""
     level = logging.INFO if verbose else logging.WARNING
     handler = logging.StreamHandler()
-    handler.setFormatter(JsonLines() if as_json else logging.Formatter(FORMAT, "%H:%M:%S"))
+    handler.setFormatter(JsonLines() if as_json else PlainLines(FORMAT, "%H:%M:%S"))
     logging.basicConfig(level=level, handlers=[handler], force=True)
     for name in NOISY:
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -15,6 +15,7 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from io import TextIOWrapper
 
+from cluster.plain_lines import visible
 from parallel.errors import CheckpointError, ConfigError, RequestError, TpError
 
 
@@ -107,14 +108,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _check_here()
         return int(import_module(COMMANDS[args.command].module).run(args))
     except TpError as error:
-        print(f"tp-decoders {chosen}: {error}", file=sys.stderr)
+        print(visible(f"tp-decoders {chosen}: {error}"), file=sys.stderr)
         return 2 if isinstance(error, BAD_INPUT) else 1
     except BrokenPipeError:  # the reader of our output has gone: nothing more to say, and nowhere to say it
         sys.stdout = None  # type: ignore[assignment]
         return 1
     except OSError as error:  # of the surroundings: a disk that is full, a file that may not be read
         where = f"{error.filename}: " if error.filename is not None else ""
-        print(f"tp-decoders {chosen}: {where}{error.strerror or error}", file=sys.stderr)
+        print(visible(f"tp-decoders {chosen}: {where}{error.strerror or error}"), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from cluster.plain_lines import for_terminal
 from launch import access
 from launch.generate import check_address
 from parallel.errors import ConfigError, TpError
@@ -126,7 +127,7 @@ def show(status: Status, before: Status | None, as_json: bool, clear: bool = Fal
 
 
 def _print(text: str, clear: bool) -> None:
-    print((CLEAR if clear and sys.stdout.isatty() else "") + text, flush=True)
+    print((CLEAR if clear and sys.stdout.isatty() else "") + for_terminal(text), flush=True)
 
 
 def lines(status: Status, before: Status | None = None) -> Iterator[str]:

@@ -1,4 +1,5 @@
-"""Ray's own processes of a cluster that one command starts for itself: kept apart from its signals, and watched.
+"""Ray's own processes of a cluster that one command starts for itself: kept apart from its signals and from other
+machines, and watched.
 
 They are started in sessions of their own, so that a signal to the command's process group (Ctrl-C, `timeout`, a service
 manager) reaches the command alone, which then ends its ranks in order. They still end when the command is killed: Ray
@@ -54,6 +55,26 @@ def own_sessions() -> Iterator[None]:
         yield
     finally:
         services.ConsolePopen = before
+
+
+@contextmanager
+def on_loopback() -> Iterator[None]:
+    """While Ray starts a cluster that only this machine uses: its ports are then reached from this machine alone.
+
+    Ray binds to loopback where that is its node's address, which it refuses as an argument, and chooses where clusters
+    of several machines are not supported (macOS, Windows). This leans on a name of Ray's that is not public.
+    """
+    constants: Any = ray._private.ray_constants
+    before = getattr(constants, "ENABLE_RAY_CLUSTER", None)
+    if before is None:
+        log.warning("this Ray is another than the one known here: other machines may reach its ports, which ask a token")
+        yield
+        return
+    constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        constants.ENABLE_RAY_CLUSTER = before
 
 
 class Head:

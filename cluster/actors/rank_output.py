@@ -15,6 +15,7 @@ from typing import Any
 from ray._private.ray_logging import global_worker_stdstream_dispatcher as dispatcher
 
 from cluster.json_lines import JsonLines
+from cluster.plain_lines import visible
 
 log = logging.getLogger(__name__)
 NAME = "tp-decoders"
@@ -41,7 +42,7 @@ def show(batch: Mapping[str, Any]) -> None:
         elif as_json and not line.startswith("{"):
             log.warning("process %s: %s", source, line)
         else:
-            sys.stderr.write(f"{line}\n")
+            sys.stderr.write(f"{visible(line)}\n")
 
 
 def _as_json() -> bool:

@@ -11,13 +11,13 @@ import logging
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import ray
 
-from cluster.actors.head import Head, own_sessions
+from cluster.actors.head import Head, on_loopback, own_sessions
 from cluster.actors.own_cluster import own_address
 from cluster.actors.rank_output import show_rank_output
 from parallel.errors import ConfigError, WorkerError
@@ -52,7 +52,7 @@ def ray_session(
         options |= {"num_cpus": num_cpus, "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
     head = head or Head()
     try:
-        with own_sessions():
+        with own_sessions(), on_loopback() if address is None else nullcontext():
             _init(address or "local", options)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise WorkerError(_cannot_join(address, error)) from error

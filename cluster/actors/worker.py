@@ -23,6 +23,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from cluster.actors.place import Place
 from cluster.json_lines import JsonLines
+from cluster.plain_lines import PlainLines
 from cluster.supervision import supervised
 from parallel.errors import CollectiveError, WorkerError
 
@@ -153,7 +154,7 @@ class Worker:
         self._lock = threading.Lock()
         self._kept: Lasting | None = None
         handler = logging.StreamHandler()
-        plain = logging.Formatter(f"%(levelname).1s rank {rank} %(name)s: %(message)s")
+        plain = PlainLines(f"%(levelname).1s rank {rank} %(name)s: %(message)s")
         handler.setFormatter(JsonLines(rank) if log_json else plain)
         logging.basicConfig(level=log_level, handlers=[handler])
         if lease is not None:
