@@ -28,7 +28,9 @@ NONCE = 32
 PROOF_S = 5.0
 """For both proofs, in all."""
 MOST_STRANGERS = 16
-"""Connections that have not proved the key yet; further ones wait in the listener's queue."""
+"""Connections that have not proved the key yet. With one more, the oldest of them goes."""
+POLITE_S = 0.05
+"""So long a further one waits for that: a rank's proof takes a moment, and its peers may all come at once."""
 MOST_BYTES = 1 << 20
 """Of a key, of a value."""
 STORE_BYTES = 64 << 20
@@ -50,8 +52,9 @@ class StoreServer:
         self._values: dict[bytes, bytes] = {}
         self._size = 0
         self._changed = threading.Condition()
-        self._strangers = threading.BoundedSemaphore(MOST_STRANGERS)
-        self._listener = socket.create_server((host, port), family=_family(host), backlog=128)
+        self._room = threading.BoundedSemaphore(MOST_STRANGERS)
+        self._strangers: dict[socket.socket, None] = {}  # the oldest first
+        self._listener = socket.create_server((host, port), family=family_of(host), backlog=128)
         self._known: set[socket.socket] = set()
         self._closed = False
         threading.Thread(target=self._accept, name="store", daemon=True).start()
@@ -63,43 +66,61 @@ class StoreServer:
     def close(self) -> None:
         with self._changed:
             self._closed = True
-            known = list(self._known)
             self._changed.notify_all()
-        for each in (self._listener, *known):
-            with suppress(OSError):
-                each.shutdown(socket.SHUT_RDWR)
-            each.close()
+            for each in (self._listener, *self._strangers, *self._known):
+                _shut_down(each)  # its thread closes it
+        self._listener.close()
 
     def _accept(self) -> None:
         while not self._closed:
-            self._strangers.acquire()
             try:
                 peer, where = self._listener.accept()
             except OSError as error:
-                self._strangers.release()
                 if self._closed:
                     return
                 log.warning("the ranks' store: %s", error)  # out of file handles, say: those that are here go on
                 time.sleep(0.1)
                 continue
+            while not self._room.acquire(timeout=POLITE_S):
+                self._hang_up_on_the_oldest()
+            with self._changed:
+                self._strangers[peer] = None
             threading.Thread(target=self._talk, args=(peer, where), name="store", daemon=True).start()
+
+    def _hang_up_on_the_oldest(self) -> None:
+        with self._changed:
+            oldest = next(iter(self._strangers), None)
+            if oldest is not None:
+                del self._strangers[oldest]
+                _shut_down(oldest)  # under the lock: not closed yet, so the number is still its own
 
     def _talk(self, peer: socket.socket, where: object) -> None:
         with closing(peer):
             try:
-                _prove(peer, self._key, server=True)
+                proof = _challenged(peer, self._key)
             except (OSError, EOFError) as error:  # a wrong proof is a PermissionError, which is an OSError
                 log.info("the ranks' store hung up on %s, which did not prove the key: %s", where, error)
-                return
+                proof = None
+            with self._changed:
+                if proof is not None and peer in self._strangers:
+                    self._known.add(peer)
+                self._strangers.pop(peer, None)
+            self._room.release()
+            try:
+                self._serve(peer, proof)
+            except (OSError, EOFError, ValueError, struct.error):
+                pass  # the rank is gone, or sends what it should not
             finally:
-                self._strangers.release()
-            with self._changed:
-                self._known.add(peer)
-            with suppress(OSError, EOFError, ValueError):
-                while not self._closed:
-                    peer.sendall(_message(*self._answer(*_read(peer))))
-            with self._changed:
-                self._known.discard(peer)
+                with self._changed:
+                    self._known.discard(peer)
+
+    def _serve(self, peer: socket.socket, proof: bytes | None) -> None:
+        if peer not in self._known or proof is None:
+            return
+        peer.sendall(proof)
+        peer.settimeout(None)
+        while not self._closed:
+            peer.sendall(_message(*self._answer(*_read(peer))))
 
     def _answer(self, what: int, key: bytes, value: bytes) -> tuple[int, bytes, bytes]:
         with self._changed:
@@ -143,9 +164,14 @@ class KeyedStore(dist.Store):
         self._server = StoreServer(host, port, key) if serve else None
         self._address = (host, self._server.port if self._server else port)
         self._idle: list[socket.socket] = []
+        self._closed = False
         self._lock = threading.Lock()
         _OPEN.add(self)
-        self._release(self._connection())  # whoever cannot reach it, or has another key, is told now
+        try:
+            self._release(self._connection())  # whoever cannot reach it, or has another key, is told now
+        except BaseException:
+            self.close()
+            raise
 
     def set(self, key: str, value: str | bytes) -> None:  # type: ignore[override]
         self._ask(SET, key, value.encode() if isinstance(value, str) else bytes(value))
@@ -183,6 +209,7 @@ class KeyedStore(dist.Store):
         """Hangs up; at rank 0 nobody is answered any more."""
         _OPEN.discard(self)
         with self._lock:
+            self._closed = True
             idle, self._idle = self._idle, []
         for each in idle:
             each.close()
@@ -214,13 +241,17 @@ class KeyedStore(dist.Store):
     def _connection(self) -> socket.socket:
         """One that nobody uses now: threads do not wait for each other."""
         with self._lock:
+            if self._closed:
+                raise CollectiveError("the ranks' store was closed here")
             if self._idle:
                 return self._idle.pop()
         return _connected(self._address, self._key, self._limit.total_seconds())
 
     def _release(self, peer: socket.socket) -> None:
         with self._lock:
-            self._idle.append(peer)
+            if not self._closed:
+                return self._idle.append(peer)
+        return peer.close()
 
 
 def _connected(address: tuple[str, int], key: bytes, limit_s: float) -> socket.socket:
@@ -230,7 +261,7 @@ def _connected(address: tuple[str, int], key: bytes, limit_s: float) -> socket.s
         try:
             peer = socket.create_connection(address, max(0.1, min(limit_s, deadline - time.monotonic())))
             try:
-                _prove(peer, key, server=False)
+                _prove(peer, key)
             except BaseException:
                 peer.close()
                 raise
@@ -245,25 +276,31 @@ def _connected(address: tuple[str, int], key: bytes, limit_s: float) -> socket.s
             return peer
 
 
-def _prove(peer: socket.socket, key: bytes, *, server: bool) -> None:
-    """Each side's proof over both nonces, the client's first; PermissionError where the other's is wrong."""
-    deadline = time.monotonic() + PROOF_S
-    mine = secrets.token_bytes(NONCE)
+def _prove(peer: socket.socket, key: bytes) -> None:
+    """A rank's side: its own proof, then the server's. Each is over both nonces, its own first, and says whose it is,
+    so that none serves in the other's place. PermissionError where the server's is wrong.
+    """
+    deadline, mine = time.monotonic() + PROOF_S, secrets.token_bytes(NONCE)
     peer.settimeout(PROOF_S)
     peer.sendall(mine)
     theirs = _exactly(peer, NONCE, deadline)
-    ask, answer = (theirs + mine, mine + theirs) if server else (mine + theirs, theirs + mine)
-    if server:
-        given = _exactly(peer, NONCE, deadline)
-        right = hmac.compare_digest(given, _proof(key, b"client", ask))
-        peer.sendall(_proof(key, b"server", answer) if right else bytes(NONCE))  # which tells a rank why
-        if not right:
-            raise PermissionError("the proof is wrong")
-    else:
-        peer.sendall(_proof(key, b"client", ask))
-        if not hmac.compare_digest(_exactly(peer, NONCE, deadline), _proof(key, b"server", answer)):
-            raise PermissionError("the proof is wrong")
+    peer.sendall(_proof(key, b"client", mine + theirs))
+    if not hmac.compare_digest(_exactly(peer, NONCE, deadline), _proof(key, b"server", theirs + mine)):
+        raise PermissionError("the proof is wrong")
     peer.settimeout(None)
+
+
+def _challenged(peer: socket.socket, key: bytes) -> bytes:
+    """Rank 0's side, up to its own proof, which is returned; PermissionError where the rank's is wrong."""
+    deadline, mine = time.monotonic() + PROOF_S, secrets.token_bytes(NONCE)
+    peer.settimeout(PROOF_S)
+    peer.sendall(mine)
+    theirs = _exactly(peer, NONCE, deadline)
+    given = _exactly(peer, NONCE, deadline)
+    if not hmac.compare_digest(given, _proof(key, b"client", theirs + mine)):
+        peer.sendall(bytes(NONCE))  # which tells a rank why
+        raise PermissionError("the proof is wrong")
+    return _proof(key, b"server", mine + theirs)
 
 
 def _proof(key: bytes, side: bytes, nonces: bytes) -> bytes:
@@ -293,5 +330,11 @@ def _exactly(peer: socket.socket, count: int, deadline: float | None = None) -> 
     return parts
 
 
-def _family(host: str) -> socket.AddressFamily:
+def _shut_down(peer: socket.socket) -> None:
+    """Wakes whoever reads there."""
+    with suppress(OSError):
+        peer.shutdown(socket.SHUT_RDWR)
+
+
+def family_of(host: str) -> socket.AddressFamily:
     return socket.AF_INET6 if ":" in host else socket.AF_INET

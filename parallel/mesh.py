@@ -114,8 +114,9 @@ def init_groups(
             agree(store, rank, world, numerics, library, cpu_kind())
         tp_group = connect(dist.PrefixStore(f"tp{dp_index}", store), tp_index, tp, wiring, numerics)
         dp_group = connect(dist.PrefixStore(f"dp{tp_index}", store), dp_index, dp, wiring, numerics)
-    except TpError:
-        _linger(store, rank, world)
+    except BaseException as error:
+        if isinstance(error, TpError):
+            _linger(store, rank, world)
         if meeting is not None:
             meeting.close()
         raise

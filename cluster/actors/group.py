@@ -24,7 +24,7 @@ from cluster.actors.bundles import PULSE_S, Bundles, Tell
 from cluster.actors.end_ranks import end_ranks
 from cluster.actors.faults import Fault, NoAnswer, describe, root_cause
 from cluster.actors.group_life import Event, GroupLife, Stage
-from cluster.actors.place import Place, PlacementConfig, assign
+from cluster.actors.place import LOOPBACK, Place, PlacementConfig, assign, meeting_point
 from cluster.actors.pulse import Pulse, outcome, phase_of, unanswering
 from cluster.actors.worker import Lease, MakeProgram, Phases, Ready, Worker, is_consequence
 from cluster.supervision import Patience, supervised
@@ -44,9 +44,6 @@ SILENT = "its process gives no sign of life: it is frozen, or its node cannot be
 
 Share = Callable[[Sequence[Place], threading.Event], list[Place]]
 """Tells ranks their share of nodes that others work on, too; does not wait once the event is set."""
-
-
-LOOPBACK = "127.0.0.1"
 
 
 class WorkerGroup:
@@ -214,7 +211,7 @@ class WorkerGroup:
         except (RayActorError, GetTimeoutError) as error:
             raise WorkerError(f"rank 0 on {nodes[0]}: its process did not start: {describe(error)}") from error
         host = LOOPBACK if len(set(nodes)) == 1 else nodes[0]
-        address = f"tcp://{host}:{port}" if self._size > 1 else None
+        address = meeting_point(host, port) if self._size > 1 else None
         self._places = assign(nodes, address, self._life, secrets.token_bytes(32), self._listen(nodes[0]))
         if self._share is not None:
             self._places = self._share(self._places, self._closing)

@@ -67,7 +67,9 @@ def on_loopback() -> Iterator[None]:
     constants: Any = ray._private.ray_constants
     before = getattr(constants, "ENABLE_RAY_CLUSTER", None)
     if before is None:
-        log.warning("this Ray is another than the one known here: other machines may reach its ports, which ask a token")
+        log.warning(
+            "this Ray is another than the one known here: other machines may reach its ports, which ask a token"
+        )
         yield
         return
     constants.ENABLE_RAY_CLUSTER = False

@@ -15,6 +15,7 @@ from parallel.errors import ConfigError
 from parallel.options import check_above_zero
 
 Strategy = Literal["STRICT_PACK", "PACK", "SPREAD", "STRICT_SPREAD"]
+LOOPBACK = "127.0.0.1"
 STRATEGIES: tuple[Strategy, ...] = ("STRICT_PACK", "PACK", "SPREAD", "STRICT_SPREAD")
 
 
@@ -73,6 +74,11 @@ class Place:
 
     def __str__(self) -> str:
         return f"rank {self.rank} on {self.node}"
+
+
+def meeting_point(host: str, port: int) -> str:
+    """Where ranks meet; brackets around an IPv6 address (RFC 3986)."""
+    return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
 
 
 def bundle(device: str) -> dict[str, float]:

@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from cluster.actors.place import Place
+from cluster.actors.place import LOOPBACK, Place
 from cluster.json_lines import JsonLines
 from cluster.plain_lines import PlainLines
 from cluster.supervision import supervised
@@ -142,6 +142,14 @@ class Life:
         self.watchers = 0  # owners so far; the last one counts
 
 
+def keep_nccl_here(place: Place) -> None:
+    """Where all ranks share a machine NCCL listens to that machine alone, too; a setting of one's own counts. NCCL reads
+    it once in a process: ranks with GPUs are never kept for another life (cluster.actors.serving).
+    """
+    if place.address is not None and place.address.startswith(f"tcp://{LOOPBACK}:"):
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", "=lo")
+
+
 class Worker:
     """One rank's process: holds its program and forwards. `life` counts the group's lives, of which the first is 0."""
 
@@ -180,6 +188,7 @@ class Worker:
         life = self._life(place.life)
         try:
             kept, self._kept = self._kept, None
+            keep_nccl_here(place)
             life.program = program = kept or make(place, life.phases)
             try:
                 facts = kept.rejoin(make, place, life.phases) if kept else program.start()

@@ -42,6 +42,7 @@ from cluster.frontend.wire import (
 from cluster.supervision import supervised
 from cluster.training.calls import TrainAnswer, TrainFuture, TrainingCancelled
 from parallel.errors import TpError
+from parallel.keyed_store import family_of
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ class EngineServer:
         self._limits = engine.limits
         self._authkey = authkey
         self._loop = EngineLoop(engine, self._send_events, training=training)
-        self._listener = socket.create_server((host, 0), backlog=8)
+        self._listener = socket.create_server((host, 0), family=family_of(host), backlog=8)
         self._wire: Wire | None = None
         self._open: dict[str, set[int]] = {}  # samples of the present front-end that have not ended
         self._trainings: dict[int, TrainFuture] = {}

@@ -20,7 +20,20 @@ from launch.main import main
 FORGED = "06:00:00 E cluster.rpc.auth: token 'admin' was used"
 BREAKS = ["\n", "\r\n", "\r", "\x0b", "\x0c", "\x1c", "\x1d", "\x1e", "\x85", "\u2028", "\u2029"]
 """All that str.splitlines knows."""
-STEERING = ["\x1b[2J", "\x9b2J", "\x08", "\x00", "\x7f", "\u202e", "\u2066", "\u200f", "\u061c", "\ufeff", "\ud800", "\U000e0041"]
+STEERING = [
+    "\x1b[2J",
+    "\x9b2J",
+    "\x08",
+    "\x00",
+    "\x7f",
+    "\u202e",
+    "\u2066",
+    "\u200f",
+    "\u061c",
+    "\ufeff",
+    "\ud800",
+    "\U000e0041",
+]
 
 
 @pytest.fixture(autouse=True)

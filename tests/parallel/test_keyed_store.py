@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -125,9 +126,10 @@ def test_strangers_change_nothing(server: KeyedStore, junk: bytes) -> None:
     assert server.get("a") == b"1" and not server.check(["ab", "\0"])
 
 
-def test_strangers_who_say_nothing_hold_up_nobody_for_long(server: KeyedStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(keyed_store, "PROOF_S", 0.3)
-    idle = [socket.create_connection((HOST, port_of(server)), 20.0) for _ in range(2 * keyed_store.MOST_STRANGERS)]
+def test_strangers_who_say_nothing_hold_up_nobody(server: KeyedStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keyed_store, "PROOF_S", 600.0)  # the oldest go before their time
+    monkeypatch.setattr(keyed_store, "POLITE_S", 0.01)
+    idle = [socket.create_connection((HOST, port_of(server)), 20.0) for _ in range(5 * keyed_store.MOST_STRANGERS)]
     store = KeyedStore(HOST, port_of(server), KEY, LIMIT)
     store.set("a", "1")
     assert store.get("a") == b"1"
@@ -149,3 +151,109 @@ def test_a_store_that_is_gone_is_said(server: KeyedStore, store: KeyedStore) -> 
     with pytest.raises(CollectiveError, match="rank 0 ended|was not reached|has another key"):
         store.set_timeout(timedelta(seconds=0.3))
         store.get("a")
+
+
+def stranger_at(server: KeyedStore) -> tuple[socket.socket, bytes]:
+    peer = socket.create_connection((HOST, port_of(server)), 20.0)
+    return peer, keyed_store._exactly(peer, NONCE)
+
+
+def answer_to(peer: socket.socket, said: bytes) -> bytes:
+    """All that comes back before the connection ends."""
+    with peer, suppress(OSError):
+        peer.sendall(said)
+        got = b""
+        while part := peer.recv(4096):
+            got += part
+        return got
+    return b""
+
+
+def test_what_a_rank_once_proved_is_no_proof_again(server: KeyedStore) -> None:
+    """Somebody who listens on the way plays a rank's words back, its question among them."""
+    with socket.create_server((HOST, 0)) as way:
+        heard: list[bytes] = []
+
+        def between() -> None:
+            rank, real = way.accept()[0], socket.create_connection((HOST, port_of(server)), 20.0)
+            with rank, real:
+                rank.sendall(keyed_store._exactly(real, NONCE))
+                heard.append(keyed_store._exactly(rank, 2 * NONCE))
+                real.sendall(heard[0])
+                rank.sendall(keyed_store._exactly(real, NONCE))
+
+        thread = threading.Thread(target=between)
+        thread.start()
+        KeyedStore(HOST, way.getsockname()[1], KEY, LIMIT).close()
+        thread.join(20.0)
+    peer, _ = stranger_at(server)
+    assert answer_to(peer, heard[0]) in (b"", bytes(NONCE))
+
+
+def test_the_servers_own_words_open_nothing(server: KeyedStore) -> None:
+    """Questions are given back as one's own, and what one connection says is said on another."""
+    first, asked = stranger_at(server)
+    second, other = stranger_at(server)
+    assert answer_to(first, asked + other) in (b"", bytes(NONCE))
+    assert answer_to(second, asked + asked) in (b"", bytes(NONCE))
+    server.set("still", "here")
+
+
+def test_a_stranger_who_speaks_byte_by_byte_has_one_limit_for_all(
+    server: KeyedStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keyed_store, "PROOF_S", 0.3)
+    peer, _ = stranger_at(server)
+    with peer, suppress(OSError):
+        for sent in range(2 * NONCE):
+            peer.sendall(b"x")
+            time.sleep(0.05)
+    assert sent < 2 * NONCE - 1
+
+
+def ours() -> tuple[int, int]:
+    """Open files of this process, threads of stores."""
+    return len(os.listdir("/proc/self/fd")), sum(thread.name == "store" for thread in threading.enumerate())
+
+
+def test_fifty_lives_leave_neither_threads_nor_files() -> None:
+    before = ours()
+    for life in range(50):
+        stores = [KeyedStore(HOST, 0, KEY, LIMIT, serve=True)]
+        stores += [KeyedStore(HOST, port_of(stores[0]), KEY, LIMIT) for _ in range(2)]
+        waiting = threading.Thread(
+            target=lambda rank: pytest.raises(CollectiveError, rank.get, "never"), args=stores[-1:]
+        )
+        waiting.start()
+        with socket.create_connection((HOST, port_of(stores[0])), 20.0):
+            assert stores[1].add("n", life) == life
+            for store in (*stores, *stores):  # twice does no harm
+                store.close()
+        waiting.join(20.0)
+    end = time.monotonic() + 20.0
+    while ours() != before and time.monotonic() < end:
+        time.sleep(0.01)
+    assert ours() == before
+
+
+def test_a_store_that_was_closed_says_so_at_once(store: KeyedStore) -> None:
+    store.close()
+    with pytest.raises(CollectiveError, match="was closed here"):
+        store.set("a", "1")
+
+
+def test_a_port_that_is_taken_leaves_nothing_behind_and_is_named(server: KeyedStore) -> None:
+    before = ours()
+    with pytest.raises(OSError, match="in use"):
+        KeyedStore(HOST, port_of(server), KEY, LIMIT, serve=True)
+    assert ours() == before
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this machine has no IPv6")
+def test_it_listens_on_an_ipv6_address_too() -> None:
+    with (
+        closing(KeyedStore("::1", 0, KEY, LIMIT, serve=True)) as server,
+        closing(KeyedStore("::1", port_of(server), KEY, LIMIT)) as rank,
+    ):
+        rank.set("a", "1")
+        assert server.get("a") == b"1"

@@ -22,6 +22,7 @@ from parallel.segment import map_segment
 from parallel.shm import ShmComm
 from parallel.torch_comm import TorchComm
 from parallel.tree import ReductionTree
+from tests.listening import listeners
 
 Run = Callable[..., list[Any]]
 WIRING = Wiring(timeout_s=60.0, start_timeout_s=60.0, key=b"of these tests")
@@ -215,3 +216,29 @@ def test_a_group_of_one_over_shared_memory_works() -> None:
     assert torch.equal(comm.tree_sum(nodes, ReductionTree.over(4, 1)), nodes[0])
     assert comm.broadcast_bytes(b"x" * 100_000) == b"x" * 100_000
     comm.close()
+
+
+def what_listens(group: Group, address: str, hosts: list[str] | None, tp: int) -> tuple[set[str], float]:
+    """The addresses of this rank's listening sockets over gloo, and a sum that all took part in."""
+    before = set(listeners([os.getpid()]))
+    wiring = replace(WIRING, transport="gloo", hostname=hosts[group.rank] if hosts else None)
+    groups = init_groups(group.rank, group.size, tp, group.size // tp, address, wiring=wiring)
+    total = torch.tensor([1.0])
+    for part in (groups.tp, groups.dp):
+        total = part.talk.sum(total) if part.size > 1 else total
+    found = set(listeners([os.getpid()])) - before
+    groups.tp.talk.barrier()
+    groups.close()
+    return {each.host for each in found}, total.item()
+
+
+@pytest.mark.parametrize(("world", "tp"), [(3, 3), (4, 2)])
+def test_ranks_of_one_machine_listen_to_it_alone(ranks: Run, world: int, tp: int) -> None:
+    found = ranks(world, what_listens, f"tcp://127.0.0.1:{free_port()}", None, tp)
+    assert found == [({"127.0.0.1"}, float(world))] * world
+
+
+def test_ranks_listen_on_the_address_they_are_reached_at(ranks: Run) -> None:
+    hosts = ["127.0.0.1", "127.0.0.2"]
+    found = ranks(2, what_listens, f"tcp://127.0.0.1:{free_port()}", hosts, 2)
+    assert found == [({host}, 2.0) for host in hosts]

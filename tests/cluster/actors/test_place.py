@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from urllib.parse import urlparse
+
 import pytest
 
-from cluster.actors.place import PlacementConfig, assign, bundles_in_rank_order, check_room, split_replicas
+from cluster.actors.place import (
+    PlacementConfig,
+    assign,
+    bundles_in_rank_order,
+    check_room,
+    meeting_point,
+    split_replicas,
+)
 from parallel.errors import ConfigError
 
 
@@ -69,3 +78,9 @@ def test_replicas_that_fit_their_nodes_are_not_spoken_of() -> None:
 def test_on_uneven_nodes_the_replica_that_is_cut_in_two_is_named() -> None:
     (sentence,) = split_replicas(["a"] * 8 + ["b"] * 5 + ["c"] * 3, 8)
     assert sentence.startswith("the 8 tensor-parallel ranks 8-15 are spread over nodes (5 on b + 3 on c)")
+
+
+def test_ranks_meet_at_an_address_of_either_kind() -> None:
+    for host in ("10.0.0.1", "fd00::1"):
+        parts = urlparse(meeting_point(host, 5000))
+        assert (parts.hostname, parts.port) == (host, 5000)

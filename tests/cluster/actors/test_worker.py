@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from dataclasses import replace
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cluster.actors.place import Place
-from cluster.actors.worker import MakeProgram, Phases, Worker, is_consequence
+from cluster.actors.worker import MakeProgram, Phases, Worker, is_consequence, keep_nccl_here
 from parallel.errors import CheckpointError, CollectiveError, WorkerError
 from tests.cluster.actors.fake_program import FakeProgram, MakeFake
 
@@ -111,3 +112,17 @@ def test_a_program_with_an_error_of_its_own_is_made_anew() -> None:
         with pytest.raises(RuntimeError, match="out of memory"):
             worker.run(replace(PLACE, life=life), make)
         assert not worker.kept()
+
+
+@pytest.mark.parametrize(
+    ("host", "given", "then"),
+    [("127.0.0.1", None, "=lo"), ("10.0.0.1", None, None), ("127.0.0.1", "eth1", "eth1")],
+)
+def test_nccl_listens_to_this_machine_alone_where_all_ranks_share_it(
+    host: str, given: str | None, then: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", given or "")  # which monkeypatch puts back
+    if given is None:
+        del os.environ["NCCL_SOCKET_IFNAME"]
+    keep_nccl_here(Place(rank=0, world=2, node="10.0.0.1", address=f"tcp://{host}:5000"))
+    assert os.environ.get("NCCL_SOCKET_IFNAME") == then
