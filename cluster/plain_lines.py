@@ -1,5 +1,5 @@
-"""Text that came from elsewhere, made safe for a log and for a terminal: what would end a line, steer a terminal or turn
-the direction of writing is shown as an escape (\\n, \\x1b, \\u202e), so that no name can pass for a line of ours.
+"""Text that came from elsewhere, made safe for a log and for a terminal: what would end a line, steer a terminal or
+turn the direction of writing is shown as an escape (\\n, \\x1b, \\u202e): no name can pass for a line of ours.
 
 Formatters of plain logs are `PlainLines`; JSON has escapes of its own (cluster.json_lines). What a model writes for its
 reader is no log: `for_terminal` keeps its lines and tabs.

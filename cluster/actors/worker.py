@@ -143,8 +143,8 @@ class Life:
 
 
 def keep_nccl_here(place: Place) -> None:
-    """Where all ranks share a machine NCCL listens to that machine alone, too; a setting of one's own counts. NCCL reads
-    it once in a process: ranks with GPUs are never kept for another life (cluster.actors.serving).
+    """Where all ranks share a machine NCCL listens to that machine alone, too; a setting of one's own counts. NCCL
+    reads it once in a process: ranks with GPUs are never kept for another life (cluster.actors.serving).
     """
     if place.address is not None and place.address.startswith(f"tcp://{LOOPBACK}:"):
         os.environ.setdefault("NCCL_SOCKET_IFNAME", "=lo")

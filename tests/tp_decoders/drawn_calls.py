@@ -258,7 +258,9 @@ def _steer(drawn: DrawnCall, drawer: Drawer, ours: dict[str, Any]) -> None:
 
 def _encode(drawn: DrawnCall, drawer: Drawer, ours: dict[str, Any], name: str) -> None:
     states = int(drawer.ids(5, 1)) + 1
-    ours["encoder_hidden_states"] = torch.randn(drawn.batch, states, width_of(drawn.model), generator=drawer.from_seed)
+    ours["encoder_hidden_states"] = torch.randn(
+        drawn.batch, states, width_of(drawn.model), generator=drawer.from_seed
+    )
     if "mask" in name:
         shape = (drawn.batch, drawn.time, states) if "token" in name else (drawn.batch, states)
         seen = drawer.ids(2, *shape)
