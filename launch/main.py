@@ -17,6 +17,7 @@ from io import TextIOWrapper
 
 from cluster.plain_lines import visible
 from parallel.errors import CheckpointError, ConfigError, RequestError, TpError
+from parallel.own_folder import no_file_for_everybody
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,7 @@ BAD_INPUT = (ConfigError, CheckpointError, RequestError)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    no_file_for_everybody()
     if isinstance(sys.stdout, TextIOWrapper):  # a terminal that has not every character is shown the others' numbers
         sys.stdout.reconfigure(errors="backslashreplace")
     chosen = next((word for word in given if not word.startswith("-")), None)

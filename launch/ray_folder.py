@@ -10,12 +10,12 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from parallel.errors import ConfigError
+from parallel.own_folder import own_folder
 
 log = logging.getLogger(__name__)
 SOCKET_BYTES = 107
@@ -61,12 +61,10 @@ def _unusable(folder: Path) -> str | None:
     if len(os.fsencode(folder)) > _room():
         return f"its path is too long, a Unix socket's may have {SOCKET_BYTES} bytes"
     try:
-        folder.mkdir(mode=0o700, exist_ok=True)
-        found = folder.lstat()
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
-            return f"{folder} is a link, no folder, or another user's"
-        if found.st_mode & 0o077:
-            folder.chmod(0o700)
+        if folder.is_symlink():
+            return f"{folder} is a link"
+        folder.mkdir(mode=0o700, exist_ok=True)  # but nothing above it
+        own_folder(folder)
         with tempfile.TemporaryFile(dir=folder):
             return None
     except OSError as error:

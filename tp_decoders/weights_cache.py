@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from parallel.errors import CheckpointError
+from parallel.own_folder import own_folder
 
 log = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
@@ -64,8 +65,7 @@ class WeightsCache:
         home = self._home(paths[0].parent.resolve())  # the files themselves may be links, into one folder for all
         copies = {path: _Copy(path, home / path.name) for path in paths}
         try:
-            home.mkdir(parents=True, exist_ok=True, mode=0o700)
-            _check_owner(home)
+            own_folder(home)
             _tidy(home, {path.name for path in paths})
             waiting = [copy for copy in copies.values() if not copy.is_whole()]
             _check_room(home, waiting)
@@ -228,11 +228,6 @@ def _chunks(fd: int) -> Iterator[memoryview]:
     buffer = memoryview(bytearray(CHUNK))
     while count := os.readv(fd, [buffer]):
         yield buffer[:count]
-
-
-def _check_owner(home: Path) -> None:
-    if home.stat().st_uid != os.geteuid():
-        raise PermissionError(f"{home} belongs to another user")
 
 
 def _check_room(home: Path, copies: Sequence[_Copy]) -> None:

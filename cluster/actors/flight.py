@@ -20,6 +20,7 @@ from cluster.actors.place import Place
 from parallel.comm import Comm
 from parallel.errors import CollectiveError
 from parallel.flight import Flight
+from parallel.own_folder import own_folder
 
 log = logging.getLogger(__name__)
 FORMAT = 1
@@ -63,7 +64,7 @@ def write_dump(
     folder = folder or default_folder()
     name = f"flight-{group}-life{place.life}-rank{place.rank}.json"
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        own_folder(folder)
         draft = folder / f".{name}.{os.getpid()}"
         descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:

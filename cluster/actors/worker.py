@@ -26,6 +26,7 @@ from cluster.json_lines import JsonLines
 from cluster.plain_lines import PlainLines
 from cluster.supervision import supervised
 from parallel.errors import CollectiveError, WorkerError
+from parallel.own_folder import no_file_for_everybody
 
 log = logging.getLogger(__name__)
 LOST_PEER = ("DistNetworkError", "DistStoreError", "DistBackendError")
@@ -156,6 +157,7 @@ class Worker:
     def __init__(
         self, rank: int, log_level: int = logging.WARNING, log_json: bool = False, lease: Lease | None = None
     ) -> None:
+        no_file_for_everybody()
         self.rank = rank
         self._lease = lease
         self._lives: dict[int, Life] = {}

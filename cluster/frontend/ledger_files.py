@@ -23,6 +23,7 @@ from pathlib import Path
 
 from cluster.supervision import supervised
 from parallel.errors import ConfigError
+from parallel.own_folder import own_folder
 
 log = logging.getLogger(__name__)
 MAGIC = b"\xa7tpL"
@@ -193,25 +194,24 @@ def _write_all(file: int, data: bytes) -> int:
 
 
 def _create(path: Path) -> int:
-    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
 
 
 def _make_private(folder: Path) -> None:
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = folder.stat()
-    except OSError as error:
-        raise ConfigError(f"server.state_dir {folder} cannot be made: {error}; give a folder of your own") from error
-    if found.st_uid != os.getuid() or found.st_mode & 0o077:
+    if folder.is_dir() and (mode := folder.stat().st_mode) & 0o077:  # closing it would break whoever opened it
         raise ConfigError(
-            f"server.state_dir {folder} can be entered by others (mode {found.st_mode & 0o777:o}); it holds prompts, "
+            f"server.state_dir {folder} can be entered by others (mode {mode & 0o777:o}); it holds prompts, "
             "answers and a key: give a folder of your own, of mode 700"
         )
+    try:
+        own_folder(folder)
+    except OSError as error:
+        raise ConfigError(f"server.state_dir {folder} will not do: {error}; give a folder of your own") from error
 
 
 def _lock(folder: Path) -> int:
     """Held until it is closed, or this process ends in whatever way."""
-    file = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    file = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

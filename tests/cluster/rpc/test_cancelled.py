@@ -1,6 +1,4 @@
-"""Calls that are cancelled, clients that go, a server that stops: at every moment of a call, and not one line of the log
-about it that is a traceback.
-"""
+"""Calls that are cancelled, clients that go, a server that stops: at every moment, and not one traceback in the log."""
 
 from __future__ import annotations
 
