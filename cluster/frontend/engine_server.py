@@ -16,13 +16,13 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
-from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection
 
 from cluster.engine.request import EngineLoad
 from cluster.frontend.link import LinkEvent, Rejected
 from cluster.frontend.loop import EngineLoop, EngineSurface, TrainFunction, describe_fault
 from cluster.frontend.wire import (
+    NOT_GREETED,
     Abort,
     AskLoad,
     Bye,
@@ -135,7 +135,7 @@ class EngineServer:
     def _shake_hands(self, sock: socket.socket, peer: str) -> None:
         try:
             self._known.put((accept(sock, self._authkey, HANDSHAKE_SECONDS), peer))
-        except (AuthenticationError, OSError, EOFError) as error:
+        except NOT_GREETED as error:
             log.warning("refused a connection from %s: %s: %s", peer, type(error).__name__, error)
         finally:
             if (mine := self._greeting.pop(peer, None)) is not None:

@@ -222,6 +222,8 @@ def _framed(message: Message) -> bytes:
     return struct.pack("!i", len(body)) + body
 
 
+NOT_GREETED = (AuthenticationError, OSError, EOFError, AssertionError)
+"""What a peer that is none of ours makes of a handshake; Python asserts that a challenge is one."""
 GONE = frozenset({9, 32, 104, 107})  # EBADF, EPIPE, ECONNRESET, ENOTCONN: the other side was faster
 
 
@@ -234,7 +236,7 @@ def accept(sock: socket.socket, authkey: bytes, timeout: float) -> Connection:
     try:
         deliver_challenge(connection, authkey)
         answer_challenge(connection, authkey)
-    except (AuthenticationError, OSError, EOFError):
+    except NOT_GREETED:
         late.cancel()
         late.join()  # it looks at the connection, whose number may soon be another's
         connection.close()
@@ -264,7 +266,7 @@ def connect(address: tuple[str, int], authkey: bytes, timeout: float) -> Connect
     try:
         answer_challenge(connection, authkey)
         deliver_challenge(connection, authkey)
-    except (AuthenticationError, OSError, EOFError) as error:
+    except NOT_GREETED as error:
         connection.close()
         raise WorkerError(
             f"{where} did not greet this front-end in {timeout:g} s ({type(error).__name__}: {error}); "

@@ -49,7 +49,7 @@ def said_to_a_stranger(where: Listener) -> list[str]:
 
 
 def over_http(where: Listener) -> list[str]:
-    found = []
+    found: list[str] = []
     for path in PATHS:
         connection = http.client.HTTPConnection("127.0.0.1", where.port, timeout=5)
         try:
@@ -65,11 +65,11 @@ def over_http(where: Listener) -> list[str]:
 
 
 def over_grpc(where: Listener) -> list[str]:
-    found = []
+    found: list[str] = []
     with grpc.insecure_channel(f"127.0.0.1:{where.port}", [("grpc.enable_http_proxy", 0)]) as channel:
         for method in METHODS:
             try:
-                channel.unary_unary(f"/ray.rpc.{method}")(b"", timeout=3)
+                channel.unary_unary(f"/ray.rpc.{method}", bytes, bytes)(b"", timeout=3)
                 found.append(method)
             except grpc.RpcError as error:
                 if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):

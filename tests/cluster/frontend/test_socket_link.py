@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import pickle
 import signal
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -95,6 +98,44 @@ def test_a_stranger_that_says_nothing_is_hung_up_on_and_holds_nobody_up_for_long
         with socket.create_connection(served.server.address) as noisy:
             noisy.sendall(b"GET / HTTP/1.1\r\n\r\n" * 10)
         served.link().close()
+
+
+class Planted:
+    """A pickle that writes a file where it is read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("length", [None, -1, (1 << 31) - 1])
+def test_what_a_stranger_sends_is_bounded_and_never_unpickled(length: int | None, tmp_path: Path) -> None:
+    planted = pickle.dumps(Planted(tmp_path / "planted"))
+    with ServedEngine(FakeEngine()) as served:
+        with socket.create_connection(served.server.address, 60.0) as stranger, contextlib.suppress(ConnectionError):
+            stranger.sendall(struct.pack("!i", len(planted) if length is None else length) + planted)
+            stranger.sendall(struct.pack("!i", len(planted)) + planted)
+            while stranger.recv(1024):
+                pass
+        served.link().close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_false_engine_is_refused_in_words(tmp_path: Path) -> None:
+    planted = pickle.dumps(Planted(tmp_path / "planted"))
+    with socket.create_server(("127.0.0.1", 0)) as false:
+
+        def serve() -> None:
+            with false.accept()[0] as peer, contextlib.suppress(OSError):
+                peer.sendall(2 * (struct.pack("!i", len(planted)) + planted))
+                peer.recv(1024)
+
+        threading.Thread(target=serve, daemon=True).start()
+        with pytest.raises(WorkerError, match="did not greet this front-end"):
+            SocketLink(false.getsockname()[:2], KEY, 60.0)
+    assert not list(tmp_path.iterdir())
 
 
 def test_nobody_there_is_an_error_within_the_time_limit() -> None:
