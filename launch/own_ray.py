@@ -12,8 +12,10 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +31,11 @@ def own_ray(address: str | None) -> Iterator[None]:
     if address is not None:
         yield
         return
+    with _ended_by_exception():
+        yield from _own_ray()
+
+
+def _own_ray() -> Iterator[None]:
     folder = ray_folder()
     sweep(folder)
     given = os.environ.get(MODE, "token").lower() != "token" or TOKEN in os.environ or FILE in os.environ
@@ -41,6 +48,19 @@ def own_ray(address: str | None) -> Iterator[None]:
     finally:
         _environment(before)
         shutil.rmtree(private, ignore_errors=True)
+
+
+@contextmanager
+def _ended_by_exception() -> Iterator[None]:
+    """SIGTERM, where nobody handles it yet, so that it leaves no token; the commands' own handlers come later."""
+    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if ours:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _written(path: Path) -> Path:

@@ -59,6 +59,21 @@ def test_the_token_goes_where_the_run_fails() -> None:
     assert not path.parent.exists() and not seen()
 
 
+SIGNALLED = """
+import os, signal
+from launch.own_ray import FILE, own_ray
+with own_ray(None):
+    print(os.environ[FILE], flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+    signal.pause()
+"""
+
+
+def test_the_token_goes_where_a_command_is_ended_before_it_has_handlers_of_its_own() -> None:
+    done = subprocess.run([sys.executable, "-c", SIGNALLED], capture_output=True, text=True, timeout=60)
+    assert "KeyboardInterrupt" in done.stderr and done.stdout.strip() and not Path(done.stdout.strip()).parent.exists()
+
+
 @pytest.mark.parametrize("given", [{MODE: "disabled"}, {TOKEN: "t" * 64}, {MODE: "token", FILE: "/somewhere/else"}])
 def test_what_somebody_has_set_is_left_as_it_is(given: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in given.items():
