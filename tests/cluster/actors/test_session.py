@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 import pytest
+import ray
 
 from cluster.actors import session
 from cluster.actors.session import check_reachable, ray_session
@@ -78,3 +79,17 @@ def test_another_error_of_ray_is_not_tried_again(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(WorkerError, match="no route"):
         ray_session(num_cpus=1).__enter__()
     assert len(tried) == 1
+
+
+@pytest.mark.parametrize(("address", "alone"), [(None, True), ("127.0.0.1:6379", False)])
+def test_a_cluster_of_this_machine_alone_is_started_on_loopback(
+    address: str | None, alone: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where: list[str] = []
+    monkeypatch.setattr(session, "_init", lambda *_: where.append(ray.util.get_node_ip_address()))
+    monkeypatch.setattr(session, "check_reachable", lambda _: None)
+    monkeypatch.setattr("ray._private.services.node_ip_address_from_perspective", lambda _: "10.0.0.1")
+    with session.ray_session(address):
+        pass
+    assert [each == "127.0.0.1" for each in where] == [alone]
+    assert ray.util.get_node_ip_address() != "127.0.0.1", "only while it starts"
