@@ -173,11 +173,17 @@ class WorkerGroup:
     def _end(self, ask: bool) -> None:
         self._closing.set()
         self._stages.take(Event.CLOSE)
-        end_ranks(self._actors, self._runs, self._life, self.config.stop_timeout_s, ask)
+        pids = self._pids_here() if ask and self._runs else None
+        end_ranks(self._actors, self._runs, self._life, self.config.stop_timeout_s, pids)
         self._bundles.release()
         if self._watcher is not None and self._watcher is not threading.current_thread():
             self._watcher.join(self.config.stop_timeout_s)
         self._actors, self._runs = [], []
+
+    def _pids_here(self) -> list[int | None]:
+        """The processes that this one can end without Ray."""
+        here = ray.util.get_node_ip_address()
+        return [rank.pid if rank.place.node == here else None for rank in self._ready]
 
     def _check_open(self) -> None:
         if self._closing.is_set():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import queue
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -109,3 +110,13 @@ def test_a_program_that_ends_unasked_is_a_fault() -> None:
     group.start(faults.put)
     assert "rank 0 on " in faults.get(timeout=60)
     group.close()
+
+
+def test_a_rank_that_does_not_hear_of_the_end_is_not_waited_for() -> None:
+    group = WorkerGroup(MakeFake(), size=2, config=PlacementConfig(stop_timeout_s=600.0, silence_s=600.0))
+    ready = group.start()
+    os.kill(ready[1].pid, signal.SIGSTOP)
+    closing = threading.Thread(target=group.close, daemon=True)
+    closing.start()
+    closing.join(100)
+    assert not closing.is_alive() and all(gone(r.pid) for r in ready)
