@@ -66,7 +66,7 @@ soak: $(STAMP)
 	$(BIN)/python -m tests.chaos.soak --minutes 30 $(SOAK_ARGS)
 
 outside-files: $(STAMP) $(STAMP5)
-	$(BIN)/python -m pytest tests/outside/files $(PYTEST_ARGS)
+	OUTSIDE_FILES=all $(BIN)/python -m pytest tests/outside/files $(PYTEST_ARGS)
 
 $(STAMP5): constraints-transformers5.txt | $(STAMP)
 	test -x $(VENV5)/bin/python || $(PYTHON) -m venv $(VENV5)

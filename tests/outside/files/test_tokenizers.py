@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from tp_decoders.tokenizer import Tokenizer, load_tokenizer
 TEXTS = tokenizer_cases.texts(tokenizer_cases.TEXTS)
 NEUTRAL: dict[str, Any] = {key: values[0] for key, values in tokenizer_cases.CHOICES.items()}
 NEOX = ("neox", "mpt")
+STEP = 1 if os.environ.get("OUTSIDE_FILES") == "all" else 50
+"""Of the combinations every 50th is tried in `make test`, all in `make outside-files`."""
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +72,7 @@ def heard_by_5(kind: str, choice: dict[str, Any]) -> dict[str, Any] | None:
 def test_ids_are_those_of_transformers_with_every_combination_of_settings(
     environment: Environment, kind: str, tmp_path: Path
 ) -> None:
-    choices = list(tokenizer_cases.combinations(kind))
+    choices = list(tokenizer_cases.combinations(kind))[::STEP]
     answers = ask(environment, kind, choices, tmp_path, tokenizer_cases.FEW_MERGES, again=False)
     compared = 0
     for choice, wanted in zip(choices, answers, strict=True):
@@ -89,7 +92,8 @@ def test_ids_are_those_of_transformers_with_every_combination_of_settings(
 def test_ids_are_those_of_transformers_with_whole_vocabularies(
     environment: Environment, kind: str, tmp_path: Path
 ) -> None:
-    choices = [c for c in tokenizer_cases.drawn(kind, 1, 12) if heard_by_5(kind, c) == c]
+    count = 12 if STEP == 1 else 3
+    choices = [c for c in tokenizer_cases.drawn(kind, 1, count) if heard_by_5(kind, c) == c]
     for choice, wanted in zip(choices, ask(environment, kind, choices, tmp_path, None, again=False), strict=True):
         tokenizer_cases.write_folder(tmp_path / "model", kind, choice, merges=None)
         compare(ours(tmp_path / "model"), wanted, choice)
@@ -99,7 +103,7 @@ def test_ids_are_those_of_transformers_with_whole_vocabularies(
 @pytest.mark.parametrize("kind", tokenizer_cases.KINDS)
 @pytest.mark.parametrize("environment", ENVIRONMENTS)
 def test_what_a_transformers_saves_is_read_as_it_reads_it(environment: Environment, kind: str, tmp_path: Path) -> None:
-    choices = tokenizer_cases.drawn(kind, 2, 100)
+    choices = tokenizer_cases.drawn(kind, 2, 100 if STEP == 1 else 10)
     answers = ask(environment, kind, choices, tmp_path, tokenizer_cases.FEW_MERGES, again=True)
     for number, (choice, wanted) in enumerate(zip(choices, answers, strict=True)):
         assert isinstance(wanted, list), (choice, wanted)
