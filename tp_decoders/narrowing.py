@@ -2,16 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+COPIED = 1 << 16
+"""Numbers at once."""
 
 
 def narrows(source: torch.dtype, target: torch.dtype) -> bool:
     """Whether a finite number of one type may be infinite or 0 in another."""
     a, b = torch.finfo(source), torch.finfo(target)
     return b.max < a.max or b.smallest_normal > a.smallest_normal
+
+
+def _rows(values: Tensor) -> Iterator[Tensor]:
+    """A few rows at a time: what looks at numbers may copy them."""
+    rows = values.reshape(1) if values.dim() == 0 else values
+    step = max(1, COPIED * len(rows) // max(1, rows.numel()))
+    return iter(rows.split(step)) if rows.numel() else iter(())
+
+
+def _within(values: Tensor, target: torch.dtype) -> bool:
+    """Whether all are numbers that the other type has."""
+    for part in _rows(values):
+        low, high = torch.aminmax(part)
+        if not (low >= torch.finfo(target).min and high <= torch.finfo(target).max):  # nor of NaN
+            return False
+    return True
+
+
+def _infinite(values: Tensor) -> int:
+    return sum(int(part.isinf().count_nonzero()) for part in _rows(values))
+
+
+def _nonzero(values: Tensor) -> int:
+    return sum(int(part.count_nonzero()) for part in _rows(values))
 
 
 @dataclass
@@ -25,8 +53,8 @@ class Lost:
         """Compares a tensor, or a piece of one, with itself in the other type."""
         if not narrows(before.dtype, after.dtype):
             return
-        infinite = int(after.isinf().count_nonzero()) - int(before.isinf().count_nonzero())
-        zero = int(before.count_nonzero()) - int(after.count_nonzero())
+        infinite = 0 if _within(before, after.dtype) else _infinite(after) - _infinite(before)
+        zero = _nonzero(before) - _nonzero(after)
         for table, number in ((self.overflowed, infinite), (self.flushed, zero)):
             if number:
                 table[name] = table.get(name, 0) + number
