@@ -23,7 +23,9 @@ STREAM = "the stream"
 
 @dataclass
 class Span:
-    """One command on one rank: the collectives issued in it, and whether the rank has left it."""
+    """One command on one rank: the collectives issued in it (of a sum with its plan, as in "tree_sum 1f2e3d4c": over
+    which division of which axis), and whether the rank has left it.
+    """
 
     number: int
     name: str
@@ -41,7 +43,7 @@ class Span:
         """Each collective with its size relative to the first's: that of sums does not depend on the batch."""
         first = self.sizes[0] if self.sizes else 0
         pairs = zip(self.kinds, self.sizes, strict=True)
-        return tuple((kind, size / first if first and kind in SUMS else None) for kind, size in pairs)
+        return tuple((kind, size / first if first and kind.split()[0] in SUMS else None) for kind, size in pairs)
 
 
 @dataclass(frozen=True)

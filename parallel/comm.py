@@ -97,8 +97,10 @@ class Traffic:
         self._began = 0.0
         self.broken: str | None = None
 
-    def issue(self, kind: str, nbytes: int) -> None:
-        """To be called once per collective, before anything is sent."""
+    def issue(self, kind: str, nbytes: int, plan: int = 0) -> None:
+        """To be called once per collective, before anything is sent. `plan` tells sums over differently divided axes
+        apart in the flight recorder.
+        """
         if self.broken is not None:
             raise CollectiveError(
                 f"rank {self.rank} cannot start {kind}: this group stopped earlier ({self.broken}); build a new group"
@@ -106,7 +108,7 @@ class Traffic:
         self.sequence += 1
         self.counts[kind] += 1
         self.byte_counts[kind] += nbytes
-        self._began = self.flight.note(COLLECTIVE, kind, self.sequence, nbytes)
+        self._began = self.flight.note(COLLECTIVE, f"{kind} {plan:08x}" if plan else kind, self.sequence, nbytes)
 
     def over(self, kind: str) -> None:
         """To be called when the collective has ended well."""

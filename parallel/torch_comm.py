@@ -121,7 +121,7 @@ class TorchComm(Traffic):
         """Counts the collective and, where that is checked, compares what all ranks must agree on; `division` stands
         for who brings which part.
         """
-        self.issue(kind, nbytes)
+        self.issue(kind, nbytes, division if kind == "tree_sum" else 0)
         if self.channels.verify:
             self._compare(kind, common, self.timeout_s, division)
 

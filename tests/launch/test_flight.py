@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ def test_a_rank_that_skips_a_collective_is_named_with_the_command_it_was_in(
     assert main(["flight", str(tmp_path / "dumps")]) == 0
     *_, verdict = capsys.readouterr().out.splitlines()
     assert f"rank {odd} on 10.0.0.{odd} fell out of step in command 5 (step)" in verdict
-    assert "skipped" in verdict or "where tree_sum was due" in verdict
+    assert "skipped" in verdict or re.search(r"where tree_sum( [0-9a-f]{8})? was due", verdict), verdict
     assert verdict.count("fell out of step") == 1, "nobody else is accused"
 
 
