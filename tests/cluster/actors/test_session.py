@@ -88,6 +88,8 @@ def test_a_cluster_of_this_machine_alone_is_started_on_loopback(
     where: list[str] = []
     monkeypatch.setattr(session, "_init", lambda *_: where.append(ray.util.get_node_ip_address()))
     monkeypatch.setattr(session, "check_reachable", lambda _: None)
+    monkeypatch.setattr(session.ray, "shutdown", lambda: None)  # the tests' own cluster may be up, and stays
+    monkeypatch.setattr("ray._private.worker._global_node", None)
     monkeypatch.setattr("ray._private.services.node_ip_address_from_perspective", lambda _: "10.0.0.1")
     with session.ray_session(address):
         pass
