@@ -66,7 +66,7 @@ def test_a_canary_proves_every_rank_and_changes_no_token(ranks: Callable[..., li
     assert len({report.pid for report in found.ranks}) == 2, "each rank speaks for itself"
     assert all(report.memory_bytes > 10_000_000 and report.node for report in found.ranks)
     assert found.ranks[0].collectives == sum(count for count, _ in found.collectives.values()) - 1, "less its own"
-    assert set(found.collective_seconds) == set(found.collectives) and min(found.collective_seconds.values()) > 0
+    assert set(found.collective_seconds) >= set(found.collectives) and min(found.collective_seconds.values()) > 0
     assert 0 < found.ranks[0].collective_seconds <= sum(found.collective_seconds.values())
     assert found.ranks[1].collective_seconds > 0
     assert found.steps == quiet[1].steps and found.generated_tokens == 20, "a canary is no step of the engine"

@@ -26,6 +26,8 @@ from tests.cluster.rpc.harness import Service, info, refused, service
 
 Health = health_pb2.HealthCheckResponse
 LONG = {"max_new_tokens": LASTING}
+HOURS = {"max_new_tokens": 1 << 20}
+"""At 20 ms a token; the answer still fits one message, which a call without a stream must."""
 
 
 def endless(step_seconds: float = 0.01) -> FakeEngine:
@@ -109,7 +111,7 @@ def test_a_deadline_reaches_the_engine_and_frees_it() -> None:
     async def main() -> None:
         async with service(endless()) as s:
             try:
-                answer = await s.client.generate([[1]], stopping=LONG, timeout=0.2)
+                answer = await s.client.generate([[1]], stopping=HOURS, timeout=0.2)
                 assert answer.results[0].samples[0].finish_reason == inference_pb2.FINISH_REASON_DEADLINE
             except ServiceError as error:  # either side may be the first to see the time run out
                 assert error.code is grpc.StatusCode.DEADLINE_EXCEEDED, error
@@ -121,7 +123,7 @@ def test_a_deadline_reaches_the_engine_and_frees_it() -> None:
 def test_a_cancelled_call_frees_the_engine() -> None:
     async def main() -> None:
         async with service(endless()) as s:
-            unary = asyncio.create_task(s.client.generate([[1]], stopping=LONG))
+            unary = asyncio.create_task(s.client.generate([[1]], stopping=HOURS))
             stream = s.client.stream([[2]], stopping=LONG)
             await anext(stream)
             await until(lambda: len(s.engine.live) == 2)

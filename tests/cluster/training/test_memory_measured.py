@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from cluster.training.memory.estimate import Layout, RankMemory, Setup, training_memory
+from cluster.training.update_guard import PIECE, TRIAL_BYTES
 from parallel.native.library import available
 from tp_decoders.registry import config_from_hf
 
@@ -100,4 +101,5 @@ def test_the_predicted_peak_is_within_5_percent_of_the_measured_one(name: str, t
         print(f"{name}, rank {rank}: predicted {said.tensors / 2**20:.1f} MiB, measured {seen / 2**20:.1f} MiB, "
               f"{said.tensors / seen - 1:+.2%}")  # fmt: skip
         assert said.weights > 20 * 2**20, "so small a model says nothing"
-        assert abs(said.tensors / seen - 1) < WITHIN, said
+        trial = min(said.workspace, TRIAL_BYTES * PIECE)  # of an update that is in doubt: counted, not seen here
+        assert said.tensors / seen > 1 - WITHIN and (said.tensors - trial) / seen < 1 + WITHIN, said
