@@ -1,7 +1,7 @@
 """What ranks write to their output, shown by the process that started them: their log lines as they are.
 
-Ray brings the lines here and would print each behind a coloured `(Worker pid=...)`, which no reader of JSON takes,
-and between them lines of its own C++. A rank's line says already which rank it is (cluster.actors.worker).
+Ray brings the lines here and would print each behind a coloured `(rank 0 pid=...)`, which no reader of JSON takes, and
+between them lines of its own C++. Here lines of JSON, which say all of it themselves, stay as they are.
 """
 
 from __future__ import annotations
@@ -42,7 +42,12 @@ def show(batch: Mapping[str, Any]) -> None:
         elif as_json and not line.startswith("{"):
             log.warning("process %s: %s", source, line)
         else:
-            sys.stderr.write(f"{visible(line)}\n")
+            sys.stderr.write(f"{'' if as_json else _source(batch)}{visible(line)}\n")
+
+
+def _source(batch: Mapping[str, Any]) -> str:
+    """Whose line it is: what Ray calls the process, as in "rank 0", and its number."""
+    return f"({batch.get('actor_name') or 'process'} pid={batch.get('pid')}) "
 
 
 def _as_json() -> bool:

@@ -26,14 +26,14 @@ def the_root_logger_as_it_was() -> Iterator[None]:
 
 
 def batch(*lines: str, pid: object = 4711) -> dict[str, object]:
-    return {"pid": pid, "ip": "10.0.0.1", "is_err": True, "lines": list(lines), "actor_name": "Worker"}
+    return {"pid": pid, "ip": "10.0.0.1", "is_err": True, "lines": list(lines), "actor_name": "rank 1"}
 
 
-def test_lines_come_without_colours_and_without_rays_own(capsys: pytest.CaptureFixture[str]) -> None:
+def test_lines_come_with_their_process_and_without_colours_or_rays_own(capsys: pytest.CaptureFixture[str]) -> None:
     logs.configure(verbose=True)
     show(batch(f"\x1b[36m{LINE}\x1b[0m", CPP))
     show(batch("Raylet is starting", pid="raylet"))
-    assert capsys.readouterr().err == f"{LINE}\n"
+    assert capsys.readouterr().err == f"(rank 1 pid=4711) {LINE}\n"
 
 
 def test_with_json_logs_every_line_is_an_object(capsys: pytest.CaptureFixture[str]) -> None:
