@@ -136,7 +136,9 @@ def test_streams_end_with_the_tokens_of_an_undisturbed_run(
             before = [process_of(server, rank) for rank in (0, 1)]
             for rank in ranks:
                 os.kill(before[rank], fault)
-            hurried = asyncio.create_task(client.generate([[1]], stopping={"max_new_tokens": 1500}, timeout=0.7))
+            # another prompt at each fault: what was open at two deaths and never moved counts as their cause
+            long = {"max_new_tokens": 1500}
+            hurried = asyncio.create_task(client.generate([[1, number]], stopping=long, timeout=0.7))
             assert await streams.all() == undisturbed
             how = await ended_in_time(hurried)
             assert how in LATE or (fault == signal.SIGKILL and how == "FINISH_REASON_LENGTH")
