@@ -85,7 +85,7 @@ def test_killed_robbed_of_a_rank_and_stopped_it_ends_with_the_undisturbed_bits(t
         (["samples.max_tokens=300"], "more than the model's context of 256"),
         (["eval_every=null"], "no effect without eval_every"),
         (["recompute=some"], "choose one of ['none', 'selective', 'full']"),
-        (["parallel.dp=9"], "every replica needs a sample"),
+        (["parallel.dp=9", "ray.num_cpus=18"], "every replica needs a sample"),
         (["parallel.dtype=float16"], "choose 'bfloat16' or 'float32'"),
         (["corpus.tokens_per_sample=300"], "more than the model's context of 256"),
         (["corpus.path=/nowhere.txt"], "corpus.path /nowhere.txt does not exist"),
