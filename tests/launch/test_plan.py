@@ -86,7 +86,7 @@ def test_the_20b_model_on_two_nodes_of_eight_stays_within_nodes(capsys: pytest.C
     [
         (["--model", "gpt3", "--gpus", "1", "--gpu-memory", "8GB"], "no preset 'gpt3' in configs/models"),
         (["--model", "gpt2", "--gpus", "1", "--gpu-memory", "much"], "--gpu-memory is 'much'; write a number"),
-        (["--model", "gpt2", "--gpus", "0", "--gpu-memory", "8GB"], "ranks is 0; give at least 1"),
+        (["--model", "gpt2", "--gpus", "0", "--gpu-memory", "8GB"], "--gpus is 0; give at least 1"),
         (["--model", "gpt2", "--gpus", "1", "--gpu-memory", "8GB", "--micro-batch-tokens", "9"], "are never cut"),
         (["--model", "gpt2", "--gpus", "1", "--gpu-memory", "8GB", "--sequence", "2048"], "model with 1024 positions"),
     ],
