@@ -3,7 +3,8 @@
 A caller's part is the larger of its parts of the slots and of the cache's blocks, by weight (dominant resource
 fairness): one with few long sequences and one with many short ones are compared by what each takes most of. Between
 the flows of one caller the same holds. Whoever gives way loses the sequence that came last, and never the only one,
-unless that has had QUANTUM tokens since it started: so everything that runs gets on, however often it is set aside.
+unless that has had its quantum of tokens since it started: so everything that runs gets on, however often it is set
+aside.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from cluster.engine.residents import Residents
 from cluster.engine.sequence import Sequence
 
 QUANTUM = 256
-"""Tokens computed anew that a sequence is sure of once it has started."""
+"""Tokens computed anew that a sequence is sure of once it has started; the beams of a search have so many together."""
+LEAST_QUANTUM = 8
+"""Of each beam, however many there are."""
 
 
 @dataclass
@@ -78,7 +81,7 @@ class Holdings:
         return (self._held[flow].running[-1] for flow in flows)
 
     def _can_spare(self, seq: Sequence) -> bool:
-        return len(self._held[seq.flow.caller].running) > 1 or seq.earned >= QUANTUM
+        return len(self._held[seq.flow.caller].running) > 1 or seq.earned >= _quantum(seq)
 
     def _gives_way(self, seq: Sequence, flow: Flow, slots: int, blocks: int) -> bool:
         theirs: Caller | Flow = seq.flow if seq.flow.caller is flow.caller else seq.flow.caller
@@ -87,7 +90,7 @@ class Holdings:
             return False
         mine_running = bool(self._held.get(mine, Held()).running)
         if len(self._held[theirs].running) == 1:
-            return not mine_running and seq.earned >= QUANTUM and mine.served < theirs.served
+            return not mine_running and seq.earned >= _quantum(seq) and mine.served < theirs.served
         gone_slots, gone_blocks = _size(seq)
         return not mine_running or self._part(mine, slots, blocks) <= self._part(theirs, -gone_slots, -gone_blocks)
 
@@ -102,6 +105,10 @@ class Holdings:
             held.slots -= slots
             held.blocks -= blocks
             held.running.remove(seq)
+
+
+def _quantum(seq: Sequence) -> int:
+    return max(LEAST_QUANTUM, QUANTUM // max(1, _size(seq)[0]))
 
 
 def _size(seq: Sequence) -> tuple[int, int]:

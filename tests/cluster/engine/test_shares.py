@@ -9,9 +9,10 @@ import pytest
 
 from cluster.engine.engine import Engine, generate
 from cluster.engine.flows import Caller, Flow
+from cluster.engine.holdings import LEAST_QUANTUM, QUANTUM
 from cluster.engine.pace import Pace
 from cluster.engine.planner import divided
-from cluster.engine.request import Request, SamplingParams, Share, StoppingCriteria
+from cluster.engine.request import BeamParams, Request, SamplingParams, Share, StoppingCriteria
 from cluster.engine.shares import MAX_REMEMBERED, Shares
 from tests.cluster.engine.beam_cases import SEARCHES, engine_over
 from tests.cluster.engine.fake_executor import Clock, fake_engine, reference
@@ -218,6 +219,29 @@ def test_the_beams_of_one_search_are_computed_together_by_turns(tmp_path: Path) 
     ]
     shared, *_ = generate(engine, [search, *others])
     assert [(r.token_ids, r.score) for r in shared] == [(r.token_ids, r.score) for r in alone]
+
+
+def test_a_search_as_wide_as_the_engine_gives_way_after_a_few_tokens_and_finds_the_same(tmp_path: Path) -> None:
+    engine = engine_over(save_tiny("gpt2", tmp_path), max_sequences=8)
+    stopping = StoppingCriteria(max_new_tokens=40, ignore_eos=True)
+    wide = Request(
+        request_id="wide", token_ids=(3, 1, 4), share=EVIL, stopping=stopping,
+        sampling=SamplingParams(temperature=0.0, beam=BeamParams(width=8)),
+    )  # fmt: skip
+    (alone,) = generate(engine, [replace(wide, request_id="alone")])[0]
+    quantum = max(LEAST_QUANTUM, QUANTUM // 8)
+    engine.submit(wide)
+    for _ in range(3):
+        engine.step()
+    engine.submit(replace(wide, request_id="good", share=GOOD, sampling=SamplingParams(temperature=0.0)))
+    tokens: dict[str, list[int]] = {}
+    waited = 0
+    while not engine.idle:
+        waited += "good" not in tokens
+        for event in engine.step():
+            tokens.setdefault(event.request_id, []).extend(event.token_ids)
+    assert waited <= quantum + 2, "it need not wait until the search has ended"
+    assert tokens["wide"] == list(alone.token_ids)
 
 
 def test_what_one_flow_does_not_want_goes_to_the_others() -> None:
