@@ -24,8 +24,8 @@ from cluster.actors.bundles import PULSE_S, Bundles, Tell
 from cluster.actors.end_ranks import end_ranks
 from cluster.actors.faults import Fault, NoAnswer, describe, root_cause
 from cluster.actors.group_life import Event, GroupLife, Stage
-from cluster.actors.place import LOOPBACK, Place, PlacementConfig, assign, meeting_point
-from cluster.actors.pulse import Pulse, outcome, phase_of, unanswering
+from cluster.actors.place import LOOPBACK, Place, PlacementConfig, Share, assign, meeting_point
+from cluster.actors.pulse import Pulse, outcome, slow_start, unanswering
 from cluster.actors.worker import Lease, MakeProgram, Phases, Ready, Worker, is_consequence
 from cluster.supervision import Patience, supervised
 from parallel.errors import WorkerError
@@ -40,10 +40,6 @@ STAFF_TRIES = 4  # of one rebuild: Ray takes a while to know that a node is lost
 WATCH_S = 10.0
 """How long errors of Ray's own are borne while ranks are watched; then they cannot be watched, which is a fault."""
 SILENT = "its process gives no sign of life: it is frozen, or its node cannot be reached"
-
-
-Share = Callable[[Sequence[Place], threading.Event], list[Place]]
-"""Tells ranks their share of nodes that others work on, too; does not wait once the event is set."""
 
 
 class WorkerGroup:
@@ -255,23 +251,16 @@ class WorkerGroup:
             self._check_open()
             waiting = [report for report in reports if report not in ready]
             if time.monotonic() > deadline:
-                raise WorkerError(self._slow(waiting, reports))
+                late = [
+                    (self._places[rank], self._actors[rank]) for rank in range(self._size) if reports[rank] in waiting
+                ]
+                raise WorkerError(slow_start(late, self._life, self.config.start_timeout_s))
             for report in ray.wait(waiting, timeout=PULSE_S)[0]:
                 try:
                     ready[report] = ray.get(report)
                 except (WorkerError, RayActorError) as error:
                     raise self._root_cause([]).at_start() from error
         return [ready[report] for report in reports]
-
-    def _slow(self, waiting: Sequence[ray.ObjectRef], reports: Sequence[ray.ObjectRef]) -> str:
-        late = []
-        for place, actor, report in zip(self._places, self._actors, reports, strict=True):
-            if report in waiting:
-                late.append(f"{place} (in {phase_of(actor, self._life)})")
-        return (
-            f"not ready within {self.config.start_timeout_s:g} s: {'; '.join(late)}; "
-            "raise placement.start_timeout_s if the checkpoint is large or the disk slow"
-        )
 
     # ------------------------------------------------------------ what went wrong
 

@@ -17,8 +17,8 @@ from ray.exceptions import RayError
 from cluster.actors.bundles import Bundles, Tell
 from cluster.actors.detached import NAMESPACE, Keep, Whereabouts, end_leftovers
 from cluster.actors.faults import describe
-from cluster.actors.group import ANSWER_S, Share, WorkerGroup
-from cluster.actors.place import PlacementConfig
+from cluster.actors.group import ANSWER_S, WorkerGroup
+from cluster.actors.place import PlacementConfig, Share
 from cluster.actors.worker import Lease, MakeProgram, Ready
 from cluster.supervision import supervised
 from parallel.errors import WorkerError

@@ -7,7 +7,8 @@ asking.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -74,6 +75,10 @@ class Place:
 
     def __str__(self) -> str:
         return f"rank {self.rank} on {self.node}"
+
+
+Share = Callable[[Sequence[Place], threading.Event], list[Place]]
+"""Tells ranks their share of nodes that others work on, too; does not wait once the event is set."""
 
 
 def meeting_point(host: str, port: int) -> str:

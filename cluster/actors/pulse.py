@@ -13,6 +13,8 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayError
 
+from cluster.actors.place import Place
+
 MOST_S = 1.0
 """What one look counts at most: a process that was itself held up does not take it for its ranks' silence."""
 PROBE_S = 3.0
@@ -74,3 +76,12 @@ def phase_of(actor: Any, life: int) -> str:
         return str(ray.get(actor.phase.remote(life), timeout=2.0))
     except (GetTimeoutError, RayError):
         return "an unknown phase: its process does not answer"
+
+
+def slow_start(late: Sequence[tuple[Place, Any]], life: int, limit_s: float) -> str:
+    """What is said of a group whose ranks `late`, as (place, actor), were not ready within the limit."""
+    phases = "; ".join(f"{place} (in {phase_of(actor, life)})" for place, actor in late)
+    return (
+        f"not ready within {limit_s:g} s: {phases}; "
+        "raise placement.start_timeout_s if the checkpoint is large or the disk slow"
+    )

@@ -87,7 +87,7 @@ def test_what_an_exception_says_is_below_its_record_and_indented(evil: str) -> N
 
 def test_what_a_rank_prints_steers_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     rank_output.show({"pid": 1, "lines": [f"\x1b[36mx\r\x1b]0;title\x07{FORGED}"]})
-    assert capsys.readouterr().err == f"x\\r\\x1b]0;title\\x07{FORGED}\n"
+    assert capsys.readouterr().err == f"(process pid=1) x\\r\\x1b]0;title\\x07{FORGED}\n"
 
 
 def test_errors_on_a_terminal_are_one_line_too(capsys: pytest.CaptureFixture[str]) -> None:

@@ -138,7 +138,7 @@ def test_scores_of_an_answer_are_bit_for_bit_the_log_probabilities_it_was_sample
 def test_half_of_the_clients_leave_and_every_block_of_the_cache_is_free_again(gpt2: Path) -> None:
     async def main() -> None:
         rng = random.Random(6)
-        engine = engine_of(gpt2, kv_blocks=20, max_sequences=16)
+        engine = engine_of(gpt2, kv_blocks=12, max_sequences=16)
         async with serving_model(engine) as (client, frontend):
             tasks = [asyncio.create_task(one_client(client, rng.randrange(1000), i % 2 == 0)) for i in range(60)]
             kept = [await task for task in tasks]
