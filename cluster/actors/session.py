@@ -52,7 +52,7 @@ def ray_session(
         options |= {"num_cpus": num_cpus, "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
     head = head or Head()
     try:
-        with own_sessions(), on_loopback() if address is None else nullcontext():
+        with own_sessions(), on_loopback() if address is None or only_on_loopback(address) else nullcontext():
             _init(address or "local", options)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise WorkerError(_cannot_join(address, error)) from error
@@ -122,6 +122,21 @@ def check_reachable(address: str) -> None:
     except OSError as error:
         reason = error.strerror or str(error)
         raise WorkerError(f"no Ray cluster answers at {address} ({reason}); is that its head, and is it up?") from error
+
+
+def only_on_loopback(address: str) -> bool:
+    """Whether a head is reached at this machine's loopback address and at no other: one that a command has started for
+    itself is. Ray takes such an address for the node's other one, where it would look for a minute.
+    """
+    host, _, port = address.rpartition(":")
+    host = host.strip("[]")
+    if host not in ("localhost", "::1") and not host.startswith("127."):
+        return False
+    try:
+        socket.create_connection((ray.util.get_node_ip_address(), int(port)), CONNECT_S).close()
+    except OSError:
+        return True
+    return False
 
 
 def _cannot_join(address: str | None, error: Exception) -> str:

@@ -8,14 +8,13 @@ import time
 from dataclasses import asdict
 
 from cluster.actors.detached import Keep
-from cluster.actors.head import on_loopback
 from cluster.actors.kept_group import KeptGroup
 from cluster.actors.session import ray_session
 from tests.cluster.actors.lasting_program import MakeLasting
 
 
 def main(address: str, name: str, folder: str, timeout_s: float) -> None:
-    with on_loopback(), ray_session(address, log_to_driver=False):  # where the tests' own cluster is
+    with ray_session(address, log_to_driver=False):
         group = KeptGroup(MakeLasting(folder), 2, keep=Keep(name=name, orphan_timeout_s=timeout_s))
         pids = [ready.pid for ready in group.start()]
         print(json.dumps({"where": asdict(group.whereabouts), "pids": pids}), flush=True)

@@ -81,17 +81,25 @@ def test_another_error_of_ray_is_not_tried_again(monkeypatch: pytest.MonkeyPatch
     assert len(tried) == 1
 
 
-@pytest.mark.parametrize(("address", "alone"), [(None, True), ("127.0.0.1:6379", False)])
-def test_a_cluster_of_this_machine_alone_is_started_on_loopback(
-    address: str | None, alone: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("listens", "given", "alone"),
+    [
+        (None, None, True),
+        ("127.0.0.1", "127.0.0.1", True),
+        ("127.0.0.1", "localhost", True),
+        ("0.0.0.0", "127.0.0.1", False),
+    ],
+)
+def test_a_cluster_of_this_machine_alone_is_started_and_joined_on_loopback(
+    listens: str | None, given: str | None, alone: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     where: list[str] = []
     monkeypatch.setattr(session, "_init", lambda *_: where.append(ray.util.get_node_ip_address()))
-    monkeypatch.setattr(session, "check_reachable", lambda _: None)
     monkeypatch.setattr(session.ray, "shutdown", lambda: None)  # the tests' own cluster may be up, and stays
     monkeypatch.setattr("ray._private.worker._global_node", None)
-    monkeypatch.setattr("ray._private.services.node_ip_address_from_perspective", lambda _: "10.0.0.1")
-    with session.ray_session(address):
-        pass
+    monkeypatch.setattr("ray._private.services.node_ip_address_from_perspective", lambda _: "127.0.0.2")
+    with socket.create_server((listens or "127.0.0.1", 0)) as head:
+        with session.ray_session(None if given is None else f"{given}:{head.getsockname()[1]}"):
+            pass
     assert [each == "127.0.0.1" for each in where] == [alone]
     assert ray.util.get_node_ip_address() != "127.0.0.1", "only while it starts"
