@@ -51,7 +51,7 @@ types: $(STAMP)
 	$(BIN)/mypy
 
 tests: $(STAMP)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m $(if $(strip $(PYTEST_ARGS)),pytest $(PYTEST_ARGS),tests.side_by_side)
 
 fuzz: $(STAMP)
 	FUZZ_CASES=$${FUZZ_CASES:-300} $(BIN)/python -m pytest -q tests/tp_decoders/test_fuzz.py $(PYTEST_ARGS)
