@@ -1,10 +1,12 @@
 """Products on CPUs that have no C++ compiler: oneDNN's packed weights, through torch.
 
 More than twice as fast as torch's default in float32 on many CPUs, and a row's bits do not depend on the rows beside
-it, with two exceptions that are worked around here: a lone row over a long reduction (so it is computed as two, and
-reductions go in pieces of at most 1024, added in float32 in order), and outputs of a few columns (so they are padded to
-16). Seen: single rows differ from K = 1600 on, five columns from K = 2048. The operators are torch's private ones, so
-this is the only file that names them.
+it, with three exceptions that are worked around here: a lone row over a long reduction (so it is computed as two, and
+reductions go in pieces of at most 1024, added in float32 in order), outputs of a few columns (so they are padded to
+16), and 16-bit types, for which oneDNN chooses among kernels by the number of rows where the CPU multiplies tiles (so
+every call has 32). Seen: single rows differ from K = 1600 on, five columns from K = 2048; with AMX rows of bfloat16
+from N = 64, K = 1024 on, and among calls of one size never. The operators are torch's private ones, so this is the only
+file that names them.
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ LOOKS = 16
 """Elements of a weight that are compared with what was packed, before each product."""
 ROWS_HINT = 16
 """The number of rows that the packed layout is chosen for: one for all, or the layout, and the bits, would differ."""
+BLOCK = 32
+"""Rows of every call in a 16-bit type."""
 
 
 @cache
@@ -60,12 +64,19 @@ class PackedLeaf:
     def product(self, x_TK: Tensor) -> Tensor:
         """x W^T over this leaf: [T, N], float32 where it has several pieces, else in x's type."""
         rows = x_TK.shape[0]
-        if rows == 1:
-            x_TK = x_TK.expand(2, -1)
+        if x_TK.dtype is torch.float32:
+            blocks = [x_TK.expand(2, -1) if rows == 1 else x_TK]
+        else:
+            blocks = list(functional.pad(x_TK, (0, 0, 0, -rows % BLOCK)).split(BLOCK))
         total: Tensor | None = None
         for start, stop, packed in self.pieces:
-            piece = x_TK[:, start:stop].contiguous()
-            part = torch.ops.mkldnn._linear_pointwise(piece, packed, None, "none", [], "")
+            parts = [_product(block[:, start:stop].contiguous(), packed) for block in blocks]
+            part = parts[0] if len(parts) == 1 else torch.cat(parts)
             total = part if total is None else total.float() + part.float()
         assert total is not None, "a leaf has at least one piece"
         return total[:rows, : self.num_outputs].contiguous()
+
+
+def _product(x_TK: Tensor, packed: Tensor) -> Tensor:
+    part: Tensor = torch.ops.mkldnn._linear_pointwise(x_TK, packed, None, "none", [], "")
+    return part
