@@ -28,6 +28,12 @@ class EngineConfig:
     prefix_caching: bool = True  # beginnings that were computed before are not again
     attention_backend: str | None = None  # eager, cpu, sdpa or flash; the best one that works unless given
 
+    @property
+    def guest_slots(self) -> int:
+        """Beside max_sequences: one for every 16, for callers that run nothing while others have all. A step still
+        holds one token of every running sequence."""
+        return min(self.max_sequences // 16, self.max_step_tokens - self.max_sequences)
+
     def __post_init__(self) -> None:
         for name in ("block_size", "max_step_tokens", "max_scored_tokens", "max_sequences", "max_queue"):
             value = getattr(self, name)

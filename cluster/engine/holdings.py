@@ -45,6 +45,10 @@ class Holdings:
         """Its part of what it has most of, by weight."""
         return self._part(who, 0, 0)
 
+    def runs_nothing(self, who: Caller | Flow) -> bool:
+        held = self._held.get(who)
+        return held is None or not held.running
+
     def started(self, seq: Sequence) -> None:
         for who in (seq.flow, seq.flow.caller):
             held = self._held.setdefault(who, Held())
@@ -88,7 +92,7 @@ class Holdings:
         mine: Caller | Flow = flow if seq.flow.caller is flow.caller else flow.caller
         if seq.flow is flow:
             return False
-        mine_running = bool(self._held.get(mine, Held()).running)
+        mine_running = not self.runs_nothing(mine)
         if len(self._held[theirs].running) == 1:
             return not mine_running and seq.earned >= _quantum(seq) and mine.served < theirs.served
         gone_slots, gone_blocks = _size(seq)

@@ -85,10 +85,16 @@ class Pace:
         """Prompt tokens beside `rows` rows; none for a moment, where the rows' own time is to be found out."""
         if rows and self._rows.known(rows) is None:
             return 0
-        base = self._shortest or (self._rows.known(rows) if rows else None)
-        if base is None:
-            return UNKNOWN_PROMPT
-        return self._prompts.largest(16, base * self._more, self._max_tokens)
+        base = self._base(rows)
+        return UNKNOWN_PROMPT if base is None else self._prompts.largest(16, base * self._more, self._max_tokens)
+
+    def burst(self, rows: int) -> int:
+        """What flows that have saved some up may have of them in one step, together: the step takes as long again."""
+        base = self._base(rows)
+        return UNKNOWN_PROMPT if base is None else self._prompts.largest(16, base, self._max_tokens)
+
+    def _base(self, rows: int) -> float | None:
+        return self._shortest or (self._rows.known(rows) if rows else None) or self._rows.known(1)
 
 
 def _power(size: int) -> int:

@@ -11,11 +11,11 @@ again later: its tokens stay, and draws depend on positions only, so the answer 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from cluster.engine.beam_group import BeamGroup, BeamTables
 from cluster.engine.config import EngineConfig
-from cluster.engine.flows import Flow
+from cluster.engine.flows import Caller, Flow
 from cluster.engine.holdings import Holdings
 from cluster.engine.outcomes import Counters
 from cluster.engine.pace import Pace
@@ -25,6 +25,8 @@ from cluster.engine.shares import Shares
 
 LEAST_CHUNK = 16
 """Prompt tokens that are worth a place in a step, unless fewer are left."""
+BEGINNING = 128
+"""Tokens of a prompt that are read in one step."""
 SCORED_SHARE = 8
 """Of the scored positions of a step only one in so many where others share it."""
 MAX_MISFITS = 16
@@ -44,6 +46,7 @@ class Planner:
         self._chosen: dict[Sequence, int] = {}
         self._tokens = self._scored = 0  # what is left of the step
         self._limited = False  # whether prompts are read out of the flows' bursts
+        self._most_each = 0  # of these, in one step
         self._holdings: Holdings | None = None
 
     def choose(self) -> Mapping[Sequence, int]:
@@ -74,11 +77,14 @@ class Planner:
         demands = {flow: sum(map(len, of_flow)) for flow, of_flow in units.items()}
         if len(demands) == 0:
             return rows
+        demands |= dict.fromkeys(self._beginners({flow.caller for flow in demands}), 1)
         most = self._pace.rows(min(len(rows), len(demands) * min(demands.values())))
         if len(rows) <= most:
             return rows
         chosen: list[Sequence] = []
         for flow, part in divided(most, demands).items():
+            if flow not in units:
+                continue
             flow.rows += part
             for unit in sorted(units[flow], key=lambda unit: (unit[0].last_step, unit[0].order)):
                 if len(unit) <= flow.rows:
@@ -86,6 +92,17 @@ class Planner:
                     chosen += unit
             flow.rows = min(flow.rows, float(max(map(len, units[flow]))))
         return sorted(chosen, key=lambda seq: seq.order)
+
+    def _beginners(self, others: set[Caller]) -> Iterator[Flow]:
+        """Flows of other callers that will have a first token after this step, if it is not too long for them."""
+        for seq in self._residents.running:
+            if seq.flow.caller not in others and not _decodes(seq) and seq.target - seq.computed <= BEGINNING:
+                yield seq.flow
+        if self._residents.num_free_slots or self._residents.num_guest_slots:
+            for flow in self._shares.waiting():
+                head = flow.queue.head()
+                if flow.caller not in others and head is not None and head.target <= BEGINNING:
+                    yield flow
 
     def _decode(self, rows: list[Sequence]) -> None:
         size = self._residents.pool.block_size
@@ -97,6 +114,7 @@ class Planner:
         """Each flow that has something to read gets its part of this step's prompt tokens."""
         wanting = {*self._shares.waiting(), *(seq.flow for seq in reading)}
         if wanting:
+            self._most_each = max(LEAST_CHUNK, self._pace.burst(rows) // len(wanting))
             self._shares.refill(self._pace.prompt_tokens(rows), wanting)
             reading.sort(key=lambda seq: (seq.flow.caller.served, seq.flow.served, seq.order))
 
@@ -120,7 +138,10 @@ class Planner:
         """Prompt tokens that this step has for a sequence."""
         if not self._limited:
             return self._tokens
-        mine, least = int(seq.flow.burst), min(LEAST_CHUNK, self._config.max_step_tokens, seq.target - seq.computed)
+        mine, least = (
+            min(int(seq.flow.burst), self._most_each),
+            min(LEAST_CHUNK, self._config.max_step_tokens, seq.target - seq.computed),
+        )
         return min(self._tokens, mine) if mine >= least else 0
 
     # ------------------------------------------------------------ blocks
@@ -191,7 +212,11 @@ class Planner:
         spare = min(len(running), 1 + pool.num_blocks // 64)
         if seq.beam is not None:
             spare += self.tables.blocks_to_spread(seq.beam)
-        fits = self._residents.admit(seq, spare) or (self._make_way(seq, spare) and self._residents.admit(seq, spare))
+        fits = (
+            self._residents.admit(seq, spare)
+            or (self._is_guest(seq) and self._residents.admit(seq, spare, guest=True))
+            or (self._make_way(seq, spare) and self._residents.admit(seq, spare))
+        )
         if not fits:
             return False
         self._shares.start(seq)
@@ -200,6 +225,10 @@ class Planner:
         self._on_start(seq)
         self._read(seq)
         return True
+
+    def _is_guest(self, seq: Sequence) -> bool:
+        """Whether it may have a slot that is kept for those who come while another has all."""
+        return self._shares.several and not seq.forks and self._now().runs_nothing(seq.flow.caller)
 
     def _make_way(self, seq: Sequence, spare: int) -> bool:
         """Sets aside what others hold beyond their part, if that lets the sequence start."""

@@ -17,27 +17,33 @@ by_order = attrgetter("order")
 
 
 class Residents:
-    """Running sequences, first come first, with their slots and blocks."""
+    """Running sequences, first come first, with their slots and blocks. `guests`: slots beside the others that only a
+    sequence admitted as a guest gets."""
 
-    def __init__(self, pool: BlockPool, max_sequences: int, prefix_caching: bool = False) -> None:
-        self.pool, self.prefix_caching, self.max_sequences = pool, prefix_caching, max_sequences
+    def __init__(self, pool: BlockPool, max_sequences: int, prefix_caching: bool = False, guests: int = 0) -> None:
+        self.pool, self.prefix_caching, self.max_sequences, self._guests = pool, prefix_caching, max_sequences, guests
         self.running: list[Sequence] = []
         self.looked_up = self.reused = 0  # tokens of sequences that were admitted; of these, found in the cache
-        self._slots = list(range(max_sequences - 1, -1, -1))
+        self._slots = list(range(max_sequences + guests - 1, -1, -1))
         self._tables: list[TableChange] = []
         self._copies: dict[int, int] = {}  # target: source
 
     @property
     def num_free_slots(self) -> int:
-        return len(self._slots)
+        """Without those that are kept for guests."""
+        return max(0, len(self._slots) - self._guests)
 
-    def admit(self, seq: Sequence, spare: int) -> bool:
+    @property
+    def num_guest_slots(self) -> int:
+        return min(len(self._slots), self._guests)
+
+    def admit(self, seq: Sequence, spare: int, guest: bool = False) -> bool:
         """Gives the sequence blocks for its known tokens, and slots to it and the samples that will fork from it.
 
         False, and nothing happens, where that would leave fewer than `spare` blocks.
         """
         needed = self.pool.blocks_for(seq.target)
-        if len(self._slots) <= len(seq.forks) or self.pool.num_free <= spare:
+        if (len(self._slots) if guest else self.num_free_slots) <= len(seq.forks) or self.pool.num_free <= spare:
             return False
         found, chain = self._found(seq)
         if self.pool.num_free - self.pool.num_kept(found) < needed - len(found) + spare:

@@ -34,7 +34,7 @@ class Scheduler:
         self, config: EngineConfig, limits: ModelLimits, pool: BlockPool, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.config, self.limits, self.clock = config, limits, clock
-        self.residents = Residents(pool, config.max_sequences, config.prefix_caching)
+        self.residents = Residents(pool, config.max_sequences, config.prefix_caching, config.guest_slots)
         self.shares = Shares(config.max_step_tokens, clock)
         self.beams: dict[str, BeamGroup] = {}  # by request
         self.answers: dict[str, Answer] = {}

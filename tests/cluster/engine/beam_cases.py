@@ -212,4 +212,5 @@ def check_all_free(engine: Engine) -> None:
     residents = engine.scheduler.residents
     residents.check()
     assert residents.pool.num_free == residents.pool.num_blocks and not residents.running
-    assert len(residents._slots) == engine.config.max_sequences and not engine.scheduler.beams
+    assert len(residents._slots) == engine.config.max_sequences + engine.config.guest_slots
+    assert not engine.scheduler.beams

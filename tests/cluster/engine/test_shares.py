@@ -244,6 +244,24 @@ def test_a_search_as_wide_as_the_engine_gives_way_after_a_few_tokens_and_finds_t
     assert tokens["wide"] == list(alone.token_ids)
 
 
+def test_whoever_comes_while_one_request_has_every_slot_is_a_guest() -> None:
+    engine, _ = fake_engine(num_blocks=400, max_sequences=16, max_step_tokens=64)
+    engine.submit(ask("wide", EVIL, new=50, sampling=SamplingParams(n=16, temperature=0.0)))
+    for _ in range(3):
+        engine.step()
+    assert engine.load().running == 16
+    engine.submit(ask("first", GOOD, new=5))
+    engine.submit(ask("more", EVIL, new=5))
+    before = engine.load().generated_tokens
+    assert steps_to_first_token(engine, "first") == 1 and engine.load().running == 17
+    assert engine.load().generated_tokens - before < 4, "in a step that is not long"
+    assert engine.load().preemptions == 0, "and nobody had to give way"
+    while not engine.idle:
+        engine.step()
+        engine.scheduler.residents.check()
+    assert engine.load().finished_requests == 3
+
+
 def test_what_one_flow_does_not_want_goes_to_the_others() -> None:
     flows = [Flow(Caller(str(i), live=1, weight=w), "", 0.0) for i, w in enumerate((1.0, 1.0, 2.0))]
     parts = divided(40, dict(zip(flows, (2, 100, 100), strict=True)))
