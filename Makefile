@@ -54,7 +54,7 @@ tests: $(STAMP)
 	$(BIN)/python -m $(if $(strip $(PYTEST_ARGS)),pytest $(PYTEST_ARGS),tests.side_by_side)
 
 fuzz: $(STAMP)
-	FUZZ_CASES=$${FUZZ_CASES:-300} $(BIN)/python -m pytest -q tests/tp_decoders/test_fuzz.py $(PYTEST_ARGS)
+	FUZZ_CASES=$${FUZZ_CASES:-300} $(BIN)/python -m pytest -q tests/tp_decoders/fuzz/test_fuzz.py $(PYTEST_ARGS)
 
 walk: $(STAMP)
 	$(BIN)/python -m tests.multinode.walk
@@ -84,7 +84,7 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 proto: $(STAMP)
-	$(BIN)/python -m cluster.rpc.generate
+	$(BIN)/python -m cluster.rpc.protoc
 
 clean:
 	rm -rf $(VENV) $(VENV5) .pytest_cache .ruff_cache .mypy_cache

@@ -13,8 +13,8 @@ from collections.abc import Callable
 
 import torch
 
-from parallel.attention import AttentionMeta, AttentionSpec, Cached, Causal
-from parallel.kv_cache import KVCache, KVLayout
+from parallel.attention.attend import AttentionMeta, AttentionSpec, Cached, Causal
+from parallel.attention.kv_cache import KVCache, KVLayout
 from parallel.native.library import configure
 
 

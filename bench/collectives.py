@@ -19,10 +19,10 @@ from dataclasses import dataclass
 
 import torch
 
-import parallel.shm
-from parallel.comm import Comm
-from parallel.mesh import Wiring, init_groups, pin_to_core
-from parallel.tree import ReductionTree
+import parallel.ranks.shared_memory
+from parallel.ranks.comm import Comm
+from parallel.ranks.mesh import Wiring, init_groups, pin_to_core
+from parallel.sharding.tree import ReductionTree
 
 SIZES = (4 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20)
 Call = Callable[[], object]
@@ -77,7 +77,7 @@ def table(comm: Comm, options: Options) -> dict[tuple[str, int], tuple[float, fl
                 continue
             if name.startswith("tree_sum"):
                 for label, threshold in (("all by all", 1 << 62), ("divided", 0)):
-                    parallel.shm.SPLIT_BYTES = threshold
+                    parallel.ranks.shared_memory.SPLIT_BYTES = threshold
                     found[f"{name}, {label}", nbytes] = timed(comm, call, options.seconds)
     return found
 

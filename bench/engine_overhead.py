@@ -19,13 +19,13 @@ from itertools import pairwise
 
 import torch
 
-from cluster.engine.assembly import build_engine, build_runner
-from cluster.engine.blocks import BlockPool
-from cluster.engine.config import EngineConfig
-from cluster.engine.plan import StepPlan, StepResult
+from cluster.engine.engine_builder import build_engine, build_runner
+from cluster.engine.engine_config import EngineConfig
+from cluster.engine.kv_cache.block_pool import BlockPool
 from cluster.engine.request import ModelLimits, Request, SamplingParams, StoppingCriteria
-from cluster.engine.sampling import Sampler
-from cluster.engine.scheduler import Scheduler
+from cluster.engine.sample.sampler import Sampler
+from cluster.engine.schedule.scheduler import Scheduler
+from cluster.engine.schedule.step_plan import StepPlan, StepResult
 from parallel.native import library as native
 from tp_decoders import load
 

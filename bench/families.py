@@ -16,8 +16,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from cluster.rpc.client import AsyncClient
-from launch.tryout import Trained, served, train_preset
+from cluster.rpc.client.client import AsyncClient
+from launch.commands.smoke import Trained, served, train_preset
 
 PRESETS = {
     "gpt2": ("laptop", "ROMEO:\n"),

@@ -44,12 +44,12 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("no CUDA device here: nothing was measured", file=sys.stderr)
         return 1
-    from cluster.engine.assembly import build_engine, build_runner
-    from cluster.engine.config import EngineConfig
     from cluster.engine.engine import generate
+    from cluster.engine.engine_builder import build_engine, build_runner
+    from cluster.engine.engine_config import EngineConfig
     from cluster.engine.request import Request, SamplingParams, StoppingCriteria
+    from tp_decoders.checkpoint.load_save import build, initialise
     from tp_decoders.registry import read_config
-    from tp_decoders.weights import build, initialise
 
     model = initialise(build(read_config(options.config), dtype=getattr(torch, options.dtype), device="cuda"))
     config = EngineConfig(kv_blocks=256, max_sequences=1, attention_backend=options.backend)

@@ -22,19 +22,19 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from cluster.training.trainer import TrainBatch, Trainer
+    from cluster.training.step.trainer import TrainBatch, Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def trainer_of(options: argparse.Namespace, device: torch.device) -> Trainer:
-    from cluster.training.trainer import Trainer, TrainerConfig
+    from cluster.training.step.trainer import Trainer, TrainerConfig
     from launch.presets import find, read
-    from parallel.group import Group
-    from parallel.mesh import Groups
-    from tp_decoders.lora import LoraConfig, attach
+    from parallel.ranks.group import Group
+    from parallel.ranks.mesh import Groups
+    from tp_decoders.adapters.lora import LoraConfig, attach
+    from tp_decoders.checkpoint.load_save import build, initialise
     from tp_decoders.registry import config_from_hf
-    from tp_decoders.weights import build, initialise
 
     config = config_from_hf(dict(read(find(options.model, "models")).values))
     model = initialise(build(config, dtype=getattr(torch, options.dtype), device=device))
@@ -46,7 +46,7 @@ def trainer_of(options: argparse.Namespace, device: torch.device) -> Trainer:
 
 
 def batch_of(options: argparse.Namespace, vocab_size: int, device: torch.device) -> TrainBatch:
-    from cluster.training.trainer import TrainBatch
+    from cluster.training.step.trainer import TrainBatch
 
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocab_size, (options.sequences, options.length), generator=generator)
@@ -59,7 +59,7 @@ def batch_of(options: argparse.Namespace, vocab_size: int, device: torch.device)
 
 
 def measure(options: argparse.Namespace, device: torch.device) -> dict[str, object]:
-    from cluster.training.flops import ModelFlops, product_ceiling
+    from cluster.training.step.flops import ModelFlops, product_ceiling
 
     ceiling = product_ceiling(device, getattr(torch, options.dtype))
     trainer = trainer_of(options, device)

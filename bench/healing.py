@@ -21,9 +21,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from cluster.rpc.client import AsyncClient
+from cluster.rpc.client.client import AsyncClient
 from cluster.rpc.proto import control_pb2
-from launch.background import Server
+from launch.commands.server_process import Server
 
 STREAMS, BEFORE = 6, 60
 RECOVERING = control_pb2.SERVING_STATE_RECOVERING

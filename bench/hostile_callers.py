@@ -23,9 +23,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cluster.rpc.auth_config import Access
-from cluster.rpc.client import AsyncClient, ServiceError
-from launch.background import Server
+from cluster.access.access_config import Access
+from cluster.rpc.client.client import AsyncClient, ServiceError
+from launch.commands.server_process import Server
 
 NAMES = ("calm", "hostile")
 MANY = 48_000

@@ -88,13 +88,13 @@ class Ours:
     def __init__(
         self, path: Path, dtype: torch.dtype, rank: int, tp: int, port: int, numerics: str, threads: int
     ) -> None:
-        from cluster.engine.assembly import build_engine, build_runner
-        from cluster.engine.commands import Commands
-        from cluster.engine.config import EngineConfig
-        from cluster.engine.executors import follow
-        from parallel.mesh import Wiring, init_groups, pin_to_core
+        from cluster.engine.engine_builder import build_engine, build_runner
+        from cluster.engine.engine_config import EngineConfig
+        from cluster.engine.run.command_stream import Commands
+        from cluster.engine.run.executors import follow
         from parallel.native.library import set_threads
-        from tp_decoders.weights import load
+        from parallel.ranks.mesh import Wiring, init_groups, pin_to_core
+        from tp_decoders.checkpoint.load_save import load
 
         torch.set_num_threads(1)
         if tp > 1:

@@ -42,11 +42,11 @@ class Ours:
     """One rank's trainer."""
 
     def __init__(self, path: Path, dtype: torch.dtype, rank: int, tp: int, port: int, threads: int) -> None:
-        from cluster.training.optimizer import OptimizerConfig
-        from cluster.training.trainer import TrainBatch, Trainer, TrainerConfig
-        from parallel.mesh import Wiring, init_groups, pin_to_core
+        from cluster.training.step.optimizer import OptimizerConfig
+        from cluster.training.step.trainer import TrainBatch, Trainer, TrainerConfig
         from parallel.native.library import set_threads
-        from tp_decoders.weights import load
+        from parallel.ranks.mesh import Wiring, init_groups, pin_to_core
+        from tp_decoders.checkpoint.load_save import load
 
         if tp > 1:
             torch.set_num_threads(1)
@@ -165,7 +165,7 @@ class Engine:
 
 def set_allocator(keeps: bool) -> None:
     """For processes that start from now on."""
-    from launch.serve import ENVIRONMENT
+    from launch.commands.serve import ENVIRONMENT
 
     for setting, value in ENVIRONMENT.items():
         if setting.startswith("MALLOC_"):

@@ -15,9 +15,9 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from io import TextIOWrapper
 
-from cluster.plain_lines import visible
+from cluster.safe_text import visible
 from parallel.errors import CheckpointError, ConfigError, RequestError, TpError
-from parallel.own_folder import no_file_for_everybody
+from parallel.private_folder import no_file_for_everybody
 
 
 @dataclass(frozen=True)
@@ -30,69 +30,73 @@ class Command:
 
 
 COMMANDS = {
-    "serve": Command("launch.serve", "serve a checkpoint over gRPC", "tp-decoders serve --model ./gpt2 --tp 2"),
+    "serve": Command(
+        "launch.commands.serve", "serve a checkpoint over gRPC", "tp-decoders serve --model ./gpt2 --tp 2"
+    ),
     "generate": Command(
-        "launch.generate",
+        "launch.client.generate",
         "stream a server's continuation of a prompt to the terminal",
         'tp-decoders generate "Once upon a time" --address localhost:50051 --max-new-tokens 40',
     ),
     "convert": Command(
-        "launch.convert",
+        "launch.commands.convert",
         "rewrite a checkpoint as safetensors, in another type or shard size, or from another format",
         "tp-decoders convert ./gpt-neox-20b ./gpt-neox-20b-bf16 --dtype bfloat16 --max-shard-size 5GB",
     ),
     "init": Command(
-        "launch.init",
+        "launch.commands.init",
         "write a checkpoint with random weights from a model preset, for trials",
         "tp-decoders init tiny-gpt2 ./tiny --seed 0",
     ),
     "bench": Command(
-        "launch.bench",
+        "launch.client.bench",
         "measure a running server: latency and throughput of concurrent streams",
         "tp-decoders bench serve --address localhost:50051 --streams 16 --new-tokens 64",
     ),
     "train": Command(
-        "launch.train",
+        "launch.commands.train",
         "train a checkpoint on a text, or go on with a run",
         "tp-decoders train --config laptop corpus.path=text.txt out=run",
     ),
     "plan": Command(
-        "launch.plan",
+        "launch.commands.plan",
         "say whether a model fits on a number of ranks, and how it is best spread over them",
         "tp-decoders plan --model gpt-neox-20b --gpus 16 --gpu-memory 80GiB",
     ),
     "token": Command(
-        "launch.token",
+        "launch.commands.token",
         "make a token for a client and add its digest to a server's token file",
         "tp-decoders token alice --roles generate --add-to tokens.toml",
     ),
     "preflight": Command(
-        "launch.preflight",
+        "launch.commands.preflight",
         "compare a cluster's nodes and measure the links between them, and name the odd one out",
         "tp-decoders preflight --ranks 16 --device cuda --model /shared/weights/gpt-neox-20b",
     ),
     "status": Command(
-        "launch.status",
+        "launch.client.status",
         "show what a server does: health, requests, memory, ranks; --watch keeps showing it",
         "tp-decoders status --address localhost:50051 --watch",
     ),
     "drain": Command(
-        "launch.drain",
+        "launch.client.drain",
         "let a server take nothing more, finish what is open, and end",
         "tp-decoders drain --address localhost:50051 --grace 60",
     ),
     "restart": Command(
-        "launch.restart",
+        "launch.client.restart",
         "start a server's ranks anew, one replica after the other, without losing a request",
         "tp-decoders restart --address localhost:50051 --grace 30",
     ),
     "flight": Command(
-        "launch.flight",
+        "launch.commands.flight",
         "read what the ranks' flight recorders left after a fault: which rank fell out of step, in which command",
         "tp-decoders flight /tmp/tp-decoders-flight-1000",
     ),
     "demo": Command(
-        "launch.demo", "train a small model on two CPU ranks, serve it and show it; a few minutes", "tp-decoders demo"
+        "launch.commands.demo",
+        "train a small model on two CPU ranks, serve it and show it; a few minutes",
+        "tp-decoders demo",
     ),
 }
 BAD_INPUT = (ConfigError, CheckpointError, RequestError)

@@ -17,7 +17,7 @@ from importlib import import_module
 from typing import Any, get_args, get_type_hints
 from unittest.mock import patch
 
-from cluster.training.data.sources import KINDS
+from cluster.training.data.corpus.sources import KINDS
 from launch.main import COMMANDS, parser_of
 
 WIDTH = 100
@@ -54,9 +54,9 @@ Exit status 0: done; 1: failed; 2: bad input; 130: interrupted.
 
 def settings() -> str:
     """Every setting of both commands: name, type, default, what it is."""
-    from cluster.actors.train_spec import TrainSpec
-    from launch.serve import ServeConfig
-    from launch.training import TrainConfig
+    from cluster.actors.programs.train_spec import TrainSpec
+    from launch.commands.serve import ServeConfig
+    from launch.training.run_training import TrainConfig
 
     parts = [SETTINGS, "\n## tp-decoders serve\n", *_sections(ServeConfig, "")]
     parts += ["\n## tp-decoders train\n", *_sections(TrainConfig, "", _comments(TrainSpec))]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from launch.serve import ENVIRONMENT
+from launch.commands.serve import ENVIRONMENT
 from tests.ranks import Ranks
 
 

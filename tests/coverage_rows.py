@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 FAMILIES = ("gpt2", "gpt_neox", "gpt_neox_japanese", "mpt", "gpt_bigcode")
 SHORT = {"gpt_neox_japanese": "japanese", "gpt_neox": "neox", "gpt_bigcode": "bigcode"}
 HERE = "tests/tp_decoders/"
-PARITY = HERE + "test_parity.py::test_logits_loss_and_all_gradients_equal_the_reference"
-PADDED = HERE + "test_padded.py::test_outputs_loss_and_gradients_equal_transformers"
-EQUALITIES = HERE + "test_padded_equalities.py::test_results_do_not_depend_on"
-TASKS = HERE + "test_tasks.py::test_outputs_losses_and_all_gradients_equal_the_reference"
+PARITY = HERE + "families/test_parity.py::test_logits_loss_and_all_gradients_equal_the_reference"
+PADDED = HERE + "padded/test_padded_model.py::test_outputs_loss_and_gradients_equal_transformers"
+EQUALITIES = HERE + "padded/test_padded_equalities.py::test_results_do_not_depend_on"
+TASKS = HERE + "tasks/test_task_outputs.py::test_outputs_losses_and_all_gradients_equal_the_reference"
 NOT_AN_OPTION = "not an option of this family"
 
 
@@ -68,22 +68,23 @@ ROWS = (
     Row("tasks", "span question answering", TASKS, every("{f}")),
     Row("tasks", "double heads, every summary_type and projection option", TASKS, only(gpt2="gpt2"), {}, NO_CLASS),
     Row("tasks", "these heads in batches padded on the right",
-        HERE + "test_padded_tasks.py::test_padded_outputs_losses_and_gradients_equal_the_reference",
+        HERE + "padded/test_padded_tasks.py::test_padded_outputs_losses_and_gradients_equal_the_reference",
         every("right-{f}")),
     Row("tasks", "these heads in batches padded on the left",
-        HERE + "test_padded_tasks.py::test_padded_outputs_losses_and_gradients_equal_the_reference", every("left-{f}")),
+        HERE + "padded/test_padded_tasks.py::test_padded_outputs_losses_and_gradients_equal_the_reference",
+        every("left-{f}")),
     Row("tasks", "a loop over padded calls = generate",
-        HERE + "test_padded_generation.py::test_a_loop_over_padded_calls_generates_what_transformers_does",
+        HERE + "padded/test_padded_generation.py::test_a_loop_over_padded_calls_generates_what_transformers_does",
         every("{f}")),
-    Row("tasks", "task checkpoints: save, transformers, load", HERE + "test_tasks.py::"
+    Row("tasks", "task checkpoints: save, transformers, load", HERE + "tasks/test_task_outputs.py::"
         "test_what_is_saved_opens_in_transformers_and_heads_cost_no_collective", every("{f}")),
     _padded("attention_mask, left padding", "left padding"),
     _padded("attention_mask, right padding", "right padding"),
     _padded("attention_mask with gaps", "gaps in the mask"),
     Row("inputs and outputs", "attention_mask of four axes, bool",
-        HERE + "test_padded_mask.py::test_a_mask_of_four_axes_equals_transformers", every("{f}-bool")),
+        HERE + "padded/test_attention_mask.py::test_a_mask_of_four_axes_equals_transformers", every("{f}-bool")),
     Row("inputs and outputs", "attention_mask of four axes, added to the scores, by head",
-        HERE + "test_padded_mask.py::test_a_mask_of_four_axes_equals_transformers",
+        HERE + "padded/test_attention_mask.py::test_a_mask_of_four_axes_equals_transformers",
         {family: f"{family}-added by head, cached" for family in FAMILIES if family != "mpt"},
         {"mpt": "the reference reads its numbers as 0 and 1, and takes none by head"}),
     _padded("position_ids", "position_ids", mpt=NO_POSITIONS),
@@ -95,9 +96,9 @@ ROWS = (
     _padded("past key/values in and out, left padding", "past, left padding"),
     _padded("past key/values in and out, right padding", "past, right padding"),
     Row("inputs and outputs", "a DynamicCache of transformers, in and out",
-        HERE + "test_padded_cache.py::test_a_dynamic_cache_grows_as_transformers_own_does", every("{f}")),
+        HERE + "padded/test_transformers_cache.py::test_a_dynamic_cache_grows_as_transformers_own_does", every("{f}")),
     Row("inputs and outputs", "an EncoderDecoderCache of transformers",
-        HERE + "test_padded_cache.py::test_with_an_encoder_both_caches_are_in_one", only(gpt2=""), {
+        HERE + "padded/test_transformers_cache.py::test_with_an_encoder_both_caches_are_in_one", only(gpt2=""), {
             "gpt_bigcode": "the same code; transformers 4.57 cannot run it"}, NO_CROSS),
     _padded("output_attentions, output_hidden_states, use_cache", "attentions, hidden states and cache"),
     _padded("gradients through attentions and hidden states", "gradients through attentions and hidden states"),
@@ -105,18 +106,18 @@ ROWS = (
         every("left-padded = right-padded = unpadded-{f}")),
     Row("inputs and outputs", "cached = uncached", EQUALITIES, every("cached = uncached-{f}")),
     Row("inputs and outputs", "both input_ids and inputs_embeds is refused",
-        HERE + "test_padded_refusals.py::test_is_refused_by_every_family", every("both inputs-{f}")),
+        HERE + "padded/test_padded_refusals.py::test_is_refused_by_every_family", every("both inputs-{f}")),
     Row("inputs and outputs", "encoder_hidden_states, encoder_attention_mask (cross-attention)",
-        HERE + "test_cross_attention.py::test_cross_attention_equals_the_reference",
+        HERE + "model/test_cross_attention.py::test_cross_attention_equals_the_reference",
         only(gpt2="encoder_attention_mask by state, left padding-gpt2",
              gpt_bigcode="encoder_attention_mask by state, left padding-gpt_bigcode"), {}, NO_CROSS),
     Row("inputs and outputs", "past with an encoder's keys and values",
-        HERE + "test_cross_attention.py::test_a_cached_call_takes_the_encoders_keys_and_values_from_the_past",
+        HERE + "model/test_cross_attention.py::test_a_cached_call_takes_the_encoders_keys_and_values_from_the_past",
         only(gpt2="states-gpt2", gpt_bigcode="states-gpt_bigcode"), {}, NO_CROSS),
     Row("inputs and outputs", "an encoder for a model without cross-attention is refused",
-        HERE + "test_padded_refusals.py::test_is_refused_by_every_family", every("an encoder-{f}")),
+        HERE + "padded/test_padded_refusals.py::test_is_refused_by_every_family", every("an encoder-{f}")),
     Row("inputs and outputs", "packed documents = documents alone",
-        HERE + "test_packed.py::test_a_packed_row_is_its_documents_alone", every("{s}-2")),
+        HERE + "families/test_packed.py::test_a_packed_row_is_its_documents_alone", every("{s}-2")),
     _option("scale_attn_weights off", gpt2="gpt2 unscaled", gpt_bigcode="bigcode unscaled"),
     _option("scale_attn_by_inverse_layer_idx", gpt2="gpt2 inverse layer scale"),
     _option("reorder_and_upcast_attn", gpt2="gpt2 upcast"),
@@ -137,42 +138,45 @@ ROWS = (
     _option("linear and dynamic rope scaling", gpt_neox="neox dynamic scaling",
             gpt_neox_japanese="japanese linear scaling"),
     Row("options", "drawn at random: every option, activation and head count together",
-        HERE + "test_fuzz.py::test_no_drawn_configuration_is_silently_different", every("")),
+        HERE + "fuzz/test_fuzz.py::test_no_drawn_configuration_is_silently_different", every("")),
     Row("options", "padded calls drawn at random: every input, task, cache and mistake together",
-        HERE + "test_fuzz.py::test_no_drawn_padded_call_is_silently_different", every("")),
-    Row("options", "head pruning", HERE + "test_pruning.py::test_a_checkpoint_with_pruned_heads_equals_transformers",
+        HERE + "fuzz/test_fuzz.py::test_no_drawn_padded_call_is_silently_different", every("")),
+    Row("options", "head pruning",
+        HERE + "model/test_pruning.py::test_a_checkpoint_with_pruned_heads_equals_transformers",
         only(gpt2="gpt2-past"), {}, "the reference prunes GPT-2's heads alone"),
     Row("options", "cross-attention: save, transformers, load",
-        HERE + "test_cross_attention.py::test_what_is_saved_is_what_transformers_loads",
+        HERE + "model/test_cross_attention.py::test_what_is_saved_is_what_transformers_loads",
         only(gpt2="gpt2", gpt_bigcode="gpt_bigcode"), {}, NO_CROSS),
     Row("options", "heads pruned after loading: save, transformers, load",
-        HERE + "test_pruning.py::test_heads_taken_out_of_a_loaded_model_are_gone_in_transformers_too",
+        HERE + "model/test_pruning.py::test_heads_taken_out_of_a_loaded_model_are_gone_in_transformers_too",
         only(gpt2=""), {}, "the reference prunes GPT-2's heads alone"),
     Row("options", "dropout everywhere the reference has it",
-        HERE + "test_dropout.py::test_loss_and_gradients_equal_transformers_under_the_same_masks", every("{f}")),
+        HERE + "families/test_dropout.py::test_loss_and_gradients_equal_transformers_under_the_same_masks",
+        every("{f}")),
     Row("options", "initialisation by the family's rule",
-        HERE + "test_initialise.py::test_every_tensor_has_the_spread_that_transformers_gives_it", every("{f}")),
+        HERE + "checkpoint/test_initialise.py::test_every_tensor_has_the_spread_that_transformers_gives_it",
+        every("{f}")),
     Row("options", "gradient checkpointing, sequence parallelism",
-        HERE + "test_padded_equalities.py::"
+        HERE + "padded/test_padded_equalities.py::"
         "test_gradients_and_outputs_do_not_depend_on_recomputation_or_division", every("{f}")),
     Row("options", "LoRA adapters, to PEFT",
-        HERE + "test_lora.py::test_an_adapter_written_here_gives_peft_the_same_logits", every("{f}")),
-    Row("options", "LoRA adapters, from PEFT", HERE + "test_lora.py::"
+        HERE + "adapters/test_adapters.py::test_an_adapter_written_here_gives_peft_the_same_logits", every("{f}")),
+    Row("options", "LoRA adapters, from PEFT", HERE + "adapters/test_adapters.py::"
         "test_an_adapter_written_by_peft_gives_the_same_logits_here_beside_the_weights_and_merged", every("{f}")),
     Row("options", "beams = transformers' beams, groups included: 52 random searches",
-        "tests/cluster/engine/test_beams.py::"
+        "tests/cluster/engine/beams/test_beam_search.py::"
         "test_a_random_search_equals_transformers_token_for_token_and_in_score",
         only(gpt2="gpt2-0", gpt_neox="gpt_neox-1", gpt_neox_japanese="gpt_neox_japanese-2", mpt="mpt-3",
              gpt_bigcode="gpt_bigcode-4")),
-    Row("options", "beams on two ranks, bit for bit", "tests/cluster/engine/test_beams.py::"
+    Row("options", "beams on two ranks, bit for bit", "tests/cluster/engine/beams/test_beam_search.py::"
         "test_the_random_searches_have_the_same_bits_on_two_ranks", every("{f}")),
-    Row("options", "fill-in-the-middle prompts, both orders", "tests/cluster/rpc/test_beams.py::"
+    Row("options", "fill-in-the-middle prompts, both orders", "tests/cluster/rpc/services/test_beams.py::"
         "test_a_hole_is_filled_as_transformers_continues_the_same_tokens_in_both_orders", only(gpt_bigcode=""), {},
         "GPT-BigCode alone has the tokens that mark a hole"),
     Row("options", "original TensorFlow checkpoints",
-        HERE + "test_gpt2_tensorflow.py::test_the_logits_are_those_that_tensorflow_computed", only(gpt2=""), {},
+        HERE + "convert/test_gpt2_tensorflow.py::test_the_logits_are_those_that_tensorflow_computed", only(gpt2=""), {},
         "GPT-2 alone was published in this format"),
-    Row("options", "original DeepSpeed checkpoints", HERE + "test_deepspeed.py::"
+    Row("options", "original DeepSpeed checkpoints", HERE + "convert/test_deepspeed.py::"
         "test_the_parts_make_the_model_they_were_cut_from", only(gpt_neox="{}-3"), {},
         "GPT-NeoX alone was published in this format"),
 )  # fmt: skip

@@ -25,9 +25,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from parallel.group import Group
-from parallel.mesh import Wiring, connect
 from parallel.native.library import configure
+from parallel.ranks.group import Group
+from parallel.ranks.mesh import Wiring, connect
 
 COMM_TIMEOUT_S = 60.0
 PR_SET_PDEATHSIG = 1

@@ -20,18 +20,18 @@ from parallel.native import build, library
 FLAGS = ("-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 TESTS = (
     "tests/parallel/native",
-    "tests/parallel/test_comm.py",
-    "tests/parallel/test_attention.py",
-    "tests/parallel/test_products.py",
-    "tests/parallel/test_dropout.py",
-    "tests/parallel/test_kv_cache.py",
+    "tests/parallel/ranks/test_comm.py",
+    "tests/parallel/attention/test_attend.py",
+    "tests/parallel/matmul/test_products.py",
+    "tests/parallel/layers/test_dropout.py",
+    "tests/parallel/attention/test_kv_cache.py",
 )
 
 
 def main(arguments: list[str]) -> int:
     action, *chosen = arguments
     root = Path(__file__).parents[1]
-    library.configure(cache_dir=root / "parallel" / "native" / "_build" / "sanitized", flags=FLAGS)
+    library.configure(cache_dir=root / "parallel" / "native" / "src" / "_build" / "sanitized", flags=FLAGS)
     if action == "build":
         build.BUILD_SECONDS = 1800.0  # instrumented code compiles slowly
         print(library.prebuild())

@@ -27,10 +27,10 @@ def test_tests_are_not_packages() -> None:
 @pytest.mark.parametrize(
     ("module", "absent"),
     [
-        ("cluster.engine.config", "ray"),
+        ("cluster.engine.engine_config", "ray"),
         ("cluster.frontend.frontend", "grpc"),
         ("cluster.frontend.frontend", "ray"),
-        ("cluster.actors.worker", "ray"),
+        ("cluster.actors.group.worker", "ray"),
         ("launch.main", "torch"),
     ],
 )

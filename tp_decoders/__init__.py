@@ -2,6 +2,6 @@
 are run.
 """
 
-from tp_decoders.weights import build, initialise, load, save
+from tp_decoders.checkpoint.load_save import build, initialise, load, save
 
 __all__ = ["build", "initialise", "load", "save"]

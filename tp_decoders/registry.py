@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from parallel.errors import ConfigError
-from tp_decoders.config import DecoderConfig, check_sizes
-from tp_decoders.decoder import Family
 from tp_decoders.families import gpt2, gpt_bigcode, gpt_neox, gpt_neox_japanese, mpt
 from tp_decoders.families.mpt_config import AUTO, REFERENCE, check_reference
-from tp_decoders.fields import Fields, model_type_of, shown
-from tp_decoders.json_files import read_json_object
+from tp_decoders.files.json_fields import Fields, model_type_of, shown
+from tp_decoders.files.json_files import read_json_object
+from tp_decoders.model.config import DecoderConfig, check_sizes
+from tp_decoders.model.decoder import Family
 
 log = logging.getLogger(__name__)
 

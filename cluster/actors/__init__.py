@@ -1,1 +1,3 @@
-"""Ray: placement, worker shells, supervision. The only place that imports ray."""
+"""Ray: groups of ranks, their machines, what a rank runs. The only place that imports ray.
+Knows no grpc and reads no environment.
+"""

@@ -13,16 +13,16 @@ from collections.abc import Sequence as Many
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
-from cluster.engine.best_of import best_places, mean_logprob
-from cluster.engine.blocks import BlockPool
-from cluster.engine.config import EngineConfig
-from cluster.engine.plan import StepPlan, StepResult
+from cluster.engine.beams.best_of import best_places, mean_logprob
+from cluster.engine.engine_config import EngineConfig
+from cluster.engine.kv_cache.block_pool import BlockPool
 from cluster.engine.request import EngineLoad, FinishReason, ModelLimits, Request, TokenEvent, TokenLogprobs
-from cluster.engine.scheduler import Scheduler
-from cluster.engine.traced import Traced
+from cluster.engine.schedule.scheduler import Scheduler
+from cluster.engine.schedule.step_plan import StepPlan, StepResult
+from cluster.engine.traced_requests import Traced
 
 if TYPE_CHECKING:
-    from cluster.engine.canary import Canary
+    from cluster.engine.run.canary import Canary
 
 
 class Executor(Protocol):

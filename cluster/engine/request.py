@@ -1,7 +1,7 @@
 """What the engine is asked and what it answers: token ids in, token events out.
 
 Plain frozen dataclasses that pickle; text, stop strings and protobuf messages live above. Validation against a
-model's limits is `cluster.engine.validation.validate`; the defaults are a Hugging Face user's.
+model's limits is `cluster.engine.request_validation.validate`; the defaults are a Hugging Face user's.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from tp_decoders.task_config import TaskConfig
+    from tp_decoders.tasks.task_settings import TaskConfig
 
 
 class FinishReason(enum.Enum):

@@ -1,1 +1,3 @@
-"""Between clients and an engine: the journal of requests, text in and out, streams. No ray, no grpc."""
+"""Between clients and engines: the front-end itself, readiness and traces; calls, answers, the journal, the
+fleet and training have rooms. No ray, no grpc.
+"""

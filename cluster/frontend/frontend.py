@@ -1,7 +1,8 @@
 """The front-end: admits calls, keeps the journal, turns engines' tokens into streams of text, survives the engines.
 
 One event loop owns everything here. Sampling, scheduling and memory belong to the engines, which of them does what to
-fleet.py, rules to rules.py, what happens to open requests to delivery.py, what is remembered of them to journal.py.
+fleet.py, rules to parameter_rules.py, what happens to open requests to request_lifecycle.py, what is remembered of them
+to open_requests.py.
 """
 
 from __future__ import annotations
@@ -16,29 +17,29 @@ from dataclasses import replace
 from functools import partial
 
 from cluster.engine.request import EngineLoad, FinishReason, ModelLimits, Request
-from cluster.frontend.admission import Admission
-from cluster.frontend.beside import Beside
-from cluster.frontend.calls import Call, FrontendConfig
-from cluster.frontend.content_keys import ContentKeys
-from cluster.frontend.costs import check_answer
-from cluster.frontend.delivery import Delivery
-from cluster.frontend.errors import Draining, EngineFault
-from cluster.frontend.fleet import Fleet, Seat
-from cluster.frontend.journal import Entry, Journal
-from cluster.frontend.ledger import Ledger
-from cluster.frontend.link import EngineLink
-from cluster.frontend.loads import total
-from cluster.frontend.meters import Meters
-from cluster.frontend.opening import Opener
-from cluster.frontend.quarantine import Death, Quarantine
-from cluster.frontend.recall import Recall
-from cluster.frontend.streams import Stream
-from cluster.frontend.text import TextCodec
-from cluster.frontend.tracing import timed, trained
-from cluster.frontend.training import TrainingDesk, check, with_loss
-from cluster.frontend.weights import WeightsRecord
-from cluster.json_lines import REQUEST
-from cluster.training.calls import TrainAnswer, TrainCall
+from cluster.frontend.call_traces import timed, trained
+from cluster.frontend.fleet.engine_stats import total
+from cluster.frontend.fleet.fleet import Fleet, Seat
+from cluster.frontend.fleet.open_requests import Entry, Journal
+from cluster.frontend.fleet.replay import Recall
+from cluster.frontend.fleet.request_builder import Opener
+from cluster.frontend.fleet.request_lifecycle import Delivery
+from cluster.frontend.fleet.request_metrics import Meters
+from cluster.frontend.journal.request_journal import Ledger
+from cluster.frontend.output.output_text import TextCodec
+from cluster.frontend.output.streams import Stream
+from cluster.frontend.requests.admission import Admission
+from cluster.frontend.requests.call import Call, FrontendConfig
+from cluster.frontend.requests.call_costs import check_answer
+from cluster.frontend.requests.content_hash import ContentKeys
+from cluster.frontend.requests.offload import Beside
+from cluster.frontend.requests.quarantine import Death, Quarantine
+from cluster.frontend.training.train_requests import TrainingDesk, check, with_loss
+from cluster.frontend.training.weight_state import WeightsRecord
+from cluster.json_logs import REQUEST
+from cluster.link.engine_link import EngineLink
+from cluster.request_errors import Draining, EngineFault
+from cluster.training.train_calls import TrainAnswer, TrainCall
 from parallel.errors import RequestError, TpError
 
 log = logging.getLogger(__name__)

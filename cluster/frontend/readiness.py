@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 
 from cluster.engine.request import EngineLoad
-from cluster.frontend.fleet import NO_CANARY, Seat
+from cluster.frontend.fleet.fleet import NO_CANARY, Seat
 from cluster.frontend.frontend import Frontend, State
 
 log = logging.getLogger(__name__)

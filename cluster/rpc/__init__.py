@@ -1,1 +1,3 @@
-"""gRPC: messages, servicers, the error table, server and client. The only place that imports grpc."""
+"""gRPC: server, TLS, the page of limits and protoc; services, codec, client and the protocol have rooms. The only
+place that imports grpc; no rule about calls lives here.
+"""

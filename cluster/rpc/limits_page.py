@@ -9,10 +9,10 @@ from typing import Any, cast
 
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 
-from cluster.frontend.calls import FrontendConfig
-from cluster.frontend.ranges import FIELDS, Range
-from cluster.rpc.interceptor import REQUEST_KINDS
-from cluster.rpc.range_check import UNCHECKED, is_map
+from cluster.frontend.requests.call import FrontendConfig
+from cluster.frontend.requests.field_ranges import FIELDS, Range
+from cluster.rpc.codec.range_check import UNCHECKED, is_map
+from cluster.rpc.services.interceptor import REQUEST_KINDS
 
 TOP = """# Ranges of the requests' fields
 

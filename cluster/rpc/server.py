@@ -14,20 +14,20 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from cluster.access.access_config import Security, is_loopback
+from cluster.access.roles import Gate
+from cluster.access.token_file import TokenFile
+from cluster.frontend.call_traces import Tracer
 from cluster.frontend.frontend import Frontend, State
 from cluster.frontend.readiness import Readiness
-from cluster.frontend.tracing import Tracer
-from cluster.rpc.auth import Gate
-from cluster.rpc.auth_config import Security, is_loopback
-from cluster.rpc.auth_tokens import TokenFile
-from cluster.rpc.control import Control, Restart, ServiceInfo
-from cluster.rpc.interceptor import SERVICES, Boundary
-from cluster.rpc.limits import ServerLimits
 from cluster.rpc.proto import control_pb2_grpc, inference_pb2_grpc, training_pb2_grpc
-from cluster.rpc.servicers import Inference
-from cluster.rpc.steady import make_server
+from cluster.rpc.services.connection_limits import ServerLimits
+from cluster.rpc.services.control_service import Control, Restart, ServiceInfo
+from cluster.rpc.services.inference_service import Inference
+from cluster.rpc.services.interceptor import SERVICES, Boundary
+from cluster.rpc.services.training_service import Training
+from cluster.rpc.services.unknown_methods import make_server
 from cluster.rpc.tls import ServerCertificates
-from cluster.rpc.training import Training
 from parallel.errors import ConfigError
 
 INFERENCE, CONTROL, TRAINING = (service.full_name for service in SERVICES)

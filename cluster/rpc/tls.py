@@ -13,7 +13,7 @@ from typing import Any
 
 import grpc
 
-from cluster.rpc.auth_config import Access, TlsConfig, is_loopback, read_file, read_secret
+from cluster.access.access_config import Access, TlsConfig, is_loopback, read_file, read_secret
 from cluster.rpc.proxies import proxy_of
 from parallel.errors import ConfigError
 

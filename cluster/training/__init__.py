@@ -1,1 +1,3 @@
-"""Training: data, losses, schedules, the optimiser and the trainer over one sharded model. No ray, no grpc."""
+"""Training of one sharded model: what a client asks for; steps, checkpoints, the service, jobs, memory and data have
+rooms. No ray, no grpc.
+"""

@@ -2,7 +2,7 @@
 
 A row of the result depends only on its own sequence's queries, keys and values: not on the rows beside it, chunking,
 decoding or prefill, the blocks its keys happen to lie in, the thread count or the number of local heads. No autograd
-here (parallel/backends/cpu.py), no choice of backend; caches must come from KVCache, whose layout this kernel reads.
+here (parallel/attention/cpu.py), no choice of backend; caches must come from KVCache, whose layout this kernel reads.
 """
 
 import ctypes
@@ -77,7 +77,7 @@ class PagedStep:
 class PagedCache:
     """Where one layer's keys and values lie, as the kernel reads them: checked once, used by every step.
 
-    Both [blocks, kv heads, block_size / 16, 16 * head_dim], contiguous and of one type (parallel.kv_cache).
+    Both [blocks, kv heads, block_size / 16, 16 * head_dim], contiguous and of one type (parallel.attention.kv_cache).
     """
 
     def __init__(self, k_cache: Tensor, v_cache: Tensor, kv_heads: int, head_dim: int, block_size: int) -> None:

@@ -1,9 +1,9 @@
-"""Compiles the C++ sources of this folder into one shared library.
+"""Compiles the C++ sources of src/ into one shared library.
 
 The file's name hashes the sources, the flags, the compiler and the CPU's model and flags: a cache shared by unlike
 machines never hands one of them foreign code, and a changed source is a new file. It ends with its own digest, so that
-a damaged one is known. Several processes starting at once compile once. Where the file is kept: cache.py; who loads it:
-library.py.
+a damaged one is known. Several processes starting at once compile once. Where the file is kept: kernel_cache.py; who
+loads it: library.py.
 """
 
 import fcntl
@@ -22,7 +22,7 @@ from pathlib import Path
 
 from parallel.errors import NativeUnavailable
 
-SOURCES = Path(__file__).parent
+SOURCES = Path(__file__).parent / "src"
 # No -ffast-math and no contraction: one formula gives the same bits in the middle, the tail and every inlined copy.
 FLAGS = (
     "-O3",

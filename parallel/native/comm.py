@@ -1,4 +1,6 @@
-"""The ctypes side of comm.cpp and comm_sum.cpp: argument types, nothing more. What they do together: parallel.shm."""
+"""The ctypes side of comm.cpp and all_reduce.cpp: argument types, nothing more. What they do together:
+parallel.ranks.shared_memory.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Dropout of matrix rows by keyed masks: the wrapper of dropout.cpp, and the structures other kernels read masks from.
 
-No autograd and no choice of keys here (parallel/dropout.py).
+No autograd and no choice of keys here (parallel/layers/dropout.py).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Matrix products y = x W^T on CPUs whose bits do not depend on rows, columns, ranks or threads around an element.
 
-W is packed once (packed.py); x stays as it is. K is cut at the borders of the leaves: one chain of fused multiply-adds
-per leaf, leaves added by the fixed tree node(lo, hi) = node(lo, mid) + node(mid, hi), in float32.
-No autograd, no collectives: parallel/linear.py builds those on top.
+W is packed once (packed_weight.py); x stays as it is. K is cut at the borders of the leaves: one chain of fused
+multiply-adds per leaf, leaves added by the fixed tree node(lo, hi) = node(lo, mid) + node(mid, hi), in float32.
+No autograd, no collectives: parallel/layers/linear.py builds those on top.
 """
 
 import ctypes
@@ -19,7 +19,7 @@ from parallel.errors import ConfigError
 from parallel.native.elementwise import activation_id
 from parallel.native.library import entry
 from parallel.native.operands import DTYPES, NUMBERS, Status, apart, checked, number, refused, succeeded, words, written
-from parallel.native.packed import PANEL, UNIT, PackedMatrix
+from parallel.native.packed_weight import PANEL, UNIT, PackedMatrix
 
 MAX_SOURCES = 16
 MOST_LOOKS = 8  # times that a product takes over a matrix that is written to while it looks

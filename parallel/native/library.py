@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from parallel.errors import ConfigError, KernelsWithheld, NativeUnavailable
-from parallel.native import build, cache
+from parallel.native import build, kernel_cache
 
 MAX_THREADS = 256
 
@@ -75,7 +75,7 @@ def cache_dir() -> Path | None:
 
 def withhold(reason: str | None) -> None:
     """From now on this process does without the kernels, for that reason; None: it need not any more. The ranks of a
-    group agree on it (parallel.machines), so that none computes what another cannot.
+    group agree on it (parallel.ranks.machine_check), so that none computes what another cannot.
     """
     _loaded.withheld = reason
 
@@ -162,11 +162,11 @@ def _built(config: NativeConfig) -> ctypes.CDLL:
 
 
 def _opened(path: Path) -> ctypes.CDLL | None:
-    content = cache.contents(path)
+    content = kernel_cache.contents(path)
     if content is None or not build.is_whole(content):
         return None
     return ctypes.CDLL(str(path))
 
 
 def _path(config: NativeConfig) -> Path:
-    return cache.place(build.file_name(config.flags), config.cache_dir)
+    return kernel_cache.place(build.file_name(config.flags), config.cache_dir)

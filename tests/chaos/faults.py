@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from cluster.rpc.client import Client, ServiceError
-from cluster.training.checkpoint import latest_checkpoint
+from cluster.rpc.client.client import Client, ServiceError
+from cluster.training.checkpoint.checkpointer import latest_checkpoint
 from tests.chaos.hosts import HEAD, Hosts, end, inner_pid, ranks_below, training_rank, until_gone
 from tests.chaos.injected.sitecustomize import POISON
 from tests.chaos.jobs import KEEPS_STATE, Served, Training

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from tests.launch.kill_training import family_of
+from tests.launch.training.kill_training import family_of
 from tests.multinode.commands import Command, Failed
 
 HEAD = 1

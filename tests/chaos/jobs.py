@@ -17,11 +17,11 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from cluster.training.metrics import RecordReader
-from cluster.training.run_folder import METRICS
-from launch.serve import ServerConfig
+from cluster.training.job.run_folder import METRICS
+from cluster.training.job.run_metrics import RecordReader
+from launch.commands.serve import ServerConfig
 from tests.chaos.hosts import Hosts, command_process, end, python
-from tests.launch.kill_training import checksums
+from tests.launch.training.kill_training import checksums
 from tests.multinode.commands import Command, Failed
 
 POLL_S = 0.1

@@ -19,7 +19,7 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from cluster.rpc.client import AsyncClient, ServiceError
+from cluster.rpc.client.client import AsyncClient, ServiceError
 from cluster.rpc.proto.inference_pb2 import FinishReason
 
 STREAMS = 16

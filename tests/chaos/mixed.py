@@ -17,8 +17,8 @@ from pathlib import Path
 
 import grpc
 
-from cluster.rpc.auth_config import Access
-from cluster.rpc.client import AsyncClient, ServiceError
+from cluster.access.access_config import Access
+from cluster.rpc.client.client import AsyncClient, ServiceError
 from cluster.rpc.proto.inference_pb2 import FinishReason
 
 VOCAB = 97

@@ -6,9 +6,9 @@ import signal
 import time
 from pathlib import Path
 
-from launch.background import Server
+from launch.commands.server_process import Server
 from tests.chaos.hosts import all_processes, cmdline, end, status_of
-from tests.launch.kill_training import family_of
+from tests.launch.training.kill_training import family_of
 from tests.multinode.commands import Failed
 
 ENDS_S = 30.0

@@ -23,8 +23,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from cluster.rpc.auth_config import Access
-from launch.background import Server
+from cluster.access.access_config import Access
+from launch.commands.server_process import Server
 from launch.main import main as tp_decoders
 from tests.chaos.mixed import Tally, load
 from tests.chaos.usage import MOST_MB_PER_MINUTE, Sample, Verdict, look, verdicts

@@ -14,8 +14,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from cluster.rpc.client import AsyncClient, ServiceError
-from cluster.training.save_job import complete_steps
+from cluster.rpc.client.client import AsyncClient, ServiceError
+from cluster.training.checkpoint.checkpoint_writer import complete_steps
 from tests.chaos.faults import KINDS, SERVING, TRAINING, Strike, World
 from tests.chaos.hosts import HEAD
 from tests.chaos.jobs import Supervised, until

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.launch.kill_training import family_of
+from tests.launch.training.kill_training import family_of
 
 PAGE_MB = os.sysconf("SC_PAGE_SIZE") / 1e6
 MOST_MB_PER_MINUTE = 1.0

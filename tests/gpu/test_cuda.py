@@ -12,12 +12,12 @@ import pytest
 import torch
 
 import tp_decoders
-from cluster.engine.assembly import build_engine, build_runner
-from cluster.engine.config import EngineConfig
 from cluster.engine.engine import generate
+from cluster.engine.engine_builder import build_engine, build_runner
+from cluster.engine.engine_config import EngineConfig
 from cluster.engine.request import Request, SamplingParams, StoppingCriteria
-from parallel import mesh
-from parallel.attention import Causal
+from parallel.attention.attend import Causal
+from parallel.ranks import mesh
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 TINY = Path(__file__).parents[1] / "cluster" / "engine" / "tiny_models.py"

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from cluster.actors.train_spec import SampleConfig, TrainParallel
-from cluster.training.metrics import read_records
-from cluster.training.run_folder import METRICS, SAMPLES
-from tests.cluster.actors.train_runs import STEPS, checksums, go_here, spec_of, write_start
+from cluster.actors.programs.train_spec import SampleConfig, TrainParallel
+from cluster.training.job.run_folder import METRICS, SAMPLES
+from cluster.training.job.run_metrics import read_records
+from tests.cluster.actors.programs.train_runs import STEPS, checksums, go_here, spec_of, write_start
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 SHOWN = {"eval_every": 2, "samples": SampleConfig(prompts=("the cat",), max_tokens=4), "recompute": "full"}

@@ -11,8 +11,8 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 
-from launch.serve import ServeConfig
-from launch.training import TrainConfig
+from launch.commands.serve import ServeConfig
+from launch.training.run_training import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("parallel", "tp_decoders", "cluster", "launch")
@@ -44,9 +44,10 @@ def messages(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def is_module(name: str) -> bool:
-    """Whether it begins with a module of ours: an error for programmers, as in parallel.mesh.init_groups."""
+    """Whether it begins with a module of ours: an error for programmers, as in parallel.ranks.mesh.init_groups."""
     first, second, *_ = name.split(".")
-    return first in PACKAGES and (ROOT / first / f"{second}.py").is_file()
+    here = ROOT / first / second
+    return first in PACKAGES and (here.is_dir() or here.with_suffix(".py").is_file())
 
 
 @pytest.mark.parametrize("package", PACKAGES)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from launch.commands.serve import ServeConfig
 from launch.presets import CONFIGS, Layer, build, read
-from launch.serve import ServeConfig
-from launch.training import TrainConfig
+from launch.training.run_training import TrainConfig
 from tp_decoders.registry import FAMILIES, config_from_hf
 
 PRESETS = sorted([*CONFIGS.glob("engine/*.yaml"), *CONFIGS.glob("cluster/*.yaml")])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.training.data.sources import KINDS, SourceOptions
+from cluster.training.data.corpus.sources import KINDS, SourceOptions
 from launch.reference import APPLIES, PAGES
 from parallel.errors import ConfigError
 from tests.launch.test_advice import KNOWN

@@ -212,6 +212,6 @@ class Walk:
             if stream.text != undisturbed:
                 raise Failed("the stream went on with another text")
             print("           the open stream went on: the same text to its last letter", flush=True)
-            run("python", "-c", "from cluster.rpc.client import Client; Client('127.0.0.1:50051').drain(5.0)")
+            run("python", "-c", "from cluster.rpc.client.client import Client; Client('127.0.0.1:50051').drain(5.0)")
         if serve.wait(60) != 0 and stream.ended_well:
             raise Failed("a server that was drained ended with an error")

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from cluster.rpc.auth_config import Security, TlsConfig
-from cluster.rpc.auth_tokens import Role
-from cluster.rpc.limits import ServerLimits
+from cluster.access.access_config import Security, TlsConfig
+from cluster.access.token_file import Role
+from cluster.rpc.services.connection_limits import ServerLimits
+from tests.cluster.access.token_files import TOKENS, entry, secret_file
 from tests.cluster.rpc.certificates import Authority
 from tests.cluster.rpc.harness import service
-from tests.cluster.rpc.tokens import TOKENS, entry, secret_file
 
 SCRIPT = Path(__file__).with_name("buf_curl.sh")
 BUF = os.environ.get("BUF") or shutil.which("buf")

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from parallel.activation import activate
 from parallel.errors import ConfigError
-from parallel.norm import LayerNorm
+from parallel.layers.norm import LayerNorm
+from parallel.matmul.activation import activate
 from parallel.options import check_recompute
 from parallel.recompute import forgetting_cheap
 

@@ -12,19 +12,19 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from parallel.attention import Attend, AttentionSpec
-from parallel.dropout import ATTENDED, MLP, DropoutSite
+from parallel.attention.attend import Attend, AttentionSpec
+from parallel.attention.heads import HeadLayout, share_heads
 from parallel.errors import ConfigError
-from parallel.group import Group
-from parallel.heads import HeadLayout, share_heads
-from parallel.linear import ColumnLinear, RowLinear
-from parallel.norm import LayerNorm
-from parallel.shard import Part, VirtualShards
-from tp_decoders.config import DecoderConfig, Dropout, activation, head_size, probability
-from tp_decoders.cross_attention import CrossAttention
-from tp_decoders.decoder import Decoder, Family, Parts, Place, residual_std
-from tp_decoders.fields import MOST_LAYERS, Fields
-from tp_decoders.names import Name, NameMap, block_names
+from parallel.layers.dropout import ATTENDED, MLP, DropoutSite
+from parallel.layers.linear import ColumnLinear, RowLinear
+from parallel.layers.norm import LayerNorm
+from parallel.ranks.group import Group
+from parallel.sharding.rules import Part, VirtualShards
+from tp_decoders.files.json_fields import MOST_LAYERS, Fields
+from tp_decoders.model.config import DecoderConfig, Dropout, activation, head_size, probability
+from tp_decoders.model.cross_attention import CrossAttention
+from tp_decoders.model.decoder import Decoder, Family, Parts, Place, residual_std
+from tp_decoders.model.tensor_names import Name, NameMap, block_names
 
 INFERENCE_HINTS = (
     "inference_runner",

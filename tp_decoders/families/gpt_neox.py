@@ -12,18 +12,18 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from parallel.attention import Attend, AttentionSpec
-from parallel.dropout import ATTENDED, MLP, DropoutSite
-from parallel.group import Group
-from parallel.heads import HeadLayout
-from parallel.linear import ColumnLinear, Partial, RowLinear, reduce_sum
-from parallel.norm import LayerNorm
-from parallel.shard import VirtualShards
-from tp_decoders.config import DecoderConfig, Dropout, activation, head_size, probability
-from tp_decoders.decoder import Decoder, Family, Place
-from tp_decoders.fields import MOST_LAYERS, Fields
-from tp_decoders.names import Name, NameMap, block_names
-from tp_decoders.rotary import Rotary, RotaryConfig, Rotation, rotary_from_hf, rotated
+from parallel.attention.attend import Attend, AttentionSpec
+from parallel.attention.heads import HeadLayout
+from parallel.layers.dropout import ATTENDED, MLP, DropoutSite
+from parallel.layers.linear import ColumnLinear, Partial, RowLinear, reduce_sum
+from parallel.layers.norm import LayerNorm
+from parallel.ranks.group import Group
+from parallel.sharding.rules import VirtualShards
+from tp_decoders.files.json_fields import MOST_LAYERS, Fields
+from tp_decoders.model.config import DecoderConfig, Dropout, activation, head_size, probability
+from tp_decoders.model.decoder import Decoder, Family, Place
+from tp_decoders.model.rotary import Rotary, RotaryConfig, Rotation, rotary_from_hf, rotated
+from tp_decoders.model.tensor_names import Name, NameMap, block_names
 
 EARLY_NAMES = ("attention_probs_dropout_prob", "hidden_dropout_prob")
 """Of dropout, which transformers does not read."""

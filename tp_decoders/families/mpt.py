@@ -9,18 +9,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from parallel.attention import Attend, AttentionSpec
-from parallel.collectives import gather_from, scatter_to
-from parallel.dropout import ATTENDED, MLP, DropoutSite
-from parallel.group import Group
-from parallel.heads import HeadLayout, alibi_slopes, share_heads
-from parallel.linear import ColumnLinear, RowLinear
-from parallel.norm import LayerNorm
-from parallel.shard import Part, VirtualShards
-from tp_decoders.config import DecoderConfig
-from tp_decoders.decoder import Decoder, Family, Parts, Place
+from parallel.attention.attend import Attend, AttentionSpec
+from parallel.attention.heads import HeadLayout, alibi_slopes, share_heads
+from parallel.layers.dropout import ATTENDED, MLP, DropoutSite
+from parallel.layers.linear import ColumnLinear, RowLinear
+from parallel.layers.norm import LayerNorm
+from parallel.ranks.collectives import gather_from, scatter_to
+from parallel.ranks.group import Group
+from parallel.sharding.rules import Part, VirtualShards
 from tp_decoders.families.mpt_config import from_hf
-from tp_decoders.names import Name, NameMap, block_names
+from tp_decoders.model.config import DecoderConfig
+from tp_decoders.model.decoder import Decoder, Family, Parts, Place
+from tp_decoders.model.tensor_names import Name, NameMap, block_names
 
 
 class QueryKeyNorm(nn.Module):

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from parallel.errors import ConfigError
-from tp_decoders.config import DecoderConfig, Dropout, head_size, probability
-from tp_decoders.fields import MOST_LAYERS, MOST_RATIO, Fields, shown
+from tp_decoders.files.json_fields import MOST_LAYERS, MOST_RATIO, Fields, shown
+from tp_decoders.model.config import DecoderConfig, Dropout, head_size, probability
 
 AUTO, TRANSFORMERS, FOUNDRY = REFERENCES = ("auto", "transformers", "llm-foundry")
 REFERENCE = "mpt_reference"

@@ -1,4 +1,4 @@
-"""One rank's memory by kind, from what lasts (static.py) and what a micro-batch takes (passes.py).
+"""One rank's memory by kind, from what lasts (lasting_memory.py) and what a micro-batch takes (pass_memory.py).
 
 A step is at its worst either in a pass, with all activations held, or in the update, with none: the larger counts.
 """
@@ -9,14 +9,14 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from cluster.training.memory.passes import PassCost, PassShape, Prepare, forward_peak, pass_cost
-from cluster.training.memory.static import StaticBytes, cache_layout, packed_bytes, training_bytes, weight_bytes
-from parallel.group import Group, Numerics
+from cluster.training.memory.lasting_memory import StaticBytes, cache_layout, packed_bytes, training_bytes, weight_bytes
+from cluster.training.memory.pass_memory import PassCost, PassShape, Prepare, forward_peak, pass_cost
 from parallel.options import Recompute
-from tp_decoders.config import DecoderConfig
-from tp_decoders.decoder import Decoder
-from tp_decoders.lora import LoraConfig, place, targeted, their_module
-from tp_decoders.weights import build
+from parallel.ranks.group import Group, Numerics
+from tp_decoders.adapters.lora import LoraConfig, place, targeted, their_module
+from tp_decoders.checkpoint.load_save import build
+from tp_decoders.model.config import DecoderConfig
+from tp_decoders.model.decoder import Decoder
 
 RUNTIME = {"cpu": 400 << 20, "cuda": 2 << 30}
 """Of a process before it holds a tensor: code, threads and the ranks' shared memory on CPUs (measured: 310 to 330 MiB

@@ -10,8 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from parallel.attention import AttentionSpec
-from parallel.kv_cache import RUN
+from parallel.attention.attend import AttentionSpec
+from parallel.attention.kv_cache import RUN
 
 Kernel = Literal["cpu", "flash"]
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-from cluster.training.flops import ModelFlops
 from cluster.training.memory.estimate import (
     Layout,
     RankMemory,
@@ -20,10 +19,11 @@ from cluster.training.memory.estimate import (
     serving_memory,
     shard,
 )
-from cluster.training.memory.passes import Collectives, PassCost
-from cluster.training.memory.static import StaticBytes
+from cluster.training.memory.lasting_memory import StaticBytes
+from cluster.training.memory.pass_memory import Collectives, PassCost
+from cluster.training.step.flops import ModelFlops
 from parallel.errors import ConfigError
-from tp_decoders.config import DecoderConfig
+from tp_decoders.model.config import DecoderConfig
 
 EXTRA = {"none": 0.0, "selective": 0.03, "full": 1.0}
 """Of a forward, that recomputation runs again."""

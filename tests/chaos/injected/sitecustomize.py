@@ -60,7 +60,8 @@ def slow(files: Any) -> None:
 
 
 PATCHES: dict[str, Callable[[Any], None]] = {
-    "cluster.engine.runner": poison, "launch.healing": refusing, "cluster.frontend.ledger_files": slow,
+    "cluster.engine.run.model_runner": poison, "launch.serving.healing": refusing,
+    "cluster.frontend.journal.journal_files": slow,
 }  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import ray
 
-from cluster.actors.session import ray_session
+from cluster.actors.host.ray_session import ray_session
 
 CORES = 3
 

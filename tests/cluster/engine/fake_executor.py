@@ -11,11 +11,11 @@ import zlib
 from array import array
 from collections.abc import Sequence as Many
 
-from cluster.engine.config import EngineConfig
-from cluster.engine.draws import stream_of
 from cluster.engine.engine import Engine
-from cluster.engine.plan import StepPlan, StepResult
+from cluster.engine.engine_config import EngineConfig
 from cluster.engine.request import FinishReason, ModelLimits, Request, TokenLogprobs
+from cluster.engine.rng import stream_of
+from cluster.engine.schedule.step_plan import StepPlan, StepResult
 
 VOCAB = 50
 EOS = 7

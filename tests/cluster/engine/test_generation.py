@@ -13,18 +13,18 @@ import pytest
 import torch
 import transformers
 
-from cluster.engine.assembly import build_engine, build_runner
-from cluster.engine.commands import Commands
-from cluster.engine.config import EngineConfig
 from cluster.engine.engine import Engine, Result, generate
-from cluster.engine.executors import follow
+from cluster.engine.engine_builder import build_engine, build_runner
+from cluster.engine.engine_config import EngineConfig
 from cluster.engine.request import Request, ResponseOptions, SamplingParams, Share, StoppingCriteria
-from cluster.engine.sequence import Sequence
-from parallel.attention import Causal
-from parallel.group import Group
+from cluster.engine.run.command_stream import Commands
+from cluster.engine.run.executors import follow
+from cluster.engine.sequences.sequence import Sequence
+from parallel.attention.attend import Causal
+from parallel.ranks.group import Group
 from tests.cluster.engine.tiny_models import CONFIGS, VOCAB, WIDE, save_tiny, tiny_model
 from tp_decoders import load
-from tp_decoders.decoder import Decoder
+from tp_decoders.model.decoder import Decoder
 
 FAMILIES = list(CONFIGS)
 LENGTHS, NEW = (1, 3, 16, 17, 30, 45, 2, 33, 60, 15), (40, 30, 32, 25, 33, 20, 50, 9, 17, 1)

@@ -21,8 +21,8 @@ from cluster.engine.request import (
     TokenEvent,
     TokenLogprobs,
 )
-from cluster.engine.validation import validate
-from cluster.frontend.text import TextCodec
+from cluster.engine.request_validation import validate
+from cluster.frontend.output.output_text import TextCodec
 from parallel.errors import CapacityError
 
 PIECES = (

@@ -12,15 +12,15 @@ from typing import Any, TypeVar
 import pytest
 
 from cluster.engine.request import EngineLoad, ModelLimits, Request, SamplingParams, StoppingCriteria
-from cluster.frontend.calls import Call, FrontendConfig, Prompt
 from cluster.frontend.frontend import Frontend
-from cluster.frontend.link import EventSink, FaultSink, SampleId
-from cluster.frontend.local_link import LocalLink
-from cluster.frontend.loop import EngineSurface
-from cluster.frontend.quarantine import Quarantine
-from cluster.frontend.streams import Result, collect
-from cluster.frontend.text import TextCodec
-from cluster.training.calls import TrainAnswer, TrainCall
+from cluster.frontend.output.output_text import TextCodec
+from cluster.frontend.output.streams import Result, collect
+from cluster.frontend.requests.call import Call, FrontendConfig, Prompt
+from cluster.frontend.requests.quarantine import Quarantine
+from cluster.link.engine_link import EventSink, FaultSink, SampleId
+from cluster.link.engine_loop import EngineSurface
+from cluster.link.local_link import LocalLink
+from cluster.training.train_calls import TrainAnswer, TrainCall
 from tests.cluster.frontend.fakes import CODEC, LIMITS
 
 T = TypeVar("T")

@@ -8,14 +8,14 @@ from dataclasses import replace
 import pytest
 
 from cluster.engine.request import FinishReason, ResponseOptions, SamplingParams, Share, StoppingCriteria, TokenEvent
-from cluster.frontend.errors import DuplicateRequest, InvalidRequest, RequestFailed
 from cluster.frontend.frontend import Frontend, State
-from cluster.frontend.link import Rejected
-from cluster.frontend.streams import Chunk
+from cluster.frontend.output.streams import Chunk
+from cluster.link.engine_link import Rejected
+from cluster.request_errors import DuplicateRequest, InvalidRequest, RequestFailed
 from parallel.errors import CapacityError, QueueFull
 from tests.cluster.frontend.fakes import CODEC, ENDLESS, LASTING, PIECES, FakeEngine, scores_of, tokens_of
 from tests.cluster.frontend.harness import PlayedLink, answer, call, run, serving, until
-from tests.cluster.frontend.test_stops import brute_force
+from tests.cluster.frontend.output.test_stop_strings import brute_force
 
 
 def test_every_sample_of_every_prompt_arrives_whole_with_text_and_parameters() -> None:

@@ -12,13 +12,13 @@ import pytest
 
 from cluster.engine.request import EngineLoad
 from cluster.frontend.frontend import Frontend, State
-from cluster.frontend.local_link import LocalLink
 from cluster.frontend.readiness import Readiness
-from cluster.frontend.socket_link import SocketLink
+from cluster.link.local_link import LocalLink
+from cluster.link.socket_link import SocketLink
 from parallel.errors import WorkerError
-from tests.cluster.frontend.engine_process import engine_process
 from tests.cluster.frontend.fakes import FakeEngine
 from tests.cluster.frontend.harness import run, serving, until
+from tests.cluster.link.engine_process import engine_process
 
 GENEROUS_S = 60.0
 

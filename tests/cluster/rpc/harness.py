@@ -11,13 +11,13 @@ import grpc
 import pytest
 from google.rpc.error_details_pb2 import ErrorInfo
 
+from cluster.access.access_config import Access, Security
 from cluster.frontend.frontend import Frontend
-from cluster.frontend.text import TextCodec
-from cluster.rpc.auth_config import Access, Security
-from cluster.rpc.client import AsyncClient, ServiceError
-from cluster.rpc.control import ServiceInfo
-from cluster.rpc.limits import ServerLimits
+from cluster.frontend.output.output_text import TextCodec
+from cluster.rpc.client.client import AsyncClient, ServiceError
 from cluster.rpc.server import Server, build_server
+from cluster.rpc.services.connection_limits import ServerLimits
+from cluster.rpc.services.control_service import ServiceInfo
 from tests.cluster.frontend.fakes import CODEC, FakeEngine
 from tests.cluster.frontend.harness import serving
 

@@ -15,12 +15,12 @@ from typing import Any
 import grpc
 import pytest
 
-from cluster.rpc.client import AsyncClient, ServiceError
+from cluster.rpc.client.client import AsyncClient, ServiceError
 from tests.cluster.engine.tiny_models import save_tiny
 from tests.cluster.frontend.fakes import ENDLESS, LASTING, FakeEngine
 from tests.cluster.frontend.harness import run, until
 from tests.cluster.rpc.harness import service
-from tests.cluster.rpc.training_service import DOCUMENTS, STEP, training_service
+from tests.cluster.rpc.services.training_service import DOCUMENTS, STEP, training_service
 
 LONG_TEXT = "abc " * 5_000
 MOMENTS = [0.0, 0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.05]

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-from cluster.rpc.client import AsyncClient
+from cluster.rpc.client.client import AsyncClient
 from tests.cluster.frontend.fakes import FakeEngine, tokens_of
 from tests.cluster.frontend.harness import run, until
 from tests.cluster.rpc.harness import Service, service

@@ -8,16 +8,16 @@ from contextlib import asynccontextmanager
 
 import grpc
 
-from cluster.frontend.calls import FrontendConfig
-from cluster.frontend.errors import Draining
-from cluster.frontend.fleet import Restarted
+from cluster.frontend.fleet.fleet import Restarted
 from cluster.frontend.frontend import Frontend
-from cluster.frontend.local_link import LocalLink
 from cluster.frontend.readiness import Readiness
-from cluster.rpc.client import AsyncClient
-from cluster.rpc.control import Restart
+from cluster.frontend.requests.call import FrontendConfig
+from cluster.link.local_link import LocalLink
+from cluster.request_errors import Draining
+from cluster.rpc.client.client import AsyncClient
 from cluster.rpc.proto import control_pb2
 from cluster.rpc.server import build_server
+from cluster.rpc.services.control_service import Restart
 from tests.cluster.frontend.fakes import CODEC, FakeEngine
 from tests.cluster.frontend.harness import run
 from tests.cluster.rpc.harness import refused, service

@@ -11,8 +11,8 @@ import pytest
 from google.rpc.error_details_pb2 import BadRequest
 from grpc_health.v1 import health_pb2
 
-from cluster.frontend.text import FimTokens
-from cluster.rpc.client import ServiceError
+from cluster.frontend.output.output_text import FimTokens
+from cluster.rpc.client.client import ServiceError
 from cluster.rpc.proto import inference_pb2
 from tests.cluster.frontend.fakes import CODEC, FakeEngine, scores_of, tokens_of
 from tests.cluster.frontend.harness import run

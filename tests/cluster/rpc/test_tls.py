@@ -11,8 +11,8 @@ from pathlib import Path
 import grpc
 import pytest
 
-from cluster.rpc.auth_config import Access, Security, TlsConfig
-from cluster.rpc.client import AsyncClient, ServiceError
+from cluster.access.access_config import Access, Security, TlsConfig
+from cluster.rpc.client.client import AsyncClient, ServiceError
 from cluster.rpc.tls import ServerCertificates
 from parallel.errors import ConfigError
 from tests.cluster.frontend.fakes import FakeEngine

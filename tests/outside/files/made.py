@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from parallel.attention import Causal
+from parallel.attention.attend import Causal
 from tests.outside.files.environments import Environment
 from tests.outside.files.published import readable
 from tests.outside.files.reference_models import TOKENS

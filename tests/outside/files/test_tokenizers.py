@@ -15,7 +15,7 @@ import pytest
 
 from tests.outside.files import tokenizer_cases
 from tests.outside.files.environments import ENVIRONMENTS, Environment
-from tp_decoders.tokenizer import Tokenizer, load_tokenizer
+from tp_decoders.text.tokenizer import Tokenizer, load_tokenizer
 
 TEXTS = tokenizer_cases.texts(tokenizer_cases.TEXTS)
 NEUTRAL: dict[str, Any] = {key: values[0] for key, values in tokenizer_cases.CHOICES.items()}

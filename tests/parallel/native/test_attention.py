@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from parallel.attention import AttentionMeta, AttentionSpec
-from parallel.backends.eager import attend
-from parallel.backends.step import Packed, starts_of
-from parallel.kv_cache import KVCache, KVLayout
+from parallel.attention.attend import AttentionMeta, AttentionSpec
+from parallel.attention.eager import attend
+from parallel.attention.kv_cache import KVCache, KVLayout
+from parallel.attention.metadata import Packed, starts_of
 from parallel.native import attention as native
 from parallel.native.library import set_threads
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from parallel.activation import is_native
-from parallel.backends import choose_backend
+from parallel.attention.selector import choose_backend
 from parallel.errors import ConfigError, NativeUnavailable
+from parallel.matmul.activation import is_native
+from parallel.matmul.products import uses_native
 from parallel.native import build
 from parallel.native import library as native
-from parallel.products import uses_native
 from tests.parallel.native.tiny import fresh
 
 

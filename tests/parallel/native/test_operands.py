@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from parallel.attention import AttentionMeta, AttentionSpec, Causal
+from parallel.attention.attend import AttentionMeta, AttentionSpec, Causal
 from parallel.errors import ConfigError, NativeMemoryError, OperandError
 from parallel.native import adamw, attention, dropout, elementwise, library
 from parallel.native.gemm import PackedMatrix, Source, product
@@ -228,7 +228,7 @@ import resource, torch
 torch.set_num_threads(1)
 from parallel.errors import NativeMemoryError
 from parallel.native import attention, library
-from parallel.attention import AttentionMeta
+from parallel.attention.attend import AttentionMeta
 library.configure(threads=2)
 H = 1 << 19
 x = torch.zeros(2, 1, H)

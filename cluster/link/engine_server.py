@@ -1,0 +1,236 @@
+"""Rank 0's side of a SocketLink: an engine served to one front-end at a time.
+
+A thread accepts and reads; the engine's loop runs in the thread that calls `serve` and never waits for the network.
+When a front-end goes away its requests are ended and the next one may connect. Whoever has not proved the key within
+a few seconds is hung up on. What happened in a step has left this process before the next step begins, so that a
+front-end knows how far each request was when a step ends this process.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import socket
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from functools import partial
+from multiprocessing.connection import Connection
+
+from cluster.engine.request import EngineLoad
+from cluster.link.engine_link import LinkEvent, Rejected
+from cluster.link.engine_loop import EngineLoop, EngineSurface, TrainFunction, describe_fault
+from cluster.link.wire import (
+    NOT_GREETED,
+    Abort,
+    AskLoad,
+    Bye,
+    CancelTrain,
+    Events,
+    Fault,
+    Hello,
+    LoadAnswer,
+    Message,
+    Submit,
+    Train,
+    Trained,
+    Wire,
+    accept,
+    set_limit,
+)
+from cluster.supervision import supervised
+from cluster.training.train_calls import TrainAnswer, TrainFuture, TrainingCancelled
+from parallel.errors import TpError
+from parallel.ranks.rendezvous_store import family_of
+
+log = logging.getLogger(__name__)
+
+HANDSHAKE_SECONDS = 5.0
+MAX_GREETING = 16
+"""Connections that have not proved the key yet."""
+FLUSH_SECONDS = 0.25
+"""How long a step waits for the news of the one before to be written; for a front-end that does not read, no more."""
+FRONTEND_SILENCE_SECONDS = 30.0  # one that has ended is seen at once; this is for hosts that vanish
+
+
+class EngineServer:
+    """Make it, tell the front-end `address` and the key, then `serve` in the engine's own thread."""
+
+    def __init__(
+        self,
+        engine: EngineSurface,
+        authkey: bytes,
+        *,
+        host: str = "127.0.0.1",
+        training: TrainFunction | None = None,
+    ) -> None:
+        self._limits = engine.limits
+        self._authkey = authkey
+        self._loop = EngineLoop(engine, self._send_events, training=training)
+        self._listener = socket.create_server((host, 0), family=family_of(host), backlog=8)
+        self._wire: Wire | None = None
+        self._open: dict[str, set[int]] = {}  # samples of the present front-end that have not ended
+        self._trainings: dict[int, TrainFuture] = {}
+        self._greeting: dict[str, socket.socket] = {}  # whose handshake is under way, the oldest first
+        self._known: queue.SimpleQueue[tuple[Connection, str]] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._stopping = threading.Event()
+        self._written = threading.Event()
+        self._written.set()
+
+    @property
+    def address(self) -> tuple[str, int]:
+        host, port = self._listener.getsockname()[:2]
+        return host, port
+
+    def serve(self) -> None:
+        """Until `stop`, or until the engine fails: the front-end is told the cause, and it is raised here too."""
+        thread = supervised("engine-server", self._accept, self._loop.fail)
+        try:
+            self._loop.run()
+        except Exception as error:
+            self._send(Fault(describe_fault(error, 0, socket.gethostname())))
+            raise
+        finally:
+            self.stop()
+            wire = self._wire
+            if wire is not None:
+                wire.close()
+            thread.join(HANDSHAKE_SECONDS)
+
+    def stop(self) -> None:
+        """End `serve` after the step it is in. From any thread."""
+        self._stopping.set()
+        self._loop.stop()
+
+    # ------------------------------------------------------------ in the listener's thread
+
+    def _accept(self) -> None:
+        with self._listener:
+            while not self._stopping.is_set():
+                self._listener.settimeout(0.05 if self._greeting else 0.2)
+                try:
+                    sock, peer = self._listener.accept()
+                except TimeoutError:
+                    pass
+                except OSError as error:  # no file descriptor is left, say
+                    log.error("no connection can be accepted: %s", error)
+                    self._stopping.wait(1.0)
+                else:
+                    self._greet(sock, f"{peer[0]}:{peer[1]}")
+                if not self._known.empty():
+                    self._serve_peer(*self._known.get())
+
+    def _greet(self, sock: socket.socket, peer: str) -> None:
+        """In a thread of its own, so that a stranger who says nothing keeps nobody out. The oldest of too many goes."""
+        waiting = list(self._greeting)
+        for oldest in waiting[: max(0, len(waiting) + 1 - MAX_GREETING)]:
+            if (stranger := self._greeting.pop(oldest, None)) is not None:
+                with stranger, suppress(OSError):  # gone by itself
+                    stranger.shutdown(socket.SHUT_RDWR)
+        self._greeting[peer] = sock.dup()  # the handshake closes its own
+        supervised("engine-server-hello", partial(self._shake_hands, sock, peer), lambda _: None)
+
+    def _shake_hands(self, sock: socket.socket, peer: str) -> None:
+        try:
+            self._known.put((accept(sock, self._authkey, HANDSHAKE_SECONDS), peer))
+        except NOT_GREETED as error:
+            log.warning("refused a connection from %s: %s: %s", peer, type(error).__name__, error)
+        finally:
+            if (mine := self._greeting.pop(peer, None)) is not None:
+                mine.close()
+
+    def _serve_peer(self, connection: Connection, peer: str) -> None:
+        set_limit(connection, FRONTEND_SILENCE_SECONDS)
+        wire = Wire(connection, "engine-server")
+        wire.send(Hello(self._limits, socket.gethostname()))
+        self._wire = wire
+        try:
+            while not isinstance(message := wire.receive(), Bye):
+                self._take(message)
+        except (EOFError, OSError) as error:
+            if not self._stopping.is_set():
+                log.warning("the front-end at %s is gone (%s); its requests are ended", peer, type(error).__name__)
+        except Exception:
+            log.exception("a message of the front-end at %s could not be taken; its connection is given up", peer)
+        finally:
+            self._drop(wire)
+
+    def _take(self, message: Message) -> None:
+        if isinstance(message, Submit):
+            with self._lock:
+                for request in message.requests:
+                    self._open[request.request_id] = set(range(request.sampling.num_samples)) - set(
+                        request.finished_samples
+                    )
+            self._loop.submit(message.requests)
+        elif isinstance(message, Abort):
+            self._loop.abort(message.request_ids, message.samples)
+        elif isinstance(message, AskLoad):
+            self._loop.ask_load(message.prove).add_done_callback(lambda done: self._answer_load(message.tag, done))
+        elif isinstance(message, Train):
+            self._trainings[message.tag] = future = self._loop.train(message.call)
+            asker = self._wire  # a tag means nothing to the next front-end
+            future.add_done_callback(lambda done: self._answer_training(asker, message.tag, done))
+        elif isinstance(message, CancelTrain) and (begun := self._trainings.get(message.tag)) is not None:
+            begun.cancel()  # one that runs is given up after the part it is in
+
+    def _drop(self, wire: Wire) -> None:
+        """The front-end is gone: nobody reads its requests any more."""
+        with self._lock:
+            self._wire = None
+            left, self._open = list(self._open), {}
+        self._loop.abort(left)
+        for begun in list(self._trainings.values()):
+            begun.cancel()
+        wire.close()
+        self._await_ends()
+
+    def _await_ends(self) -> None:
+        """Until the engine has ended what was left: the next front-end may give requests of the same names, and must
+        not take the old ones' ends for theirs."""
+        for _ in range(2):  # the first answer follows the order to end them, the second what was told of that
+            answer = self._loop.ask_load()
+            while not (answer.done() or self._stopping.wait(0.01)):
+                continue
+
+    # ------------------------------------------------------------ in the engine's thread
+
+    def _send_events(self, events: Sequence[LinkEvent]) -> None:
+        with self._lock:
+            for event in events:
+                self._note_end(event)
+        wire = self._wire
+        if wire is not None and not wire.send_now(Events(events)) and self._written.is_set():
+            self._written = wire.flush()  # where that one is not set the front-end does not read: no step waits for it
+            self._written.wait(FLUSH_SECONDS)
+
+    def _note_end(self, event: LinkEvent) -> None:
+        if isinstance(event, Rejected):
+            self._open.pop(event.request_id, None)
+        elif event.finish_reason is not None:
+            samples = self._open.get(event.request_id)
+            if samples is not None:
+                samples.discard(event.sample_index)
+                if not samples:
+                    del self._open[event.request_id]
+
+    def _answer_load(self, tag: int, done: Future[EngineLoad]) -> None:
+        if done.exception() is None:
+            self._send(LoadAnswer(tag, done.result()))
+
+    def _answer_training(self, asker: Wire | None, tag: int, done: Future[TrainAnswer]) -> None:
+        self._trainings.pop(tag, None)
+        if asker is None:
+            return
+        error = TrainingCancelled("cancelled before its turn") if done.cancelled() else done.exception()
+        if error is None:
+            asker.send(Trained(tag, done.result()))
+        elif isinstance(error, TpError):
+            asker.send(Trained(tag, error))
+
+    def _send(self, message: Message) -> None:
+        wire = self._wire
+        if wire is not None:
+            wire.send(message)

@@ -1,0 +1,163 @@
+"""Attention over local heads, handed to the model as `attend`: `Causal` (packed sequences) or `Cached` (paged keys).
+
+The model calls attend(spec, q_TNH, k_TKH, v_TKH) -> o_TNH and knows neither sequences nor caches nor backends. There is
+one kv head per query head (K == N) or one for all (K == 1); N may be 0 on a rank that owns no heads. The inputs may be
+strided views of one fused row. No collectives, forward or backward: a shared kv head's gradient is summed by its owner.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from parallel.attention.kv_cache import KVCache
+from parallel.attention.metadata import AttentionMeta, AttentionSpec, Packed
+from parallel.attention.selector import BACKENDS, Backend, backend_named, choose_backend
+from parallel.errors import ConfigError
+from parallel.layers.dropout import Dropping, head_masks
+
+_log = logging.getLogger(__name__)
+
+__all__ = ["BACKENDS", "Attend", "AttentionMeta", "AttentionSpec", "Backend", "Cached", "Causal", "choose_backend"]
+
+
+class CrossAttend(Protocol):
+    """Attention of the same tokens to an encoder's states, of which `keys_values` makes keys and values [S, N, H]."""
+
+    def __call__(
+        self, spec: AttentionSpec, q_TNH: Tensor, keys_values: Callable[[Tensor], tuple[Tensor, Tensor]]
+    ) -> Tensor: ...
+
+
+class Attend(Protocol):
+    """What a model's forward is handed. `dropping` says whether, and by which masks, this pass drops activations;
+    `encoder` attends to an encoder's states where the pass has any (parallel.attention.attention_probes).
+    """
+
+    @property
+    def dropping(self) -> Dropping | None: ...
+
+    @property
+    def encoder(self) -> CrossAttend | None: ...
+
+    def __call__(self, spec: AttentionSpec, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor: ...
+
+
+class Causal:
+    """Sequences of the given lengths packed in one flat row, causal within each; differentiable wrt q, k and v.
+
+    Without a backend the best one for the first call's device, dtype and heads is chosen, and a name that cannot work
+    with them is refused. With `dropping`, activations
+    are dropped by its masks; probabilities then too, by the eager backend where the chosen one cannot.
+    """
+
+    encoder: CrossAttend | None = None
+
+    def __init__(
+        self, lengths: Sequence[int], backend: Backend | str | None = None, dropping: Dropping | None = None
+    ) -> None:
+        self._packed, self.dropping = Packed(lengths), dropping
+        if dropping is not None and len(dropping.keys_T) != self._packed.num_tokens:
+            raise ConfigError(
+                f"dropout keys of {len(dropping.keys_T)} tokens for sequences of {self._packed.num_tokens}; one each"
+            )
+        self.backend = backend_named(backend) if isinstance(backend, str) else backend
+        self._fits = self.backend is not None and not isinstance(backend, str)  # else the first call asks
+
+    def __call__(self, spec: AttentionSpec, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
+        _check_dimensions(q_TNH, k_TKH, v_TKH)
+        _check_heads(spec, q_TNH, k_TKH, v_TKH, self._packed.num_tokens)
+        if self.backend is None or not self._fits:
+            self._fits = True
+            self.backend = choose_backend(
+                None if self.backend is None else self.backend.name,
+                q_TNH.device,
+                q_TNH.dtype,
+                alibi=spec.slopes is not None,
+                head_dim=q_TNH.shape[2],
+                multi_query=k_TKH.shape[1] != q_TNH.shape[1],
+            )
+        masks = head_masks(self.dropping, spec.dropout, spec.layer, spec.head_ids)
+        if masks is None:
+            return self.backend.causal(spec, q_TNH, k_TKH, v_TKH, self._packed)
+        backend = self.backend if self.backend.drops else _dropping_instead_of(self.backend.name)
+        return backend.causal(spec, q_TNH, k_TKH, v_TKH, self._packed, masks)
+
+
+@cache
+def _dropping_instead_of(name: str) -> Backend:
+    _log.warning("attention backend %s drops no probabilities: passes with attention dropout use eager", name)
+    return backend_named("eager")
+
+
+class Cached:
+    """One step over a paged cache: writes the layer's new keys and values, then attends over it. Not differentiable."""
+
+    dropping: Dropping | None = None
+    encoder: CrossAttend | None = None
+
+    def __init__(self, cache: KVCache, meta: AttentionMeta, backend: Backend | str | None = None) -> None:
+        self._cache, self._meta = cache, meta
+        backend = backend or cache.backend
+        self.backend = backend_named(backend) if isinstance(backend, str) else backend
+        if (self.backend.name == "cpu") != (cache.backend == "cpu"):
+            raise ConfigError(
+                f"attention backend {self.backend.name} over a cache laid out for {cache.backend}; "
+                f"build the cache with KVCache(layout, num_blocks, {self.backend.name!r})"
+            )
+        if meta.block_size != cache.layout.block_size or meta.max_block >= cache.num_blocks:
+            raise ConfigError(
+                f"a step with blocks of {meta.block_size} tokens, the highest being {meta.max_block}, over a cache of "
+                f"{cache.num_blocks} blocks of {cache.layout.block_size}; plan steps with the cache's own numbers"
+            )
+
+    def __call__(self, spec: AttentionSpec, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
+        layout, n_kv_heads = self._cache.layout, self._cache.layout.heads(spec.layer)
+        _check_dimensions(q_TNH, k_TKH, v_TKH)
+        if k_TKH.shape[1] != n_kv_heads and k_TKH.stride(1) == 0:  # a shared head, expanded: stored once
+            k_TKH, v_TKH = k_TKH[:, :1], v_TKH[:, :1]
+        _check_heads(spec, q_TNH, k_TKH, v_TKH, self._meta.num_tokens)
+        if q_TNH.shape[1] == 0:
+            return q_TNH.new_empty(q_TNH.shape)
+        if k_TKH.shape[1] != n_kv_heads or k_TKH.shape[2] != layout.head_dim or k_TKH.dtype is not layout.dtype:
+            raise ConfigError(
+                f"keys {list(k_TKH.shape)} of {k_TKH.dtype} for a cache of {n_kv_heads} heads of "
+                f"{layout.head_dim} in {layout.dtype}; build the KVLayout from the model's local heads and dtype"
+            )
+        return self.backend.cached(spec, q_TNH, k_TKH, v_TKH, self._cache, self._meta)
+
+
+def _check_dimensions(q: Tensor, k: Tensor, v: Tensor) -> None:
+    if not q.dim() == k.dim() == v.dim() == 3:
+        raise ConfigError(
+            f"attention over q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}; each is [tokens, heads, head_dim]"
+        )
+
+
+def _check_heads(spec: AttentionSpec, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, num_tokens: int) -> None:
+    T, N, H = q_TNH.shape
+    K = k_TKH.shape[1]
+    if (
+        k_TKH.shape != v_TKH.shape
+        or num_tokens != T
+        or k_TKH.shape[0] != T
+        or k_TKH.shape[2] != H
+        or (K != N and K != 1 and N)
+    ):
+        raise ConfigError(
+            f"attention over q {list(q_TNH.shape)}, k {list(k_TKH.shape)}, v {list(v_TKH.shape)}, {num_tokens} tokens; "
+            "q is [T, N, H] and k, v are [T, N, H] or [T, 1, H]"
+        )
+    if q_TNH.dtype is not k_TKH.dtype or q_TNH.dtype is not v_TKH.dtype:
+        raise ConfigError(
+            f"attention over q {q_TNH.dtype}, k {k_TKH.dtype} and v {v_TKH.dtype}; bring them to one dtype"
+        )
+    if spec.slopes is not None and (spec.slopes.shape != (N,) or spec.slopes.dtype is not torch.float32):
+        raise ConfigError(
+            f"ALiBi slopes {list(spec.slopes.shape)} of {spec.slopes.dtype} for {N} local heads; one float32 each"
+        )

@@ -1,0 +1,105 @@
+"""The reference: plain torch, one sequence at a time, softmax in float32 (float64 where the inputs are).
+
+Any device, dtype and option; differentiable by autograd. It materialises all scores, so it is for tests and for what no
+other backend can do. Its bits depend on shapes, as torch's products do.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from parallel.attention.kv_cache import KVCache
+from parallel.attention.metadata import AttentionMeta, AttentionSpec, Packed
+from parallel.layers.dropout import HeadMasks
+
+
+class Eager:
+    name = "eager"
+
+    drops = True
+
+    def causal(
+        self,
+        spec: AttentionSpec,
+        q_TNH: Tensor,
+        k_TKH: Tensor,
+        v_TKH: Tensor,
+        packed: Packed,
+        masks: HeadMasks | None = None,
+    ) -> Tensor:
+        parts = [
+            attend(spec, q_TNH[i:j], k_TKH[i:j], v_TKH[i:j], masks.factors(i, j) if masks else None)
+            for i, j in pairwise(packed.starts)
+        ]
+        return torch.cat(parts) if parts else q_TNH.new_empty(q_TNH.shape)
+
+    @torch.no_grad()
+    def cached(
+        self, spec: AttentionSpec, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, cache: KVCache, meta: AttentionMeta
+    ) -> Tensor:
+        cache.scatter(spec.layer, meta.new_slots_T, k_TKH, v_TKH)
+        parts = [
+            attend(spec, q, *cache.gather(spec.layer, slots))
+            for q, slots in zip(q_TNH.split(meta.query_lens), meta.context_slots, strict=True)
+        ]
+        return torch.cat(parts) if parts else q_TNH.new_empty(q_TNH.shape)
+
+
+def attend(
+    spec: AttentionSpec, q_QNH: Tensor, k_CKH: Tensor, v_CKH: Tensor, factors_NQC: Tensor | None = None
+) -> Tensor:
+    """The last Q tokens of one sequence against all C of it; probabilities are multiplied by the factors."""
+    distance_QC = distance(len(q_QNH), len(k_CKH), q_QNH.device)
+    weights_NQC = probabilities(spec, q_QNH, k_CKH, distance_QC > 0, distance_QC)
+    return mixed(weights_NQC if factors_NQC is None else weights_NQC * factors_NQC.to(weights_NQC), v_CKH, q_QNH)
+
+
+def probabilities(
+    spec: AttentionSpec,
+    q_QNH: Tensor,
+    k_CKH: Tensor,
+    hidden_QC: Tensor | None,
+    distance_QC: Tensor,
+    added_NQC: Tensor | None = None,
+) -> Tensor:
+    """[N, Q, C] in float32 (float64 where the inputs are); `distance` is key position minus query position, `added` a
+    summand of the scores.
+    """
+    work = torch.promote_types(q_QNH.dtype, torch.float32)
+    scores_NQC = torch.einsum("qnh,cnh->nqc", q_QNH.to(work), heads_like(k_CKH, q_QNH).to(work)) * spec.scale
+    if spec.slopes is not None:
+        scores_NQC = scores_NQC + spec.slopes.to(work)[:, None, None] * distance_QC.to(work)
+    if added_NQC is not None:
+        scores_NQC = scores_NQC + added_NQC.to(work)
+    if hidden_QC is not None:
+        scores_NQC = scores_NQC.masked_fill(hidden_QC, float("-inf"))
+    return scores_NQC.softmax(-1)
+
+
+def mixed(weights_NQC: Tensor, v_CKH: Tensor, q_QNH: Tensor) -> Tensor:
+    """[Q, N, H]: the values by their weights, like q in type."""
+    o_QNH = torch.einsum("nqc,cnh->qnh", weights_NQC, heads_like(v_CKH, q_QNH).to(weights_NQC.dtype))
+    return o_QNH.to(q_QNH.dtype).contiguous()
+
+
+def heads_like(kv_CKH: Tensor, q_QNH: Tensor) -> Tensor:
+    """A shared kv head as seen by every query head."""
+    return kv_CKH if kv_CKH.shape[1] == q_QNH.shape[1] else kv_CKH.expand(-1, q_QNH.shape[1], -1)
+
+
+def distance(queries: int, context: int, device: torch.device) -> Tensor:
+    """[Q, C]: key position minus query position, the queries being the last of the context."""
+    positions = torch.arange(context, device=device)
+    return positions[None, :] - positions[context - queries :, None]
+
+
+def alibi_bias(slopes_N: Tensor, queries: int, context: int) -> Tensor:
+    return slopes_N[:, None, None] * distance(queries, context, slopes_N.device).to(slopes_N.dtype)
+
+
+def hidden(queries: int, context: int, device: torch.device) -> Tensor:
+    """True where a key lies after the query."""
+    return distance(queries, context, device) > 0

@@ -1,0 +1,102 @@
+"""Layer normalisation of replicated, or by tokens divided, activations; weight and bias are replicated.
+
+Forward: no collective. Backward: the gains' gradients are sums over tokens, taken leaf by leaf over token shards
+and in the fixed tree, so that they are the same bits whether the tokens are divided over the ranks (then one
+collective) or not (then none).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from parallel.matmul.products import leaf_tree, uses_native
+from parallel.native import elementwise
+from parallel.ranks.group import Group
+from parallel.recompute import cheap
+from parallel.sharding.rules import Replicated, VirtualShards, sharded
+from parallel.sharding.tree import leaves_sum
+
+
+class LayerNorm(nn.Module):
+    """(x - mean) / sqrt(var + eps) * weight + bias over the last axis; statistics in float32, row by row."""
+
+    def __init__(
+        self,
+        size: int,
+        eps: float,
+        *,
+        group: Group | None = None,
+        bias: bool = True,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.eps, self.group = eps, group or Group.single()
+        self.shape = (size,)
+        self.weight = sharded((size,), Replicated(), 0, dtype, device)
+        self.bias = sharded((size,), Replicated(), 0, dtype, device) if bias else None
+
+    def forward(self, x_TD: Tensor, tokens: VirtualShards | None = None) -> Tensor:
+        """[T, D]; with `tokens`, x holds this rank's tokens only."""
+        if torch.is_grad_enabled() and (x_TD.requires_grad or self.weight.requires_grad):
+            y_TD = _LayerNorm.apply(x_TD, self.weight, self.bias, self, tokens)
+            return cheap(y_TD, lambda: normalise(x_TD, self))
+        return normalise(x_TD, self)
+
+
+def normalise(x_TD: Tensor, layer: LayerNorm) -> Tensor:
+    """By torch: row by row, so a row's bits do not depend on its neighbours; and its call is the cheapest."""
+    return torch.layer_norm(x_TD, layer.shape, layer.weight, layer.bias, layer.eps)
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def,override]
+        ctx, x: Tensor, weight: Tensor, bias: Tensor | None, layer: LayerNorm, tokens: VirtualShards | None
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.layer, ctx.tokens = layer, tokens
+        return normalise(x, layer)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def,override]
+        x, weight = ctx.saved_tensors
+        group, tokens = ctx.layer.group, ctx.tokens
+        borders = group.shards(x.shape[0]).borders if tokens is None else tokens.local_borders(group.rank)
+        grads = _native_grads if uses_native(x) else _torch_grads
+        grad_x, leaves = grads(x, grad.to(x.dtype), weight, ctx.layer.eps, borders)
+        wants_weight, wants_bias = ctx.needs_input_grad[1:3]
+        if not (wants_weight or wants_bias):  # the same on all ranks
+            return grad_x, None, None, None, None
+        if tokens is None:
+            total = leaves_sum(leaves.unbind())
+        else:
+            total = group.talk.tree_sum(leaf_tree(leaves, tokens.local_nodes(group.rank)), tokens.tree)
+        gain, shift = total.to(weight.dtype)
+        return grad_x, gain if wants_weight else None, shift if wants_bias else None, None, None
+
+
+def _native_grads(
+    x_TD: Tensor, grad_TD: Tensor, weight: Tensor, eps: float, borders: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    return elementwise.layer_norm_grad(x_TD, grad_TD, weight, eps, borders)
+
+
+def _torch_grads(
+    x_TD: Tensor, grad_TD: Tensor, weight: Tensor, eps: float, borders: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """dx, and of each leaf of tokens the sums [leaves, 2, D] of the gains' gradients."""
+    wide, grad = x_TD.float(), grad_TD.float()
+    variance, mean = torch.var_mean(wide, -1, correction=0, keepdim=True)
+    scale = torch.rsqrt(variance + eps)
+    unit = (wide - mean) * scale
+    weighted = grad * weight.float()
+    inner = weighted - weighted.mean(-1, keepdim=True) - unit * (weighted * unit).mean(-1, keepdim=True)
+    pairs = torch.stack((grad * unit, grad))
+    leaves = [pairs[:, lo:hi].sum(1) for lo, hi in itertools.pairwise(borders)]
+    none = wide.new_zeros((0, 2, wide.shape[1]))
+    return (inner * scale).to(x_TD.dtype), torch.stack(leaves) if leaves else none

@@ -1,0 +1,56 @@
+"""A rank's memory while it loads: its shard and a tenth. One slice more is allowed; mapped ones cost nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.tp_decoders.families.parity import GPT2, hf
+
+PROGRAM = Path(__file__).with_name("load_memory.py")
+ROOT = PROGRAM.parents[3]
+BIG = {"n_embd": 768, "n_layer": 4, "n_head": 12, "vocab_size": 30000, "n_positions": 64}
+MiB = 2**20
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A checkpoint of about 200 MB as safetensors and as .bin, and a tiny one."""
+    found = {name: tmp_path_factory.mktemp(name) for name in ("safetensors", "bin", "tiny")}
+    hf("GPT2", GPT2)().save_pretrained(found["tiny"])
+    model = hf("GPT2", GPT2, **BIG)()
+    model.save_pretrained(found["safetensors"])
+    model.config.save_pretrained(found["bin"])
+    torch.save(load_file(found["safetensors"] / "model.safetensors"), found["bin"] / "pytorch_model.bin")
+    return found
+
+
+@pytest.mark.parametrize(
+    ("layout", "rank", "size", "dtype"),
+    [("safetensors", 0, 1, "float32"), ("safetensors", 1, 2, "float32"), ("safetensors", 2, 3, "bfloat16"),
+     ("bin", 1, 2, "float32"), ("bin", 0, 3, "bfloat16")],
+)  # fmt: skip
+def test_load_takes_no_more_than_the_shard_and_a_tenth(
+    folders: dict[str, Path], layout: str, rank: int, size: int, dtype: str
+) -> None:
+    arguments = [str(folders[layout]), str(folders["tiny"]), str(rank), str(size), dtype]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, str(PROGRAM), *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=280,
+    )
+    seen = json.loads(done.stdout)
+    assert seen["samples"] > 50
+    assert seen["peak"] >= seen["shard"] * 0.95, "the measurement sees the shard itself"
+    assert seen["peak"] <= seen["shard"] * 1.1, {name: value / MiB for name, value in seen.items()}

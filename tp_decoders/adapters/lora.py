@@ -1,0 +1,205 @@
+"""Low-rank adapters (LoRA) on a model's linear layers: which layers, of what rank and scale; merged into the weights
+and taken out again.
+
+    attach -> train -> save_adapter (peft_files)           load_adapter -> merge -> serve, or save as a whole checkpoint
+
+Layers are chosen as PEFT's `target_modules` chooses them, by the checkpoint's module names ("c_attn", "mlp.c_proj",
+"query_key_value", "all-linear"), or by ours ("qkv", "down"). Attaching freezes everything else. How a branch is divided
+and computed is parallel.layers.low_rank's; PEFT's files are peft_files'. No collectives.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from parallel.errors import ConfigError
+from parallel.layers.dropout import ADAPTER, DropoutSite
+from parallel.layers.linear import ColumnLinear, RowLinear
+from parallel.layers.low_rank import Adapter, ColumnAdapter, RowAdapter
+from parallel.sharding.rules import full_shape_of, rule_of
+from tp_decoders.model.decoder import Decoder
+from tp_decoders.model.tensor_names import TASK_HEAD
+from tp_decoders.registry import family_of
+
+ALL_LINEAR = "all-linear"
+HEAD = "head.linear"
+DEFAULT_TARGETS = ("qkv",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """An adapter's shape. `targets`: names or ends of names, "all-linear" (all but the head), or a regular expression
+    for whole names if it is one string; None: the projection to q, k and v. The patterns give single layers another
+    rank or alpha, as PEFT's do.
+    """
+
+    rank: int = 8  # of an adapter
+    alpha: float = 8.0  # the adapter is scaled by alpha / rank
+    dropout: float = 0.0  # of the adapter's input
+    rslora: bool = False  # scaled by alpha / sqrt(rank) in place of alpha / rank (arXiv 2312.03732)
+    targets: tuple[str, ...] | str | None = None  # names of layers, or all-linear
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)  # other ranks by layer
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)  # other alphas by layer
+
+    def __post_init__(self) -> None:
+        for rank in (self.rank, *self.rank_pattern.values()):
+            if rank < 1:
+                raise ConfigError(f"lora rank {rank}; give at least 1")
+        for alpha in (self.alpha, *self.alpha_pattern.values()):
+            if not (math.isfinite(alpha) and alpha > 0):
+                raise ConfigError(f"lora alpha {alpha}; give a finite number above 0")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ConfigError(f"lora dropout {self.dropout} is outside [0, 1); give the share of elements to drop")
+        if self.targets is not None and not self.targets:
+            raise ConfigError("lora targets is empty; name layers, or leave it out for the projection to q, k and v")
+
+    def rank_of(self, theirs: str) -> int:
+        """The rank at a module of the checkpoint."""
+        return int(_patterned(self.rank_pattern, theirs, self.rank))
+
+    def scale_of(self, theirs: str, rank: int) -> float:
+        """What the branch at a module is multiplied by."""
+        return _patterned(self.alpha_pattern, theirs, self.alpha) / (math.sqrt(rank) if self.rslora else rank)
+
+
+def _patterned(patterns: Mapping[str, float], name: str, otherwise: float) -> float:
+    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), otherwise)
+
+
+Linear = ColumnLinear | RowLinear
+
+
+def linears(model: Decoder) -> dict[str, Linear]:
+    """The model's linear layers by our names, the head among them."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
+
+
+def their_module(model: Decoder, ours: str) -> str:
+    """The name transformers has for one of our linear layers."""
+    return family_of(model.config.model_type).names.theirs(f"{ours}.weight")[1].removesuffix(".weight")
+
+
+def adapted(model: Decoder) -> Iterator[tuple[str, Linear, Adapter]]:
+    """The layers that have an adapter: our name, layer, adapter."""
+    for name, layer in linears(model).items():
+        if layer.adapter is not None:
+            yield name, layer, layer.adapter
+
+
+def attach(model: Decoder, config: LoraConfig, seed: int = 0) -> None:
+    """Fresh adapters to train: A uniform within 1/sqrt(inputs), B zero; the same full tensors at every parallel
+    size.
+    """
+    chosen = targeted(model, config.targets)
+    place(model, config, {name: config.rank_of(their_module(model, name)) for name in chosen})
+    for name, layer, adapter in adapted(model):
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}.adapter.a".encode()))
+        rank, d_in = full_shape_of(adapter.a)
+        full = torch.empty((rank, d_in)).uniform_(-(d_in**-0.5), d_in**-0.5, generator=generator)
+        with torch.no_grad():
+            adapter.a.copy_(rule_of(adapter.a).take(full, layer.group.rank))
+            adapter.b.zero_()
+
+
+def place(model: Decoder, config: LoraConfig, ranks: Mapping[str, int]) -> None:
+    """Adapters without values at the given layers, {our name: rank}; everything else is frozen."""
+    if model.lora is not None:
+        raise ConfigError("the model has an adapter already; detach it first")
+    layers = linears(model)
+    model.requires_grad_(False)
+    for number, (name, layer) in enumerate(layers.items()):
+        if (rank := ranks.get(name)) is None:
+            continue
+        scale = config.scale_of(their_module(model, name), rank)
+        site = DropoutSite(config.dropout, number, ADAPTER, layer.group) if config.dropout else None
+        if isinstance(layer, ColumnLinear):
+            layer.adapter = ColumnAdapter(layer.weight, layer.parts, layer.group, rank, scale, site)
+        else:
+            layer.adapter = RowAdapter(layer.weight, layer.shards, layer.group, rank, scale, site)
+    model.lora = config
+
+
+def targeted(model: Decoder, targets: tuple[str, ...] | str | None) -> list[str]:
+    """Our names of the layers that the targets name."""
+    names = {ours: their_module(model, ours) for ours in linears(model)}
+    if isinstance(targets, str) and targets.lower() != ALL_LINEAR:
+        found = [ours for ours, theirs in names.items() if re.fullmatch(targets, theirs)]
+        return found or _refuse((targets,), names)
+    wanted = (targets,) if isinstance(targets, str) else targets or DEFAULT_TARGETS
+    found, idle = [], []
+    for target in wanted:
+        if target.lower() == ALL_LINEAR:
+            matching = [ours for ours in names if ours != HEAD and not ours.startswith(TASK_HEAD)]
+        else:
+            matching = [ours for ours, theirs in names.items() if ends_with(theirs, target) or ends_with(ours, target)]
+        found += matching
+        idle += [] if matching else [target]
+    return _refuse(tuple(idle), names) if idle else [ours for ours in names if ours in set(found)]
+
+
+def ends_with(name: str, end: str) -> bool:
+    """Whether whole components at the end of a dotted name are `end`."""
+    return name == end or name.endswith(f".{end}")
+
+
+def _refuse(idle: tuple[str, ...], names: Mapping[str, str]) -> list[str]:
+    known = sorted({re.sub(r"^.*\.\d+\.", "", theirs) for theirs in names.values()})
+    raise ConfigError(
+        f"lora targets {list(idle)} name no linear layer; choose from {', '.join(known)}, or {ALL_LINEAR!r}"
+    )
+
+
+def merge(model: Decoder, keep_base: bool = True) -> None:
+    """Adds every adapter into its weight. With `keep_base` a copy of those weights stays, and `unmerge` gives them back
+    to the bit; without it `unmerge` subtracts, which rounds.
+    """
+    if model.lora is None:
+        raise ConfigError("the model has no adapter to merge; attach or load one first")
+    layers = list(adapted(model))
+    if any(adapter.merged for _, _, adapter in layers):
+        raise ConfigError("the adapter is merged already")
+    if model.config.tie and any(name == HEAD for name, _, _ in layers):
+        raise ConfigError("an adapter on the head cannot be merged: the head's weight is the embedding's, too")
+    for _, layer, adapter in layers:
+        adapter.merge(layer.weight, keep_base)
+
+
+def unmerge(model: Decoder) -> None:
+    """Takes every adapter out of its weight again."""
+    if not is_merged(model):
+        raise ConfigError("the model has no merged adapter; there is nothing to unmerge")
+    for _, layer, adapter in adapted(model):
+        adapter.unmerge(layer.weight)
+
+
+def is_merged(model: Decoder) -> bool:
+    return any(adapter.merged for _, _, adapter in adapted(model))
+
+
+def detach(model: Decoder) -> None:
+    """Forgets the adapters. Weights stay as they are, so a merged adapter stays in them; all of them train again."""
+    for _, layer, _ in list(adapted(model)):
+        layer.adapter = None
+    model.lora = None
+    model.requires_grad_(True)
+
+
+def whole_parameters(model: Decoder) -> list[tuple[str, nn.Parameter]]:
+    """The parameters of a whole checkpoint; refuses to leave out an adapter that is not in them."""
+    if model.lora is not None and not is_merged(model):
+        raise ConfigError(
+            "the model has an adapter beside its weights; merge it before saving the whole model, or save the adapter"
+        )
+    return [(name, p) for name, p in model.named_parameters() if not is_adapter(name)]
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter is an adapter's, by its name."""
+    return name.rpartition(".")[0].endswith(".adapter")

@@ -1,0 +1,237 @@
+"""What the five models have in common besides their parts: a config, a group, a head, the way through the blocks.
+
+Also the layers that need no sharding knowledge of their own: the learned position table. A model's forward takes flat
+tokens,
+    model(tokens_T, positions_T, attend, rows=None) -> logits_local [T or len(rows), V/p]
+and nothing here runs a collective.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from parallel.attention.attend import Attend
+from parallel.attention.heads import HeadLayout
+from parallel.errors import ConfigError
+from parallel.layers.dropout import EMBEDDED, EMBEDDING, DropoutSite
+from parallel.layers.low_rank import dropping_branches
+from parallel.layers.norm import LayerNorm
+from parallel.options import Recompute
+from parallel.ranks.group import Group
+from parallel.ranks.sequence_parallel import gather_tokens, scatter_tokens, token_shards
+from parallel.recompute import forgetting_cheap
+from parallel.sharding.rules import Replicated, sharded
+from parallel.vocabulary.vocab_parallel import VocabEmbedding, VocabHead
+from tp_decoders.files.json_fields import Fields
+from tp_decoders.model.config import DecoderConfig
+from tp_decoders.model.task_heads import task_head
+from tp_decoders.model.tensor_names import NameMap
+
+if TYPE_CHECKING:
+    from tp_decoders.adapters.lora import LoraConfig
+
+
+class Place(TypedDict):
+    """Where and in which type a module's parameters are made."""
+
+    dtype: torch.dtype | None
+    device: torch.device | str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What a family has around its blocks besides what all have."""
+
+    learned_positions: bool = False
+    norm_bias: bool = True
+    logit_scale: float = 1.0
+
+
+class Decoder(nn.Module):
+    """Base of the families' models. Made in eval mode, where gradients flow too; activations are dropped in passes
+    whose `attend` brings masks, whatever the mode.
+    """
+
+    recompute: Recompute = "none"  # what of its blocks is computed again in the backward instead of being kept
+    lora: LoraConfig | None = None  # of the adapters beside the weights, if there are any (tp_decoders.adapters.lora)
+    takes_token_types: bool = False  # added to the embeddings, looked up in the vocabulary
+    source: Path | None = None  # the folder it was loaded from: `save` takes the tokenizer's files from there
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        group: Group,
+        place: Place,
+        block: Callable[[int], nn.Module],
+        parts: Parts | None = None,
+    ) -> None:
+        """`block` makes the block of a layer; `parts` says what else the family has."""
+        super().__init__()
+        parts = parts or Parts()
+        self.config, self.group = config, group
+        vocab, d_model = config.vocab_size, config.d_model
+        self.embed = VocabEmbedding(vocab, d_model, group=group, **place)
+        self.positions = PositionTable(config.max_positions, d_model, group, place) if parts.learned_positions else None
+        self.blocks = nn.ModuleList(block(layer) for layer in range(config.n_layers))
+        self.norm = LayerNorm(d_model, config.norm_eps, bias=parts.norm_bias, **place)
+        self.drop = DropoutSite(config.dropout.embedding, EMBEDDED, EMBEDDING, group)
+        if config.task is None or config.task.has_vocabulary:
+            tied = self.embed.weight if config.tie else None
+            self.head = VocabHead(vocab, d_model, group=group, weight=tied, scale=parts.logit_scale, **place)
+        self.task_head = task_head(config, group, place)
+        self.eval()
+
+    def embedded(self, tokens_T: Tensor, positions_T: Tensor) -> Tensor:
+        """[T, D]: the tokens' embeddings, and their positions' where those are learned."""
+        x_TD = self.embed(tokens_T)
+        return x_TD if self.positions is None else x_TD + self.positions(positions_T)
+
+    def forward(self, tokens_T: Tensor, positions_T: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
+        """[T or len(rows), V/p] float32: this rank's part of the logits of all tokens, or of the given rows."""
+        x_TD = self.hidden(tokens_T, positions_T, attend)
+        if self.lora is None or attend.dropping is None:
+            return self.logits(x_TD, rows)
+        with dropping_branches(attend.dropping.of(rows)):
+            return self.logits(x_TD, rows)
+
+    def hidden(self, tokens_T: Tensor, positions_T: Tensor, attend: Attend) -> Tensor:
+        """[T, D]: what the last block gives, on every rank."""
+        return self.through_blocks(self.embedded(tokens_T, positions_T), attend, *self.given(positions_T))
+
+    def given(self, positions_T: Tensor) -> tuple[object, ...]:
+        """What every block is handed besides x, attend and tokens: a family's own."""
+        return ()
+
+    def logits(self, x_TD: Tensor, rows: Tensor | None) -> Tensor:
+        """This rank's part of the logits of all tokens, or of the given rows."""
+        if not self.has_vocabulary:
+            raise ConfigError(f"a model loaded for {self.task} has no vocabulary head; load it with task='causal-lm'")
+        return self.head(self.final(x_TD, rows))  # type: ignore[no-any-return]
+
+    def states(self, tokens_T: Tensor, positions_T: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
+        """[T or len(rows), D]: what heads are computed from, on every rank: the last hidden states, normalised."""
+        return self.final(self.hidden(tokens_T, positions_T, attend), rows)
+
+    def final(self, x_TD: Tensor, rows: Tensor | None = None) -> Tensor:
+        """The last block's output, normalised."""
+        return self.norm(x_TD if rows is None else x_TD[rows])  # type: ignore[no-any-return]
+
+    def heads(self, layer: int) -> HeadLayout:
+        """The attention heads of a layer and those of this rank."""
+        return HeadLayout.of(self.group, self.config.n_heads, self.config.n_kv_heads, self.config.head_dim)
+
+    @property
+    def task(self) -> str:
+        """What the model is for, by the name `load` takes."""
+        return self.config.task.name if self.config.task else "causal-lm"
+
+    @property
+    def has_vocabulary(self) -> bool:
+        """Whether there is a language-modelling head."""
+        return "head" in self._modules
+
+    @property
+    def drops(self) -> bool:
+        """Whether a pass with masks drops anything."""
+        return self.config.dropout.any or (self.lora is not None and self.lora.dropout > 0.0)
+
+    def get_input_embeddings(self) -> VocabEmbedding:
+        """The embedding; its weight holds this rank's rows."""
+        return self.embed
+
+    def get_output_embeddings(self) -> VocabHead | None:
+        """The vocabulary head, None where there is none."""
+        return self.head if self.has_vocabulary else None
+
+    def set_input_embeddings(self, value: nn.Embedding | VocabEmbedding | Tensor) -> None:
+        """The whole table [V, D], of the model's vocabulary or, where the head is tied to it or missing, another."""
+        _resizing().set_input_embeddings(self, value)
+
+    def set_output_embeddings(self, value: nn.Linear | VocabHead | Tensor) -> None:
+        """The head's whole matrix [V, D], of a model that is not tied."""
+        _resizing().set_output_embeddings(self, value)
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> VocabEmbedding:
+        """The vocabulary made longer or shorter (tp_decoders.model.resize_embeddings); all ranks call this."""
+        return _resizing().resize_token_embeddings(self, new_num_tokens, pad_to_multiple_of, mean_resizing)
+
+    def through_blocks(self, x_TD: Tensor, attend: Attend, *given: object, seen: list[Tensor] | None = None) -> Tensor:
+        """The embeddings' dropout and all blocks in turn, which are handed (x, attend, *given, tokens). Divides the
+        tokens between them where asked for. What every block is given is added to `seen`.
+        """
+        if self.training and attend.dropping is None and self.config.dropout.any:
+            raise ConfigError(
+                f"train mode with {self.config.dropout}, but the pass says no masks: dropout is not left out silently; "
+                "hand over Causal(lengths, dropping=Dropping(seed, token_keys(...))), or call eval(), where gradients "
+                "flow too"
+            )
+        tokens = token_shards(x_TD.shape[0], self.group)
+        x_TD = self.drop(scatter_tokens(x_TD, self.group, tokens), attend.dropping, tokens)
+        for block in self.blocks:
+            if seen is not None:
+                seen.append(gather_tokens(x_TD, self.group, tokens))
+            x_TD = self._through(block, x_TD, attend, *given, tokens)
+        return gather_tokens(x_TD, self.group, tokens)
+
+    def _through(self, block: nn.Module, x_TD: Tensor, attend: Attend, *rest: object) -> Tensor:
+        def in_scope(*given: object) -> Tensor:
+            with dropping_branches(attend.dropping):  # again when it is computed again, whichever thread that is in
+                return block(*given)  # type: ignore[no-any-return]
+
+        given = (x_TD, attend, *rest)
+        run = block if self.lora is None else in_scope
+        if self.recompute == "none" or not torch.is_grad_enabled():
+            return run(*given)  # type: ignore[no-any-return]
+        if self.recompute == "full":
+            return checkpoint(run, *given, use_reentrant=False)  # type: ignore[no-any-return]
+        with forgetting_cheap():
+            return run(*given)  # type: ignore[no-any-return]
+
+
+def _resizing() -> Any:
+    from tp_decoders.model import resize_embeddings  # it asks the families, which derive from this module's class
+
+    return resize_embeddings
+
+
+class PositionTable(nn.Module):
+    """Learned absolute positions, replicated on every rank."""
+
+    def __init__(self, max_positions: int, d_model: int, group: Group, place: Place) -> None:
+        super().__init__()
+        self.weight = sharded((max_positions, d_model), Replicated(), group.rank, **place)
+
+    def forward(self, positions_T: Tensor) -> Tensor:
+        return functional.embedding(positions_T, self.weight)
+
+
+def plain_std(config: DecoderConfig, name: str) -> float:
+    """The standard deviation that a fresh matrix, by our name for it, is drawn with."""
+    return config.initializer_range
+
+
+def residual_std(config: DecoderConfig, name: str) -> float:
+    """The same, with projections onto the residual stream smaller by sqrt(2 x layers) (Radford et al. 2019)."""
+    projects = name.endswith(("out.weight", "down.weight"))
+    return config.initializer_range * ((2 * config.n_layers) ** -0.5 if projects else 1.0)
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the registry knows of a family: how to read its config, build its model and name its tensors."""
+
+    model_type: str
+    from_hf: Callable[[Fields], DecoderConfig]
+    model: Callable[[DecoderConfig, Group, Place], Decoder]
+    names: NameMap
+    init_std: Callable[[DecoderConfig, str], float] = plain_std

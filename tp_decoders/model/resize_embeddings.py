@@ -1,0 +1,130 @@
+"""The vocabulary's tables as transformers' models give and take them: looked up, replaced, made longer or shorter.
+
+All ranks call the functions that change something, with the same arguments, before an optimiser or an engine is made of
+the model: parameters are replaced. The vocabulary is dealt anew over the ranks. Collectives: one gather per table.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from parallel.errors import ConfigError
+from parallel.ranks.gather_parameter import whole_tensor
+from parallel.sharding.rules import rule_of
+from parallel.vocabulary.vocab_parallel import VocabEmbedding, VocabHead
+from tp_decoders.model.decoder import Decoder, Place
+from tp_decoders.registry import family_of
+
+EMBEDDING, HEAD = "embed.weight", "head.linear.weight"
+
+
+def resize_token_embeddings(
+    model: Decoder, size: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+) -> VocabEmbedding:
+    """Makes the vocabulary `size` tokens long (None: as it is), rounded up to a multiple; returns the embedding.
+
+    Rows that stay keep their bits. New ones are the mean of the old, which transformers draws closely around; with
+    mean_resizing=False they are drawn by the family's rule.
+    """
+    before = model.config.vocab_size
+    after = _target(before, size, pad_to_multiple_of)
+    if after != before:
+        _refuse_adapter(model)
+        old = {EMBEDDING: model.embed.weight}
+        if model.has_vocabulary and not model.config.tie:
+            old[HEAD] = model.head.linear.weight
+        tables = {name: whole_tensor(weight, model.group) for name, weight in old.items()}
+        _put(model, {name: _resized(model, name, full, after, mean_resizing) for name, full in tables.items()})
+    return model.embed
+
+
+def set_input_embeddings(model: Decoder, value: nn.Embedding | VocabEmbedding | Tensor) -> None:
+    """Replaces the embedding, and a head tied to it, by a whole table [V, D]: the same on every rank."""
+    _put(model, {EMBEDDING: _table(model, value)})
+
+
+def set_output_embeddings(model: Decoder, value: nn.Linear | VocabHead | Tensor) -> None:
+    """Replaces the head's matrix [V, D] of a model that is not tied."""
+    if not model.has_vocabulary or model.config.tie:
+        raise ConfigError(
+            "the model's head is the embedding's own matrix: call set_input_embeddings"
+            if model.has_vocabulary
+            else f"a model loaded for {model.task} has no vocabulary head; load it with task='causal-lm'"
+        )
+    _put(model, {HEAD: _table(model, value)})
+
+
+def _target(before: int, size: int | None, multiple: int | None) -> int:
+    for name, number in (("the new vocabulary", size), ("pad_to_multiple_of", multiple)):
+        if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
+            raise ConfigError(f"{name} is {number!r}; give a whole number of at least 1, or leave it out")
+    wanted = before if size is None else size
+    return wanted if multiple is None else -(-wanted // multiple) * multiple
+
+
+def _refuse_adapter(model: Decoder) -> None:
+    if model.has_vocabulary and model.head.linear.adapter is not None:
+        raise ConfigError("the head has an adapter of the old vocabulary's size; merge and detach it first")
+
+
+@torch.no_grad()
+def _table(model: Decoder, value: nn.Module | Tensor) -> Tensor:
+    """The whole matrix that was given, as this model computes."""
+    given = value if isinstance(value, Tensor) else value.weight
+    assert isinstance(given, Tensor), "modules with a matrix"
+    full = whole_tensor(given, value.group) if isinstance(value, (VocabEmbedding, VocabHead)) else given.detach()
+    if full.dim() != 2 or full.shape[1] != model.config.d_model or not len(full) or not full.is_floating_point():
+        raise ConfigError(
+            f"a table of {full.dtype}, shape {list(full.shape)}; give [vocabulary, {model.config.d_model}] of a "
+            "floating-point type"
+        )
+    return full.to(model.embed.weight)
+
+
+@torch.no_grad()
+def _resized(model: Decoder, name: str, full: Tensor, size: int, mean: bool) -> Tensor:
+    old = full[:size]
+    count = size - len(old)
+    if count == 0:
+        return old
+    if mean:
+        rows = full.float().mean(0).expand(count, -1)
+    else:
+        std = family_of(model.config.model_type).init_std(model.config, name)
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{name} {len(old)} {size}".encode()))
+        rows = torch.empty(count, full.shape[1]).normal_(0.0, std, generator=generator)
+    return torch.cat([old, rows.to(full)])
+
+
+@torch.no_grad()
+def _put(model: Decoder, tables: Mapping[str, Tensor]) -> None:
+    """Gives the model new tables; a head that is not tied must keep the embedding's length."""
+    config, group, weight = model.config, model.group, model.embed.weight
+    size = len(next(iter(tables.values())))
+    untied = model.has_vocabulary and not config.tie
+    if size != config.vocab_size and untied and len(tables) == 1:
+        raise ConfigError(
+            f"a table of {size} tokens beside one of {config.vocab_size}, which is not tied to it; call "
+            f"resize_token_embeddings({size}) first"
+        )
+    place = Place(dtype=weight.dtype, device=weight.device)
+    if EMBEDDING in tables:
+        model.embed = VocabEmbedding(size, config.d_model, group=group, **place)
+        _fill(model.embed.weight, tables[EMBEDDING], weight, group.rank)
+    if model.has_vocabulary and (HEAD in tables or config.tie):
+        old = model.head
+        tied = model.embed.weight if config.tie else None
+        model.head = VocabHead(size, config.d_model, group=group, weight=tied, scale=old.scale, **place)
+        if tied is None:
+            _fill(model.head.linear.weight, tables[HEAD], old.linear.weight, group.rank)
+    model.config = replace(config, vocab_size=size, hf={**config.hf, "vocab_size": size})
+
+
+def _fill(parameter: nn.Parameter, full: Tensor, old: Tensor, rank: int) -> None:
+    parameter.copy_(rule_of(parameter).take(full, rank))
+    parameter.requires_grad_(old.requires_grad)
