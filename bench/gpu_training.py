@@ -32,8 +32,9 @@ def trainer_of(options: argparse.Namespace, device: torch.device) -> Trainer:
     from launch.presets import find, read
     from parallel.ranks.group import Group
     from parallel.ranks.mesh import Groups
-    from tp_decoders.adapters.lora import LoraConfig, attach
+    from tp_decoders.adapters.lora import attach
     from tp_decoders.checkpoint.load_save import build, initialise
+    from tp_decoders.model.lora_config import LoraConfig
     from tp_decoders.registry import config_from_hf
 
     config = config_from_hf(dict(read(find(options.model, "models")).values))

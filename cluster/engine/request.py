@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from tp_decoders.tasks.task_settings import TaskConfig
+    from tp_decoders.model.task_config import TaskConfig
 
 
 class FinishReason(enum.Enum):

@@ -30,10 +30,10 @@ from cluster.training.step.flops import num_parameters
 from launch.paths import full_path
 from launch.presets import find, read
 from parallel.errors import ConfigError
-from tp_decoders.adapters.lora import LoraConfig
 from tp_decoders.hub.repository import is_name, locate
 from tp_decoders.hub.snapshot_cache import CONFIG
 from tp_decoders.model.config import DecoderConfig
+from tp_decoders.model.lora_config import LoraConfig
 from tp_decoders.registry import config_from_hf, read_config
 
 GiB = 2**30

@@ -47,8 +47,9 @@ from launch.serving.state_file import State, kept_state
 from parallel.errors import ConfigError, TpError, WorkerError
 from tp_decoders.adapters.peft_files import read_adapter_config
 from tp_decoders.hub.repository import shown_name
+from tp_decoders.model.task_config import CAUSAL
 from tp_decoders.registry import read_config
-from tp_decoders.tasks.task_settings import CAUSAL, check_task, task_of
+from tp_decoders.tasks.task_settings import check_task, task_of
 from tp_decoders.text.tokenizer import check_vocabulary, load_tokenizer
 
 if TYPE_CHECKING:

@@ -48,12 +48,13 @@ from launch.training.train_metrics import TrainMetrics
 from parallel.errors import ConfigError, WorkerError
 from parallel.options import Recompute
 from tp_decoders import build as build_model
-from tp_decoders.adapters.lora import LoraConfig, targeted
+from tp_decoders.adapters.lora import targeted
 from tp_decoders.files.companion_files import VOCABULARIES
 from tp_decoders.hub.repository import locate
 from tp_decoders.hub.snapshot_cache import TOKENIZER
+from tp_decoders.model.lora_config import LoraConfig
+from tp_decoders.model.task_config import CAUSAL
 from tp_decoders.registry import config_from_hf, read_config
-from tp_decoders.tasks.task_settings import CAUSAL
 from tp_decoders.text.tokenizer import load_tokenizer
 
 LOOPBACK = "127.0.0.1"

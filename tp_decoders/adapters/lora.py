@@ -10,21 +10,20 @@ and computed is parallel.layers.low_rank's; PEFT's files are peft_files'. No col
 
 from __future__ import annotations
 
-import math
 import re
 import zlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 
 import torch
-from torch import nn
 
 from parallel.errors import ConfigError
 from parallel.layers.dropout import ADAPTER, DropoutSite
-from parallel.layers.linear import ColumnLinear, RowLinear
-from parallel.layers.low_rank import Adapter, ColumnAdapter, RowAdapter
+from parallel.layers.linear import ColumnLinear
+from parallel.layers.low_rank import ColumnAdapter, RowAdapter
 from parallel.sharding.rules import full_shape_of, rule_of
+from tp_decoders.model.adapted_layers import adapted, is_merged, linears
 from tp_decoders.model.decoder import Decoder
+from tp_decoders.model.lora_config import LoraConfig
 from tp_decoders.model.tensor_names import TASK_HEAD
 from tp_decoders.registry import family_of
 
@@ -33,64 +32,9 @@ HEAD = "head.linear"
 DEFAULT_TARGETS = ("qkv",)
 
 
-@dataclass(frozen=True, kw_only=True)
-class LoraConfig:
-    """An adapter's shape. `targets`: names or ends of names, "all-linear" (all but the head), or a regular expression
-    for whole names if it is one string; None: the projection to q, k and v. The patterns give single layers another
-    rank or alpha, as PEFT's do.
-    """
-
-    rank: int = 8  # of an adapter
-    alpha: float = 8.0  # the adapter is scaled by alpha / rank
-    dropout: float = 0.0  # of the adapter's input
-    rslora: bool = False  # scaled by alpha / sqrt(rank) in place of alpha / rank (arXiv 2312.03732)
-    targets: tuple[str, ...] | str | None = None  # names of layers, or all-linear
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)  # other ranks by layer
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)  # other alphas by layer
-
-    def __post_init__(self) -> None:
-        for rank in (self.rank, *self.rank_pattern.values()):
-            if rank < 1:
-                raise ConfigError(f"lora rank {rank}; give at least 1")
-        for alpha in (self.alpha, *self.alpha_pattern.values()):
-            if not (math.isfinite(alpha) and alpha > 0):
-                raise ConfigError(f"lora alpha {alpha}; give a finite number above 0")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ConfigError(f"lora dropout {self.dropout} is outside [0, 1); give the share of elements to drop")
-        if self.targets is not None and not self.targets:
-            raise ConfigError("lora targets is empty; name layers, or leave it out for the projection to q, k and v")
-
-    def rank_of(self, theirs: str) -> int:
-        """The rank at a module of the checkpoint."""
-        return int(_patterned(self.rank_pattern, theirs, self.rank))
-
-    def scale_of(self, theirs: str, rank: int) -> float:
-        """What the branch at a module is multiplied by."""
-        return _patterned(self.alpha_pattern, theirs, self.alpha) / (math.sqrt(rank) if self.rslora else rank)
-
-
-def _patterned(patterns: Mapping[str, float], name: str, otherwise: float) -> float:
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), otherwise)
-
-
-Linear = ColumnLinear | RowLinear
-
-
-def linears(model: Decoder) -> dict[str, Linear]:
-    """The model's linear layers by our names, the head among them."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
-
-
 def their_module(model: Decoder, ours: str) -> str:
     """The name transformers has for one of our linear layers."""
     return family_of(model.config.model_type).names.theirs(f"{ours}.weight")[1].removesuffix(".weight")
-
-
-def adapted(model: Decoder) -> Iterator[tuple[str, Linear, Adapter]]:
-    """The layers that have an adapter: our name, layer, adapter."""
-    for name, layer in linears(model).items():
-        if layer.adapter is not None:
-            yield name, layer, layer.adapter
 
 
 def attach(model: Decoder, config: LoraConfig, seed: int = 0) -> None:
@@ -179,27 +123,9 @@ def unmerge(model: Decoder) -> None:
         adapter.unmerge(layer.weight)
 
 
-def is_merged(model: Decoder) -> bool:
-    return any(adapter.merged for _, _, adapter in adapted(model))
-
-
 def detach(model: Decoder) -> None:
     """Forgets the adapters. Weights stay as they are, so a merged adapter stays in them; all of them train again."""
     for _, layer, _ in list(adapted(model)):
         layer.adapter = None
     model.lora = None
     model.requires_grad_(True)
-
-
-def whole_parameters(model: Decoder) -> list[tuple[str, nn.Parameter]]:
-    """The parameters of a whole checkpoint; refuses to leave out an adapter that is not in them."""
-    if model.lora is not None and not is_merged(model):
-        raise ConfigError(
-            "the model has an adapter beside its weights; merge it before saving the whole model, or save the adapter"
-        )
-    return [(name, p) for name, p in model.named_parameters() if not is_adapter(name)]
-
-
-def is_adapter(name: str) -> bool:
-    """Whether a parameter is an adapter's, by its name."""
-    return name.rpartition(".")[0].endswith(".adapter")

@@ -25,12 +25,14 @@ from torch import Tensor, nn
 
 from parallel.errors import CheckpointError, ConfigError
 from parallel.sharding.rules import full_shape_of, rule_of, sharded
-from tp_decoders.adapters.lora import LoraConfig, adapted, detach, ends_with, linears, merge, place, their_module
+from tp_decoders.adapters.lora import detach, ends_with, merge, place, their_module
 from tp_decoders.checkpoint.load_save import agree, fill, full_tensor
 from tp_decoders.files.tensor_files import PickledFile, SafetensorsFile, TensorFile
 from tp_decoders.hub.repository import locate
 from tp_decoders.hub.snapshot_cache import ADAPTER, cached_of
+from tp_decoders.model.adapted_layers import adapted, linears
 from tp_decoders.model.decoder import Decoder
+from tp_decoders.model.lora_config import LoraConfig
 from tp_decoders.registry import family_of
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"

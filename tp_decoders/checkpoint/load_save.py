@@ -22,7 +22,6 @@ from parallel.native.memory import give_back
 from parallel.ranks.gather_parameter import full_tensor
 from parallel.ranks.group import Group
 from parallel.sharding.rules import full_shape_of, rule_of
-from tp_decoders.adapters.lora import whole_parameters
 from tp_decoders.checkpoint.downcast import Lost
 from tp_decoders.checkpoint.folder_writer import FolderWriter, TensorPlan
 from tp_decoders.checkpoint.tensor_matching import Sources, match_tensors, shown, stored_dtype, warn_of_different_twins
@@ -30,8 +29,10 @@ from tp_decoders.families.mpt_config import AUTO
 from tp_decoders.files.tensor_files import Checkpoint, TensorFile, open_checkpoint
 from tp_decoders.files.weights_cache import Progress, WeightsCache
 from tp_decoders.hub.repository import is_name, locate, pin
+from tp_decoders.model.adapted_layers import whole_parameters
 from tp_decoders.model.config import DecoderConfig
-from tp_decoders.model.decoder import Decoder, Place
+from tp_decoders.model.decoder import Decoder
+from tp_decoders.model.place import Place
 from tp_decoders.registry import Unread, family_of, read_config
 from tp_decoders.tasks.task_settings import check_task, with_task
 
@@ -193,7 +194,7 @@ def fresh(model: Decoder, name: str, parameter: nn.Parameter, seed: int) -> None
     if name.endswith(".bias"):
         parameter.fill_(0.0)
         return
-    std = family_of(model.config.model_type).init_std(model.config, name)
+    std = model.init_std(model.config, name)
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
     full = torch.empty(full_shape_of(parameter)).normal_(0.0, std, generator=generator)
     parameter.copy_(rule_of(parameter).take(full, model.group.rank))

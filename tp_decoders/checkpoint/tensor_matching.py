@@ -20,8 +20,9 @@ from parallel.sharding.rules import full_shape_of
 from tp_decoders.files.tensor_files import Checkpoint
 from tp_decoders.model.config import DecoderConfig
 from tp_decoders.model.decoder import Decoder
+from tp_decoders.model.task_config import CAUSAL
 from tp_decoders.model.tensor_names import TASK_HEAD, NameMap
-from tp_decoders.tasks.task_settings import CAUSAL, task_of
+from tp_decoders.tasks.task_settings import task_of
 
 log = logging.getLogger(__name__)
 

@@ -22,7 +22,8 @@ from parallel.sharding.rules import Part, VirtualShards
 from tp_decoders.files.json_fields import MOST_LAYERS, Fields
 from tp_decoders.model.config import DecoderConfig, Dropout, activation, head_size, probability
 from tp_decoders.model.cross_attention import CrossAttention
-from tp_decoders.model.decoder import Decoder, Family, Parts, Place, residual_std
+from tp_decoders.model.decoder import Decoder, Family, Parts, residual_std
+from tp_decoders.model.place import Place
 from tp_decoders.model.pruning import pruned_from_hf
 from tp_decoders.model.tensor_names import Name, NameMap, block_names
 
@@ -136,6 +137,7 @@ class Model(Decoder):
     """GPT-2 with its language-modelling head."""
 
     takes_token_types = True
+    init_std = staticmethod(residual_std)
 
     def __init__(self, config: DecoderConfig, group: Group, place: Place) -> None:
         parts = Parts(learned_positions=True)
@@ -173,4 +175,4 @@ NAMES = (
     Name("lm_head.weight", "head.linear.weight", prefixed=False),
 )
 
-FAMILY = Family("gpt2", from_hf, Model, NameMap("transformer.", NAMES), residual_std)
+FAMILY = Family("gpt2", from_hf, Model, NameMap("transformer.", NAMES))

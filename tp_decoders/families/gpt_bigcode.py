@@ -23,7 +23,8 @@ from parallel.sharding.rules import Part, VirtualShards
 from tp_decoders.files.json_fields import MOST_LAYERS, Fields
 from tp_decoders.model.config import DecoderConfig, Dropout, activation, head_size, probability
 from tp_decoders.model.cross_attention import CrossAttention
-from tp_decoders.model.decoder import Decoder, Family, Parts, Place, residual_std
+from tp_decoders.model.decoder import Decoder, Family, Parts, residual_std
+from tp_decoders.model.place import Place
 from tp_decoders.model.tensor_names import Name, NameMap, block_names
 
 INFERENCE_HINTS = (
@@ -155,6 +156,7 @@ class Model(Decoder):
     """GPT-BigCode with its language-modelling head."""
 
     takes_token_types = True
+    init_std = staticmethod(residual_std)
 
     def __init__(self, config: DecoderConfig, group: Group, place: Place) -> None:
         layout = HeadLayout.of(group, config.n_heads, config.n_kv_heads, config.head_dim)
@@ -186,4 +188,4 @@ NAMES = (
     Name("lm_head.weight", "head.linear.weight", prefixed=False),
 )
 
-FAMILY = Family("gpt_bigcode", from_hf, Model, NameMap("transformer.", NAMES), residual_std)
+FAMILY = Family("gpt_bigcode", from_hf, Model, NameMap("transformer.", NAMES))

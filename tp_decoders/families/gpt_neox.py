@@ -21,7 +21,8 @@ from parallel.ranks.group import Group
 from parallel.sharding.rules import VirtualShards
 from tp_decoders.files.json_fields import MOST_LAYERS, Fields
 from tp_decoders.model.config import DecoderConfig, Dropout, activation, head_size, probability
-from tp_decoders.model.decoder import Decoder, Family, Place
+from tp_decoders.model.decoder import Decoder, Family
+from tp_decoders.model.place import Place
 from tp_decoders.model.rotary import Rotary, RotaryConfig, Rotation, rotary_from_hf, rotated
 from tp_decoders.model.tensor_names import Name, NameMap, block_names
 

@@ -19,7 +19,8 @@ from parallel.ranks.group import Group
 from parallel.sharding.rules import Part, VirtualShards
 from tp_decoders.families.mpt_config import from_hf
 from tp_decoders.model.config import DecoderConfig
-from tp_decoders.model.decoder import Decoder, Family, Parts, Place
+from tp_decoders.model.decoder import Decoder, Family, Parts
+from tp_decoders.model.place import Place
 from tp_decoders.model.tensor_names import Name, NameMap, block_names
 
 

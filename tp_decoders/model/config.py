@@ -9,15 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from parallel.errors import ConfigError
 from parallel.matmul.activation import check_activation
 from tp_decoders.files.json_fields import MOST, Fields
-
-if TYPE_CHECKING:
-    from tp_decoders.tasks.task_settings import TaskConfig
-
+from tp_decoders.model.task_config import TaskConfig
 
 MOST_POSITIONS = 2**22
 """Of a context: tables of rotations are made whole."""

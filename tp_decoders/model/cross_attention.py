@@ -19,7 +19,7 @@ from parallel.layers.norm import LayerNorm
 from parallel.ranks.group import Group
 from parallel.sharding.rules import Part, VirtualShards
 from tp_decoders.model.config import DecoderConfig
-from tp_decoders.model.decoder import Place
+from tp_decoders.model.place import Place
 
 Rows = Literal["blocks", "heads"]
 """How the rows of kv lie: all keys, then all values; or a head's key and value, head after head."""

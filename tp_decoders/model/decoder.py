@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -32,18 +31,11 @@ from parallel.sharding.rules import Replicated, sharded
 from parallel.vocabulary.vocab_parallel import VocabEmbedding, VocabHead
 from tp_decoders.files.json_fields import Fields
 from tp_decoders.model.config import DecoderConfig
+from tp_decoders.model.lora_config import LoraConfig
+from tp_decoders.model.place import Place
+from tp_decoders.model.resize_embeddings import VocabularyTables
 from tp_decoders.model.task_heads import task_head
 from tp_decoders.model.tensor_names import NameMap
-
-if TYPE_CHECKING:
-    from tp_decoders.adapters.lora import LoraConfig
-
-
-class Place(TypedDict):
-    """Where and in which type a module's parameters are made."""
-
-    dtype: torch.dtype | None
-    device: torch.device | str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +47,18 @@ class Parts:
     logit_scale: float = 1.0
 
 
-class Decoder(nn.Module):
+def plain_std(config: DecoderConfig, name: str) -> float:
+    """The standard deviation that a fresh matrix, by our name for it, is drawn with."""
+    return config.initializer_range
+
+
+def residual_std(config: DecoderConfig, name: str) -> float:
+    """The same, with projections onto the residual stream smaller by sqrt(2 x layers) (Radford et al. 2019)."""
+    projects = name.endswith(("out.weight", "down.weight"))
+    return config.initializer_range * ((2 * config.n_layers) ** -0.5 if projects else 1.0)
+
+
+class Decoder(VocabularyTables):
     """Base of the families' models. Made in eval mode, where gradients flow too; activations are dropped in passes
     whose `attend` brings masks, whatever the mode.
     """
@@ -63,6 +66,7 @@ class Decoder(nn.Module):
     recompute: Recompute = "none"  # what of its blocks is computed again in the backward instead of being kept
     lora: LoraConfig | None = None  # of the adapters beside the weights, if there are any (tp_decoders.adapters.lora)
     takes_token_types: bool = False  # added to the embeddings, looked up in the vocabulary
+    init_std: Callable[[DecoderConfig, str], float] = staticmethod(plain_std)  # by our name of a matrix
     source: Path | None = None  # the folder it was loaded from: `save` takes the tokenizer's files from there
 
     def __init__(
@@ -129,41 +133,9 @@ class Decoder(nn.Module):
         return HeadLayout.of(self.group, self.config.n_heads, self.config.n_kv_heads, self.config.head_dim)
 
     @property
-    def task(self) -> str:
-        """What the model is for, by the name `load` takes."""
-        return self.config.task.name if self.config.task else "causal-lm"
-
-    @property
-    def has_vocabulary(self) -> bool:
-        """Whether there is a language-modelling head."""
-        return "head" in self._modules
-
-    @property
     def drops(self) -> bool:
         """Whether a pass with masks drops anything."""
         return self.config.dropout.any or (self.lora is not None and self.lora.dropout > 0.0)
-
-    def get_input_embeddings(self) -> VocabEmbedding:
-        """The embedding; its weight holds this rank's rows."""
-        return self.embed
-
-    def get_output_embeddings(self) -> VocabHead | None:
-        """The vocabulary head, None where there is none."""
-        return self.head if self.has_vocabulary else None
-
-    def set_input_embeddings(self, value: nn.Embedding | VocabEmbedding | Tensor) -> None:
-        """The whole table [V, D], of the model's vocabulary or, where the head is tied to it or missing, another."""
-        _resizing().set_input_embeddings(self, value)
-
-    def set_output_embeddings(self, value: nn.Linear | VocabHead | Tensor) -> None:
-        """The head's whole matrix [V, D], of a model that is not tied."""
-        _resizing().set_output_embeddings(self, value)
-
-    def resize_token_embeddings(
-        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
-    ) -> VocabEmbedding:
-        """The vocabulary made longer or shorter (tp_decoders.model.resize_embeddings); all ranks call this."""
-        return _resizing().resize_token_embeddings(self, new_num_tokens, pad_to_multiple_of, mean_resizing)
 
     def through_blocks(self, x_TD: Tensor, attend: Attend, *given: object, seen: list[Tensor] | None = None) -> Tensor:
         """The embeddings' dropout and all blocks in turn, which are handed (x, attend, *given, tokens). Divides the
@@ -198,12 +170,6 @@ class Decoder(nn.Module):
             return run(*given)  # type: ignore[no-any-return]
 
 
-def _resizing() -> Any:
-    from tp_decoders.model import resize_embeddings  # it asks the families, which derive from this module's class
-
-    return resize_embeddings
-
-
 class PositionTable(nn.Module):
     """Learned absolute positions, replicated on every rank."""
 
@@ -215,17 +181,6 @@ class PositionTable(nn.Module):
         return functional.embedding(positions_T, self.weight)
 
 
-def plain_std(config: DecoderConfig, name: str) -> float:
-    """The standard deviation that a fresh matrix, by our name for it, is drawn with."""
-    return config.initializer_range
-
-
-def residual_std(config: DecoderConfig, name: str) -> float:
-    """The same, with projections onto the residual stream smaller by sqrt(2 x layers) (Radford et al. 2019)."""
-    projects = name.endswith(("out.weight", "down.weight"))
-    return config.initializer_range * ((2 * config.n_layers) ** -0.5 if projects else 1.0)
-
-
 @dataclass(frozen=True)
 class Family:
     """What the registry knows of a family: how to read its config, build its model and name its tensors."""
@@ -234,4 +189,3 @@ class Family:
     from_hf: Callable[[Fields], DecoderConfig]
     model: Callable[[DecoderConfig, Group, Place], Decoder]
     names: NameMap
-    init_std: Callable[[DecoderConfig, str], float] = plain_std

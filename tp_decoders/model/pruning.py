@@ -22,7 +22,8 @@ from parallel.ranks.group import Group
 from parallel.sharding.rules import rule_of
 from tp_decoders.files.json_fields import Fields
 from tp_decoders.model.config import DecoderConfig
-from tp_decoders.model.decoder import Decoder, Place
+from tp_decoders.model.decoder import Decoder
+from tp_decoders.model.place import Place
 
 Pruned = tuple[tuple[int, ...], ...]
 """By layer, ascending; empty where no layer has lost a head."""

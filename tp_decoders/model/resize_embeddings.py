@@ -7,7 +7,7 @@ the model: parameters are replaced. The vocabulary is dealt anew over the ranks.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -15,16 +15,59 @@ from torch import Tensor, nn
 
 from parallel.errors import ConfigError
 from parallel.ranks.gather_parameter import whole_tensor
+from parallel.ranks.group import Group
 from parallel.sharding.rules import rule_of
 from parallel.vocabulary.vocab_parallel import VocabEmbedding, VocabHead
-from tp_decoders.model.decoder import Decoder, Place
-from tp_decoders.registry import family_of
+from tp_decoders.model.config import DecoderConfig
+from tp_decoders.model.place import Place
 
 EMBEDDING, HEAD = "embed.weight", "head.linear.weight"
 
 
-def resize_token_embeddings(
-    model: Decoder, size: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+class VocabularyTables(nn.Module):
+    """What of a decoder the vocabulary's length decides: its embedding, and a head that may be tied to it."""
+
+    config: DecoderConfig
+    group: Group
+    embed: VocabEmbedding
+    head: VocabHead  # of a model that has one
+    init_std: Callable[[DecoderConfig, str], float]  # that a fresh matrix, by our name for it, is drawn with
+
+    @property
+    def task(self) -> str:
+        """What the model is for, by the name `load` takes."""
+        return self.config.task.name if self.config.task else "causal-lm"
+
+    @property
+    def has_vocabulary(self) -> bool:
+        """Whether there is a language-modelling head."""
+        return "head" in self._modules
+
+    def get_input_embeddings(self) -> VocabEmbedding:
+        """The embedding; its weight holds this rank's rows."""
+        return self.embed
+
+    def get_output_embeddings(self) -> VocabHead | None:
+        """The vocabulary head, None where there is none."""
+        return self.head if self.has_vocabulary else None
+
+    def set_input_embeddings(self, value: nn.Embedding | VocabEmbedding | Tensor) -> None:
+        """The whole table [V, D], of the model's vocabulary or, where the head is tied to it or missing, another."""
+        _set_input_embeddings(self, value)
+
+    def set_output_embeddings(self, value: nn.Linear | VocabHead | Tensor) -> None:
+        """The head's whole matrix [V, D], of a model that is not tied."""
+        _set_output_embeddings(self, value)
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> VocabEmbedding:
+        """The vocabulary made longer or shorter; all ranks call this."""
+        return _resize(self, new_num_tokens, pad_to_multiple_of, mean_resizing)
+
+
+def _resize(
+    model: VocabularyTables, size: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
 ) -> VocabEmbedding:
     """Makes the vocabulary `size` tokens long (None: as it is), rounded up to a multiple; returns the embedding.
 
@@ -43,12 +86,12 @@ def resize_token_embeddings(
     return model.embed
 
 
-def set_input_embeddings(model: Decoder, value: nn.Embedding | VocabEmbedding | Tensor) -> None:
+def _set_input_embeddings(model: VocabularyTables, value: nn.Embedding | VocabEmbedding | Tensor) -> None:
     """Replaces the embedding, and a head tied to it, by a whole table [V, D]: the same on every rank."""
     _put(model, {EMBEDDING: _table(model, value)})
 
 
-def set_output_embeddings(model: Decoder, value: nn.Linear | VocabHead | Tensor) -> None:
+def _set_output_embeddings(model: VocabularyTables, value: nn.Linear | VocabHead | Tensor) -> None:
     """Replaces the head's matrix [V, D] of a model that is not tied."""
     if not model.has_vocabulary or model.config.tie:
         raise ConfigError(
@@ -67,13 +110,13 @@ def _target(before: int, size: int | None, multiple: int | None) -> int:
     return wanted if multiple is None else -(-wanted // multiple) * multiple
 
 
-def _refuse_adapter(model: Decoder) -> None:
+def _refuse_adapter(model: VocabularyTables) -> None:
     if model.has_vocabulary and model.head.linear.adapter is not None:
         raise ConfigError("the head has an adapter of the old vocabulary's size; merge and detach it first")
 
 
 @torch.no_grad()
-def _table(model: Decoder, value: nn.Module | Tensor) -> Tensor:
+def _table(model: VocabularyTables, value: nn.Module | Tensor) -> Tensor:
     """The whole matrix that was given, as this model computes."""
     given = value if isinstance(value, Tensor) else value.weight
     assert isinstance(given, Tensor), "modules with a matrix"
@@ -87,7 +130,7 @@ def _table(model: Decoder, value: nn.Module | Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _resized(model: Decoder, name: str, full: Tensor, size: int, mean: bool) -> Tensor:
+def _resized(model: VocabularyTables, name: str, full: Tensor, size: int, mean: bool) -> Tensor:
     old = full[:size]
     count = size - len(old)
     if count == 0:
@@ -95,14 +138,14 @@ def _resized(model: Decoder, name: str, full: Tensor, size: int, mean: bool) -> 
     if mean:
         rows = full.float().mean(0).expand(count, -1)
     else:
-        std = family_of(model.config.model_type).init_std(model.config, name)
+        std = model.init_std(model.config, name)
         generator = torch.Generator().manual_seed(zlib.crc32(f"{name} {len(old)} {size}".encode()))
         rows = torch.empty(count, full.shape[1]).normal_(0.0, std, generator=generator)
     return torch.cat([old, rows.to(full)])
 
 
 @torch.no_grad()
-def _put(model: Decoder, tables: Mapping[str, Tensor]) -> None:
+def _put(model: VocabularyTables, tables: Mapping[str, Tensor]) -> None:
     """Gives the model new tables; a head that is not tied must keep the embedding's length."""
     config, group, weight = model.config, model.group, model.embed.weight
     size = len(next(iter(tables.values())))

@@ -8,8 +8,6 @@ T tokens, R rows, D model, C labels.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
@@ -19,10 +17,8 @@ from parallel.matmul.activation import activate
 from parallel.ranks.group import Group
 from parallel.sharding.rules import Part
 from tp_decoders.model.config import DecoderConfig
-from tp_decoders.tasks.task_settings import CHOICES, SEQUENCES, SPANS, TOKENS, SummaryConfig, TaskConfig
-
-if TYPE_CHECKING:
-    from tp_decoders.model.decoder import Place
+from tp_decoders.model.place import Place
+from tp_decoders.model.task_config import CHOICES, SEQUENCES, SPANS, TOKENS, SummaryConfig, TaskConfig
 
 LINEARS = {SEQUENCES: ("score", False), TOKENS: ("classifier", True), SPANS: ("qa_outputs", True)}
 """transformers' name of each task's layer, and whether it has a bias."""

@@ -19,6 +19,7 @@ from torch import Tensor
 from parallel.errors import ConfigError, RequestError
 from parallel.ranks.collectives import gather_from
 from tp_decoders.model.decoder import Decoder
+from tp_decoders.model.task_config import CHOICES, SEQUENCES, SPANS, TOKENS, TaskConfig
 from tp_decoders.padded.flat_tokens import Padding
 from tp_decoders.padded.padded_inputs import Inputs, checked_ids
 from tp_decoders.padded.padded_model import FlatPass, PaddedModel, targets_of
@@ -32,7 +33,6 @@ from tp_decoders.tasks.task_outputs import (
     task_config,
     task_loss,
 )
-from tp_decoders.tasks.task_settings import CHOICES, SEQUENCES, SPANS, TOKENS, TaskConfig
 
 BY_CHOICE = ("inputs_embeds", "attention_mask", "position_ids", "token_type_ids")
 """Inputs that may have an axis of choices."""

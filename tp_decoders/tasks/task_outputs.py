@@ -23,8 +23,8 @@ from parallel.errors import ConfigError, RequestError
 from parallel.layers.dropout import Dropping
 from parallel.vocabulary.cross_entropy import vocab_cross_entropy, weighted_mean
 from tp_decoders.model.decoder import Decoder
+from tp_decoders.model.task_config import CHOICES, MULTI_LABEL, REGRESSION, SEQUENCES, SINGLE_LABEL, SPANS, TaskConfig
 from tp_decoders.model.task_heads import LabelHead, SummaryHead
-from tp_decoders.tasks.task_settings import CHOICES, MULTI_LABEL, REGRESSION, SEQUENCES, SINGLE_LABEL, SPANS, TaskConfig
 
 IGNORED = -100
 

@@ -8,26 +8,25 @@ Knows no tensor.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from parallel.errors import ConfigError
 from parallel.matmul.activation import check_activation
 from tp_decoders.files.json_fields import Fields, shown
 from tp_decoders.model.config import DecoderConfig, probability
+from tp_decoders.model.task_config import (
+    CAUSAL,
+    CHOICES,
+    PROBLEMS,
+    SEQUENCES,
+    SPANS,
+    TASKS,
+    TOKENS,
+    SummaryConfig,
+    TaskConfig,
+)
 
-CAUSAL, SEQUENCES, TOKENS, SPANS, CHOICES = TASKS = (
-    "causal-lm",
-    "sequence-classification",
-    "token-classification",
-    "question-answering",
-    "double-heads",
-)
-REGRESSION, SINGLE_LABEL, MULTI_LABEL = PROBLEMS = (
-    "regression",
-    "single_label_classification",
-    "multi_label_classification",
-)
 MOST_LABELS = 100_000
 SUMMARIES = ("last", "first", "mean", "cls_index")
 CLASSES = {
@@ -44,39 +43,6 @@ ENDINGS = {
     CHOICES: "DoubleHeadsModel",
 }
 """transformers' names of classes; those of GPT-NeoX-Japanese and of GPT-BigCode's spans exist here only."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SummaryConfig:
-    """How GPT-2's double heads make one vector of a sequence: which row, then projection, activation, dropouts."""
-
-    kind: str = "cls_index"
-    projection: bool = True
-    activation: str | None = None
-    to_labels: bool = True
-    first_dropout: float = 0.1
-    last_dropout: float = 0.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class TaskConfig:
-    """A head. `problem` None: decided by the labels, as transformers does. `dropout` is that before the classifier."""
-
-    name: str
-    labels: tuple[str, ...] = ()
-    problem: str | None = None
-    pad_token_id: int | None = None
-    dropout: float = 0.0
-    summary: SummaryConfig | None = None
-
-    @property
-    def num_labels(self) -> int:
-        return len(self.labels)
-
-    @property
-    def has_vocabulary(self) -> bool:
-        """Whether the model keeps its language-modelling head."""
-        return self.name == CHOICES
 
 
 def check_task(name: str, model_type: str | None = None) -> str:

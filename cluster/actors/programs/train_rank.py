@@ -54,8 +54,9 @@ from tp_decoders.adapters.lora import attach
 from tp_decoders.adapters.peft_files import load_adapter
 from tp_decoders.files.json_fields import Fields
 from tp_decoders.hub.repository import here
+from tp_decoders.model.task_config import CAUSAL, SINGLE_LABEL
 from tp_decoders.registry import read_config
-from tp_decoders.tasks.task_settings import CAUSAL, SINGLE_LABEL, label_names, task_of
+from tp_decoders.tasks.task_settings import label_names, task_of
 from tp_decoders.text.tokenizer import Tokenizer, load_tokenizer
 
 log = logging.getLogger(__name__)

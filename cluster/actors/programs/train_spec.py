@@ -20,8 +20,8 @@ from cluster.training.step.lr_schedule import Schedule
 from cluster.training.step.optimizer import OptimizerConfig
 from parallel.errors import ConfigError
 from parallel.options import Recompute, check_backend, check_recompute
-from tp_decoders.adapters.lora import LoraConfig
-from tp_decoders.tasks.task_settings import CAUSAL, SEQUENCES
+from tp_decoders.model.lora_config import LoraConfig
+from tp_decoders.model.task_config import CAUSAL, SEQUENCES
 
 if TYPE_CHECKING:
     from cluster.actors.group.worker import Phases, Program

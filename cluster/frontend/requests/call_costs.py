@@ -13,7 +13,7 @@ from cluster.engine.request import ModelLimits, Request
 from cluster.frontend.requests.call import Call, FrontendConfig
 from cluster.request_errors import DoesNotFit
 from parallel.errors import RequestError
-from tp_decoders.tasks.task_settings import SPANS, TOKENS
+from tp_decoders.model.task_config import SPANS, TOKENS
 
 ID_BYTES = 5
 LOGPROB_BYTES = 5

@@ -15,7 +15,7 @@ import numpy as np
 
 from cluster.engine.request import ModelLimits, Pooling
 from cluster.request_errors import InvalidRequest, Violation, WrongTask
-from tp_decoders.tasks.task_settings import CHOICES, MULTI_LABEL, REGRESSION, SEQUENCES, SPANS, TOKENS, TaskConfig
+from tp_decoders.model.task_config import CHOICES, MULTI_LABEL, REGRESSION, SEQUENCES, SPANS, TOKENS, TaskConfig
 
 Row = tuple[float, ...]
 MAX_SPANS = 100

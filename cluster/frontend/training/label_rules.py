@@ -20,7 +20,7 @@ from cluster.training.train_calls import (
     TrainCall,
     TrainSequence,
 )
-from tp_decoders.tasks.task_settings import (
+from tp_decoders.model.task_config import (
     CHOICES,
     MULTI_LABEL,
     REGRESSION,

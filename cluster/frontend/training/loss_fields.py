@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from cluster.training.train_calls import CROSS_ENTROPY, DPO, IMPORTANCE_SAMPLING, PPO, TASK, TrainCall, TrainSequence
-from tp_decoders.tasks.task_settings import CHOICES, SEQUENCES, SPANS, TOKENS, TaskConfig
+from tp_decoders.model.task_config import CHOICES, SEQUENCES, SPANS, TOKENS, TaskConfig
 
 ALWAYS = frozenset({"token_ids", "loss_weights", "labels"})
 OF_SEQUENCES: Mapping[str, frozenset[str]] = {

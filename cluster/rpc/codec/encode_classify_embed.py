@@ -15,7 +15,7 @@ from cluster.request_errors import ReadingEnded
 from cluster.rpc.codec.error_status import status_of
 from cluster.rpc.proto import inference_pb2 as pb
 from parallel.errors import TpError
-from tp_decoders.tasks.task_settings import CHOICES, SPANS, TOKENS, TaskConfig
+from tp_decoders.model.task_config import CHOICES, SPANS, TOKENS, TaskConfig
 
 
 def classes(

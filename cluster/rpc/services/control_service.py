@@ -21,7 +21,7 @@ from cluster.rpc.proto import control_pb2 as control
 from cluster.rpc.proto.control_pb2_grpc import ControlServicer
 from cluster.rpc.services.connection_limits import ServerLimits
 from parallel.errors import TpError
-from tp_decoders.tasks.task_settings import CAUSAL
+from tp_decoders.model.task_config import CAUSAL
 
 if TYPE_CHECKING:
     import grpc

@@ -13,10 +13,11 @@ from cluster.training.memory.lasting_memory import StaticBytes, cache_layout, pa
 from cluster.training.memory.pass_memory import PassCost, PassShape, Prepare, forward_peak, pass_cost
 from parallel.options import Recompute
 from parallel.ranks.group import Group, Numerics
-from tp_decoders.adapters.lora import LoraConfig, place, targeted, their_module
+from tp_decoders.adapters.lora import place, targeted, their_module
 from tp_decoders.checkpoint.load_save import build
 from tp_decoders.model.config import DecoderConfig
 from tp_decoders.model.decoder import Decoder
+from tp_decoders.model.lora_config import LoraConfig
 
 RUNTIME = {"cpu": 400 << 20, "cuda": 2 << 30}
 """Of a process before it holds a tensor: code, threads and the ranks' shared memory on CPUs (measured: 310 to 330 MiB

@@ -13,7 +13,7 @@ from cluster.training.step.trainer import PassResult, TrainBatch
 from cluster.training.train_calls import CROSS_ENTROPY, DPO, TASK, TrainCall, TrainSequence
 from parallel.errors import RequestError
 from parallel.vocabulary.cross_entropy import IGNORE_INDEX
-from tp_decoders.tasks.task_settings import TaskConfig
+from tp_decoders.model.task_config import TaskConfig
 
 
 def batch_of(

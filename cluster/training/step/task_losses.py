@@ -24,8 +24,8 @@ from parallel.attention.attend import Attend
 from parallel.errors import RequestError
 from parallel.vocabulary.cross_entropy import vocab_token_losses
 from tp_decoders.model.decoder import Decoder
+from tp_decoders.model.task_config import CHOICES, SPANS, TOKENS, TaskConfig
 from tp_decoders.tasks.task_outputs import IGNORED, item_losses, item_weights, task_config, task_outputs
-from tp_decoders.tasks.task_settings import CHOICES, SPANS, TOKENS, TaskConfig
 
 if TYPE_CHECKING:
     from cluster.training.step.trainer import TrainBatch

@@ -21,9 +21,10 @@ from launch.training import run_training
 from tests.tp_decoders.hub.local_hub import LocalHub
 from tests.tp_decoders.hub.test_repository import TOKENIZER_FOLDER, use
 from tp_decoders import build, initialise, load, save
-from tp_decoders.adapters.lora import LoraConfig, attach
+from tp_decoders.adapters.lora import attach
 from tp_decoders.adapters.peft_files import save_adapter
 from tp_decoders.hub.snapshot_cache import cached_of
+from tp_decoders.model.lora_config import LoraConfig
 from tp_decoders.registry import config_from_hf
 
 ROOT = Path(__file__).resolve().parents[3]

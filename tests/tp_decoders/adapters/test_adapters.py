@@ -20,9 +20,11 @@ from parallel.ranks.group import Group
 from parallel.sharding.rules import full_shape_of, rule_of
 from tests.tp_decoders.families.dense_mpt import DenseMpt
 from tests.tp_decoders.families.parity import CASES
-from tp_decoders.adapters.lora import LoraConfig, adapted, attach, detach, merge, targeted, their_module, unmerge
+from tp_decoders.adapters.lora import attach, detach, merge, targeted, their_module, unmerge
 from tp_decoders.adapters.peft_files import load_adapter, read_adapter_config, save_adapter
 from tp_decoders.checkpoint.load_save import full_tensor
+from tp_decoders.model.adapted_layers import adapted
+from tp_decoders.model.lora_config import LoraConfig
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning"),

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tests.tp_decoders.fuzz.drawn import CLASSES, Case, draw
 from tests.tp_decoders.padded.padded_cases import Scenario, without_firsts
-from tp_decoders.tasks.task_settings import SEQUENCES, SPANS, TOKENS
+from tp_decoders.model.task_config import SEQUENCES, SPANS, TOKENS
 
 CAUSAL = "causal-lm"
 ENDINGS = {

@@ -25,10 +25,10 @@ from tests.tp_decoders.model.cross_cases import as_bigcode
 from tests.tp_decoders.padded.padded_cases import Scenario, cache_errors, masked_heads
 from tp_decoders import load
 from tp_decoders.model.decoder import Decoder
+from tp_decoders.model.task_config import SEQUENCES
 from tp_decoders.padded.padded_model import PaddedModel
 from tp_decoders.padded.padded_tasks import PaddedTask
 from tp_decoders.registry import family_of
-from tp_decoders.tasks.task_settings import SEQUENCES
 
 NOTHING = 1e-6
 """0 but for rounding: the distance from it is taken as it is."""

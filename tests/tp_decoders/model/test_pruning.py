@@ -35,7 +35,8 @@ from tests.tp_decoders.padded.padded_cases import (
     write_scenario,
 )
 from tp_decoders import load, save
-from tp_decoders.adapters.lora import LoraConfig, attach
+from tp_decoders.adapters.lora import attach
+from tp_decoders.model.lora_config import LoraConfig
 from tp_decoders.model.pruning import prune_heads
 from tp_decoders.padded.padded_model import PaddedModel
 

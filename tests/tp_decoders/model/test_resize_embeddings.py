@@ -20,7 +20,8 @@ from parallel.ranks.gather_parameter import whole_tensor
 from parallel.ranks.group import Group
 from tests.tp_decoders.checkpoint.test_load import full, write
 from tp_decoders import load, save
-from tp_decoders.adapters.lora import LoraConfig, attach
+from tp_decoders.adapters.lora import attach
+from tp_decoders.model.lora_config import LoraConfig
 from tp_decoders.padded.padded_model import PaddedModel
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")

@@ -23,9 +23,9 @@ from tests.tp_decoders.padded.padded_cases import SIZES, generate_positions
 from tests.tp_decoders.tasks.task_cases import FAMILIES, PAD, Case, Plain, cases_of, make
 from tp_decoders import load
 from tp_decoders.model.decoder import Decoder
+from tp_decoders.model.task_config import CHOICES, SEQUENCES, SPANS, TOKENS
 from tp_decoders.padded.padded_tasks import ChoicesOutput, PaddedTask, SpanOutput
 from tp_decoders.registry import family_of
-from tp_decoders.tasks.task_settings import CHOICES, SEQUENCES, SPANS, TOKENS
 
 # importing transformers' GPT-BigCode warns
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")

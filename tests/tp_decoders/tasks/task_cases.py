@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from tests.tp_decoders.families.dense_mpt import random_weight
 from tests.tp_decoders.families.parity import GPT2, JAPANESE, MPT, NEOX, hash_of
-from tp_decoders.tasks.task_settings import CHOICES, SEQUENCES, SPANS, TOKENS
+from tp_decoders.model.task_config import CHOICES, SEQUENCES, SPANS, TOKENS
 
 LENGTHS, EVEN = (7, 1, 5), (6, 6, 6, 6)
 PAD = 0

@@ -33,6 +33,7 @@ from tests.tp_decoders.tasks.task_cases import (
 from tp_decoders import load, save
 from tp_decoders.convert.rewrite import HuggingFaceSource, rewrite
 from tp_decoders.model.decoder import Decoder
+from tp_decoders.model.task_config import CHOICES, SEQUENCES, SPANS, TOKENS
 from tp_decoders.registry import family_of
 from tp_decoders.tasks.task_outputs import (
     TaskOutputs,
@@ -43,7 +44,6 @@ from tp_decoders.tasks.task_outputs import (
     task_loss,
     task_outputs,
 )
-from tp_decoders.tasks.task_settings import CHOICES, SEQUENCES, SPANS, TOKENS
 
 NOTHING = 1e-6
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")

@@ -21,8 +21,8 @@ from cluster.training.step.lr_schedule import Schedule
 from parallel.errors import ConfigError
 from tests.cluster.actors.programs.train_runs import go, spec_of, write_start
 from tp_decoders import load
+from tp_decoders.model.task_config import SEQUENCES
 from tp_decoders.tasks.task_outputs import task_config
-from tp_decoders.tasks.task_settings import SEQUENCES
 
 STEPS = 24
 

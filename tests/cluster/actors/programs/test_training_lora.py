@@ -16,7 +16,7 @@ from cluster.training.job.run_folder import METRICS, claim_folder
 from cluster.training.job.run_metrics import read_records
 from parallel.errors import ConfigError
 from tests.cluster.actors.programs.train_runs import STEPS, checksums, go, spec_of, write_start
-from tp_decoders.adapters.lora import LoraConfig
+from tp_decoders.model.lora_config import LoraConfig
 
 LORA = LoraConfig(rank=4, alpha=16.0, targets="all-linear")
 

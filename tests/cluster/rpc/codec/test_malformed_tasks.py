@@ -15,7 +15,7 @@ from parallel.ranks.group import Group
 from tests.cluster.frontend.harness import run
 from tests.cluster.rpc.services.test_classify_embed import reference
 from tests.cluster.rpc.services.test_task_training import training
-from tp_decoders.tasks.task_settings import CHOICES, SEQUENCES, SPANS, TOKENS
+from tp_decoders.model.task_config import CHOICES, SEQUENCES, SPANS, TOKENS
 
 REFUSED = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.RESOURCE_EXHAUSTED)
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {

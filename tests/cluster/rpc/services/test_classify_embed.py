@@ -28,7 +28,7 @@ from tests.cluster.frontend.harness import run, until
 from tests.cluster.rpc.harness import info, refused
 from tests.cluster.rpc.services.test_real_model import MortalEngine, serving_model
 from tp_decoders import load
-from tp_decoders.tasks.task_settings import CAUSAL, CHOICES, SEQUENCES, SPANS, TOKENS
+from tp_decoders.model.task_config import CAUSAL, CHOICES, SEQUENCES, SPANS, TOKENS
 
 CONFIG = EngineConfig(kv_blocks=24, max_sequences=4, max_step_tokens=16)
 GPT2: dict[str, Any] = {"vocab_size": 97, "n_positions": 64, "n_embd": 48, "n_layer": 2, "n_head": 6}

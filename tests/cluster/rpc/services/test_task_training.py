@@ -26,7 +26,7 @@ from tests.cluster.frontend.harness import run
 from tests.cluster.rpc.harness import refused
 from tests.cluster.rpc.services.test_classify_embed import reference
 from tp_decoders import load
-from tp_decoders.tasks.task_settings import CHOICES, SEQUENCES, SPANS, TOKENS
+from tp_decoders.model.task_config import CHOICES, SEQUENCES, SPANS, TOKENS
 
 CONFIG = EngineConfig(kv_blocks=24, max_sequences=4)
 RATE = {"learning_rate": 3e-3}

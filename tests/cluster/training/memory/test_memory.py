@@ -22,8 +22,8 @@ from parallel.matmul.products import Operand, native_products
 from parallel.ranks.group import Group
 from parallel.vocabulary.cross_entropy import vocab_token_losses
 from tp_decoders import build, initialise
-from tp_decoders.adapters.lora import LoraConfig
 from tp_decoders.model.config import DecoderConfig
+from tp_decoders.model.lora_config import LoraConfig
 from tp_decoders.registry import config_from_hf
 
 FAMILIES: dict[str, dict[str, Any]] = {

@@ -21,9 +21,11 @@ from parallel.attention.attend import Causal
 from parallel.ranks.group import Group
 from parallel.ranks.mesh import Groups, init_groups
 from tests.ranks import free_address
-from tp_decoders.adapters.lora import LoraConfig, attach, is_adapter
+from tp_decoders.adapters.lora import attach
 from tp_decoders.adapters.peft_files import adapter_tensors, load_adapter, save_adapter
 from tp_decoders.checkpoint.load_save import full_tensor
+from tp_decoders.model.adapted_layers import is_adapter
+from tp_decoders.model.lora_config import LoraConfig
 
 # importing transformers' GPT-BigCode warns
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")

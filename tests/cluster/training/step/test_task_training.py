@@ -24,9 +24,9 @@ from parallel.sharding.rules import rule_of
 from tests.tp_decoders.families.parity import TOLERANCE, error
 from tests.tp_decoders.tasks.task_cases import MARKS, Case, cases_of, num_choices, write_case
 from tp_decoders import load
+from tp_decoders.model.task_config import CHOICES, SEQUENCES, SPANS, TOKENS
 from tp_decoders.registry import family_of
 from tp_decoders.tasks.task_outputs import task_config, task_outputs
-from tp_decoders.tasks.task_settings import CHOICES, SEQUENCES, SPANS, TOKENS
 
 NOTHING = 1e-6
 CASES = ("single label", "multi-label", "regression of two", "tokens", "spans", "cls_index", "mean")
