@@ -19,7 +19,7 @@ from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-from cluster.engine.request import BeamParams, TokenLogprobs
+from cluster.engine.request import BeamParams, ModelLimits, Request, TokenLogprobs
 
 
 class Candidate(NamedTuple):
@@ -175,3 +175,18 @@ class Search:
     def results(self) -> list[Hypothesis]:
         """The finished sequences of all groups, best first."""
         return sorted((h for group in self.groups for h in group.finished), key=lambda hypothesis: -hypothesis.score)
+
+
+def search_of(request: Request, limits: ModelLimits) -> Search:
+    """The search that a resolved request asks for."""
+    params, stopping = request.sampling.beam, request.stopping
+    assert params is not None and stopping.max_new_tokens is not None, "a resolved request for beams"
+    stops = (*(() if stopping.ignore_eos else limits.eos_token_ids), *stopping.stop_token_ids)
+    return Search(
+        Rules(
+            params=params,
+            stop_ids=frozenset(stops),
+            max_new_tokens=stopping.max_new_tokens,
+            ended_token=stops[0] if stops else None,
+        )
+    )

@@ -13,57 +13,9 @@ half-way through the beams of a search. Which beams there are is decided in clus
 from __future__ import annotations
 
 from collections.abc import Callable
-from collections.abc import Sequence as Many
 
-from cluster.engine.beams.beam_search import Row, Rules, Search
 from cluster.engine.kv_cache.kv_cache_manager import Residents
-from cluster.engine.request import ModelLimits, Request
-from cluster.engine.sequences.sequence import Sequence
-
-
-def search_of(request: Request, limits: ModelLimits) -> Search:
-    """The search that a resolved request asks for."""
-    params, stopping = request.sampling.beam, request.stopping
-    assert params is not None and stopping.max_new_tokens is not None, "a resolved request for beams"
-    stops = (*(() if stopping.ignore_eos else limits.eos_token_ids), *stopping.stop_token_ids)
-    return Search(
-        Rules(
-            params=params,
-            stop_ids=frozenset(stops),
-            max_new_tokens=stopping.max_new_tokens,
-            ended_token=stops[0] if stops else None,
-        )
-    )
-
-
-class BeamGroup:
-    """A search and its sequences: as many as it may have beams, the first of which reads the prompt."""
-
-    def __init__(self, sequences: list[Sequence], search: Search) -> None:
-        self.sequences, self.search = sequences, search
-        self.leader = sequences[0]
-        self.members: list[Sequence] = []  # one per beam, in the search's order; none while the prompt is read
-        self.parents: list[int] | None = None  # the members the search's beams go on from, until tables follow
-        self.prompt = list(self.leader.tokens)
-        for seq in sequences:
-            seq.beam = self
-        self.leader.forks = sequences[1:]  # which keeps slots for them
-
-    @property
-    def reading(self) -> list[Sequence]:
-        """Whose rows the search advances by."""
-        return self.members or [self.leader]
-
-    def wants_row(self, seq: Sequence) -> bool:
-        """Whether something follows from its last token: not from a prompt that is read for the second time."""
-        return bool(self.members) or self.search.length == 0
-
-    def advance(self, rows: Many[Row]) -> None:
-        parents = self.search.advance(rows)
-        self.parents = parents if self.members else None
-
-    def tokens_of(self, place: int) -> list[int]:
-        return self.prompt + self.search.beams[place].tokens
+from cluster.engine.sequences.sequence import BeamGroup, Sequence
 
 
 class BeamTables:

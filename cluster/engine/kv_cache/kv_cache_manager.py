@@ -10,10 +10,13 @@ from bisect import insort
 from operator import attrgetter
 
 from cluster.engine.kv_cache.block_pool import ROOT, BlockPool
-from cluster.engine.schedule.step_plan import TableChange
 from cluster.engine.sequences.sequence import Sequence
 
 by_order = attrgetter("order")
+
+
+TableChange = tuple[int, int, list[int]]
+"""(slot, index of the first block, blocks): these blocks now stand there in the slot's table."""
 
 
 class Residents:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cluster.engine.beams.beam_search import Candidate, Row
 from cluster.engine.request import TokenLogprobs
-from cluster.engine.sample.logits_processors import NEVER, Adjustments
+from cluster.engine.sample.logits_processors import NEVER, adjustments_of
 from cluster.engine.sample.top_logprobs import Alternatives, Pair
 from cluster.engine.sequences.sequence import Sequence
 from parallel.vocabulary.top_tokens import row_top
@@ -66,13 +66,11 @@ class WholeRow:
     @torch.inference_mode()
     def best(self, count: int, penalties: Mapping[int, float]) -> list[Candidate]:
         seq, given = self._seq, self._log_probs
-        if seq.adjustments is None:
-            seq.adjustments = Adjustments(seq, len(given), given.device)
-        row_V = given.clone()
-        seq.adjustments.apply(row_V, seq, penalties)
+        adjustments, row_V = adjustments_of(seq, len(given), given.device), given.clone()
+        adjustments.apply(row_V, seq, penalties)
         kept = self._best(row_V, count)
         if seq.stop_ids and seq.position >= seq.min_tokens:
-            others = self._best(row_V, count, seq.adjustments.fixed.others)
+            others = self._best(row_V, count, adjustments.fixed.others)
             kept = sorted({*kept, *others}, key=lambda item: (-item[1], item[0]))
         return list(enough(_candidates(seq, kept, self._top(seq.top_logprobs or 0)), count, seq.stop_ids))
 

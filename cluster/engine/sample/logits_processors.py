@@ -142,6 +142,14 @@ class Adjustments:
         row_V[ids] = row_V[ids] - (given.frequency_penalty * self.counts[ids] + given.presence_penalty)
 
 
+def adjustments_of(seq: Sequence, vocab_size: int, device: torch.device) -> Adjustments:
+    """Those of a sequence, made at its first draw."""
+    if seq.adjustments is None:
+        seq.adjustments = Adjustments(seq, vocab_size, device)
+    assert isinstance(seq.adjustments, Adjustments), "what is made here"
+    return seq.adjustments
+
+
 class BadWords:
     """Which token would complete a word. The words' beginnings as a trie that is read from their ends, so that a row
     costs as many steps as tokens match, however many words there are, and nothing has to be remembered between rows.

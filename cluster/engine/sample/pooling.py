@@ -14,30 +14,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cluster.engine.request import Pooling
 from cluster.engine.sequences.fault_isolation import each_alone
+from cluster.engine.sequences.gathered_rows import Gathered
 from cluster.engine.sequences.sequence import Sequence
 from parallel.errors import ConfigError
 from tp_decoders.model.decoder import Decoder
 
 Rows = tuple[tuple[float, ...], ...]
 BROKEN = "the model's states or its head hold no finite numbers: its weights or activations overflowed or are damaged"
-
-
-class Gathered:
-    """What a request has of its rows so far."""
-
-    def __init__(self) -> None:
-        self.rows: list[Tensor] = []
-        self.total: Tensor | None = None
-
-    def add(self, rows_RD: Tensor, pooling: Pooling) -> None:
-        if pooling.rows != "mean":
-            self.rows.append(rows_RD)
-            return
-        wide = rows_RD.double()
-        start = wide.new_zeros(1, wide.shape[1]) if self.total is None else self.total[None]
-        self.total = torch.cat([start, wide]).cumsum(0)[-1]  # one by one, wherever the steps divide them
 
 
 @dataclass(frozen=True, slots=True)

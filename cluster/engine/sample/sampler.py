@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from cluster.engine.rng import uniform
-from cluster.engine.sample.logits_processors import Adjustments, adjusts
+from cluster.engine.sample.logits_processors import adjustments_of, adjusts
 from cluster.engine.sample.top_k_top_p import LEAF, cut, leaf_sums, picked
 from cluster.engine.sequences.fault_isolation import GROUP_FAULTS, each_alone
 from cluster.engine.sequences.sequence import Sequence
@@ -82,9 +82,7 @@ class Sampler:
         for i in places:
             seq = sequences[i]
             try:
-                if seq.adjustments is None:
-                    seq.adjustments = Adjustments(seq, self.vocab_size, logits_RV.device)
-                seq.adjustments.apply(rows_RV[i], seq)
+                adjustments_of(seq, self.vocab_size, logits_RV.device).apply(rows_RV[i], seq)
             except GROUP_FAULTS:
                 raise
             except Exception as error:  # noqa: BLE001 (this row's own)

@@ -20,7 +20,8 @@ from collections.abc import Callable
 from cluster.engine.request import Share
 from cluster.engine.schedule.preemption import Holdings
 from cluster.engine.sequences.caller_flows import Caller, Flow
-from cluster.engine.sequences.sequence import Order, Sequence
+from cluster.engine.sequences.sequence import Sequence
+from cluster.engine.sequences.waiting_queue import Order
 
 NEW_COST = 2.0
 """What a new token counts for beside one that is read."""
@@ -36,9 +37,9 @@ class Shares:
     def __init__(self, max_burst: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._max_burst, self._clock = float(max_burst), clock
         self._callers: dict[str, Caller] = {}
-        self._flows: dict[tuple[str, str], Flow] = {}  # with requests
-        self._idle: OrderedDict[tuple[str, str], Flow] = OrderedDict()  # who left last stands last
-        self._waiting: dict[Flow, None] = {}
+        self._flows: dict[tuple[str, str], Flow[Sequence]] = {}  # with requests
+        self._idle: OrderedDict[tuple[str, str], Flow[Sequence]] = OrderedDict()  # who left last stands last
+        self._waiting: dict[Flow[Sequence], None] = {}
         self._turn = 0.0  # `Caller.served` of the caller that started last
         self._num_waiting = 0
 
@@ -64,11 +65,11 @@ class Shares:
         return len(self._idle)
 
     @property
-    def flows(self) -> list[Flow]:
+    def flows(self) -> list[Flow[Sequence]]:
         """Those with requests."""
         return list(self._flows.values())
 
-    def join(self, share: Share) -> Flow:
+    def join(self, share: Share) -> Flow[Sequence]:
         """One more request of a caller."""
         key = (share.caller, share.part)
         flow = self._flows.get(key)
@@ -80,12 +81,12 @@ class Shares:
         flow.live += 1
         return flow
 
-    def _new(self, key: tuple[str, str]) -> Flow:
+    def _new(self, key: tuple[str, str]) -> Flow[Sequence]:
         caller = self._callers.setdefault(key[0], Caller(key[0]))
         caller.known += 1
         return Flow(caller, key[1], self._max_burst)
 
-    def leave(self, flow: Flow) -> None:
+    def leave(self, flow: Flow[Sequence]) -> None:
         """One of its requests has ended."""
         flow.live -= 1
         if flow.live:
@@ -97,7 +98,7 @@ class Shares:
         if len(self._idle) > MAX_REMEMBERED:
             self._forget(*self._idle.popitem(last=False))
 
-    def _forget(self, key: tuple[str, str], flow: Flow) -> None:
+    def _forget(self, key: tuple[str, str], flow: Flow[Sequence]) -> None:
         flow.caller.known -= 1
         if not flow.caller.known:
             del self._callers[key[0]]
@@ -131,20 +132,20 @@ class Shares:
         caller.turn, self._turn = max(caller.turn, flow.served), max(self._turn, caller.served)
         seq.earned = seq.computed - seq.target  # what it has to read first is nothing gained
 
-    def first(self, holdings: Callable[[], Holdings]) -> list[Flow]:
+    def first(self, holdings: Callable[[], Holdings]) -> list[Flow[Sequence]]:
         """The flows in which something waits, in the order in which they may start."""
         if len(self._waiting) < 2:
             return list(self._waiting)
         now = holdings()
 
-        def rank(flow: Flow) -> tuple[float, float, float, float, Order]:
+        def rank(flow: Flow[Sequence]) -> tuple[float, float, float, float, Order]:
             head, caller = flow.queue.head(), flow.caller
             assert head is not None, "a flow that waits has a first sequence"
             return (now.of(caller), caller.served, now.of(flow), flow.served, head.order)
 
         return sorted(self._waiting, key=rank)
 
-    def _count(self, flow: Flow, more: int) -> None:
+    def _count(self, flow: Flow[Sequence], more: int) -> None:
         self._num_waiting += more
         flow.caller.waiting += more
 
@@ -160,12 +161,12 @@ class Shares:
             seq.flow.served += cost
             seq.flow.caller.served += cost / seq.flow.caller.weight
 
-    def refill(self, tokens: int, reading: set[Flow]) -> None:
+    def refill(self, tokens: int, reading: set[Flow[Sequence]]) -> None:
         """A step's prompt tokens, divided over the flows that have something to read."""
         weights = sum(flow.weight for flow in reading)
         for flow in reading:
             flow.burst = min(self._max_burst, flow.burst + tokens * flow.weight / weights)
 
-    def waiting(self) -> list[Flow]:
+    def waiting(self) -> list[Flow[Sequence]]:
         """The flows in which something waits."""
         return list(self._waiting)

@@ -9,18 +9,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from cluster.engine.beams.beam_search import Hypothesis, Row
-from cluster.engine.kv_cache.beam_tables import BeamGroup
+from cluster.engine.kv_cache.beam_tables import BeamTables
+from cluster.engine.kv_cache.kv_cache_manager import Residents
 from cluster.engine.request import FinishReason, TokenEvent, TokenLogprobs
 from cluster.engine.sample.pooling import Rows
+from cluster.engine.schedule.fair_share import Shares
 from cluster.engine.schedule.step_plan import PromptScore, StepPlan, StepResult
 from cluster.engine.sequences.fault_isolation import GROUP_FAULTS, reason
-from cluster.engine.sequences.sequence import Answer, Sequence
-
-if TYPE_CHECKING:
-    from cluster.engine.schedule.scheduler import Scheduler
+from cluster.engine.sequences.sequence import Answer, BeamGroup, Sequence
 
 log = logging.getLogger(__name__)
 
@@ -38,10 +37,25 @@ class Counters:
     weight_version: int = 0
 
 
+class Scheduling(Protocol):
+    """What of a scheduler a result changes."""
+
+    counters: Counters
+    clock: Callable[[], float]
+    residents: Residents
+    shares: Shares
+    tables: BeamTables
+    beams: dict[str, BeamGroup]  # by request
+
+    def forget(self, answer: Answer) -> bool:
+        """Nothing of it is left; False where that is known already."""
+        ...
+
+
 class Outcomes:
     """Commits results to a scheduler's sequences and collects events."""
 
-    def __init__(self, scheduler: Scheduler) -> None:
+    def __init__(self, scheduler: Scheduling) -> None:
         self._scheduler = scheduler
         self._events: list[TokenEvent] = []
 

@@ -36,12 +36,12 @@ class Holdings:
 
     def __init__(self, residents: Residents) -> None:
         self._num_slots, self._num_blocks = residents.max_sequences, residents.pool.num_blocks
-        self._held: dict[Caller | Flow, Held] = {}
+        self._held: dict[Caller | Flow[Sequence], Held] = {}
         self._latest = residents.running[-1] if residents.running else None
         for seq in residents.running:
             self.started(seq)
 
-    def of(self, who: Caller | Flow) -> float:
+    def of(self, who: Caller | Flow[Sequence]) -> float:
         """Its part of what it has most of, by weight."""
         return self._part(who, 0, 0)
 
@@ -57,7 +57,7 @@ class Holdings:
             if seq.beam is None or seq.beam.leader is seq:
                 held.running.append(seq)
 
-    def give_way(self, flow: Flow, slots: int, blocks: int, free: tuple[int, int]) -> list[Sequence]:
+    def give_way(self, flow: Flow[Sequence], slots: int, blocks: int, free: tuple[int, int]) -> list[Sequence]:
         """Which sequences to set aside so that `flow` gets that many (slots, blocks); none where that would be unfair
         or is not enough."""
         found: list[Sequence] = []
@@ -87,9 +87,9 @@ class Holdings:
     def _can_spare(self, seq: Sequence) -> bool:
         return len(self._held[seq.flow.caller].running) > 1 or seq.earned >= _quantum(seq)
 
-    def _gives_way(self, seq: Sequence, flow: Flow, slots: int, blocks: int) -> bool:
-        theirs: Caller | Flow = seq.flow if seq.flow.caller is flow.caller else seq.flow.caller
-        mine: Caller | Flow = flow if seq.flow.caller is flow.caller else flow.caller
+    def _gives_way(self, seq: Sequence, flow: Flow[Sequence], slots: int, blocks: int) -> bool:
+        theirs: Caller | Flow[Sequence] = seq.flow if seq.flow.caller is flow.caller else seq.flow.caller
+        mine: Caller | Flow[Sequence] = flow if seq.flow.caller is flow.caller else flow.caller
         if seq.flow is flow:
             return False
         mine_running = not self.runs_nothing(mine)
@@ -98,7 +98,7 @@ class Holdings:
         gone_slots, gone_blocks = _size(seq)
         return not mine_running or self._part(mine, slots, blocks) <= self._part(theirs, -gone_slots, -gone_blocks)
 
-    def _part(self, who: Caller | Flow, slots: int, blocks: int) -> float:
+    def _part(self, who: Caller | Flow[Sequence], slots: int, blocks: int) -> float:
         held = self._held.get(who, Held())
         weight = who.weight if isinstance(who, Caller) else 1.0
         return max((held.slots + slots) / self._num_slots, (held.blocks + blocks) / self._num_blocks) / weight

@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable
 from collections.abc import Sequence as Many
 
+from cluster.engine.beams.beam_search import search_of
 from cluster.engine.engine_config import EngineConfig
-from cluster.engine.kv_cache.beam_tables import BeamGroup, search_of
 from cluster.engine.kv_cache.block_pool import BlockPool
 from cluster.engine.kv_cache.kv_cache_manager import Residents
 from cluster.engine.request import EngineLoad, FinishReason, ModelLimits, Request, TokenEvent
@@ -23,7 +23,8 @@ from cluster.engine.schedule.step_plan import PlanBuilder, StepPlan, StepResult
 from cluster.engine.schedule.step_planner import Planner
 from cluster.engine.schedule.step_time import Pace
 from cluster.engine.sequences.fault_isolation import RequestFault, blamed_on
-from cluster.engine.sequences.sequence import Answer, Order, Sequence
+from cluster.engine.sequences.sequence import Answer, BeamGroup, Sequence
+from cluster.engine.sequences.waiting_queue import Order
 from parallel.errors import QueueFull, RequestError
 
 

@@ -15,13 +15,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.engine.beams.beam_search import Row
+from cluster.engine.kv_cache.kv_cache_manager import TableChange
 from cluster.engine.request import TokenLogprobs
 from cluster.engine.sample.beam_candidates import needs_whole_rows, num_ranked
 from cluster.engine.sample.pooling import PoolRun, Rows, pool_run
 from cluster.engine.sequences.sequence import Sequence
-
-TableChange = tuple[int, int, list[int]]
-"""(slot, index of the first block, blocks): these blocks now stand there in the slot's table."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,14 +14,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 
 from cluster.engine.engine_config import EngineConfig
-from cluster.engine.kv_cache.beam_tables import BeamGroup, BeamTables
+from cluster.engine.kv_cache.beam_tables import BeamTables
 from cluster.engine.kv_cache.kv_cache_manager import Residents
 from cluster.engine.schedule.fair_share import Shares
 from cluster.engine.schedule.output_processor import Counters
 from cluster.engine.schedule.preemption import Holdings
 from cluster.engine.schedule.step_time import Pace
 from cluster.engine.sequences.caller_flows import Caller, Flow
-from cluster.engine.sequences.sequence import Sequence
+from cluster.engine.sequences.sequence import BeamGroup, Sequence
 
 LEAST_CHUNK = 16
 """Prompt tokens that are worth a place in a step, unless fewer are left."""
@@ -186,7 +186,7 @@ class Planner:
     def _start_waiting(self) -> None:
         """From the heads of the queues, one of each flow at a time. A head that does not fit lets others by, but not
         for ever."""
-        misfits: list[Flow] = []
+        misfits: list[Flow[Sequence]] = []
         while self._tokens > 0 and len(self._shares):
             started = False
             for flow in self._shares.first(self._now):
@@ -253,18 +253,18 @@ def _decodes(seq: Sequence) -> bool:
     return len(seq.tokens) - seq.computed == 1 and not seq.held and not seq.unscored
 
 
-def _units(rows: list[Sequence]) -> dict[Flow, list[list[Sequence]]]:
+def _units(rows: list[Sequence]) -> dict[Flow[Sequence], list[list[Sequence]]]:
     """What is computed together: single sequences, and the beams of one search."""
-    by_flow: dict[Flow, dict[int, list[Sequence]]] = {}
+    by_flow: dict[Flow[Sequence], dict[int, list[Sequence]]] = {}
     for seq in rows:
         name = id(seq.beam) if seq.beam is not None and seq.beam.members else id(seq)
         by_flow.setdefault(seq.flow, {}).setdefault(name, []).append(seq)
     return {flow: list(units.values()) for flow, units in by_flow.items()}
 
 
-def divided(total: int, demands: Mapping[Flow, int]) -> dict[Flow, float]:
+def divided(total: int, demands: Mapping[Flow[Sequence], int]) -> dict[Flow[Sequence], float]:
     """`total` by weight; what one flow does not want goes to the others."""
-    parts: dict[Flow, float] = {}
+    parts: dict[Flow[Sequence], float] = {}
     left, weights = float(total), sum(flow.weight for flow in demands)
     for flow in sorted(demands, key=lambda flow: demands[flow] / flow.weight):
         parts[flow] = min(float(demands[flow]), left * flow.weight / weights)

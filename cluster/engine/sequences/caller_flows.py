@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Generic
 
-from cluster.engine.sequences.waiting_queue import WaitingQueue
+from cluster.engine.sequences.waiting_queue import W, WaitingQueue
 
 
 @dataclass(eq=False)
@@ -21,7 +22,7 @@ class Caller:
 
 
 @dataclass(eq=False)
-class Flow:
+class Flow(Generic[W]):
     """The requests of one caller; of an address, those of one of its connections."""
 
     caller: Caller
@@ -32,7 +33,7 @@ class Flow:
     rows: float = 0.0  # of the decoding rows it was due: what it has not used yet
     passed: int = 0  # how many of others started while its first one did not fit
     left: float = 0.0  # when its last request ended
-    queue: WaitingQueue = field(default_factory=WaitingQueue)
+    queue: WaitingQueue[W] = field(default_factory=WaitingQueue)
 
     @property
     def weight(self) -> float:

@@ -7,20 +7,22 @@ sequence is simply one with `computed` set back to 0.
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Protocol
 
+from cluster.engine.beams.beam_search import Row, Search
 from cluster.engine.request import Request, Timings, TokenLogprobs
 from cluster.engine.rng import stream_of
+from cluster.engine.sequences.caller_flows import Flow
+from cluster.engine.sequences.gathered_rows import Gathered
+from cluster.engine.sequences.waiting_queue import Order
 
-if TYPE_CHECKING:
-    from cluster.engine.kv_cache.beam_tables import BeamGroup
-    from cluster.engine.sample.logits_processors import Adjustments
-    from cluster.engine.sample.pooling import Gathered
-    from cluster.engine.sequences.caller_flows import Flow
 
-Order = tuple[float, int, int]
-"""Who goes first: arrival shifted by priority, then the number of the submission, then the sample."""
+class Copied(Protocol):
+    """What the sampler keeps of a sequence (logits_processors.py): a beam that goes on from it takes a copy."""
+
+    def copy(self) -> Copied: ...
 
 
 @dataclass(eq=False)
@@ -28,7 +30,7 @@ class Answer:
     """What the samples of one request share: its parameters, its clock, and the prompt's log-probabilities."""
 
     request: Request
-    flow: Flow  # whose it is
+    flow: Flow[Sequence]  # whose it is
     submitted: float
     deadline: float | None
     live: dict[int, Sequence] = field(default_factory=dict)  # by sample index
@@ -82,7 +84,7 @@ class Sequence:
             self.top_logprobs = 0  # they decide which samples are the best
         self.beam: BeamGroup | None = None  # the beam search that it is part of
         self.held = False  # a beam that waits until the others of its search have been computed as far as it is
-        self.adjustments: Adjustments | None = None  # the sampler's, made at the first draw
+        self.adjustments: Copied | None = None  # the sampler's, made at the first draw
         self.plain = is_plain(request)
         # from this length on, the next token is simply the most likely one
         self.greedy_from = (self.min_tokens if stop_ids else 0) if self.plain else self.max_tokens + 1
@@ -107,6 +109,36 @@ class Sequence:
     def position(self) -> int:
         """Where the token that is drawn next will stand."""
         return len(self.tokens)
+
+
+class BeamGroup:
+    """A search and its sequences: as many as it may have beams, the first of which reads the prompt."""
+
+    def __init__(self, sequences: list[Sequence], search: Search) -> None:
+        self.sequences, self.search = sequences, search
+        self.leader = sequences[0]
+        self.members: list[Sequence] = []  # one per beam, in the search's order; none while the prompt is read
+        self.parents: list[int] | None = None  # the members the search's beams go on from, until tables follow
+        self.prompt = list(self.leader.tokens)
+        for seq in sequences:
+            seq.beam = self
+        self.leader.forks = sequences[1:]  # which keeps slots for them
+
+    @property
+    def reading(self) -> list[Sequence]:
+        """Whose rows the search advances by."""
+        return self.members or [self.leader]
+
+    def wants_row(self, seq: Sequence) -> bool:
+        """Whether something follows from its last token: not from a prompt that is read for the second time."""
+        return bool(self.members) or self.search.length == 0
+
+    def advance(self, rows: Many[Row]) -> None:
+        parents = self.search.advance(rows)
+        self.parents = parents if self.members else None
+
+    def tokens_of(self, place: int) -> list[int]:
+        return self.prompt + self.search.beams[place].tokens
 
 
 def is_plain(request: Request) -> bool:

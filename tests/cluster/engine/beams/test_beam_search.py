@@ -15,7 +15,6 @@ import torch
 from cluster.engine.engine import Engine, Result, generate
 from cluster.engine.engine_builder import build_engine, build_runner
 from cluster.engine.engine_config import EngineConfig
-from cluster.engine.kv_cache.beam_tables import BeamGroup
 from cluster.engine.request import (
     BeamParams,
     FinishReason,
@@ -25,6 +24,7 @@ from cluster.engine.request import (
 )
 from cluster.engine.run.command_stream import Commands
 from cluster.engine.run.executors import follow
+from cluster.engine.sequences.sequence import BeamGroup
 from parallel.ranks.group import Group
 from tests.cluster.engine.beams.beam_cases import (
     COMPANY,

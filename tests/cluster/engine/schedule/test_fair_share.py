@@ -14,6 +14,7 @@ from cluster.engine.schedule.preemption import LEAST_QUANTUM, QUANTUM
 from cluster.engine.schedule.step_planner import divided
 from cluster.engine.schedule.step_time import Pace
 from cluster.engine.sequences.caller_flows import Caller, Flow
+from cluster.engine.sequences.sequence import Sequence
 from tests.cluster.engine.beams.beam_cases import SEARCHES, engine_over
 from tests.cluster.engine.fake_executor import Clock, fake_engine, reference
 from tests.cluster.engine.tiny_models import save_tiny
@@ -263,7 +264,9 @@ def test_whoever_comes_while_one_request_has_every_slot_is_a_guest() -> None:
 
 
 def test_what_one_flow_does_not_want_goes_to_the_others() -> None:
-    flows = [Flow(Caller(str(i), live=1, weight=w), "", 0.0) for i, w in enumerate((1.0, 1.0, 2.0))]
+    flows: list[Flow[Sequence]] = [
+        Flow(Caller(str(i), live=1, weight=w), "", 0.0) for i, w in enumerate((1.0, 1.0, 2.0))
+    ]
     parts = divided(40, dict(zip(flows, (2, 100, 100), strict=True)))
     assert [round(parts[flow], 2) for flow in flows] == [2.0, 12.67, 25.33]
     assert sum(divided(40, dict.fromkeys(flows, 100)).values()) == pytest.approx(40)
