@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from cluster.training.step.trainer import TrainBatch, Trainer
+    from cluster.training.step.train_batch import TrainBatch
+    from cluster.training.step.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -47,7 +48,7 @@ def trainer_of(options: argparse.Namespace, device: torch.device) -> Trainer:
 
 
 def batch_of(options: argparse.Namespace, vocab_size: int, device: torch.device) -> TrainBatch:
-    from cluster.training.step.trainer import TrainBatch
+    from cluster.training.step.train_batch import TrainBatch
 
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocab_size, (options.sequences, options.length), generator=generator)

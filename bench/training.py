@@ -43,7 +43,8 @@ class Ours:
 
     def __init__(self, path: Path, dtype: torch.dtype, rank: int, tp: int, port: int, threads: int) -> None:
         from cluster.training.step.optimizer import OptimizerConfig
-        from cluster.training.step.trainer import TrainBatch, Trainer, TrainerConfig
+        from cluster.training.step.train_batch import TrainBatch
+        from cluster.training.step.trainer import Trainer, TrainerConfig
         from parallel.native.library import set_threads
         from parallel.ranks.mesh import Wiring, init_groups, pin_to_core
         from tp_decoders.checkpoint.load_save import load

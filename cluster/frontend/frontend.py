@@ -19,8 +19,8 @@ from functools import partial
 from cluster.engine.request import EngineLoad, FinishReason, ModelLimits, Request
 from cluster.frontend.call_traces import timed, trained
 from cluster.frontend.fleet.engine_stats import total
-from cluster.frontend.fleet.fleet import Fleet, Seat
-from cluster.frontend.fleet.open_requests import Entry, Journal
+from cluster.frontend.fleet.fleet import Fleet
+from cluster.frontend.fleet.open_requests import Entry, Journal, Seat
 from cluster.frontend.fleet.replay import Recall
 from cluster.frontend.fleet.request_builder import Opener
 from cluster.frontend.fleet.request_lifecycle import Delivery

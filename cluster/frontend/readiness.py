@@ -17,7 +17,8 @@ import time
 from collections.abc import Callable
 
 from cluster.engine.request import EngineLoad
-from cluster.frontend.fleet.fleet import NO_CANARY, Seat
+from cluster.frontend.fleet.fleet import NO_CANARY
+from cluster.frontend.fleet.open_requests import Seat
 from cluster.frontend.frontend import Frontend, State
 
 log = logging.getLogger(__name__)

@@ -11,13 +11,14 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from cluster.engine.request import EngineLoad, ModelLimits, Request
-from cluster.frontend.fleet.open_requests import Entry
-from cluster.frontend.fleet.routing import Router, RoutingConfig
+from cluster.frontend.fleet.open_requests import Entry, Seat
+from cluster.frontend.fleet.routing import Router
+from cluster.frontend.requests.call import RoutingConfig
 from cluster.link.engine_link import EngineLink, LinkEvent
 from parallel.errors import TpError
 
@@ -31,34 +32,6 @@ class Restarted:
 
     replicas: int
     handed_over: int  # requests that did not end within the grace time and went on elsewhere
-
-
-@dataclass(eq=False)
-class Seat:
-    """One engine of one replica and the requests that are open there."""
-
-    replica: int
-    link: EngineLink
-    open: dict[str, Entry] = field(default_factory=dict)
-    tokens: int = 0
-    """Outstanding: of the prompts that are open there and of all that may be written to them."""
-    heard: float = 0.0  # when it last told something, of the monotonic clock
-    proved: bool = False  # it has told something, or a canary of it was right
-    right: bool = False  # a canary of it was right
-    late: int = 0  # canaries in a row that did not come back
-    wrong: int = 0  # and that were wrong
-
-    def take(self, entry: Entry) -> None:
-        entry.seat = self
-        self.open[entry.request.request_id] = entry
-        self.tokens += entry.num_tokens
-        if entry.trace is not None:
-            entry.trace.placed(self.replica)
-
-    def leave(self, entry: Entry) -> None:
-        entry.seat = None
-        if self.open.pop(entry.request.request_id, None) is not None:
-            self.tokens -= entry.num_tokens
 
 
 @dataclass(eq=False)

@@ -10,22 +10,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 from cluster.engine.request import FinishReason, Request, Timings, TokenEvent
 from cluster.frontend.call_traces import PromptTrace
+from cluster.frontend.journal.journal_records import Record
 from cluster.frontend.output.best_of_filter import BestOf
 from cluster.frontend.output.output_text import SampleText
 from cluster.frontend.output.streams import Chunk, PromptInfo, Stream
 from cluster.frontend.requests.call import Account
 from cluster.frontend.requests.content_hash import ContentKeys
 from cluster.frontend.requests.quarantine import Suspicion
+from cluster.link.engine_link import EngineLink
 from cluster.request_errors import DuplicateRequest
 from parallel.errors import CapacityError, QueueFull
-
-if TYPE_CHECKING:
-    from cluster.frontend.fleet.fleet import Seat
-    from cluster.frontend.journal.journal_records import Record
 
 
 @dataclass(kw_only=True)
@@ -163,6 +160,34 @@ class Entry:
             stopping=request.stopping,
             token_ids=request.token_ids if request.response.echo or request.wants_tokens else (),
         )
+
+
+@dataclass(eq=False)
+class Seat:
+    """One engine of one replica and the requests that are open there."""
+
+    replica: int
+    link: EngineLink
+    open: dict[str, Entry] = field(default_factory=dict)
+    tokens: int = 0
+    """Outstanding: of the prompts that are open there and of all that may be written to them."""
+    heard: float = 0.0  # when it last told something, of the monotonic clock
+    proved: bool = False  # it has told something, or a canary of it was right
+    right: bool = False  # a canary of it was right
+    late: int = 0  # canaries in a row that did not come back
+    wrong: int = 0  # and that were wrong
+
+    def take(self, entry: Entry) -> None:
+        entry.seat = self
+        self.open[entry.request.request_id] = entry
+        self.tokens += entry.num_tokens
+        if entry.trace is not None:
+            entry.trace.placed(self.replica)
+
+    def leave(self, entry: Entry) -> None:
+        entry.seat = None
+        if self.open.pop(entry.request.request_id, None) is not None:
+            self.tokens -= entry.num_tokens
 
 
 FEW = 64

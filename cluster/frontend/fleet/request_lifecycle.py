@@ -12,8 +12,8 @@ import time
 from collections.abc import Sequence
 
 from cluster.engine.request import FinishReason, TokenEvent
-from cluster.frontend.fleet.fleet import Fleet, Seat
-from cluster.frontend.fleet.open_requests import Entry, Journal
+from cluster.frontend.fleet.fleet import Fleet
+from cluster.frontend.fleet.open_requests import Entry, Journal, Seat
 from cluster.frontend.fleet.request_metrics import Meters
 from cluster.frontend.fleet.suspect_trials import Trials
 from cluster.frontend.journal.request_journal import Ledger

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Protocol
 
 from cluster.engine.request import ResponseOptions, SamplingParams, Share, StoppingCriteria
-from cluster.frontend.fleet.routing import RoutingConfig
 from parallel.errors import ConfigError
 from parallel.options import check_above_zero
 
@@ -81,6 +80,22 @@ class Call:
     def prompts_field(self) -> str:
         """What the prompts are called in the interface."""
         return "sequences" if self.score or self.reading else "prompts"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutingConfig:
+    """How prompts are spread over replicas."""
+
+    block_tokens: int = 16  # compared at once; as engine.block_size, or a divisor of it
+    max_blocks: int = 65536  # remembered of each replica
+    slack_tokens: int = 16384  # a known beginning counts while its replica has at most so many more to do
+
+    def __post_init__(self) -> None:
+        for name in ("block_tokens", "max_blocks"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"frontend.routing.{name} is {getattr(self, name)}; give at least 1")
+        if self.slack_tokens < 0:
+            raise ConfigError(f"frontend.routing.slack_tokens is {self.slack_tokens}; give 0 (by load alone) or more")
 
 
 @dataclass(frozen=True, kw_only=True)

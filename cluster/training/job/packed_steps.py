@@ -22,7 +22,8 @@ from cluster.training.step.losses import LossOptions
 from cluster.training.step.nonfinite_errors import BrokenUpdate, NonFinite, PoisonBatch
 from cluster.training.step.nonfinite_search import SHOWN, Blame, blame
 from cluster.training.step.task_losses import class_targets
-from cluster.training.step.trainer import PassResult, TrainBatch, Trainer
+from cluster.training.step.train_batch import TrainBatch
+from cluster.training.step.trainer import PassResult, Trainer
 from cluster.training.train_calls import CROSS_ENTROPY, TASK
 from parallel.layers.dropout import token_keys
 from parallel.ranks.group import Group

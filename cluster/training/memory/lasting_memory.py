@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from cluster.training.step.optimizer import PIECE, Flat
+from cluster.training.step.flat_buffers import PIECE, Flat
 from cluster.training.step.update_guard import PIECE as TRIAL
 from cluster.training.step.update_guard import TRIAL_BYTES
 from parallel.attention.attend import AttentionSpec

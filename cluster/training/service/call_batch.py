@@ -9,7 +9,8 @@ from torch import Tensor
 
 from cluster.training.step.losses import LossOptions
 from cluster.training.step.task_losses import task_targets
-from cluster.training.step.trainer import PassResult, TrainBatch
+from cluster.training.step.train_batch import TrainBatch
+from cluster.training.step.trainer import PassResult
 from cluster.training.train_calls import CROSS_ENTROPY, DPO, TASK, TrainCall, TrainSequence
 from parallel.errors import RequestError
 from parallel.vocabulary.cross_entropy import IGNORE_INDEX

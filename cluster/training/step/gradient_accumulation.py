@@ -6,16 +6,13 @@ Products of the native kernels write there themselves; what autograd makes comes
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from cluster.training.step.flat_buffers import Flat
 from parallel.matmul.grad_sum import ATTRIBUTE
 from parallel.matmul.products import outer_product, uses_native
-
-if TYPE_CHECKING:
-    from cluster.training.step.optimizer import Flat
 
 
 class GradientSum:

@@ -14,7 +14,8 @@ import torch
 
 from cluster.training.step.losses import LossOptions
 from cluster.training.step.nonfinite_errors import NonFinite
-from cluster.training.step.trainer import Parts, TrainBatch, Trainer, finish, keyed, together
+from cluster.training.step.train_batch import TrainBatch, keyed, together
+from cluster.training.step.trainer import Parts, Trainer, finish
 from parallel.layers.grad_norm import squared_norm
 
 SHOWN = 8

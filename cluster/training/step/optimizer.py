@@ -12,13 +12,14 @@ so that every element goes through the same vector code, wherever a layout puts 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.optim import adamw
 
+from cluster.training.step.flat_buffers import PIECE, Flat, touch
 from cluster.training.step.gradient_accumulation import accumulating
 from cluster.training.step.nonfinite_errors import NonFinite
 from cluster.training.step.update_guard import UpdateGuard
@@ -29,13 +30,9 @@ from parallel.native import library
 from parallel.native.adamw import Rates, update
 from parallel.ranks.group import Group
 
-ALIGN = 64
-"""Elements: the widest vector times the unrolling of the element-wise kernels."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 BELOW_ONE = 1.0 - 2.0**-25
 """From here on a number is 1 in float32: a moment of such a beta never learns."""
-PIECE = 1 << 24
-"""Elements of a flat buffer that go between replicas, or through torch's kernel, at once: bounds what they hold."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,63 +62,6 @@ class OptimizerConfig:
 def _check(name: str, value: float, low: float, high: float) -> None:
     if not (math.isfinite(value) and low <= value < high):
         raise ConfigError(f"{name} {value} is outside [{low:g}, {high:.8g}); give a finite number inside")
-
-
-class Flat:
-    """Parameters of one kind side by side: their masters, their gradients, and this dp rank's slice of both."""
-
-    def __init__(self, parameters: Mapping[str, nn.Parameter], dp: Group, decays: bool) -> None:
-        self.parameters, self.dp, self.decays = dict(parameters), dp, decays
-        self.places: dict[str, tuple[int, int]] = {}
-        total = 0
-        for name, parameter in self.parameters.items():
-            self.places[name] = (total, total + parameter.numel())
-            total += -(-parameter.numel() // ALIGN) * ALIGN
-        total = -(-total // (ALIGN * dp.size)) * ALIGN * dp.size
-        device = next(iter(self.parameters.values())).device
-        self.master = torch.zeros(total, dtype=torch.float32, device=device)
-        self.grad = torch.zeros_like(self.master)
-        self.waiting: set[str] = set()  # whose gradient holds something; the others' is to be overwritten
-        share = total // dp.size
-        self.slice = slice(dp.rank * share, (dp.rank + 1) * share)
-        self.dtypes = {parameter.dtype for parameter in self.parameters.values()}
-        self.limit = 0.99 * min(torch.finfo(dtype).max for dtype in self.dtypes)  # of a master that has a place in all
-        for name, parameter in self.parameters.items():
-            master = self.view(self.master, name)
-            master.copy_(parameter.detach())
-            if parameter.dtype is torch.float32:
-                parameter.data = master
-
-    def view(self, flat: Tensor, name: str) -> Tensor:
-        """The part of a flat buffer that belongs to a parameter, in the parameter's shape."""
-        start, stop = self.places[name]
-        return flat[start:stop].view(self.parameters[name].shape)
-
-    @property
-    def own_master(self) -> Tensor:
-        """This dp rank's slice."""
-        return self.master[self.slice]
-
-    def gather(self) -> None:
-        """After the update: every dp rank's slice of the masters to all, and the masters to the parameters."""
-        if self.dp.size > 1:
-            slices, rank = self.master.view(self.dp.size, -1), self.dp.rank
-            for first in range(0, slices.shape[1], PIECE):
-                piece = slices[:, first : first + PIECE]
-                own = piece[rank].clone()
-                piece.copy_(self.dp.talk.all_gather(own, [len(own)] * self.dp.size, 0).view_as(piece))
-        for name, parameter in self.parameters.items():
-            if parameter.dtype is torch.float32:
-                _touch(parameter)
-            else:
-                with torch.no_grad():
-                    parameter.copy_(self.view(self.master, name))
-
-
-@torch.no_grad()
-def _touch(parameter: Tensor) -> None:
-    """It was written to past autograd: whoever keeps a copy of it must see that."""
-    parameter.view(-1)[:0].zero_()
 
 
 @dataclass(frozen=True)
@@ -289,7 +229,7 @@ def _update(flat: Flat, rates: Rates, exp_avg: Tensor, exp_avg_sq: Tensor) -> It
             copy = parameter.detach().view(-1)
             update(flat.master[run], grad[run], exp_avg[run], exp_avg_sq[run], rates, copy)
             yield
-            _touch(parameter)
+            touch(parameter)
     else:
         for buffers in zip(
             *(own.split(_run(own)) for own in (flat.own_master, grad, exp_avg, exp_avg_sq)), strict=True

@@ -11,14 +11,13 @@ other.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from cluster.training.step.losses import LossOptions, LossTerms
+from cluster.training.step.train_batch import TaskTargets, TrainBatch
 from cluster.training.train_calls import TrainSequence
 from parallel.attention.attend import Attend
 from parallel.errors import RequestError
@@ -26,28 +25,6 @@ from parallel.vocabulary.cross_entropy import vocab_token_losses
 from tp_decoders.model.decoder import Decoder
 from tp_decoders.model.task_config import CHOICES, SPANS, TOKENS, TaskConfig
 from tp_decoders.tasks.task_outputs import IGNORED, item_losses, item_weights, task_config, task_outputs
-
-if TYPE_CHECKING:
-    from cluster.training.step.trainer import TrainBatch
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class TaskTargets:
-    """What a head should learn of whole sequences: labels [S], [S, C], spans [S, 2], or one per token [T]; of double
-    heads [S], 1 for the right choice. `weights`: of each addend. `marks` [S]: double heads, cls_index.
-    """
-
-    labels: Tensor
-    weights: Tensor
-    normaliser: float
-    per_token: bool = False
-    num_choices: int = 1
-    marks: Tensor | None = None
-
-    def cut(self, tokens: slice, sequences: slice) -> TaskTargets:
-        own = tokens if self.per_token else sequences
-        marks = None if self.marks is None else self.marks[sequences]
-        return replace(self, labels=self.labels[own], weights=self.weights[own], marks=marks)
 
 
 def task_terms(model: Decoder, part: TrainBatch, attend: Attend, options: LossOptions) -> tuple[LossTerms, Tensor]:

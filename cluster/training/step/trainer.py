@@ -12,7 +12,7 @@ the steps applied.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
@@ -22,66 +22,18 @@ from torch import Tensor
 from cluster.engine.engine_builder import attention_for
 from cluster.training.step.losses import LossInputs, LossOptions, LossTerms, compute_loss
 from cluster.training.step.optimizer import OptimizerConfig, ShardedAdamW
-from cluster.training.step.task_losses import TaskTargets, task_terms
+from cluster.training.step.task_losses import task_terms
+from cluster.training.step.train_batch import TrainBatch, keyed, together
 from cluster.training.train_calls import TASK
 from parallel.attention.attend import Causal
 from parallel.errors import ConfigError
-from parallel.layers.dropout import Dropping, token_keys
+from parallel.layers.dropout import Dropping
 from parallel.options import Recompute, check_recompute
 from parallel.ranks.mesh import Groups
 from parallel.vocabulary.cross_entropy import IGNORE_INDEX, vocab_token_losses
 from tp_decoders.model.decoder import Decoder
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class TrainBatch:
-    """Whole sequences, packed. targets: the token each position should predict, -100 where nothing is learned."""
-
-    token_ids: Tensor  # [T] int64
-    targets: Tensor  # [T] int64
-    weights: Tensor  # [T] float32
-    lengths: tuple[int, ...]
-    normaliser: float  # of the global batch: its sum of weights (dpo: its number of pairs)
-    old_logprobs: Tensor | None = None  # [T], at the position that predicts the token
-    advantages: Tensor | None = None
-    reference_logprobs: Tensor | None = None
-    task: TaskTargets | None = None  # of a model with a head, for the loss "task"
-    keys: Tensor | None = None  # [T] int64, by which dropout masks are drawn; None: by sequence here and place in it
-
-    def parts(self, max_tokens: int | None, sequences_together: int = 1) -> Iterator[TrainBatch]:
-        """Micro-batches of at most max_tokens tokens (or one unit, if that is longer); units of sequences stay
-        together.
-        """
-        start, first = 0, 0
-        while first < len(self.lengths):
-            last, stop = first, start
-            while last < len(self.lengths):
-                unit = sum(self.lengths[last : last + sequences_together])
-                if last > first and max_tokens is not None and stop + unit - start > max_tokens:
-                    break
-                last, stop = last + sequences_together, stop + unit
-            yield self._cut(start, stop, slice(first, last))
-            first, start = last, stop
-
-    def _cut(self, start: int, stop: int, own: slice) -> TrainBatch:
-        names = ("token_ids", "targets", "weights", "old_logprobs", "advantages", "reference_logprobs", "keys")
-        cut = {name: None if getattr(self, name) is None else getattr(self, name)[start:stop] for name in names}
-        task = self.task.cut(slice(start, stop), own) if self.task else None
-        return TrainBatch(lengths=self.lengths[own], normaliser=self.normaliser, task=task, **cut)  # type: ignore[arg-type]
-
-
-def keyed(batch: TrainBatch, dropout_seed: int | None) -> TrainBatch:
-    """With the keys that dropout masks are drawn by, where any are needed: parts of it drop what the whole does."""
-    if dropout_seed is None or batch.keys is not None:
-        return batch
-    return replace(batch, keys=token_keys(range(len(batch.lengths)), batch.lengths).to(batch.token_ids.device))
-
-
-def together(batch: TrainBatch, loss: str) -> int:
-    """How many sequences in turn make one addend of a loss."""
-    return batch.task.num_choices if batch.task else 2 if loss == "dpo" else 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,17 +14,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from cluster.training.step.flat_buffers import Flat
 from cluster.training.step.nonfinite_errors import BrokenUpdate
 from parallel.native.adamw import Rates
 from parallel.ranks.group import Group
-
-if TYPE_CHECKING:
-    from cluster.training.step.optimizer import Flat
 
 LARGE = 1e37
 """Numbers up to this one, and their rounding, are far from float32's end."""

@@ -20,7 +20,8 @@ from cluster.training.data.batches.packing import PackedDataset
 from cluster.training.data.corpus.sources import SourceOptions, open_source
 from cluster.training.data.store.token_store import TokenStore
 from cluster.training.data.store.tokenize_corpus import tokenize_corpus
-from cluster.training.step.trainer import TrainBatch, Trainer, TrainerConfig
+from cluster.training.step.train_batch import TrainBatch
+from cluster.training.step.trainer import Trainer, TrainerConfig
 from parallel.attention.attend import Causal
 from parallel.ranks.group import Group, Numerics
 from parallel.ranks.mesh import Groups

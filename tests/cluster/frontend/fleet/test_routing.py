@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from cluster.frontend.fleet.routing import Router, RoutingConfig
+from cluster.frontend.fleet.routing import Router
+from cluster.frontend.requests.call import RoutingConfig
 from parallel.errors import ConfigError
 
 SMALL = RoutingConfig(block_tokens=4, max_blocks=8, slack_tokens=100)

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from cluster.training.step.optimizer import OptimizerConfig
-from cluster.training.step.trainer import TrainBatch, Trainer, TrainerConfig
+from cluster.training.step.train_batch import TrainBatch
+from cluster.training.step.trainer import Trainer, TrainerConfig
 from parallel.ranks.mesh import Groups, init_groups
 from tp_decoders import build, initialise
 from tp_decoders.registry import config_from_hf

@@ -15,7 +15,8 @@ from torch import Tensor
 
 import tp_decoders
 from cluster.training.step.optimizer import OptimizerConfig
-from cluster.training.step.trainer import TrainBatch, Trainer, TrainerConfig
+from cluster.training.step.train_batch import TrainBatch
+from cluster.training.step.trainer import Trainer, TrainerConfig
 from parallel.layers.dropout import token_keys
 from parallel.options import Recompute
 from parallel.ranks.group import Group

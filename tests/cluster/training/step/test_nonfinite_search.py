@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from cluster.training.step.losses import LossOptions
 from cluster.training.step.nonfinite_search import Blame, blame
-from cluster.training.step.trainer import TrainBatch, Trainer, TrainerConfig
+from cluster.training.step.train_batch import TrainBatch
+from cluster.training.step.trainer import Trainer, TrainerConfig
 from parallel.ranks.group import Group
 from parallel.ranks.mesh import Groups
 from tests.cluster.engine.tiny_models import save_tiny
