@@ -21,7 +21,8 @@ from dataclasses import dataclass, replace
 from cluster.actors.group.placement import PlacementConfig
 from cluster.actors.group.worker import Ready
 from cluster.actors.group.worker_group import WorkerGroup
-from cluster.actors.programs.serve_spec import RankFacts, ServeSpec
+from cluster.actors.programs.serve_program import ServeProgram
+from cluster.actors.programs.serve_spec import RankFacts
 from cluster.frontend.frontend import Frontend, State
 from cluster.link.socket_link import SocketLink
 from cluster.request_errors import Draining, RestartRefused
@@ -83,7 +84,7 @@ class Healer:
     """Keeps an engine in one replica's place. `run` ends only by raising: what cannot be healed, with the cause."""
 
     def __init__(
-        self, group: WorkerGroup, frontend: Frontend, spec: ServeSpec, ready: Sequence[Ready], replica: int = 0
+        self, group: WorkerGroup, frontend: Frontend, spec: ServeProgram, ready: Sequence[Ready], replica: int = 0
     ) -> None:
         self._group, self._frontend = group, frontend
         self._replica = frontend.fleet.replicas[replica]

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from cluster.actors.programs.serve_spec import Dtype, FlightSpec, ServeSpec, TrainingConfig
+from cluster.actors.programs.serve_program import ServeProgram
+from cluster.actors.programs.serve_spec import Dtype, FlightSpec, TrainingConfig
 from launch.paths import full_path
 from parallel.errors import ConfigError
 from tp_decoders.checkpoint.load_save import checkpoint_dtype
@@ -22,9 +23,9 @@ if TYPE_CHECKING:
     from launch.commands.serve import ServeConfig
 
 
-def spec_of(config: ServeConfig, model: Path) -> ServeSpec:
+def spec_of(config: ServeConfig, model: Path) -> ServeProgram:
     """What the ranks of one replica are made of."""
-    return ServeSpec(
+    return ServeProgram(
         model=str(model),
         task=config.task,
         mpt_reference=config.mpt_reference,

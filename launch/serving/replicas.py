@@ -19,7 +19,7 @@ from cluster.actors.group.detached_group import KeptGroup
 from cluster.actors.group.resource_shares import Roster, await_room
 from cluster.actors.group.worker import Ready
 from cluster.actors.group.worker_group import WorkerGroup
-from cluster.actors.programs.serve_spec import ServeSpec
+from cluster.actors.programs.serve_program import ServeProgram
 from cluster.frontend.frontend import Frontend
 from cluster.link.socket_link import SocketLink
 from launch.serving.healing import Healer
@@ -53,7 +53,7 @@ class Replicas:
         self._roster = Roster(len(self._specs))
         self._groups = [self._group(index, spec) for index, spec in enumerate(self._specs)]
 
-    def _group(self, index: int, spec: ServeSpec) -> WorkerGroup:
+    def _group(self, index: int, spec: ServeProgram) -> WorkerGroup:
         size, device, share = self._parallel.tp, self._parallel.device, partial(self._roster.share, index)
         if self._standing is None:
             return WorkerGroup(spec, size, device, self._placement, share)

@@ -24,7 +24,8 @@ from cluster.actors.group.worker_group import WorkerGroup
 from cluster.actors.host.load_progress import NUMBER_BYTES, over_budget
 from cluster.actors.host.ray_session import ray_session
 from cluster.actors.programs.serve_spec import MptReference
-from cluster.actors.programs.train_spec import CorpusConfig, SampleConfig, TrainParallel, TrainSpec
+from cluster.actors.programs.train_program import TrainProgram
+from cluster.actors.programs.train_spec import CorpusConfig, SampleConfig, TrainParallel
 from cluster.training.checkpoint.checkpointer import latest_checkpoint, read_state
 from cluster.training.data.batches.labelled_texts import LabelConfig, read_rows
 from cluster.training.data.corpus.peek import peek
@@ -127,7 +128,7 @@ def configuration(layers: Sequence[Layer]) -> TrainConfig:
     return config
 
 
-def prepare(config: TrainConfig) -> TrainSpec:
+def prepare(config: TrainConfig) -> TrainProgram:
     """The run's specification, with its folder claimed and its first weights in place."""
     config.ray.check_room(1, config.parallel.world, config.parallel.device, config.placement.strategy)
     if config.metrics_port is not None and not 0 <= config.metrics_port < 65536:
@@ -136,7 +137,7 @@ def prepare(config: TrainConfig) -> TrainSpec:
         check_tensorboard()
     out = full_path(config.out)
     origin = _from_scratch(config.scratch, out) if config.model is None else _from_folder(config.model, config)
-    same = {f.name: getattr(config, f.name) for f in fields(TrainSpec) if hasattr(config, f.name)}
+    same = {f.name: getattr(config, f.name) for f in fields(TrainProgram) if hasattr(config, f.name)}
     if config.model is not None:
         same["parallel"] = replace(config.parallel, dtype=trained_dtype(origin.model, config.parallel.dtype))
     given = {
@@ -147,7 +148,7 @@ def prepare(config: TrainConfig) -> TrainSpec:
         "start_timeout_s": config.placement.start_timeout_s,
         "weights_cache": config.placement.weights_cache,
     }
-    spec = TrainSpec(**same | given)
+    spec = TrainProgram(**same | given)
     _check_corpus(spec, config.corpus.path)
     _check_fit(spec, origin)
     claim_folder(out, spec.run())
@@ -155,7 +156,7 @@ def prepare(config: TrainConfig) -> TrainSpec:
     return spec
 
 
-def _check_corpus(spec: TrainSpec, given: str) -> None:
+def _check_corpus(spec: TrainProgram, given: str) -> None:
     """That it is there, as it was given, and can be read as the settings say; the whole of it is read by the ranks."""
     corpus = spec.corpus
     if not Path(corpus.path).exists():
@@ -196,7 +197,7 @@ def _from_scratch(scratch: ScratchConfig, out: Path) -> _Origin:
     return _Origin(start, identity, shape, tokenizer, write)
 
 
-def _check_fit(spec: TrainSpec, origin: _Origin) -> None:
+def _check_fit(spec: TrainProgram, origin: _Origin) -> None:
     """That text and model fit: rows and prompts into the context, tokens into the vocabulary, adapters to layers."""
     model = config_from_hf(dict(origin.shape), unread="ignore")
     tokenizer = load_tokenizer(origin.tokenizer)
@@ -217,7 +218,7 @@ def _check_fit(spec: TrainSpec, origin: _Origin) -> None:
         targeted(build_model(model, device="meta"), spec.lora.targets)
 
 
-def train(config: TrainConfig, spec: TrainSpec, log_level: int) -> int:
+def train(config: TrainConfig, spec: TrainProgram, log_level: int) -> int:
     """Runs the ranks until the last step, a signal or a fault; the exit status."""
     stop = threading.Event()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -235,7 +236,7 @@ def train(config: TrainConfig, spec: TrainSpec, log_level: int) -> int:
     return status
 
 
-def run_to_the_end(spec: TrainSpec, placement: PlacementConfig, stop: threading.Event) -> None:
+def run_to_the_end(spec: TrainProgram, placement: PlacementConfig, stop: threading.Event) -> None:
     """Lives of the run's ranks, one after another: a fault costs the steps since the last checkpoint and a start. Too
     many within a window, one at the first start, the same batch twice, or a disk that takes nothing more end the run
     with the cause.
@@ -258,7 +259,7 @@ def run_to_the_end(spec: TrainSpec, placement: PlacementConfig, stop: threading.
                 return
 
 
-def one_life(spec: TrainSpec, placement: PlacementConfig, stop: threading.Event) -> Iterator[None]:
+def one_life(spec: TrainProgram, placement: PlacementConfig, stop: threading.Event) -> Iterator[None]:
     """Starts the ranks, yields, and watches them until the end, a signal or a fault."""
     group = WorkerGroup(spec, spec.parallel.world, spec.parallel.device, placement)
     try:
@@ -279,7 +280,7 @@ def one_life(spec: TrainSpec, placement: PlacementConfig, stop: threading.Event)
 
 
 @contextmanager
-def metrics_of(config: TrainConfig, spec: TrainSpec) -> Iterator[None]:
+def metrics_of(config: TrainConfig, spec: TrainProgram) -> Iterator[None]:
     """The run's numbers for Prometheus, where that was asked for."""
     if config.metrics_port is None:
         yield
@@ -290,7 +291,7 @@ def metrics_of(config: TrainConfig, spec: TrainSpec) -> Iterator[None]:
         yield
 
 
-def _last_words(spec: TrainSpec) -> int:
+def _last_words(spec: TrainProgram) -> int:
     newest = latest_checkpoint(Path(spec.out))
     if newest is None:
         raise WorkerError(f"stopped before the first checkpoint in {spec.out}; the same command starts again")

@@ -7,17 +7,13 @@ read it.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal, get_args
 
-from cluster.actors.group.placement import Place
 from cluster.engine.engine_config import EngineConfig
 from cluster.engine.request import ModelLimits
 from cluster.training.train_calls import RestorePoint
 from parallel.errors import ConfigError
 from parallel.options import Recompute, check_recompute
-
-if TYPE_CHECKING:
-    from cluster.actors.group.worker import Phases, Program
 
 Device = Literal["cpu", "cuda"]
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -105,12 +101,6 @@ class ServeSpec:
     flight: FlightSpec = FlightSpec()
     weights_cache: str | None = None  # a folder of each node for a copy of the checkpoint's files
     restore: RestorePoint | None = None  # what the weights were when a group before this one was lost
-
-    def __call__(self, place: Place, phases: Phases) -> Program:
-        """Makes a rank's program; the imports it needs are made on the rank."""
-        with phases("imports"):
-            from cluster.actors.programs.serve_rank import ServeRank
-        return ServeRank(self, place, phases)
 
 
 @dataclass(frozen=True, kw_only=True)

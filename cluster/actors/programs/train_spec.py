@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field, fields
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
-from cluster.actors.group.placement import Place
 from cluster.actors.programs.serve_spec import Device, Dtype, MptReference, Numerics, ParallelConfig, Transport
 from cluster.engine.request import SamplingParams
 from cluster.training.data.batches.eval_split import SplitRule
@@ -22,10 +21,6 @@ from parallel.errors import ConfigError
 from parallel.options import Recompute, check_backend, check_recompute
 from tp_decoders.model.lora_config import LoraConfig
 from tp_decoders.model.task_config import CAUSAL, SEQUENCES
-
-if TYPE_CHECKING:
-    from cluster.actors.group.worker import Phases, Program
-
 
 READING = ("kind", "encoding", "field", "prompt_field", "dataset_split")
 """Settings of a corpus that not every run has; where one has none of them its record is as before there were any."""
@@ -200,12 +195,6 @@ class TrainSpec:
             unfit |= {f"corpus.{name}": getattr(self.corpus, name) for name in READING}
             for name in (name for name, value in unfit.items() if value):
                 raise ConfigError(f"{name} is not for task {self.task}; leave it out")
-
-    def __call__(self, place: Place, phases: Phases) -> Program:
-        """Makes a rank's program; the imports it needs are made on the rank."""
-        with phases("imports"):
-            from cluster.actors.programs.train_rank import TrainRank
-        return TrainRank(self, place, phases)
 
     def run(self) -> dict[str, Any]:
         """Everything that decides the run's numbers but how long it goes on and how it is spread over ranks."""

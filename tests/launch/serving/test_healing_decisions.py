@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from cluster.actors.group.placement import PlacementConfig
-from cluster.actors.programs.serve_spec import ServeSpec
+from cluster.actors.programs.serve_program import ServeProgram
 from cluster.engine.request import StoppingCriteria
 from cluster.frontend.frontend import Frontend, State
 from cluster.frontend.requests.call import FrontendConfig
@@ -35,7 +35,7 @@ class PlayedGroup:
         self.engines, self.failures = engines, failures
         self.fault: str | None = None
         self.kept: list[bool] = []
-        self.specs: list[ServeSpec] = []
+        self.specs: list[ServeProgram] = []
         self.tell_fault: Callable[[str], None]
 
     def observe(self, on_fault: Callable[[str], None]) -> None:
@@ -51,7 +51,7 @@ class PlayedGroup:
         self.fault = cause
         self.tell_fault(cause)
 
-    def rebuild(self, tell: Callable[[str], None], spec: ServeSpec, keep: bool) -> list[Any]:
+    def rebuild(self, tell: Callable[[str], None], spec: ServeProgram, keep: bool) -> list[Any]:
         self.kept.append(keep)
         self.specs.append(spec)
         if self.failures:
@@ -71,7 +71,7 @@ async def healed_by(group: PlayedGroup, first: ServedEngine) -> tuple[Frontend, 
     link = await asyncio.to_thread(first.link)
     frontend = Frontend(link, codec=CODEC, config=FrontendConfig(recovery_seconds=60.0))
     frontend.start()
-    healer = Healer(group, frontend, ServeSpec(model="m", authkey=KEY), ready_of(first))  # type: ignore[arg-type]
+    healer = Healer(group, frontend, ServeProgram(model="m", authkey=KEY), ready_of(first))  # type: ignore[arg-type]
     return frontend, asyncio.create_task(healer.run())
 
 
@@ -272,7 +272,7 @@ def test_an_engine_that_is_condemned_is_replaced_and_none_of_its_ranks_is_kept()
         link = await asyncio.to_thread(first.link)
         frontend = Frontend(link, codec=CODEC, config=FrontendConfig(recovery_seconds=60.0))
         frontend.start()
-        healer = Healer(group, frontend, ServeSpec(model="m", authkey=KEY), ready_of(first))  # type: ignore[arg-type]
+        healer = Healer(group, frontend, ServeProgram(model="m", authkey=KEY), ready_of(first))  # type: ignore[arg-type]
         task = asyncio.create_task(healer.run())
         healer.condemn("its engine hangs")
         assert frontend.fault_cause == "rank 0 on node-a: its engine hangs"

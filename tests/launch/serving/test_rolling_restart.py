@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from cluster.actors.programs.serve_spec import ServeSpec
+from cluster.actors.programs.serve_program import ServeProgram
 from cluster.engine.request import FinishReason, StoppingCriteria
 from cluster.frontend.fleet.fleet import Restarted
 from cluster.frontend.frontend import Frontend, State
@@ -47,7 +47,7 @@ class Played:
         first = [group.engines.pop(0) for group in self.groups]
         links = [await asyncio.to_thread(engine.link) for engine in first]
         self.frontend = Frontend(links, codec=CODEC, config=self.config)
-        spec, kinds = ServeSpec(model="m", authkey=KEY), enumerate(zip(self.groups, first, strict=True))
+        spec, kinds = ServeProgram(model="m", authkey=KEY), enumerate(zip(self.groups, first, strict=True))
         healers = [Healer(group, self.frontend, spec, ready_of(engine), i) for i, (group, engine) in kinds]  # type: ignore[arg-type]
         self.upkeep = Upkeep(self.frontend, healers)
         self.readiness = Readiness(self.frontend, every_s=0.05)

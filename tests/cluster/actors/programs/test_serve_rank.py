@@ -10,7 +10,8 @@ import pytest
 
 from cluster.actors.group.worker import Ready
 from cluster.actors.group.worker_group import WorkerGroup
-from cluster.actors.programs.serve_spec import ParallelConfig, ServeSpec
+from cluster.actors.programs.serve_program import ServeProgram
+from cluster.actors.programs.serve_spec import ParallelConfig
 from cluster.engine.engine_config import EngineConfig
 from cluster.engine.request import SamplingParams, StoppingCriteria
 from cluster.frontend.frontend import Frontend
@@ -32,9 +33,9 @@ def kernels() -> None:
     library.available()
 
 
-def spec(model: Path = SORTER, engine: EngineConfig = SMALL, **parallel: object) -> ServeSpec:
+def spec(model: Path = SORTER, engine: EngineConfig = SMALL, **parallel: object) -> ServeProgram:
     settings: dict[str, Any] = {"collective_timeout_s": 100.0, **parallel}
-    return ServeSpec(model=str(model), authkey=KEY, parallel=ParallelConfig(tp=2, **settings), engine=engine)
+    return ServeProgram(model=str(model), authkey=KEY, parallel=ParallelConfig(tp=2, **settings), engine=engine)
 
 
 async def sort(ready: list[Ready], prompt: tuple[int, ...]) -> list[int]:
@@ -69,7 +70,7 @@ def test_two_ranks_share_a_model_and_answer_a_front_end() -> None:
         group.close()
 
 
-def failure(spec: ServeSpec) -> TpError:
+def failure(spec: ServeProgram) -> TpError:
     with pytest.raises(TpError) as failed:
         WorkerGroup(spec, size=2).start()
     return failed.value

@@ -11,7 +11,8 @@ import transformers
 
 from cluster.actors.group.worker import Ready
 from cluster.actors.group.worker_group import WorkerGroup
-from cluster.actors.programs.serve_spec import ParallelConfig, ServeSpec
+from cluster.actors.programs.serve_program import ServeProgram
+from cluster.actors.programs.serve_spec import ParallelConfig
 from cluster.engine.engine_config import EngineConfig
 from cluster.engine.request import Pooling
 from cluster.frontend.frontend import Frontend
@@ -56,7 +57,7 @@ def test_two_ranks_serve_a_classifier(tmp_path: Path) -> None:
     torch.manual_seed(1)
     model = transformers.GPT2ForSequenceClassification(config).eval()
     model.save_pretrained(tmp_path)
-    spec = ServeSpec(
+    spec = ServeProgram(
         model=str(tmp_path), authkey=KEY, task="sequence-classification",
         parallel=ParallelConfig(tp=2, collective_timeout_s=100.0),
         engine=EngineConfig(kv_blocks=16, max_sequences=4),

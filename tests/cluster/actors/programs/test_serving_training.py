@@ -13,7 +13,8 @@ import pytest
 
 from cluster.actors.group.placement import PlacementConfig
 from cluster.actors.group.worker_group import WorkerGroup
-from cluster.actors.programs.serve_spec import ParallelConfig, RankFacts, ServeSpec, TrainingConfig
+from cluster.actors.programs.serve_program import ServeProgram
+from cluster.actors.programs.serve_spec import ParallelConfig, RankFacts, TrainingConfig
 from cluster.engine.engine_config import EngineConfig
 from cluster.frontend.frontend import Frontend
 from cluster.link.socket_link import SocketLink
@@ -39,10 +40,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny("gpt_neox", tmp_path_factory.mktemp("neox") / "model")
 
 
-def spec(model: Path, training: TrainingConfig, kv_blocks: int | None = 96) -> ServeSpec:
+def spec(model: Path, training: TrainingConfig, kv_blocks: int | None = 96) -> ServeProgram:
     engine = EngineConfig(kv_blocks=kv_blocks, max_sequences=8)
     parallel = ParallelConfig(tp=2, collective_timeout_s=100.0)
-    return ServeSpec(model=str(model), authkey=KEY, parallel=parallel, engine=engine, training=training)
+    return ServeProgram(model=str(model), authkey=KEY, parallel=parallel, engine=engine, training=training)
 
 
 @asynccontextmanager
@@ -94,7 +95,7 @@ async def steps_beside_streams(address: tuple[str, int]) -> tuple[list[list[floa
         return served, after
 
 
-def on_two_ranks(spec: ServeSpec, main: Callable[[tuple[str, int]], Coroutine[Any, Any, T]]) -> tuple[RankFacts, T]:
+def on_two_ranks(spec: ServeProgram, main: Callable[[tuple[str, int]], Coroutine[Any, Any, T]]) -> tuple[RankFacts, T]:
     """What the coroutine made of a group's engine, and what its first rank said of itself."""
     group = WorkerGroup(spec, size=2, config=PlacementConfig(silence_s=100.0))
     try:

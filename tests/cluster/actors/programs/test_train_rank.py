@@ -13,7 +13,8 @@ import torch
 import transformers
 
 from cluster.actors.group.worker_group import WorkerGroup
-from cluster.actors.programs.train_spec import CorpusConfig, TrainParallel, TrainSpec
+from cluster.actors.programs.train_program import TrainProgram
+from cluster.actors.programs.train_spec import CorpusConfig, TrainParallel
 from cluster.training.checkpoint.checkpointer import latest_checkpoint
 from cluster.training.job.run_folder import METRICS, claim_folder, folder_origin
 from cluster.training.job.run_metrics import read_records
@@ -39,15 +40,15 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def spec(start: Path, out: Path, steps: int = 6) -> TrainSpec:
-    return TrainSpec(
+def spec(start: Path, out: Path, steps: int = 6) -> TrainProgram:
+    return TrainProgram(
         model=str(start), origin=folder_origin(start), out=str(out), steps=steps, save_every=2,
         corpus=CorpusConfig(path=str(start / "text.txt"), tokens_per_sample=16, batch_size=4),
         schedule=Schedule(learning_rate=1e-2, warmup_steps=1, total_steps=6), parallel=TrainParallel(tp=2),
     )  # fmt: skip
 
 
-def go(spec: TrainSpec) -> dict[str, str]:
+def go(spec: TrainProgram) -> dict[str, str]:
     """Runs to the last step; the checksums of all files of its checkpoint."""
     claim_folder(Path(spec.out), spec.run())
     group = WorkerGroup(spec, size=2)

@@ -1,0 +1,26 @@
+"""From a TrainSpec to the program of a rank, on the rank itself: what that needs is imported there, and not before.
+
+It pickles as the values do and is what a WorkerGroup is given.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cluster.actors.group.placement import Place
+from cluster.actors.programs.train_spec import TrainSpec
+
+if TYPE_CHECKING:
+    from cluster.actors.group.worker import Phases, Program
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainProgram(TrainSpec):
+    """A training rank."""
+
+    def __call__(self, place: Place, phases: Phases) -> Program:
+        """Makes a rank's program; the imports it needs are made on the rank."""
+        with phases("imports"):
+            from cluster.actors.programs.train_rank import TrainRank
+        return TrainRank(self, place, phases)
