@@ -166,7 +166,7 @@ class Engine:
 
 def set_allocator(keeps: bool) -> None:
     """For processes that start from now on."""
-    from launch.commands.serve import ENVIRONMENT
+    from launch.ray.ray_config import ENVIRONMENT
 
     for setting, value in ENVIRONMENT.items():
         if setting.startswith("MALLOC_"):

@@ -55,7 +55,7 @@ Exit status 0: done; 1: failed; 2: bad input; 130: interrupted.
 def settings() -> str:
     """Every setting of both commands: name, type, default, what it is."""
     from cluster.actors.programs.train_spec import TrainSpec
-    from launch.commands.serve import ServeConfig
+    from launch.serving.serve_config import ServeConfig
     from launch.training.run_training import TrainConfig
 
     parts = [SETTINGS, "\n## tp-decoders serve\n", *_sections(ServeConfig, "")]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from launch.commands.serve import ENVIRONMENT
+from launch.ray.ray_config import ENVIRONMENT
 from tests.ranks import Ranks
 
 

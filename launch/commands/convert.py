@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.safe_text import visible
-from launch.commands.init import found_tokenizer
 from launch.presets import find, read
+from launch.training.first_weights import found_tokenizer
 from parallel.errors import ConfigError
 
 if TYPE_CHECKING:

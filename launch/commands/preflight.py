@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from launch.commands.serve import ENVIRONMENT
+    from launch.ray.ray_config import ENVIRONMENT
 
     level = log_setup.configure(args.verbose, args.log_json)
     for name, value in ENVIRONMENT.items():

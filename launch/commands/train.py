@@ -8,10 +8,10 @@ from __future__ import annotations
 import argparse
 import os
 
-from launch.commands.serve import ENVIRONMENT
 from launch.observe import log_setup
 from launch.presets import Layer, find, overrides, read
 from launch.ray.private_ray import own_ray
+from launch.ray.ray_config import ENVIRONMENT
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -7,20 +7,17 @@ import logging
 import secrets
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from cluster.actors.programs.serve_program import ServeProgram
 from cluster.actors.programs.serve_spec import Dtype, FlightSpec, TrainingConfig
 from launch.paths import full_path
+from launch.serving.serve_config import ServeConfig
 from parallel.errors import ConfigError
 from tp_decoders.checkpoint.load_save import checkpoint_dtype
 
 log = logging.getLogger(__name__)
-
-if TYPE_CHECKING:
-    from launch.commands.serve import ServeConfig
 
 
 def spec_of(config: ServeConfig, model: Path) -> ServeProgram:

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from cluster.actors.group.detached_group import KeptGroup
 from cluster.actors.group.resource_shares import Roster, await_room
@@ -25,11 +24,9 @@ from cluster.link.socket_link import SocketLink
 from launch.serving.healing import Healer
 from launch.serving.rank_specs import spec_of
 from launch.serving.ray_loss import first_of
+from launch.serving.serve_config import ServeConfig
 from launch.serving.state_file import Left, Standing
 from parallel.errors import TpError, WorkerError
-
-if TYPE_CHECKING:
-    from launch.commands.serve import ServeConfig
 
 log = logging.getLogger(__name__)
 

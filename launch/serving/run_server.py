@@ -19,7 +19,7 @@ from contextlib import AsyncExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cluster.access.access_config import Security, shown_address
 from cluster.actors.group.worker import Ready
@@ -42,6 +42,7 @@ from launch.serving.rank_specs import trained_dtype
 from launch.serving.ray_loss import Leaving, RayWatch, first_of
 from launch.serving.replicas import Replicas
 from launch.serving.rolling_restart import Upkeep
+from launch.serving.serve_config import ServeConfig
 from launch.serving.signals import Signals, end_undisturbed
 from launch.serving.state_file import State, kept_state
 from parallel.errors import ConfigError, TpError, WorkerError
@@ -51,9 +52,6 @@ from tp_decoders.model.task_config import CAUSAL
 from tp_decoders.registry import read_config
 from tp_decoders.tasks.task_settings import check_task, task_of
 from tp_decoders.text.tokenizer import check_vocabulary, load_tokenizer
-
-if TYPE_CHECKING:
-    from launch.commands.serve import ServeConfig
 
 log = logging.getLogger(__name__)
 CLOSE_GRACE_S = 2.0

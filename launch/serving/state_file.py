@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from cluster.actors.group.detached_actors import Keep, Whereabouts
 from cluster.actors.group.detached_group import KeptGroup
@@ -25,9 +24,7 @@ from cluster.actors.programs.serve_spec import FlightSpec, ServeSpec
 from cluster.frontend.journal.request_journal import Ledger
 from launch.paths import full_path
 from launch.serving.rank_specs import spec_of
-
-if TYPE_CHECKING:
-    from launch.commands.serve import ServeConfig
+from launch.serving.serve_config import ServeConfig
 
 log = logging.getLogger(__name__)
 FILE = "ranks.json"

@@ -37,13 +37,13 @@ from cluster.training.job.sample_text import Prompts
 from cluster.training.job.skipped_batches import OnNonFinite, names_batch
 from cluster.training.step.lr_schedule import Schedule
 from cluster.training.step.optimizer import OptimizerConfig
-from launch.commands.init import copy_tokenizer, write_random
-from launch.commands.serve import RayConfig
 from launch.observe.metrics_server import MetricsServer
 from launch.paths import full_path
 from launch.presets import Layer, build, find, read
+from launch.ray.ray_config import RayConfig
 from launch.serving.healing import Restarts
 from launch.serving.rank_specs import trained_dtype
+from launch.training.first_weights import copy_tokenizer, write_random
 from launch.training.run_progress import header, watch
 from launch.training.train_metrics import TrainMetrics
 from parallel.errors import ConfigError, WorkerError

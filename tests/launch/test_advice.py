@@ -11,7 +11,7 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 
-from launch.commands.serve import ServeConfig
+from launch.serving.serve_config import ServeConfig
 from launch.training.run_training import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]

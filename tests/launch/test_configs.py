@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.commands.serve import ServeConfig
 from launch.presets import CONFIGS, Layer, build, read
+from launch.serving.serve_config import ServeConfig
 from launch.training.run_training import TrainConfig
 from tp_decoders.registry import FAMILIES, config_from_hf
 

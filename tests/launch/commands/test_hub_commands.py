@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from launch.commands.serve import ServeConfig
 from launch.main import main
 from launch.presets import Layer
+from launch.serving.serve_config import ServeConfig
 from launch.training import run_training
 from tests.tp_decoders.hub.local_hub import LocalHub
 from tests.tp_decoders.hub.test_repository import TOKENIZER_FOLDER, use

@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 from launch.commands.plan import parse_memory
-from launch.commands.serve import ServeConfig
 from launch.main import main
 from launch.presets import CONFIGS, Layer, build, read
+from launch.serving.serve_config import ServeConfig
 from launch.training.run_training import TrainConfig
 from parallel.errors import ConfigError
 

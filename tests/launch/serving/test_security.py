@@ -17,8 +17,8 @@ import pytest
 
 from cluster.access.access_config import Security, TlsConfig, check_exposure, is_loopback
 from cluster.access.token_file import Role, read_grants
-from launch.commands.serve import ServerConfig
 from launch.main import main
+from launch.serving.serve_config import ServerConfig
 from parallel.errors import ConfigError
 from tests.cluster.access.token_files import TOKENS, security
 from tests.cluster.rpc.certificates import Authority

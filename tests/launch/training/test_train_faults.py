@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from launch.commands.init import copy_tokenizer, write_random
+from launch.training.first_weights import copy_tokenizer, write_random
 from tests.launch.training.kill_training import TOKENIZER, Job
 from tp_decoders.text.tokenizer import load_tokenizer
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 import transformers
 
-from launch.commands.serve import ServeConfig
 from launch.main import main
 from launch.presets import build as build_settings
 from launch.presets import overrides
+from launch.serving.serve_config import ServeConfig
 from parallel.attention.attend import Causal
 from parallel.errors import ConfigError
 from parallel.ranks.group import Group

@@ -19,7 +19,7 @@ from cluster.training.checkpoint.checkpointer import latest_checkpoint
 from cluster.training.job.run_folder import METRICS, claim_folder, folder_origin
 from cluster.training.job.run_metrics import read_records
 from cluster.training.step.lr_schedule import Schedule
-from launch.commands.init import copy_tokenizer, write_random
+from launch.training.first_weights import copy_tokenizer, write_random
 from parallel.errors import ConfigError, TpError
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(600)]

@@ -21,7 +21,7 @@ from cluster.training.job.run_metrics import read_records
 from cluster.training.job.skipped_batches import BatchPlace, Skips, names_batch
 from cluster.training.step.nonfinite_errors import PoisonBatch
 from cluster.training.step.optimizer import OptimizerConfig
-from launch.commands.init import write_random
+from launch.training.first_weights import write_random
 from parallel.errors import ConfigError
 from parallel.ranks.group import Group
 from tests.cluster.actors.programs import train_runs

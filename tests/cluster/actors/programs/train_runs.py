@@ -18,7 +18,7 @@ from cluster.training.checkpoint.checkpointer import latest_checkpoint
 from cluster.training.data.batches.eval_split import SplitRule
 from cluster.training.job.run_folder import claim_folder, folder_origin
 from cluster.training.step.lr_schedule import Schedule
-from launch.commands.init import copy_tokenizer, write_random
+from launch.training.first_weights import copy_tokenizer, write_random
 from parallel.ranks.group import Group
 from tests.ranks import free_address
 
