@@ -1,5 +1,5 @@
-"""The reference pages of docs/, printed from the code: `python -m launch.reference settings > docs/settings.md`, and
-`commands > docs/commands.md`. A test compares them with what is committed.
+"""The reference pages of docs/, printed from the code: `python -m launch.reference settings > docs/settings.md`, the
+same with `commands` and `map`. A test compares them with what is committed.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from unittest.mock import patch
 
 from cluster.training.data.corpus.sources import KINDS
 from launch.main import COMMANDS, parser_of
+from launch.source_map import source_map
 
 WIDTH = 100
 SETTINGS = """# Settings
@@ -144,7 +145,7 @@ def _choices(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentPars
     return next((dict(action.choices) for action in actions), {})
 
 
-PAGES: dict[str, Callable[[], str]] = {"settings": settings, "commands": commands}
+PAGES: dict[str, Callable[[], str]] = {"settings": settings, "commands": commands, "map": source_map}
 
 if __name__ == "__main__":
     import_module("launch.main")
