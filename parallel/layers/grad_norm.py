@@ -21,7 +21,7 @@ from parallel.sharding.rules import Fused, Replicated, Split, VirtualShards, rul
 
 @dataclass(frozen=True)
 class Block:
-    """A run of rows (or columns) of a local tensor, divided among ranks or not."""
+    """A run of rows (or columns) of a local tensor that this rank counts, divided among ranks or not."""
 
     dim: int
     start: int
@@ -39,7 +39,8 @@ def local_blocks(parameter: Tensor, rank: int) -> list[Block]:
     assert isinstance(rule, Fused), f"no norm is defined for sharding rule {rule}"
     blocks, start = [], 0
     for part in rule.parts:
-        blocks.append(Block(rule.dim, start, part.local_size(rank), part.shards))
+        first, last = part.own(rank) if part.shards else (0, part.size)
+        blocks.append(Block(rule.dim, start + first, last - first, part.shards))
         start += part.local_size(rank)
     return blocks
 

@@ -3,7 +3,8 @@
     ColumnLinear   Y_r = X W_r^T + b_r       rows of W divided     forward: none            backward: one reduction
     RowLinear      Y = sum_r X_r W_r^T + b   columns of W divided  forward: one reduction   backward: none
 
-Several row-parallel layers whose results are added share one reduction (`reduce_sum`). Either kind may have a low-rank
+Several row-parallel layers whose results are added share one reduction (`reduce_sum`), and so in the backward do
+several column-parallel ones of the same input (`columns`). Either kind may have a low-rank
 `adapter` beside its weight (parallel.layers.low_rank), which joins its products.
 T tokens, K inputs, N outputs. A row-parallel bias is one replicated parameter, added once, after the reduction.
 """
@@ -19,7 +20,7 @@ from parallel.errors import ConfigError
 from parallel.layers.low_rank import ColumnAdapter, RowAdapter, active
 from parallel.matmul.activation import activate, is_native
 from parallel.matmul.grad_sum import weight_grad
-from parallel.matmul.input_grad import DividedOutputs
+from parallel.matmul.input_grad import DividedOutputs, summed_input_grad
 from parallel.matmul.products import Operand, Term, column_sum, outer_product, product, reduced_product
 from parallel.ranks.group import Group
 from parallel.ranks.sequence_parallel import all_tokens, own_tokens, scatter_tokens
@@ -46,7 +47,8 @@ class ColumnLinear(nn.Module):
         self.parts = (Part(parts.size, parts),) if isinstance(parts, VirtualShards) else parts
         self.group, self.d_in = group, d_in
         self.d_out = sum(part.size for part in self.parts)
-        rule = Split(0, self.parts[0].shards) if len(self.parts) == 1 and self.parts[0].shards else Fused(0, self.parts)
+        part, plain = self.parts[0], len(self.parts) == 1 and self.parts[0].held is None
+        rule = Split(0, part.shards) if plain and part.shards else Fused(0, self.parts)
         self.weight = sharded((self.d_out, d_in), rule, group.rank, dtype, device)
         self.bias = sharded((self.d_out,), rule, group.rank, dtype, device) if bias else None
         self._operand: Operand | None = None
@@ -65,14 +67,8 @@ class ColumnLinear(nn.Module):
         With `tokens`, x holds this rank's tokens only and the result all of them (sequence parallelism).
         """
         branch = active(self.adapter)
-        if torch.is_grad_enabled() and (
-            x_TK.requires_grad
-            or self.weight.requires_grad
-            or _trains(self.bias)
-            or (branch is not None and branch.trains)
-        ):
-            factors = (branch.a, branch.b) if branch else (None, None)
-            y_TN = _Column.apply(x_TK, self.weight, self.bias, *factors, self, dtype, tokens)
+        if torch.is_grad_enabled() and (x_TK.requires_grad or self.trains):
+            (y_TN,) = _Columns.apply(x_TK, (self,), dtype, tokens, *self.factors(branch))
             return activate(y_TN, activation) if activation else y_TN
         low_TR = branch.low(x_TK, branch.present_dropping()) if branch else None
         if activation is None or is_native(x_TK, activation):
@@ -94,56 +90,85 @@ class ColumnLinear(nn.Module):
             terms.append(self.adapter.term(low_TR))
         return product(terms, self.bias, activation, dtype)
 
-    def input_grad(self, grad_TN: Tensor) -> Tensor:
-        """dX = sum over all ranks' outputs of dY W. One reduction."""
+    @property
+    def trains(self) -> bool:
+        """Whether anything of it wants a gradient."""
+        branch = active(self.adapter)
+        return self.weight.requires_grad or _trains(self.bias) or (branch is not None and branch.trains)
+
+    def factors(self, branch: ColumnAdapter | None) -> tuple[Tensor | None, ...]:
+        """What autograd is to see: weight, bias, and the adapter's a and b."""
+        return self.weight, self.bias, *((branch.a, branch.b) if branch else (None, None))
+
+    def backward_outputs(self) -> DividedOutputs:
+        """The weight as dX = sum over all ranks' outputs of dY W needs it."""
         if self._backward is None or self._backward.weight is not self.weight:
             self._backward = DividedOutputs(self.parts, self.weight, self.group)
-        return self._backward.input_grad(grad_TN)
+        return self._backward
 
 
-class _Column(torch.autograd.Function):
+def columns(x_TK: Tensor, *layers: ColumnLinear, tokens: VirtualShards | None = None) -> tuple[Tensor, ...]:
+    """Each layer's result of the same input. In the backward ONE reduction, however many layers there are."""
+    if not (torch.is_grad_enabled() and (x_TK.requires_grad or any(layer.trains for layer in layers))):
+        return tuple(layer(x_TK) for layer in layers)
+    flat = [factor for layer in layers for factor in layer.factors(active(layer.adapter))]
+    return _Columns.apply(x_TK, layers, None, tokens, *flat)  # type: ignore[no-any-return]
+
+
+class _Columns(torch.autograd.Function):
+    """Besides x each layer has four inputs: weight, bias, and its adapter's a and b."""
+
     @staticmethod
     def forward(  # type: ignore[no-untyped-def,override]
         ctx,
         x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        a: Tensor | None,
-        b: Tensor | None,
-        layer: ColumnLinear,
+        layers: tuple[ColumnLinear, ...],
         dtype: torch.dtype | None,
         tokens: VirtualShards | None,
-    ) -> Tensor:
-        full = x if tokens is None else all_tokens(x, layer.group, tokens)
-        branch = layer.adapter if a is not None else None
-        dropping = branch.present_dropping() if branch else None
-        low = branch.low(full, dropping) if branch else None
-        keeps_x = ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
-        ctx.save_for_backward(x if keeps_x else None, low)
-        ctx.layer, ctx.branch, ctx.dropping, ctx.tokens, ctx.dtype = layer, branch, dropping, tokens, x.dtype
-        return layer.product(full, None, dtype, low)
+        *flat: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        full = x if tokens is None else all_tokens(x, layers[0].group, tokens)
+        branches = [layer.adapter if a is not None else None for layer, a in zip(layers, flat[2::4], strict=True)]
+        dropping = next((branch.present_dropping() for branch in branches if branch), None)
+        lows = [branch.low(full, dropping) if branch else None for branch in branches]
+        keeps_x = any(ctx.needs_input_grad[4::4]) or any(ctx.needs_input_grad[6::4])
+        ctx.save_for_backward(x if keeps_x else None, *lows)
+        ctx.layers, ctx.branches, ctx.dropping, ctx.tokens, ctx.dtype = layers, branches, dropping, tokens, x.dtype
+        return tuple(layer.product(full, None, dtype, low) for layer, low in zip(layers, lows, strict=True))
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def,override]
-        x, low = ctx.saved_tensors
-        layer, branch, tokens = ctx.layer, ctx.branch, ctx.tokens
-        grad = grad.to(ctx.dtype).contiguous()
-        wants_x, wants_weight, wants_bias, wants_a, wants_b = ctx.needs_input_grad[:5]
-        low_grad = branch.low_grad(grad) if branch and (wants_x or wants_a) else None
-        grad_x = layer.input_grad(grad) if wants_x else None
-        if grad_x is not None and low_grad is not None:
-            grad_x = grad_x + branch.input_grad(low_grad, ctx.dropping)
-        if tokens is not None:
-            x = None if x is None else all_tokens(x, layer.group, tokens)  # gathered again rather than kept
-            grad_x = None if grad_x is None else own_tokens(grad_x, layer.group, tokens)
-        return (
-            grad_x,
-            weight_grad(layer.weight, grad, x) if wants_weight else None,
-            column_sum(grad) if wants_bias else None,
-            branch.down_grad(low_grad, x, ctx.dropping) if wants_a else None,
-            outer_product(grad, low) if wants_b else None,
-            *(None, None, None),
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def,override]
+        x, *lows = ctx.saved_tensors
+        layers, branches, tokens = ctx.layers, ctx.branches, ctx.tokens
+        grads = tuple(grad.to(ctx.dtype).contiguous() for grad in grads)
+        wants_x, wants = (
+            ctx.needs_input_grad[0],
+            [ctx.needs_input_grad[i : i + 4] for i in range(4, 4 + 4 * len(layers), 4)],
         )
+        low_grads = [
+            branch.low_grad(grad) if branch and (wants_x or a) else None
+            for branch, grad, (_, _, a, _) in zip(branches, grads, wants, strict=True)
+        ]
+        grad_x = None
+        if wants_x:
+            grad_x = summed_input_grad(
+                [(layer.backward_outputs(), grad) for layer, grad in zip(layers, grads, strict=True)]
+            )
+            for branch, low_grad in zip(branches, low_grads, strict=True):
+                if branch and low_grad is not None:
+                    grad_x = grad_x + branch.input_grad(low_grad, ctx.dropping)
+        if tokens is not None:
+            x = None if x is None else all_tokens(x, layers[0].group, tokens)  # gathered again rather than kept
+            grad_x = None if grad_x is None else own_tokens(grad_x, layers[0].group, tokens)
+        found: list[Tensor | None] = [grad_x, None, None, None]
+        for layer, branch, grad, low, low_grad, (weight, bias, a, b) in zip(
+            layers, branches, grads, lows, low_grads, wants, strict=True
+        ):
+            found.append(weight_grad(layer.weight, grad, x) if weight else None)
+            found.append(column_sum(grad) if bias else None)
+            found.append(branch.down_grad(low_grad, x, ctx.dropping) if a else None)
+            found.append(outer_product(grad, low) if b else None)
+        return tuple(found)
 
 
 class RowLinear(nn.Module):

@@ -153,22 +153,36 @@ class Split(_Taking):
 
 @dataclass(frozen=True)
 class Part:
-    """One block of a fused axis: `size` rows, split by `shards`, or replicated where there are none."""
+    """One block of a fused axis: `size` rows, split by `shards`, or replicated where there are none. `held` says what
+    each rank holds where that is more than its shard (a key/value head whose query heads lie on several ranks): the
+    shard is then what it answers for in sums, norms and files.
+    """
 
     size: int
     shards: VirtualShards | None = None
+    held: tuple[Range, ...] | None = None
 
     def range(self, rank: int) -> Range:
+        """What the rank holds."""
+        if self.held is not None:
+            return self.held[rank]
         return self.shards.range(rank) if self.shards else (0, self.size)
 
     def local_size(self, rank: int) -> int:
         start, stop = self.range(rank)
         return stop - start
 
+    def own(self, rank: int) -> Range:
+        """What the rank answers for, counted from the start of what it holds; of a replicated block rank 0 does."""
+        if self.shards is None:
+            return (0, self.size if rank == 0 else 0)
+        (start, stop), first = self.shards.range(rank), self.range(rank)[0]
+        return start - first, stop - first
+
 
 @dataclass(frozen=True)
 class Fused(_Taking):
-    """Several blocks laid one after another along `dim` (q, k and v), each divided by its own rule."""
+    """Blocks laid one after another along `dim` (q, k and v), each divided by its own rule."""
 
     dim: int
     parts: tuple[Part, ...]
@@ -190,12 +204,10 @@ class Fused(_Taking):
         blocks: list[Tensor] = []
         offsets = [0] * len(shards)
         for part in self.parts:
-            local = []
             for rank, shard in enumerate(shards):
-                width = part.local_size(rank)
-                local.append(shard.narrow(self.dim, offsets[rank], width))
-                offsets[rank] += width
-            blocks.extend(local if part.shards else local[:1])
+                start, stop = part.own(rank)
+                blocks.append(shard.narrow(self.dim, offsets[rank] + start, stop - start))
+                offsets[rank] += part.local_size(rank)
         return torch.cat(blocks, self.dim)
 
 

@@ -111,9 +111,9 @@ def owned_pieces(
     """What a rank writes of a tensor sharded like `parameter`: index ranges of the full tensor, and this rank's part
     of them. With `elements` it has only those of its shard, in the order of memory, and `local` is flat.
 
-    What every rank holds whole is written by rank 0.
+    What several ranks hold is written by the one that answers for it.
     """
-    shape, dim, shared = parameter.shape, _divided(parameter), _shared_blocks(rule_of(parameter))
+    shape, dim, owned = parameter.shape, _divided(parameter), _owned(rule_of(parameter), rank)
     blocks = [(local, tuple(slice(0, n) for n in shape))]
     if elements is not None:
         blocks = [
@@ -122,8 +122,9 @@ def owned_pieces(
     start = 0
     for number, index in enumerate(_pieces(parameter, rank)):
         width = index[dim].stop - index[dim].start
-        for values, at in blocks if rank == 0 or number not in shared else ():
-            low, high = max(at[dim].start, start), min(at[dim].stop, start + width)
+        first, last = owned[number] if owned else (0, width)
+        for values, at in blocks:
+            low, high = max(at[dim].start, start + first), min(at[dim].stop, start + last)
             if low < high:
                 shift = [own.start for own in index]
                 shift[dim] -= start
@@ -165,6 +166,6 @@ def _runs(shape: Sequence[int], elements: Range) -> Iterator[tuple[int, int, Ind
         low = high
 
 
-def _shared_blocks(rule: object) -> set[int]:
-    parts = getattr(rule, "parts", ())
-    return {number for number, part in enumerate(parts) if part.shards is None}
+def _owned(rule: object, rank: int) -> list[Range]:
+    """What the rank writes of each piece of a tensor of several blocks, counted from the piece's start."""
+    return [part.own(rank) for part in getattr(rule, "parts", ())]

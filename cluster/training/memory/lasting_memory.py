@@ -111,9 +111,8 @@ def _operands(model: Decoder) -> tuple[list[Operand], list[Operand]]:
         if isinstance(layer, ColumnLinear):
             forward.append((layer.weight.shape[0], layer.d_in, (0, layer.d_in), layer.weight.dtype))
             for part in layer.parts:
-                size = part.local_size(layer.group.rank)
-                borders = part.shards.local_borders(layer.group.rank) if part.shards else (0, size)
-                backward.append((layer.d_in, size, borders, layer.weight.dtype))
+                borders = part.shards.local_borders(layer.group.rank) if part.shards else (0, part.size)
+                backward.append((layer.d_in, borders[-1], borders, layer.weight.dtype))
         elif isinstance(layer, RowLinear):
             forward.append((layer.d_out, layer.weight.shape[1], layer.borders, layer.weight.dtype))
             backward.append((layer.weight.shape[1], layer.d_out, (0, layer.d_out), layer.weight.dtype))
