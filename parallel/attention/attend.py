@@ -1,8 +1,9 @@
 """Attention over local heads, handed to the model as `attend`: `Causal` (packed sequences) or `Cached` (paged keys).
 
-The model calls attend(spec, q_TNH, k_TKH, v_TKH) -> o_TNH and knows neither sequences nor caches nor backends. There is
-one kv head per query head (K == N) or one for all (K == 1); N may be 0 on a rank that owns no heads. The inputs may be
-strided views of one fused row. No collectives, forward or backward: a shared kv head's gradient is summed by its owner.
+The model calls attend(spec, q_TNH, k_TKH, v_TKH) -> o_TNH and knows neither sequences nor caches nor backends. Every kv
+head serves as many query heads (N / K), but for those that other ranks' query heads read, too (`spec.kv`); N may be 0
+on a rank that owns no heads. The inputs may be strided views of one fused row. Collectives: in the backward the one
+that adds up the gradient of kv heads that ranks share (parallel.attention.heads), none else.
 """
 
 from __future__ import annotations
@@ -119,8 +120,6 @@ class Cached:
     def __call__(self, spec: AttentionSpec, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
         layout, n_kv_heads = self._cache.layout, self._cache.layout.heads(spec.layer)
         _check_dimensions(q_TNH, k_TKH, v_TKH)
-        if k_TKH.shape[1] != n_kv_heads and k_TKH.stride(1) == 0:  # a shared head, expanded: stored once
-            k_TKH, v_TKH = k_TKH[:, :1], v_TKH[:, :1]
         _check_heads(spec, q_TNH, k_TKH, v_TKH, self._meta.num_tokens)
         if q_TNH.shape[1] == 0:
             return q_TNH.new_empty(q_TNH.shape)
@@ -147,11 +146,12 @@ def _check_heads(spec: AttentionSpec, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tenso
         or num_tokens != T
         or k_TKH.shape[0] != T
         or k_TKH.shape[2] != H
-        or (K != N and K != 1 and N)
+        or not _fit(spec, N, K)
     ):
+        wanted = "a divisor of N" if spec.kv is None else f"{spec.kv.layout.n_local_kv} here"
         raise ConfigError(
             f"attention over q {list(q_TNH.shape)}, k {list(k_TKH.shape)}, v {list(v_TKH.shape)}, {num_tokens} tokens; "
-            "q is [T, N, H] and k, v are [T, N, H] or [T, 1, H]"
+            f"q is [T, N, H] and k, v are [T, K, H] with K {wanted}"
         )
     if q_TNH.dtype is not k_TKH.dtype or q_TNH.dtype is not v_TKH.dtype:
         raise ConfigError(
@@ -161,3 +161,10 @@ def _check_heads(spec: AttentionSpec, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tenso
         raise ConfigError(
             f"ALiBi slopes {list(spec.slopes.shape)} of {spec.slopes.dtype} for {N} local heads; one float32 each"
         )
+
+
+def _fit(spec: AttentionSpec, n_heads: int, n_kv_heads: int) -> bool:
+    """Whether so many query heads can read so many key/value heads."""
+    if spec.kv is not None:
+        return (n_heads, n_kv_heads) == (spec.kv.layout.n_local, spec.kv.layout.n_local_kv)
+    return n_heads == 0 or (n_kv_heads > 0 and n_heads % n_kv_heads == 0)

@@ -12,7 +12,7 @@ tokens, S encoder states, Q queries and C keys of one sequence, N local heads, K
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 
 import torch
@@ -82,33 +82,35 @@ class Probed:
 
     def __call__(self, spec: AttentionSpec, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
         if self._asked.keys_values:  # not the second time, when a block is computed again in the backward
-            self.kept.keys_values.setdefault(spec.layer, (_stored(k_TKH), _stored(v_TKH)))
+            self.kept.keys_values.setdefault(spec.layer, (k_TKH, v_TKH))
         moved = spec.slopes is not None and self._places is not None
         if self._past is None and not moved and not self._asked.steers() and self._added is None:
             return self._causal(spec, q_TNH, k_TKH, v_TKH)
         masks = head_masks(self.dropping, spec.dropout, spec.layer, spec.head_ids, ATTENTION)
         outputs, weights, start = [], [], 0
-        for s, (k_CKH, v_CKH) in enumerate(self._contexts(spec.layer, k_TKH, v_TKH)):
+        for s, (k_CNH, v_CNH) in enumerate(self._contexts(spec, k_TKH, v_TKH)):
             stop = start + self._lengths[s]
-            q_QNH, distance_QC = q_TNH[start:stop], self._distance(s, len(k_CKH), q_TNH.device)
+            q_QNH, distance_QC = q_TNH[start:stop], self._distance(s, len(k_CNH), q_TNH.device)
             hidden_QC, added_NQC = self._seen(spec, s, distance_QC)
-            weights_NQC = probabilities(spec, q_QNH, k_CKH, hidden_QC, distance_QC, added_NQC)
-            factors = masks.factors(start, stop, len(k_CKH)) if masks else None
+            weights_NQC = probabilities(replace(spec, kv=None), q_QNH, k_CNH, hidden_QC, distance_QC, added_NQC)
+            factors = masks.factors(start, stop, len(k_CNH)) if masks else None
             weights.append(_steered(weights_NQC, factors, self._asked, spec))
-            outputs.append(mixed(weights[-1], v_CKH, q_QNH))
+            outputs.append(mixed(weights[-1], v_CNH, q_QNH))
             start = stop
         return _finished(spec.layer, outputs, weights, self._asked, self.kept, q_TNH)
 
-    def _contexts(self, layer: int, k_TKH: Tensor, v_TKH: Tensor) -> list[KeysValues]:
-        """Each sequence's keys and values, past ones first."""
-        new = list(zip(k_TKH.split(self._lengths), v_TKH.split(self._lengths), strict=True))
+    def _contexts(self, spec: AttentionSpec, k_TKH: Tensor, v_TKH: Tensor) -> list[KeysValues]:
+        """Each sequence's keys and values by query head, past ones first."""
+
+        def by_sequence(k: Tensor, v: Tensor, lengths: Sequence[int]) -> list[KeysValues]:
+            k, v = (k, v) if spec.kv is None else spec.kv.spread_both(k, v)
+            return list(zip(k.split(list(lengths)), v.split(list(lengths)), strict=True))
+
+        new = by_sequence(k_TKH, v_TKH, self._lengths)
         if self._past is None:
             return new
-        old = (x.split(list(self._past.lengths)) for x in self._past.keys_values[layer])
-        return [
-            (torch.cat((_like(pk, k), k)), torch.cat((_like(pv, v), v)))
-            for pk, pv, (k, v) in zip(*old, new, strict=True)
-        ]
+        old = by_sequence(*self._past.keys_values[spec.layer], self._past.lengths)
+        return [(torch.cat((pk, k)), torch.cat((pv, v))) for (pk, pv), (k, v) in zip(old, new, strict=True)]
 
     def _seen(self, spec: AttentionSpec, sequence: int, like_QC: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """What is hidden from a sequence's queries, or what is added to their scores."""
@@ -169,16 +171,6 @@ class Encoded:
             weights.append(_steered(weights_NQC, factors, self._asked, spec))
             outputs.append(mixed(weights[-1], v_CNH, q_QNH))
         return _finished(spec.layer, outputs, weights, self._asked, self.kept, q_TNH)
-
-
-def _stored(kv_TKH: Tensor) -> Tensor:
-    """Without the copies of an expanded head."""
-    return kv_TKH[:, :1] if kv_TKH.shape[1] > 1 and kv_TKH.stride(1) == 0 else kv_TKH
-
-
-def _like(past_CKH: Tensor, new_TKH: Tensor) -> Tensor:
-    """A past head that is shared, as often as the new one appears."""
-    return past_CKH if past_CKH.shape[1] == new_TKH.shape[1] else past_CKH[:, :1].expand(-1, new_TKH.shape[1], -1)
 
 
 def _distance(places_C: Tensor, queries: int) -> Tensor:

@@ -1,8 +1,8 @@
 """The C++ kernel: the same bits in training, prefill, decoding, any chunking, batch, block placement and thread count.
 
 Packed sequences go through a scratch cache and the very kernel that serves, which keeps the log-sum-exp; the backward
-recomputes the probabilities from it. A kv head shared by expanding it (head stride 0) is read once and gets its
-gradient per query head, [T, N, H]: whoever expanded it sums them. A plain [T, 1, H] gets the sum over local heads.
+recomputes the probabilities from it. A kv head that several query heads read gets the sum of their gradients: from the
+kernel, in ascending order, or where the heads' leaves are added in the tree from `KVHeads.grads`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from parallel.attention.heads import Grouping
 from parallel.attention.kv_cache import KVCache
 from parallel.attention.metadata import AttentionMeta, AttentionSpec, Packed
 from parallel.layers.dropout import HeadMasks
@@ -34,19 +35,19 @@ class Cpu:
     ) -> Tensor:
         if torch.is_grad_enabled() and (q_TNH.requires_grad or k_TKH.requires_grad or v_TKH.requires_grad):
             return _Causal.apply(q_TNH, k_TKH, v_TKH, spec, packed, masks)
-        return _attend(spec, q_TNH, _stored(k_TKH), _stored(v_TKH), packed, None, masks)
+        return _attend(spec, q_TNH, k_TKH, v_TKH, packed, None, masks)
 
     def cached(
         self, spec: AttentionSpec, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, cache: KVCache, meta: AttentionMeta
     ) -> Tensor:
         return native.attend(
-            meta.paged_step, cache.paged(spec.layer), q_TNH, k_TKH, v_TKH, scale=spec.scale, slopes=spec.slopes
-        )
+            meta.paged_step, cache.paged(spec.layer), q_TNH, k_TKH, v_TKH, scale=spec.scale, slopes=spec.slopes,
+            grouping=_grouping(spec),
+        )  # fmt: skip
 
 
-def _stored(kv_TKH: Tensor) -> Tensor:
-    """Without the copies of an expanded head."""
-    return kv_TKH[:, :1] if kv_TKH.shape[1] > 1 and kv_TKH.stride(1) == 0 else kv_TKH
+def _grouping(spec: AttentionSpec) -> Grouping | None:
+    return None if spec.kv is None else spec.kv.grouping
 
 
 def _attend(
@@ -71,6 +72,7 @@ def _attend(
         slopes=spec.slopes,
         lse_TN=lse_TN,
         masks=masks,
+        grouping=_grouping(spec),
     )
 
 
@@ -85,17 +87,18 @@ class _Causal(torch.autograd.Function):
         packed: Packed,
         masks: HeadMasks | None,
     ) -> Tensor:
-        k, v = _stored(k_TKH), _stored(v_TKH)
         lse_TN = torch.empty(q_TNH.shape[:2], dtype=torch.float32)
-        o_TNH = _attend(spec, q_TNH, k, v, packed, lse_TN, masks)
-        ctx.spec, ctx.packed, ctx.masks, ctx.per_head = spec, packed, masks, k is not k_TKH
-        ctx.save_for_backward(q_TNH, k, v, o_TNH, lse_TN)
+        o_TNH = _attend(spec, q_TNH, k_TKH, v_TKH, packed, lse_TN, masks)
+        ctx.spec, ctx.packed, ctx.masks = spec, packed, masks
+        ctx.save_for_backward(q_TNH, k_TKH, v_TKH, o_TNH, lse_TN)
         return o_TNH
 
     @staticmethod
     def backward(ctx: Any, grad_o_TNH: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, o, lse = ctx.saved_tensors
-        grads = native.backward(
+        heads = ctx.spec.kv
+        per_head = heads is not None and heads.sums_leaves
+        dq, dk, dv = native.backward(
             ctx.packed.starts_S1,
             q,
             k,
@@ -105,7 +108,10 @@ class _Causal(torch.autograd.Function):
             grad_o_TNH,
             scale=ctx.spec.scale,
             slopes=ctx.spec.slopes,
-            kv_grad_per_head=ctx.per_head,
+            kv_grad_per_head=per_head,
             masks=ctx.masks,
+            grouping=_grouping(ctx.spec),
         )
-        return *grads, None, None, None
+        if per_head:
+            dk, dv = heads.grads(dk, dv)
+        return dq, dk, dv, None, None, None

@@ -6,6 +6,7 @@ other backend can do. Its bits depend on shapes, as torch's products do.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
@@ -30,6 +31,9 @@ class Eager:
         packed: Packed,
         masks: HeadMasks | None = None,
     ) -> Tensor:
+        if spec.kv is not None:
+            k_TKH, v_TKH = spec.kv.spread_both(k_TKH, v_TKH)
+            spec = replace(spec, kv=None)
         parts = [
             attend(spec, q_TNH[i:j], k_TKH[i:j], v_TKH[i:j], masks.factors(i, j) if masks else None)
             for i, j in pairwise(packed.starts)
@@ -54,7 +58,9 @@ def attend(
     """The last Q tokens of one sequence against all C of it; probabilities are multiplied by the factors."""
     distance_QC = distance(len(q_QNH), len(k_CKH), q_QNH.device)
     weights_NQC = probabilities(spec, q_QNH, k_CKH, distance_QC > 0, distance_QC)
-    return mixed(weights_NQC if factors_NQC is None else weights_NQC * factors_NQC.to(weights_NQC), v_CKH, q_QNH)
+    if factors_NQC is not None:
+        weights_NQC = weights_NQC * factors_NQC.to(weights_NQC)
+    return mixed(weights_NQC, spec.by_head(v_CKH, q_QNH.shape[1]), q_QNH)
 
 
 def probabilities(
@@ -69,7 +75,7 @@ def probabilities(
     summand of the scores.
     """
     work = torch.promote_types(q_QNH.dtype, torch.float32)
-    scores_NQC = torch.einsum("qnh,cnh->nqc", q_QNH.to(work), heads_like(k_CKH, q_QNH).to(work)) * spec.scale
+    scores_NQC = torch.einsum("qnh,cnh->nqc", q_QNH.to(work), spec.by_head(k_CKH, q_QNH.shape[1]).to(work)) * spec.scale
     if spec.slopes is not None:
         scores_NQC = scores_NQC + spec.slopes.to(work)[:, None, None] * distance_QC.to(work)
     if added_NQC is not None:
@@ -79,15 +85,10 @@ def probabilities(
     return scores_NQC.softmax(-1)
 
 
-def mixed(weights_NQC: Tensor, v_CKH: Tensor, q_QNH: Tensor) -> Tensor:
+def mixed(weights_NQC: Tensor, v_CNH: Tensor, q_QNH: Tensor) -> Tensor:
     """[Q, N, H]: the values by their weights, like q in type."""
-    o_QNH = torch.einsum("nqc,cnh->qnh", weights_NQC, heads_like(v_CKH, q_QNH).to(weights_NQC.dtype))
+    o_QNH = torch.einsum("nqc,cnh->qnh", weights_NQC, v_CNH.to(weights_NQC.dtype))
     return o_QNH.to(q_QNH.dtype).contiguous()
-
-
-def heads_like(kv_CKH: Tensor, q_QNH: Tensor) -> Tensor:
-    """A shared kv head as seen by every query head."""
-    return kv_CKH if kv_CKH.shape[1] == q_QNH.shape[1] else kv_CKH.expand(-1, q_QNH.shape[1], -1)
 
 
 def distance(queries: int, context: int, device: torch.device) -> Tensor:

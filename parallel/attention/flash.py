@@ -2,7 +2,8 @@
 
 UNTESTED: written from the documented signatures of flash-attn 2.8 and torch 2.13; no GPU was at hand. float16 and
 bfloat16 only, head_dim a multiple of 8 up to 256; ALiBi needs the package. Paged keys are read in place where
-blocks are a multiple of 256 tokens (the kernels' rule), else gathered first. Bits may depend on the batch.
+blocks are a multiple of 256 tokens (the kernels' rule) and all key/value heads have as many query heads, else gathered
+first. Bits may depend on the batch.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ class Flash:
         assert masks is None, "the caller asks `drops` first"
         if packed.num_tokens == 0:
             return torch.empty_like(q_TNH)
+        if spec.kv is not None and (spec.kv.sums_leaves or not spec.kv.even):
+            k_TKH, v_TKH = spec.kv.spread_both(k_TKH, v_TKH)
         starts, longest = packed.starts_on(q_TNH.device), max(packed.lengths)
         return _varlen(spec, q_TNH, k_TKH, v_TKH, starts, starts, longest, longest)
 
@@ -56,13 +59,16 @@ class Flash:
             return torch.empty_like(q_TNH)
         cache.scatter(spec.layer, meta.new_slots_T, k_TKH, v_TKH)
         keys, values = cache.keys[spec.layer], cache.values[spec.layer]
-        if meta.block_size % PAGE:
+        paged = meta.block_size % PAGE == 0 and (spec.kv is None or spec.kv.even)
+        if not paged:
             keys, values = cache.gather(spec.layer, meta.all_context_slots)
+            if spec.kv is not None and not spec.kv.even:  # the kernels know groups of one size only
+                keys, values = spec.kv.spread(keys), spec.kv.spread(values)
         elif max(meta.query_lens) == 1 and package() is not None:
             return _decode(spec, q_TNH, keys, values, meta.on_device)
         longest = max(meta.query_lens), max(meta.context_lens)
         starts = meta.on_device.query_starts, meta.on_device.context_starts
-        return _varlen(spec, q_TNH, keys, values, *starts, *longest, None if meta.block_size % PAGE else meta.on_device)
+        return _varlen(spec, q_TNH, keys, values, *starts, *longest, meta.on_device if paged else None)
 
 
 def _decode(spec: AttentionSpec, q_TNH: Tensor, keys: Tensor, values: Tensor, step: DeviceStep) -> Tensor:

@@ -16,6 +16,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from parallel.attention.heads import KVHeads
 from parallel.attention.kv_cache import KVCache
 from parallel.errors import ConfigError
 from parallel.layers.dropout import HeadMasks
@@ -28,7 +29,8 @@ from parallel.native.attention import RUN, PagedStep
 class AttentionSpec:
     """One layer's attention: score = scale * q.k - slope * (q_pos - k_pos); slopes are float32, one per local head.
 
-    `dropout` of its probabilities in passes that drop, by the local heads' global numbers `head_ids`.
+    `dropout` of its probabilities in passes that drop, by the local heads' global numbers `head_ids`. `kv` says which
+    key/value head each query head reads where that is not its own; without it they read them in groups of N / K.
     """
 
     layer: int
@@ -36,6 +38,16 @@ class AttentionSpec:
     slopes: Tensor | None = None
     dropout: float = 0.0
     head_ids: Sequence[int] = ()
+    kv: KVHeads | None = None
+
+    def by_head(self, kv_TKH: Tensor, n_heads: int) -> Tensor:
+        """[T, N, H]: the key/value head that each query head reads."""
+        if self.kv is not None:
+            return self.kv.spread(kv_TKH)
+        n_kv = kv_TKH.shape[1]
+        if n_kv in (1, n_heads):
+            return kv_TKH.expand(-1, n_heads, -1)
+        return kv_TKH.repeat_interleave(n_heads // n_kv, 1)
 
 
 class Backend(Protocol):

@@ -6,11 +6,13 @@ differs from the same row in a prefill (about 3e-7).
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from parallel.attention.eager import alibi_bias, heads_like, hidden
+from parallel.attention.eager import alibi_bias, hidden
 from parallel.attention.kv_cache import KVCache
 from parallel.attention.metadata import AttentionMeta, AttentionSpec, Packed
 from parallel.layers.dropout import HeadMasks
@@ -31,6 +33,9 @@ class Sdpa:
         masks: HeadMasks | None = None,
     ) -> Tensor:
         assert masks is None, "the caller asks `drops` first"
+        if spec.kv is not None:
+            k_TKH, v_TKH = spec.kv.spread_both(k_TKH, v_TKH)
+            spec = replace(spec, kv=None)
         parts = [
             _attend(spec, q, k, v)
             for q, k, v in zip(*(x.split(packed.lengths) for x in (q_TNH, k_TKH, v_TKH)), strict=True)
@@ -62,7 +67,7 @@ def _attend(spec: AttentionSpec, q_QNH: Tensor, k_CKH: Tensor, v_CKH: Tensor) ->
         mask = mask.to(q_QNH.dtype)[None]
     elif 1 < queries < context:
         mask = ~hidden(queries, context, q_QNH.device)
-    q, k, v = (heads_like(x, q_QNH).transpose(0, 1)[None] for x in (q_QNH, k_CKH, v_CKH))
+    q, k, v = (x.transpose(0, 1)[None] for x in (q_QNH, *(spec.by_head(kv, q_QNH.shape[1]) for kv in (k_CKH, v_CKH))))
     o = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None and queries > 1, scale=spec.scale
     )

@@ -21,7 +21,7 @@ from parallel.native.operands import checked, number, refused, succeeded, words,
 RUN = 16  # keys stored together, dimension by dimension; block sizes are a multiple of it
 
 _P, _I, _L, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
-_FORWARD = struct.Struct("21qd")  # AttentionForward of attention.cpp
+_FORWARD = struct.Struct("23qd")  # AttentionForward of attention.cpp
 
 
 class _Step(ctypes.Structure):
@@ -105,12 +105,15 @@ def forward(
     slopes: Tensor | None = None,
     lse_TN: Tensor | None = None,
     masks: Masks | None = None,
+    grouping: tuple[int, int] | None = None,
 ) -> Tensor:
     """`attend` over caches that nobody has checked yet."""
     if k_TKH.dim() != 3 or q_TNH.numel() == 0 or k_TKH.shape[1] == 0:
-        return attend(step, None, q_TNH, k_TKH, v_TKH, scale=scale)
+        return attend(step, None, q_TNH, k_TKH, v_TKH, scale=scale, grouping=grouping)
     cache_ = PagedCache(k_cache, v_cache, k_TKH.shape[1], k_TKH.shape[2], step.block_size)
-    return attend(step, cache_, q_TNH, k_TKH, v_TKH, scale=scale, slopes=slopes, lse_TN=lse_TN, masks=masks)
+    return attend(
+        step, cache_, q_TNH, k_TKH, v_TKH, scale=scale, slopes=slopes, lse_TN=lse_TN, masks=masks, grouping=grouping
+    )
 
 
 def attend(
@@ -124,12 +127,14 @@ def attend(
     slopes: Tensor | None = None,
     lse_TN: Tensor | None = None,
     masks: Masks | None = None,
+    grouping: tuple[int, int] | None = None,
 ) -> Tensor:
     """Write the new keys and values into the cache and attend over it; the log-sum-exp goes to lse_TN where given.
-    Without heads or tokens there need be no cache.
+    Without heads or tokens there need be no cache. `grouping` (size, skip): query head h reads kv head (h + skip) /
+    size; N / K and 0 unless given.
     """
     dtype = number("attention", "q", q_TNH)
-    T, N, H, K = _shapes("attention", q_TNH, k_TKH, v_TKH)
+    (T, N, H, K), (size, skip) = _shapes("attention", q_TNH, k_TKH, v_TKH, grouping)
     o_TNH = torch.empty((T, N, H), dtype=q_TNH.dtype)
     if N == 0 or T == 0:
         return o_TNH
@@ -162,7 +167,7 @@ def attend(
     given = _FORWARD.pack(
         step.address, dtype, cached.blocks, *cached.addresses, q_TNH.data_ptr(), k_TKH.data_ptr(), v_TKH.data_ptr(),
         q_token, q_head, k_token, k_head, v_token, v_head, o_TNH.data_ptr(), 0 if lse_TN is None else lse_TN.data_ptr(),
-        N, K, H, slopes_at, masks_at, scale,
+        N, K, H, size, skip, slopes_at, masks_at, scale,
     )  # fmt: skip
     status = _forward()(given)
     if status:
@@ -183,12 +188,13 @@ def backward(
     slopes: Tensor | None = None,
     kv_grad_per_head: bool = False,
     masks: Masks | None = None,
+    grouping: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv of packed causal attention. A shared kv head's gradients are added over its query heads in ascending
-    order, or with kv_grad_per_head returned one per query head, [T, N, H]."""
+    order, or with kv_grad_per_head returned one per query head, [T, N, H]. `grouping` as in `attend`."""
     name = "attention backward"
     dtype = number(name, "q", q_TNH)
-    T, N, H, K = _shapes(name, q_TNH, k_TKH, v_TKH)
+    (T, N, H, K), (size, skip) = _shapes(name, q_TNH, k_TKH, v_TKH, grouping)
     for operand, x in (("o", o_TNH), ("grad_o", grad_o_TNH)):
         number(name, operand, x)
         if x.shape != q_TNH.shape or x.dtype is not q_TNH.dtype:
@@ -205,7 +211,7 @@ def backward(
     pointers = (_P * 5)(*(x.data_ptr() for x, _ in inputs)), (_P * 3)(*(x.data_ptr() for x in grads))
     status = _backward()(
         starts.data_ptr(), len(starts) - 1, T, dtype, pointers[0], lse_TN.data_ptr(), pointers[1], strides, N, K, H,
-        scale, _address(slopes), masked, kv_grad_per_head,
+        scale, _address(slopes), masked, kv_grad_per_head, size, skip,
     )  # fmt: skip
     succeeded(name, status)
     return grads[0], grads[1], grads[2]
@@ -215,20 +221,28 @@ Rows = tuple[Tensor, tuple[int, int]]
 """A [T, heads, H] tensor whose heads are contiguous, and its token and head strides."""
 
 
-def _shapes(operation: str, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> tuple[int, int, int, int]:
-    """T, N, H and the number of kv heads, of operands that fit together; q was looked at."""
+def _shapes(
+    operation: str, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, grouping: tuple[int, int] | None
+) -> tuple[tuple[int, int, int, int], tuple[int, int]]:
+    """T, N, H and the number of kv heads, of operands that fit together, and how these are grouped; q was looked at."""
     k_shape = k_TKH.shape
     if q_TNH.dim() == 3 and len(k_shape) == 3 and v_TKH.shape == k_shape:
         T, N, H = q_TNH.shape
         K = k_shape[1]
-        if k_shape[0] == T and k_shape[2] == H and (N == 0 or (K and N % K == 0)):
+        if grouping is None:
+            grouping = (N // K if K and N % K == 0 else 0), 0
+        size, skip = grouping
+        if k_shape[0] == T and k_shape[2] == H and (N == 0 or (size > skip >= 0 and -(-(N + skip) // size) == K)):
             if k_TKH.dtype is not q_TNH.dtype or v_TKH.dtype is not q_TNH.dtype:
                 rule = f"keys and values must be of q's type, {q_TNH.dtype}"
                 raise refused(operation, "k or v", f"{words(k_TKH)} and {words(v_TKH)}", rule)
             number(operation, "k", k_TKH)
             number(operation, "v", v_TKH)
-            return T, N, H, K
-    rule = f"q is [T, N, H], k and v are [T, K, H] with K a divisor of N; q is {words(q_TNH)}"
+            return (T, N, H, K), grouping
+    groups = (
+        "K a divisor of N" if grouping is None or not grouping[0] else f"K = ceil((N + {grouping[1]}) / {grouping[0]})"
+    )
+    rule = f"q is [T, N, H], k and v are [T, K, H] with {groups}; q is {words(q_TNH)}"
     raise refused(operation, "k or v", f"{words(k_TKH)} and {words(v_TKH)}", rule)
 
 
@@ -276,6 +290,6 @@ def _forward() -> ctypes._CFuncPtr:  # type: ignore[name-defined]
 @cache
 def _backward() -> ctypes._CFuncPtr:  # type: ignore[name-defined]
     function = library().attn_backward
-    function.argtypes = (_P, _L, _L, _I, _P, _P, _P, _P, _I, _I, _I, _F, _P, _P, _I)
+    function.argtypes = (_P, _L, _L, _I, _P, _P, _P, _P, _I, _I, _I, _F, _P, _P, _I, _I, _I)
     function.restype = _I
     return function

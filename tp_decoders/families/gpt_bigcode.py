@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from parallel.attention.attend import Attend, AttentionSpec
-from parallel.attention.heads import HeadLayout, share_heads
+from parallel.attention.heads import HeadLayout
 from parallel.errors import ConfigError
 from parallel.layers.dropout import ATTENDED, MLP, DropoutSite
 from parallel.layers.linear import ColumnLinear, RowLinear
@@ -104,10 +104,10 @@ class Attention(nn.Module):
         super().__init__()
         d, head_dim, heads = config.d_model, config.head_dim, layout.head_shards
         scale = head_dim**-0.5 if config.options.scale_by_head else 1.0
-        self.spec = AttentionSpec(layer, scale, None, config.dropout.attention, layout.local_ids)
-        self.layout, self.group = layout, group
-        self.shared = layout.shares_kv
-        parts = (Part(d, heads), Part(head_dim), Part(head_dim)) if self.shared else heads.scaled(3)
+        p, kv = config.dropout.attention, layout.kv_heads(group)
+        self.spec = AttentionSpec(layer, scale, None, p, layout.local_ids, kv)
+        self.layout, self.shared = layout, layout.shares_kv
+        parts = (Part(d, heads), layout.kv_part, layout.kv_part) if self.shared else heads.scaled(3)
         self.qkv = ColumnLinear(d, parts, group=group, **place)
         self.out = RowLinear(heads, d, group=group, **place)
 
@@ -122,7 +122,7 @@ class Attention(nn.Module):
             return q_TNH, k_TNH, v_TNH
         heads = qkv.unflatten(1, (n_local + 2, head_dim))  # [T, N/p local query heads, k, v]
         q_TNH, k_T1H, v_T1H = heads.split((n_local, 1, 1), 1)
-        return q_TNH, share_heads(k_T1H, self.layout, self.group), share_heads(v_T1H, self.layout, self.group)
+        return q_TNH, k_T1H, v_T1H
 
 
 class Block(nn.Module):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from parallel.attention.attend import Attend, AttentionSpec
-from parallel.attention.heads import HeadLayout, alibi_slopes, share_heads
+from parallel.attention.heads import HeadLayout, alibi_slopes
 from parallel.layers.dropout import ATTENDED, MLP, DropoutSite
 from parallel.layers.linear import ColumnLinear, RowLinear
 from parallel.layers.norm import LayerNorm
@@ -50,11 +50,9 @@ class Attention(nn.Module):
     def __init__(self, config: DecoderConfig, layer: int, layout: HeadLayout, group: Group, place: Place) -> None:
         super().__init__()
         d, options = config.d_model, config.options
-        self.layout, self.group, self.clip = layout, group, options.clip_qkv
-        self.shared = layout.shares_kv
+        self.layout, self.clip, kv = layout, options.clip_qkv, layout.kv_part
         slopes, p = _slopes(config, layout, place), config.dropout.attention
-        self.spec = AttentionSpec(layer, options.softmax_scale, slopes, p, layout.local_ids)
-        kv = Part(config.head_dim) if self.shared else Part(d, layout.head_shards)
+        self.spec = AttentionSpec(layer, options.softmax_scale, slopes, p, layout.local_ids, layout.kv_heads(group))
         self.qkv = ColumnLinear(d, (Part(d, layout.head_shards), kv, kv), group=group, bias=options.bias, **place)
         self.widths = tuple(part.local_size(group.rank) for part in self.qkv.parts)
         self.norm = QueryKeyNorm(config, layout, group, place) if options.qk_norm else None
@@ -67,14 +65,10 @@ class Attention(nn.Module):
         q, k, v = qkv.split(self.widths, 1)
         if self.norm is not None:
             q, k = self.norm(q, k)
-        o_TNH = attend(self.spec, self.heads(q), self.kv_heads(k), self.kv_heads(v))
-        return self.out(o_TNH.flatten(1), tokens)
-
-    def heads(self, q: Tensor) -> Tensor:
-        return q.unflatten(1, (self.layout.n_local, self.layout.head_dim))
-
-    def kv_heads(self, kv: Tensor) -> Tensor:
-        return share_heads(kv[:, None], self.layout, self.group) if self.shared else self.heads(kv)
+        n_local, n_kv, head_dim = self.layout.n_local, self.layout.n_local_kv, self.layout.head_dim
+        q_TNH = q.unflatten(1, (n_local, head_dim))
+        k_TKH, v_TKH = k.unflatten(1, (n_kv, head_dim)), v.unflatten(1, (n_kv, head_dim))
+        return self.out(attend(self.spec, q_TNH, k_TKH, v_TKH).flatten(1), tokens)
 
 
 def _slopes(config: DecoderConfig, layout: HeadLayout, place: Place) -> Tensor | None:

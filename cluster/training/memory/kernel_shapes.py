@@ -5,12 +5,14 @@ Stands for the CPU kernel and for flash attention, whose memory does not grow wi
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from parallel.attention.attend import AttentionSpec
+from parallel.attention.heads import KVHeads
 from parallel.attention.kv_cache import RUN
 
 Kernel = Literal["cpu", "flash"]
@@ -27,22 +29,24 @@ class ShapeAttend:
 
     def __call__(self, spec: AttentionSpec, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
         if torch.is_grad_enabled() and q_TNH.requires_grad:
-            result: Tensor = _Attend.apply(q_TNH, k_TKH, v_TKH, self._kernel)
+            if self._kernel == "flash" and spec.kv is not None and spec.kv.sums_leaves:
+                k_TKH, v_TKH = spec.kv.spread_both(k_TKH, v_TKH)
+                spec = replace(spec, kv=None)
+            result: Tensor = _Attend.apply(q_TNH, k_TKH, v_TKH, spec.kv, self._kernel)
             return result
         return torch.empty_like(q_TNH, memory_format=torch.contiguous_format)
 
 
 class _Attend(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, kernel: Kernel) -> Tensor:
+    def forward(ctx: Any, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, heads: KVHeads | None, kernel: Kernel) -> Tensor:
         T, N, H = q_TNH.shape
         scratch = []
         if kernel == "cpu":  # the sequences' keys and values in blocks, as the serving kernel reads them
-            blocks, heads = -(-T // RUN), 1 if k_TKH.stride(1) == 0 else k_TKH.shape[1]
-            scratch = [q_TNH.new_empty((blocks, heads, RUN * H)) for _ in range(2)]
+            scratch = [q_TNH.new_empty((-(-T // RUN), k_TKH.shape[1], RUN * H)) for _ in range(2)]
         o_TNH, lse_TN = q_TNH.new_empty((T, N, H)), q_TNH.new_empty((T, N), dtype=torch.float32)
         ctx.save_for_backward(q_TNH, k_TKH, v_TKH, o_TNH, lse_TN)
-        ctx.kernel = kernel
+        ctx.heads, ctx.kernel = heads, kernel
         del scratch
         return o_TNH
 
@@ -50,6 +54,9 @@ class _Attend(torch.autograd.Function):
     def backward(ctx: Any, grad_o_TNH: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, *_ = ctx.saved_tensors
         wide = q.new_empty(q.shape, dtype=torch.float32) if ctx.kernel == "flash" else None  # dq adds up in float32
-        grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
+        per_head = ctx.heads is not None and ctx.heads.sums_leaves
+        dq, dk, dv = (q.new_empty(x.shape) for x in (q, *((q, q) if per_head else (k, v))))
         del wide
-        return *grads, None
+        if per_head:
+            dk, dv = ctx.heads.grads(dk, dv)
+        return dq, dk, dv, None, None

@@ -28,7 +28,8 @@ struct Call {
   float scale;
   const float* slopes;
   const dropout::Heads* drop;               // null: no probability is dropped
-  int group() const { return N / K; }
+  Groups groups;
+  int heads_of(int kv_head, int kv_heads = 1) const { return groups.first(kv_head + kv_heads) - groups.first(kv_head); }
   // where the run that holds a position begins, in either cache
   int64_t run(const Sequence& s, int position, int64_t head) const {
     const int size = int(step->block_size), within = position % size;
@@ -146,10 +147,10 @@ void advance_pair(Scratch& w, const Tile<T>& t, int H, float scale) {
 
 template <class T>
 void begin_rows(const Call<T>& call, const Sequence& s, const Item& item, Scratch& w) {
-  const int heads = call.group() * item.kv_heads;
+  const int heads = call.heads_of(item.kv_head, item.kv_heads), first = call.groups.first(item.kv_head);
   w.drop = call.drop;
   for (int r = 0; r < item.rows; ++r) {
-    const int token = (item.row + r) / heads, head = item.kv_head * call.group() + (item.row + r) % heads;
+    const int token = (item.row + r) / heads, head = first + (item.row + r) % heads;
     if (call.drop) w.keys[r] = call.drop->key(s.first_token + token, head);
     const T* q = call.q.at(s.first_token + token, head);
     fetch_row(call.q.at(s.first_token + token, std::min(head + heads, call.N - 1)), call.H);  // the next item's
@@ -163,9 +164,9 @@ void begin_rows(const Call<T>& call, const Sequence& s, const Item& item, Scratc
 
 template <class T>
 void end_rows(const Call<T>& call, const Sequence& s, const Item& item, const Scratch& w) {
-  const int heads = call.group() * item.kv_heads;
+  const int heads = call.heads_of(item.kv_head, item.kv_heads), first = call.groups.first(item.kv_head);
   for (int r = 0; r < item.rows; ++r) {
-    const int token = (item.row + r) / heads, head = item.kv_head * call.group() + (item.row + r) % heads;
+    const int token = (item.row + r) / heads, head = first + (item.row + r) % heads;
     const int64_t at = (s.first_token + token) * call.N + head;
     const float total = simd::sum_lanes(w.rows[r].sum);
     const f32x16 inverse = simd::set1(1.0f / total);
@@ -193,7 +194,7 @@ template <class T>
 __attribute__((noinline, noclone)) void attend(const Call<T>& call, const Item& item, Scratch& w) {
   const Sequence s(*call.step, item.sequence);
   w.reserve(call.H);
-  if (s.queries * call.group() <= kItemRows)          // nobody else reads this head of the sequence: write just in time
+  if (s.queries * call.groups.size <= kItemRows)      // nobody else reads this head of the sequence: write just in time
     for (int i = 0; i < item.kv_heads; ++i) write(call, s, item.kv_head + i);
   begin_rows(call, s, item, w);
   const int end = w.rows[item.rows - 1].bound;
@@ -208,18 +209,19 @@ __attribute__((noinline, noclone)) void attend(const Call<T>& call, const Item& 
 
 template <class T>
 void add_items(const Call<T>& call, int32_t sequence, std::vector<Item>& items) {
-  const int rows = Sequence(*call.step, sequence).queries * call.group();
-  if (rows == 1) {
+  const int queries = Sequence(*call.step, sequence).queries;
+  if (queries * call.groups.size == 1) {
     for (int head = 0; head < call.K; head += 2) {
       const int heads = std::min(2, call.K - head);
       items.push_back({sequence, head, heads, 0, heads});
     }
     return;
   }
-  for (int row = (rows - 1) / kItemRows * kItemRows; row >= 0; row -= kItemRows) {
-    const int count = std::min(kItemRows, rows - row);
-    for (int head = 0; head < call.K; ++head) items.push_back({sequence, head, 1, row, count});
-  }
+  for (int row = (queries * call.groups.size - 1) / kItemRows * kItemRows; row >= 0; row -= kItemRows)
+    for (int head = 0; head < call.K; ++head) {
+      const int count = std::min(kItemRows, queries * call.heads_of(head) - row);
+      if (count > 0) items.push_back({sequence, head, 1, row, count});
+    }
 }
 
 template <class T>
@@ -228,7 +230,7 @@ void forward(const Call<T>& call) {
   std::vector<Item> items;
   std::vector<int32_t> apart;               // sequences of several items a head: written before anything reads them
   for (int32_t s = 0; s < step.sequences; ++s) {
-    if (Sequence(step, s).queries * call.group() > kItemRows) apart.push_back(s);
+    if (Sequence(step, s).queries * call.groups.size > kItemRows) apart.push_back(s);
     add_items(call, s, items);
   }
   pool::parallel_for(int64_t(apart.size()) * call.K,
@@ -279,7 +281,7 @@ struct AttentionForward {
   int64_t strides[6];                       // token and head strides of q, k, v in elements
   void* o;                                  // [tokens][N][H]
   float* lse;                               // [tokens][N], or null
-  int64_t N, K, H;
+  int64_t N, K, H, group, skip;             // query head h reads kv head (h + skip) / group
   const float* slopes;                      // [N], or null
   const dropout::Heads* drop;               // null where no probability is dropped
   double scale;
@@ -290,7 +292,7 @@ int attn_forward(const AttentionForward* given) {
   return guarded([&] {
     const AttentionForward& g = *given;
     const attn::Step& step = *g.step;
-    attn::check_heads(step.tokens, g.N, g.K, g.H, g.slopes, g.drop);
+    attn::check_heads(step.tokens, g.N, g.K, g.H, g.group, g.skip, g.slopes, g.drop);
     require(step.tokens > 0 && step.blocks <= g.blocks, kBadIndex);
     const int64_t n = count(step.tokens, g.N, g.H), cached = count(g.blocks, g.K, step.block_size, g.H);
     optional(g.lse);
@@ -302,7 +304,7 @@ int attn_forward(const AttentionForward* given) {
       };
       const attn::Call<T> call{&step, static_cast<T*>(g.k_cache), static_cast<T*>(g.v_cache), view(g.q, 0), view(g.k, 2),
                                view(g.v, 4), static_cast<T*>(g.o), g.lse, int(g.N), int(g.K), int(g.H), float(g.scale),
-                               g.slopes, g.drop};
+                               g.slopes, g.drop, {int(g.group), int(g.skip), int(g.N)}};
       present(call.k_cache, cached), present(call.v_cache, cached), present(call.o, n);
       for (const View& x : {call.q, call.k, call.v}) present(x.data, n);
       attn::forward(call);

@@ -25,6 +25,7 @@ struct Call {
   const float* slopes;
   const dropout::Heads* drop;               // null: no probability was dropped
   bool per_head;                            // dk and dv of every query head, not their sum over a kv head's group
+  Groups groups;
 };
 
 struct Head {                               // one head of one sequence, in float32; rows are `ld` wide, padding is zero
@@ -168,14 +169,14 @@ void backward_heads(const Call<T>& call, int64_t sequence, int first_head, int l
 
 template <class T>
 void backward(const Call<T>& call, int64_t sequences) {
-  const int group = call.N / call.K, together = call.per_head ? 1 : group;
-  const int64_t per_sequence = call.N / together, total = sequences * per_sequence;
+  const int64_t per_sequence = call.per_head ? call.N : call.K, total = sequences * per_sequence;
   std::atomic<int64_t> next{0};
   pool::parallel_for(std::min<int64_t>(pool::num_threads(), total), [&](int64_t) {
     Head scratch;
     for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < total;) {
-      const int head = int(i % per_sequence) * together;
-      backward_heads(call, i / per_sequence, head, head + together, head / group, i % per_sequence, scratch);
+      const int out = int(i % per_sequence), kv_head = call.per_head ? call.groups.kv_head(out) : out;
+      const int first = call.per_head ? out : call.groups.first(out), last = call.per_head ? out + 1 : call.groups.first(out + 1);
+      backward_heads(call, i / per_sequence, first, last, kv_head, out, scratch);
     }
   });
 }
@@ -186,13 +187,13 @@ void backward(const Call<T>& call, int64_t sequences) {
 extern "C" {
 
 // strides: token and head strides of q, k, v, o, d_o, dq, dk, dv, in elements; per_head: dk and dv have N heads, else K;
-// drop: the forward's
+// group, skip, drop: the forward's
 int attn_backward(const int32_t* starts, int64_t sequences, int64_t tokens, int dtype, const void* const* inputs,
                   const float* lse, void* const* outputs, const int64_t* strides, int N, int K, int H, float scale,
-                  const float* slopes, const dropout::Heads* drop, int per_head) {
+                  const float* slopes, const dropout::Heads* drop, int per_head, int group, int skip) {
   using namespace operands;
   return guarded([&] {
-    attn::check_heads(tokens, N, K, H, slopes, drop);
+    attn::check_heads(tokens, N, K, H, group, skip, slopes, drop);
     require(sequences >= 0, kBadSize);
     present(starts, sequences + 1), present(lse, count(tokens, N));
     require(starts[0] == 0 && starts[sequences] == tokens, kBadIndex);
@@ -207,7 +208,7 @@ int attn_backward(const int32_t* starts, int64_t sequences, int64_t tokens, int 
       auto in = [&](int i) { return In{static_cast<const T*>(inputs[i]), strides[2 * i], strides[2 * i + 1]}; };
       auto out = [&](int i) { return Out{static_cast<T*>(outputs[i]), strides[10 + 2 * i], strides[11 + 2 * i]}; };
       attn::backward(attn::Call<T>{starts, in(0), in(1), in(2), in(3), in(4), lse, out(0), out(1), out(2), N, K, H,
-                                   scale, slopes, drop, per_head != 0}, sequences);
+                                   scale, slopes, drop, per_head != 0, {group, skip, N}}, sequences);
     });
   });
 }

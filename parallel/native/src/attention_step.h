@@ -33,9 +33,19 @@ struct View {                               // [token][head][dim], the last cont
   T* at(int64_t t, int64_t h) const { return data + t * token + h * head; }
 };
 
-inline void check_heads(int64_t tokens, int64_t N, int64_t K, int64_t H, const float* slopes, const dropout::Heads* drop) {
+// Which kv head a query head reads: head h reads (h + skip) / size. All kv heads have `size` query heads but the first,
+// `skip` of whose lie elsewhere, and the last.
+struct Groups {
+  int size, skip, N;
+  int first(int kv_head) const { return std::clamp(kv_head * size - skip, 0, N); }
+  int kv_head(int head) const { return (head + skip) / size; }
+};
+
+inline void check_heads(int64_t tokens, int64_t N, int64_t K, int64_t H, int64_t size, int64_t skip, const float* slopes,
+                        const dropout::Heads* drop) {
   using namespace operands;
-  require(N > 0 && K > 0 && N % K == 0 && H > 0 && H <= 1 << 24, kBadSize);
+  require(N > 0 && K > 0 && H > 0 && H <= 1 << 24, kBadSize);
+  require(size > 0 && 0 <= skip && skip < size && K == (N + skip + size - 1) / size, kBadSize);
   require(count(tokens, N) <= INT32_MAX, kBadSize);     // rows are counted in 32 bits
   if (slopes) present(slopes, N);
   if (drop) present(drop->tokens, tokens), present(drop->heads, N);

@@ -205,7 +205,7 @@ def test_a_step_that_does_not_fit_its_cache_is_refused_before_anything_is_writte
 def test_inputs_of_the_wrong_shape_or_dtype_are_refused() -> None:
     q, spec = torch.zeros(3, 4, 8), AttentionSpec(0, 1.0)
     attend = Causal([3], "cpu")
-    for k in (torch.zeros(3, 2, 8), torch.zeros(2, 4, 8), torch.zeros(3, 4, 9), q.bfloat16()):
+    for k in (torch.zeros(3, 3, 8), torch.zeros(2, 4, 8), torch.zeros(3, 4, 9), q.bfloat16()):
         with pytest.raises(ConfigError):
             attend(spec, q, k, k)
     with pytest.raises(ConfigError, match="slopes"):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from parallel.attention.heads import HeadLayout, share_heads
+from parallel.attention.heads import HeadLayout
 from parallel.layers.linear import ColumnLinear, RowLinear, reduce_sum
 from parallel.ranks.group import Group
 from parallel.sharding.rules import Part, rule_of
@@ -187,7 +187,9 @@ def _shared_heads(group: Group, x: Tensor, weights: Tensor, full: dict[str, Tens
     x = x.clone().requires_grad_()
     y = layer(x)
     q = y[:, :-4].view(TOKENS, layout.n_local, 4)
-    kv = share_heads(y[:, None, -4:], layout, group)
+    heads = layout.kv_heads(group)
+    assert heads is not None, "they share one"
+    kv, _ = heads.spread_both(y[:, None, -4:], y[:, None, -4:])
     mine = weights[:, layout.first : layout.first + layout.n_local]
     ((q * kv) * mine).sum().backward()
     return {"dx": x.grad, "weight": layer.weight.grad, "bias": layer.bias.grad}  # type: ignore[union-attr]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from parallel.attention.attend import AttentionMeta, AttentionSpec
 from parallel.attention.eager import attend
 from parallel.attention.kv_cache import KVCache, KVLayout
 from parallel.attention.metadata import Packed, starts_of
+from parallel.errors import ConfigError
 from parallel.native import attention as native
 from parallel.native.library import set_threads
 
@@ -43,6 +45,11 @@ class Heads:
         slopes = 2.0 ** -torch.linspace(1, 8, self.N) if self.alibi else None
         return AttentionSpec(LAYER, 1 / math.sqrt(self.H), slopes)
 
+    def read_by(self, first: int, last: int) -> tuple[slice, tuple[int, int]]:
+        """The kv heads that some of the query heads read, and how."""
+        size = self.N // self.K
+        return slice(first // size, -(-last // size)), (size, first % size)
+
     def cache(self, blocks: int, block_size: int = 16) -> KVCache:
         layout = KVLayout(
             n_layers=1, n_kv_heads=self.K, head_dim=self.H, block_size=block_size, dtype=self.dtype, device="cpu"
@@ -61,6 +68,8 @@ SHAPES = [
     (7, 1, 128, False),
     (2, 1, 256, False),
     (1, 1, 33, True),
+    (8, 2, 32, False),
+    (6, 3, 20, True),
 ]
 CASES = [
     pytest.param(Heads(*shape, dtype), id="-".join(map(str, (*shape[:3], "alibi" * shape[3], str(dtype)[6:]))))
@@ -127,7 +136,7 @@ def test_output_and_log_sum_exp_equal_a_float64_reference(heads: Heads) -> None:
     spec = replace(heads.spec, slopes=None if heads.spec.slopes is None else heads.spec.slopes.double())
     expected = attend(spec, q.double(), k.double(), v.double())
     torch.testing.assert_close(o.double(), expected, rtol=0, atol=3e-6 if heads.dtype is torch.float32 else 2e-2)
-    scores = torch.einsum("qnh,cnh->qnc", q.double(), k.double().expand(-1, heads.N, -1)) * spec.scale
+    scores = torch.einsum("qnh,cnh->qnc", q.double(), spec.by_head(k.double(), heads.N)) * spec.scale
     if spec.slopes is not None:
         positions = torch.arange(LENGTH)
         scores += spec.slopes[None, :, None] * (positions[None, None, :] - positions[:, None, None])
@@ -186,13 +195,14 @@ def test_a_rank_with_some_of_the_heads_computes_the_same_bits(heads: Heads) -> N
     for first, last in ((0, 1), (0, (heads.N + 1) // 2), ((heads.N + 1) // 2, heads.N)):
         if first == last:
             continue
-        kv = slice(first, last) if heads.K > 1 else slice(0, 1)
+        kv, grouping = heads.read_by(first, last)
         step_, blocks = Packed([LENGTH]).scratch_step
         k_cache, v_cache = (torch.zeros(blocks, k[:, kv].shape[1], 16 * heads.H, dtype=heads.dtype) for _ in range(2))
         slopes = None if heads.spec.slopes is None else heads.spec.slopes[first:last].clone()
         part = native.forward(
-            step_, k_cache, v_cache, q[:, first:last], k[:, kv], v[:, kv], scale=heads.spec.scale, slopes=slopes
-        )
+            step_, k_cache, v_cache, q[:, first:last], k[:, kv], v[:, kv], scale=heads.spec.scale, slopes=slopes,
+            grouping=grouping,
+        )  # fmt: skip
         assert same_bits(part, full[:, first:last])
 
 
@@ -233,16 +243,17 @@ def backward(
     whole = sum(lengths)
     q, k, v = heads.qkv(whole, seed)
     grad = torch.randn(whole, heads.N, heads.H, generator=torch.Generator().manual_seed(seed + 100)).to(heads.dtype)
-    q, k, v, grad = q[tokens, part], k[tokens], v[tokens], grad[tokens, part]
-    if heads.K > 1:
-        k, v = k[:, part], v[:, part]
+    kv, grouping = heads.read_by(*part.indices(heads.N)[:2])
+    q, k, v, grad = q[tokens, part], k[tokens, kv], v[tokens, kv], grad[tokens, part]
     lengths = [len(q)] if tokens != slice(None) else lengths
     slopes = None if heads.spec.slopes is None else heads.spec.slopes[part].clone()
     cut = replace(heads, N=q.shape[1], K=k.shape[1])
     step_, blocks = Packed(lengths).scratch_step
     k_cache, v_cache = (torch.zeros(blocks, cut.K, 16 * heads.H, dtype=heads.dtype) for _ in range(2))
     lse = torch.empty(q.shape[:2])
-    o = native.forward(step_, k_cache, v_cache, q, k, v, scale=heads.spec.scale, slopes=slopes, lse_TN=lse)
+    o = native.forward(
+        step_, k_cache, v_cache, q, k, v, scale=heads.spec.scale, slopes=slopes, lse_TN=lse, grouping=grouping
+    )
     return native.backward(
         Packed(lengths).starts_S1,
         q,
@@ -254,6 +265,7 @@ def backward(
         scale=heads.spec.scale,
         slopes=slopes,
         kv_grad_per_head=per_head,
+        grouping=grouping,
     )
 
 
@@ -293,3 +305,64 @@ def test_a_shared_heads_gradient_is_the_sum_over_its_query_heads_in_order(dtype:
         for n in range(1, 5):
             expected += each[:, n]
         assert same_bits(total[:, 0], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("size", "skip", "N"), [(4, 3, 3), (4, 1, 8), (3, 2, 2), (7, 0, 9), (2, 1, 4)])
+def test_heads_whose_groups_are_cut_get_the_bits_of_whole_groups(
+    size: int, skip: int, N: int, dtype: torch.dtype
+) -> None:
+    """What a rank in the middle computes, against all heads of the groups that it has a part of."""
+    K, H, lengths = -(-(N + skip) // size), 24, (70, 1, 33)
+    heads = Heads(K * size, K, H, False, dtype)
+    q, k, v = heads.qkv(sum(lengths))
+    own = slice(skip, skip + N)
+    packing = Packed(lengths)
+    step_, blocks = packing.scratch_step
+
+    def forward(q: Tensor, grouping: tuple[int, int] | None) -> tuple[Tensor, Tensor]:
+        caches = (torch.full((blocks, K, 16 * H), float("nan"), dtype=dtype) for _ in range(2))
+        lse = torch.empty(q.shape[:2])
+        return native.forward(step_, *caches, q, k, v, scale=0.3, lse_TN=lse, grouping=grouping), lse  # type: ignore
+
+    def backward(q: Tensor, o: Tensor, lse: Tensor, grad: Tensor, grouping: Any, per_head: bool) -> tuple[Tensor, ...]:
+        return native.backward(
+            packing.starts_S1, q, k, v, o, lse, grad, scale=0.3, kv_grad_per_head=per_head, grouping=grouping
+        )
+
+    whole, part = forward(q, None), forward(q[:, own], (size, skip))
+    for a, b in zip(whole, part, strict=True):
+        assert same_bits(a[:, own], b)
+    grad = torch.randn(q.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    all_heads = backward(q, *whole, grad, None, True)
+    own_heads = backward(q[:, own], *part, grad[:, own], (size, skip), True)
+    for a, b in zip(all_heads, own_heads, strict=True):
+        assert same_bits(a[:, own], b)
+    summed = backward(q[:, own], *part, grad[:, own], (size, skip), False)
+    kv_of = [(head + skip) // size for head in range(N)]
+    for per_head, total in zip(own_heads[1:], summed[1:], strict=True):
+        wanted = torch.zeros(total.shape).index_add(1, torch.tensor(kv_of), per_head.float())
+        torch.testing.assert_close(total.float(), wanted, rtol=2e-2 if dtype is torch.bfloat16 else 1e-5, atol=2e-2)
+
+
+def test_a_decoded_token_of_a_cut_group_gets_the_bits_of_the_training_forward() -> None:
+    size, skip, N, K, H = 4, 3, 6, 3, 16
+    q, k, v = Heads(N, K, H, False, torch.float32).qkv(40)
+    o, _ = packed_with(q, k, v, (size, skip))
+    cache = Heads(N, K, H, False, torch.float32).cache(4)
+    for start, count in ((0, 37), (37, 1), (38, 1), (39, 1)):
+        meta = AttentionMeta.build([count], [start + count], [[2, 0, 3]], 16)
+        rows = slice(start, start + count)
+        got = native.attend(
+            meta.paged_step, cache.paged(0), q[rows], k[rows], v[rows], scale=0.3, grouping=(size, skip)
+        )
+        assert same_bits(got, o[rows])
+    with pytest.raises(ConfigError, match=r"K = ceil\(\(N \+ 3\) / 4\)"):
+        packed_with(q, k[:, :2], v[:, :2], (size, skip))
+
+
+def packed_with(q: Tensor, k: Tensor, v: Tensor, grouping: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    step_, blocks = Packed([len(q)]).scratch_step
+    caches = (torch.zeros((blocks, x.shape[1], 16 * x.shape[2])) for x in (k, v))
+    lse = torch.empty(q.shape[:2])
+    return native.forward(step_, *caches, q, k, v, scale=0.3, lse_TN=lse, grouping=grouping), lse  # type: ignore
