@@ -1,4 +1,4 @@
-"""Layer normalisation of replicated, or by tokens divided, activations; weight and bias are replicated.
+"""Layer and RMS norms of replicated, or by tokens divided, activations; weight and bias are replicated.
 
 Forward: no collective. Backward: the gains' gradients are sums over tokens, taken leaf by leaf over token shards
 and in the fixed tree, so that they are the same bits whether the tokens are divided over the ranks (then one
@@ -21,8 +21,8 @@ from parallel.sharding.rules import Replicated, VirtualShards, sharded
 from parallel.sharding.tree import leaves_sum
 
 
-class LayerNorm(nn.Module):
-    """(x - mean) / sqrt(var + eps) * weight + bias over the last axis; statistics in float32, row by row."""
+class Norm(nn.Module):
+    """What both kinds have in common: statistics in float32, row by row, then weight (and bias) over the last axis."""
 
     def __init__(
         self,
@@ -43,32 +43,72 @@ class LayerNorm(nn.Module):
     def forward(self, x_TD: Tensor, tokens: VirtualShards | None = None) -> Tensor:
         """[T, D]; with `tokens`, x holds this rank's tokens only."""
         if torch.is_grad_enabled() and (x_TD.requires_grad or self.weight.requires_grad):
-            y_TD = _LayerNorm.apply(x_TD, self.weight, self.bias, self, tokens)
-            return cheap(y_TD, lambda: normalise(x_TD, self))
-        return normalise(x_TD, self)
+            y_TD = _Norm.apply(x_TD, self.weight, self.bias, self, tokens)
+            return cheap(y_TD, lambda: self.normalise(x_TD))
+        return self.normalise(x_TD)
+
+    def normalise(self, x_TD: Tensor) -> Tensor:
+        """Row by row, so that a row's bits do not depend on its neighbours."""
+        raise NotImplementedError(f"{type(self).__name__} must say how a row is normalised")
+
+    def grads(self, x_TD: Tensor, grad_TD: Tensor, borders: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """dx, and of each leaf of tokens the sums [leaves, 2, D] of the gains' gradients."""
+        raise NotImplementedError(f"{type(self).__name__} must say what its gradients are")
 
 
-def normalise(x_TD: Tensor, layer: LayerNorm) -> Tensor:
-    """By torch: row by row, so a row's bits do not depend on its neighbours; and its call is the cheapest."""
-    return torch.layer_norm(x_TD, layer.shape, layer.weight, layer.bias, layer.eps)
+class LayerNorm(Norm):
+    """(x - mean) / sqrt(var + eps) * weight + bias."""
+
+    def normalise(self, x_TD: Tensor) -> Tensor:
+        """By torch, whose call is the cheapest."""
+        return torch.layer_norm(x_TD, self.shape, self.weight, self.bias, self.eps)
+
+    def grads(self, x_TD: Tensor, grad_TD: Tensor, borders: Sequence[int]) -> tuple[Tensor, Tensor]:
+        if uses_native(x_TD):
+            return elementwise.layer_norm_grad(x_TD, grad_TD, self.weight, self.eps, borders)
+        return torch_grads(x_TD, grad_TD, self.weight, self.eps, borders, centred=True)
 
 
-class _LayerNorm(torch.autograd.Function):
+class RMSNorm(Norm):
+    """x / sqrt(mean(x^2) + eps) * weight, rounded once."""
+
+    def __init__(
+        self,
+        size: int,
+        eps: float,
+        *,
+        group: Group | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(size, eps, group=group, bias=False, dtype=dtype, device=device)
+
+    def normalise(self, x_TD: Tensor) -> Tensor:
+        if uses_native(x_TD):
+            return elementwise.layer_norm(x_TD, self.weight, None, self.eps, centred=False).y
+        return torch_rms_norm(x_TD, self.weight, self.eps)
+
+    def grads(self, x_TD: Tensor, grad_TD: Tensor, borders: Sequence[int]) -> tuple[Tensor, Tensor]:
+        if uses_native(x_TD):
+            return elementwise.layer_norm_grad(x_TD, grad_TD, self.weight, self.eps, borders, centred=False)
+        return torch_grads(x_TD, grad_TD, self.weight, self.eps, borders, centred=False)
+
+
+class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[no-untyped-def,override]
-        ctx, x: Tensor, weight: Tensor, bias: Tensor | None, layer: LayerNorm, tokens: VirtualShards | None
+        ctx, x: Tensor, weight: Tensor, bias: Tensor | None, layer: Norm, tokens: VirtualShards | None
     ) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x)
         ctx.layer, ctx.tokens = layer, tokens
-        return normalise(x, layer)
+        return layer.normalise(x)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def,override]
-        x, weight = ctx.saved_tensors
-        group, tokens = ctx.layer.group, ctx.tokens
+        (x,), layer, tokens = ctx.saved_tensors, ctx.layer, ctx.tokens
+        group = layer.group
         borders = group.shards(x.shape[0]).borders if tokens is None else tokens.local_borders(group.rank)
-        grads = _native_grads if uses_native(x) else _torch_grads
-        grad_x, leaves = grads(x, grad.to(x.dtype), weight, ctx.layer.eps, borders)
+        grad_x, leaves = layer.grads(x, grad.to(x.dtype), borders)
         wants_weight, wants_bias = ctx.needs_input_grad[1:3]
         if not (wants_weight or wants_bias):  # the same on all ranks
             return grad_x, None, None, None, None
@@ -76,26 +116,30 @@ class _LayerNorm(torch.autograd.Function):
             total = leaves_sum(leaves.unbind())
         else:
             total = group.talk.tree_sum(leaf_tree(leaves, tokens.local_nodes(group.rank)), tokens.tree)
-        gain, shift = total.to(weight.dtype)
+        gain, shift = total.to(layer.weight.dtype)
         return grad_x, gain if wants_weight else None, shift if wants_bias else None, None, None
 
 
-def _native_grads(
-    x_TD: Tensor, grad_TD: Tensor, weight: Tensor, eps: float, borders: Sequence[int]
-) -> tuple[Tensor, Tensor]:
-    return elementwise.layer_norm_grad(x_TD, grad_TD, weight, eps, borders)
+def torch_rms_norm(x_TD: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Without the native kernels."""
+    wide = x_TD.float()
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.float()).to(x_TD.dtype)
 
 
-def _torch_grads(
-    x_TD: Tensor, grad_TD: Tensor, weight: Tensor, eps: float, borders: Sequence[int]
+def torch_grads(
+    x_TD: Tensor, grad_TD: Tensor, weight: Tensor, eps: float, borders: Sequence[int], centred: bool
 ) -> tuple[Tensor, Tensor]:
-    """dx, and of each leaf of tokens the sums [leaves, 2, D] of the gains' gradients."""
+    """`Norm.grads` without the native kernels; an RMS norm is not centred."""
     wide, grad = x_TD.float(), grad_TD.float()
-    variance, mean = torch.var_mean(wide, -1, correction=0, keepdim=True)
+    if centred:
+        variance, mean = torch.var_mean(wide, -1, correction=0, keepdim=True)
+    else:
+        variance, mean = wide.square().mean(-1, keepdim=True), torch.zeros((), device=wide.device)
     scale = torch.rsqrt(variance + eps)
     unit = (wide - mean) * scale
     weighted = grad * weight.float()
-    inner = weighted - weighted.mean(-1, keepdim=True) - unit * (weighted * unit).mean(-1, keepdim=True)
+    inner = weighted - weighted.mean(-1, keepdim=True) if centred else weighted
+    inner = inner - unit * (weighted * unit).mean(-1, keepdim=True)
     pairs = torch.stack((grad * unit, grad))
     leaves = [pairs[:, lo:hi].sum(1) for lo, hi in itertools.pairwise(borders)]
     none = wide.new_zeros((0, 2, wide.shape[1]))

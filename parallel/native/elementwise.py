@@ -1,4 +1,4 @@
-"""Elementwise and row kernels for CPUs: activations, exp, log, softmax pieces, layer norm, rotary embedding.
+"""Elementwise and row kernels for CPUs: activations and gates, exp, log, softmax pieces, norms, rotary embedding.
 
 float32 or bfloat16 in memory, float32 inside, rounded once. What comes out for an element (or row, or leaf) does not
 depend on where it stands, on the rows around it or on the thread count. No autograd; callers fall back to torch for
@@ -38,12 +38,14 @@ _P, _I, _L, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
 _SIGNATURES: dict[str, tuple] = {
     "ew_activate": (_L, _I, _L, _P, _P),
     "ew_activate_grad": (_L, _I, _L, _P, _P, _P),
+    "ew_gate": (_L, _I, _L, _P, _P, _P),
+    "ew_gate_grad": (_L, _I, _L, _P, _P, _P, _P, _P),
     "ew_exp": (_L, _P, _P),
     "ew_log": (_L, _P, _P),
     "ew_row_max": (_I, _L, _L, _P, _L, _P),
     "ew_exp_sum": (_I, _L, _L, _P, _L, _P, _L, _P, _P),
-    "ew_layer_norm": (_I, _L, _L, _P, _L, _P, _L, _P, _P, _P, _I, _P, _I, _F, _P, _P),
-    "ew_layer_norm_grad": (_I, _L, _L, _P, _L, _P, _L, _P, _I, _F, _L, _P, _P, _P),
+    "ew_layer_norm": (_I, _L, _L, _P, _L, _P, _L, _P, _P, _P, _I, _P, _I, _F, _P, _P, _I),
+    "ew_layer_norm_grad": (_I, _L, _L, _P, _L, _P, _L, _P, _I, _F, _L, _P, _P, _P, _I),
     "ew_softmax_grad": (_L, _L, _P, _P, _P, _P, _P, _P),
     "ew_column_sums": (_I, _L, _L, _P, _L, _P),
     "ew_rotary": (ctypes.c_char_p,),
@@ -90,6 +92,25 @@ def activate_grad(x: Tensor, dy: Tensor, name: str) -> Tensor:
     n = x.numel()
     _call("ew_activate_grad", n, activation_id(name), dtype, n, x.data_ptr(), dy.data_ptr(), dx.data_ptr())
     return dx
+
+
+def gate(gate: Tensor, up: Tensor, name: str) -> Tensor:
+    """The activation of every element of `gate` times that of `up`."""
+    dtype, gate = number("gate", "gate", gate), gate.contiguous()
+    up = checked("gate", "up", up, gate.shape, gate.dtype)
+    out, n = torch.empty(gate.shape, dtype=gate.dtype), gate.numel()
+    _call("ew_gate", n, activation_id(name), dtype, n, gate.data_ptr(), up.data_ptr(), out.data_ptr())
+    return out
+
+
+def gate_grad(gate: Tensor, up: Tensor, dy: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """What dy gives to `gate` and to `up`."""
+    dtype, gate = number("gate_grad", "gate", gate), gate.contiguous()
+    up, dy = (checked("gate_grad", what, x, gate.shape, gate.dtype) for what, x in (("up", up), ("dy", dy)))
+    dgate, dup = (torch.empty(gate.shape, dtype=gate.dtype) for _ in range(2))
+    addresses = [x.data_ptr() for x in (gate, up, dy, dgate, dup)]
+    _call("ew_gate_grad", gate.numel(), activation_id(name), dtype, gate.numel(), *addresses)
+    return dgate, dup
 
 
 def exp(x: Tensor) -> Tensor:
@@ -147,8 +168,11 @@ def layer_norm(
     eps: float,
     residual: Tensor | None = None,
     stats: bool = False,
+    centred: bool = True,
 ) -> Normed:
-    """Layer norm of the rows of x [T, D] (of x + residual, rounded, where given), float32 statistics per row."""
+    """Layer norm of the rows of x [T, D] (of x + residual, rounded, where given), float32 statistics per row; RMS norm
+    where they are not centred.
+    """
     dtype = number("layer_norm", "x", x)
     x, stride = _rows("layer_norm", "x", x)
     n_rows, width = x.shape
@@ -162,15 +186,17 @@ def layer_norm(
     _call(
         "ew_layer_norm", n_rows * width, dtype, n_rows, width, x.data_ptr(), stride, _address(residual), width,
         _address(total), y.data_ptr(), _address(weight), weight_type, _address(bias), bias_type, eps, _address(mean),
-        _address(rstd),
+        _address(rstd), centred,
     )  # fmt: skip
     return Normed(y, mean, rstd, total)
 
 
 def layer_norm_grad(
-    x: Tensor, dy: Tensor, weight: Tensor | None, eps: float, borders: Sequence[int]
+    x: Tensor, dy: Tensor, weight: Tensor | None, eps: float, borders: Sequence[int], centred: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """dx [T, D], and of each leaf of rows the sums [leaves, 2, D] float32 of dy * (x - mean) * rstd and of dy."""
+    """dx [T, D], and of each leaf of rows the sums [leaves, 2, D] float32 of dy * (x - mean) * rstd and of dy; of an
+    RMS norm, which takes no mean, where it is not centred.
+    """
     dtype = number("layer_norm_grad", "x", x)
     x, stride = _rows("layer_norm_grad", "x", x)
     rows, width = x.shape
@@ -183,7 +209,7 @@ def layer_norm_grad(
     c_cuts = (ctypes.c_int64 * len(cuts))(*cuts)
     _call(
         "ew_layer_norm_grad", rows * width, dtype, rows, width, x.data_ptr(), stride, dy.data_ptr(), width,
-        _address(weight), weight_type, eps, len(cuts) - 1, c_cuts, dx.data_ptr(), sums.data_ptr(),
+        _address(weight), weight_type, eps, len(cuts) - 1, c_cuts, dx.data_ptr(), sums.data_ptr(), centred,
     )  # fmt: skip
     return dx, sums
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from parallel.errors import CheckpointError, TpError
-from parallel.layers.norm import LayerNorm
+from parallel.layers.norm import Norm
 from parallel.native.memory import give_back
 from parallel.ranks.gather_parameter import full_tensor
 from parallel.ranks.group import Group
@@ -179,7 +179,7 @@ def agree(group: Group, error: str | None) -> None:
 @torch.no_grad()
 def initialise(model: Decoder, seed: int = 0) -> Decoder:
     """Fresh weights by the family's rule, norms 1, biases 0; the same full tensors at every parallel size."""
-    norms = {id(module.weight) for module in model.modules() if isinstance(module, LayerNorm)}
+    norms = {id(module.weight) for module in model.modules() if isinstance(module, Norm)}
     for name, parameter in model.named_parameters():
         if id(parameter) in norms:
             parameter.fill_(1.0)

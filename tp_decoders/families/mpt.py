@@ -6,6 +6,8 @@ that norm runs over the whole width. T tokens, D model, N local heads, K k/v hea
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -108,7 +110,7 @@ class Model(Decoder):
         layout = HeadLayout.of(group, config.n_heads, config.n_kv_heads, config.head_dim)
         parts = Parts(
             learned_positions=config.options.learned_positions,
-            norm_bias=config.options.bias,
+            norm=partial(LayerNorm, bias=config.options.bias),
             logit_scale=config.options.logit_scale,
         )
         super().__init__(config, group, place, lambda layer: Block(config, layer, layout, group, place), parts)

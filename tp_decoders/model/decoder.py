@@ -1,4 +1,4 @@
-"""What the five models have in common besides their parts: a config, a group, a head, the way through the blocks.
+"""What the models have in common besides their parts: a config, a group, a head, the way through the blocks.
 
 Also the layers that need no sharding knowledge of their own: the learned position table. A model's forward takes flat
 tokens,
@@ -22,7 +22,7 @@ from parallel.attention.heads import HeadLayout
 from parallel.errors import ConfigError
 from parallel.layers.dropout import EMBEDDED, EMBEDDING, DropoutSite
 from parallel.layers.low_rank import dropping_branches
-from parallel.layers.norm import LayerNorm
+from parallel.layers.norm import LayerNorm, Norm
 from parallel.options import Recompute
 from parallel.ranks.group import Group
 from parallel.ranks.sequence_parallel import gather_tokens, scatter_tokens, token_shards
@@ -43,7 +43,7 @@ class Parts:
     """What a family has around its blocks besides what all have."""
 
     learned_positions: bool = False
-    norm_bias: bool = True
+    norm: Callable[..., Norm] = LayerNorm
     logit_scale: float = 1.0
 
 
@@ -85,7 +85,7 @@ class Decoder(VocabularyTables):
         self.embed = VocabEmbedding(vocab, d_model, group=group, **place)
         self.positions = PositionTable(config.max_positions, d_model, group, place) if parts.learned_positions else None
         self.blocks = nn.ModuleList(block(layer) for layer in range(config.n_layers))
-        self.norm = LayerNorm(d_model, config.norm_eps, bias=parts.norm_bias, **place)
+        self.norm = parts.norm(d_model, config.norm_eps, **place)
         self.drop = DropoutSite(config.dropout.embedding, EMBEDDED, EMBEDDING, group)
         if config.task is None or config.task.has_vocabulary:
             tied = self.embed.weight if config.tie else None
@@ -189,3 +189,8 @@ class Family:
     from_hf: Callable[[Fields], DecoderConfig]
     model: Callable[[DecoderConfig, Group, Place], Decoder]
     names: NameMap
+    also: tuple[str, ...] = ()  # other model types whose configs it reads
+
+    @property
+    def model_types(self) -> tuple[str, ...]:
+        return self.model_type, *self.also

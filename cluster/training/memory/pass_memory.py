@@ -21,6 +21,7 @@ from cluster.training.memory.kernel_shapes import ShapeAttend
 from cluster.training.memory.lasting_memory import packed_size
 from cluster.training.memory.live_tensors import LiveBytes
 from parallel.layers import norm
+from parallel.matmul import activation
 from parallel.matmul.grad_sum import ATTRIBUTE
 from parallel.native.memory import KEPT_SCRATCH, LINE
 from parallel.options import Recompute
@@ -32,7 +33,10 @@ from tp_decoders.model.config import DecoderConfig
 from tp_decoders.model.decoder import Decoder
 from tp_decoders.model.rotary import rotate_
 
-NATIVE_PIECES = (norm._torch_grads, logsumexp.softmax_grad, logsumexp.exp_sum_leaves, rotate_)
+NATIVE_PIECES = (
+    norm.torch_grads, norm.torch_rms_norm, activation.gate_values, activation.torch_gate_grad, logsumexp.softmax_grad,
+    logsumexp.exp_sum_leaves, rotate_,
+)  # fmt: skip
 """What the CPU kernels compute without temporaries, and torch with several."""
 Prepare = Callable[[Decoder], None]
 """What is done to a model before it is trained (adapters put on it, its own weights frozen)."""

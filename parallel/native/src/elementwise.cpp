@@ -1,4 +1,4 @@
-// Elementwise and row kernels: activations and their gradients, exp, log, row maxima, sums of exponentials per leaf,
+// Elementwise and row kernels: activations, gated ones and their gradients, exp, log, row maxima, sums of exponentials per leaf,
 // gradients of a softmax, column sums, rotary embedding; layer norm is in norm.cpp. float32 or bfloat16 in memory, float32
 // inside, rounded once.
 //
@@ -22,6 +22,25 @@ struct ActivateGrad {
   int64_t n; const E *x, *dy; E* dx;
   template <activation::Id id> void operator()() const {
     map(n, x, dx, [this](f32x16 v, int64_t i, int live) { return load(dy + i, live) * activation::slope<id>(v); });
+  }
+};
+
+template <class E>
+struct Gate {                                 // f(gate) * up
+  int64_t n; const E *gate, *up; E* out;
+  template <activation::Id id> void operator()() const {
+    map(n, gate, out, [this](f32x16 v, int64_t i, int live) { return activation::value<id>(v) * load(up + i, live); });
+  }
+};
+template <class E>
+struct GateGrad {                             // what comes back through it to gate and to up
+  int64_t n; const E *gate, *up, *dy; E *dgate, *dup;
+  template <activation::Id id> void operator()() const {
+    map(n, gate, dgate, [this](f32x16 v, int64_t i, int live) {
+      const f32x16 grad = load(dy + i, live);
+      store(dup + i, grad * activation::value<id>(v), live);
+      return grad * load(up + i, live) * activation::slope<id>(v);
+    });
   }
 };
 
@@ -140,6 +159,32 @@ int ew_activate_grad(int64_t id, int dtype, int64_t n, const void* x, const void
       using E = decltype(e);
       const ActivateGrad<E> call{n, static_cast<const E*>(x), static_cast<const E*>(dy), static_cast<E*>(dx)};
       present(call.x, n), present(call.dy, n), present(call.dx, n);
+      activation::dispatch(id, call);
+    });
+  });
+}
+
+int ew_gate(int64_t id, int dtype, int64_t n, const void* gate, const void* up, void* out) {
+  return guarded([&] {
+    require(id >= 0 && id < activation::kCount, kBadIndex);
+    typed(dtype, [&](auto e) {
+      using E = decltype(e);
+      const Gate<E> call{n, static_cast<const E*>(gate), static_cast<const E*>(up), static_cast<E*>(out)};
+      present(call.gate, n), present(call.up, n), present(call.out, n);
+      activation::dispatch(id, call);
+    });
+  });
+}
+
+int ew_gate_grad(int64_t id, int dtype, int64_t n, const void* gate, const void* up, const void* dy, void* dgate,
+                 void* dup) {
+  return guarded([&] {
+    require(id >= 0 && id < activation::kCount, kBadIndex);
+    typed(dtype, [&](auto e) {
+      using E = decltype(e);
+      const GateGrad<E> call{n, static_cast<const E*>(gate), static_cast<const E*>(up), static_cast<const E*>(dy),
+                             static_cast<E*>(dgate), static_cast<E*>(dup)};
+      present(call.gate, n), present(call.up, n), present(call.dy, n), present(call.dgate, n), present(call.dup, n);
       activation::dispatch(id, call);
     });
   });

@@ -1,4 +1,5 @@
-// Layer norm of rows, with or without a residual added first, and its gradients. float32 or bfloat16 in memory, float32
+// Layer norm of rows, with or without a residual added first, RMS norm (of the same without a centre), and the gradients
+// of both. float32 or bfloat16 in memory, float32
 // inside, rounded once; a row's bits are its own (rows.h), a gain's gradient is a sum over a leaf's rows in their order.
 #include <vector>
 
@@ -29,6 +30,7 @@ struct Norm {                                 // y = (h - mean) rstd weight + bi
   E *h, *y;
   Affine weight, bias;
   float eps;
+  bool centred;                               // else an RMS norm: mean is taken for 0
   float *mean, *rstd;
 
   void row(int64_t r) const {
@@ -39,7 +41,8 @@ struct Norm {                                 // y = (h - mean) rstd weight + bi
       by_vector(width, [&](int64_t i, int live) { store(sum + i, load(in + i, live) + load(other + i, live), live); });
       in = sum;
     }
-    float m = sum_over(width, [&](int64_t i, int live) { return load(in + i, live); }) / static_cast<float>(width);
+    float m = 0;
+    if (centred) m = sum_over(width, [&](int64_t i, int live) { return load(in + i, live); }) / static_cast<float>(width);
     f32x16 centre = simd::set1(m);
     float variance = sum_over(width, [&](int64_t i, int live) {
       f32x16 d = load(in + i, live, m) - centre;
@@ -55,7 +58,7 @@ struct Norm {                                 // y = (h - mean) rstd weight + bi
 };
 
 // Gradients of y = u weight + bias, u = (x - mean) rstd:  w = dy weight,  dx = (w - mean(w) - u mean(w u)) rstd; the gains'
-// are sums over the rows of each leaf, [leaf][dy u, dy][width] float32.
+// are sums over the rows of each leaf, [leaf][dy u, dy][width] float32. Of an RMS norm both means are 0 but the last.
 template <class E>
 struct NormGrad {
   int64_t width, x_stride, dy_stride;
@@ -63,11 +66,13 @@ struct NormGrad {
   E* dx;
   Affine weight;
   float eps;
+  bool centred;
 
   void row(int64_t r, float* u, float* gain, float* shift) const {
     const E *in = x + r * x_stride, *grad = dy + r * dy_stride;
     const float count = static_cast<float>(width);
-    const float m = sum_over(width, [&](int64_t i, int live) { return load(in + i, live); }) / count;
+    float m = 0;
+    if (centred) m = sum_over(width, [&](int64_t i, int live) { return load(in + i, live); }) / count;
     const f32x16 centre = simd::set1(m);
     const float variance = sum_over(width, [&](int64_t i, int live) {
       f32x16 d = load(in + i, live, m) - centre;
@@ -81,7 +86,7 @@ struct NormGrad {
       store(shift + i, load(shift + i, live) + g, live);
     });
     const auto weighted = [&](int64_t i, int live) { return load(grad + i, live) * weight.at(i, live, 1); };
-    const f32x16 mean = simd::set1(sum_over(width, weighted) / count);
+    const f32x16 mean = simd::set1(centred ? sum_over(width, weighted) / count : 0.0f);
     const f32x16 slope = simd::set1(
         sum_over(width, [&](int64_t i, int live) { return weighted(i, live) * load(u + i, live); }) / count);
     by_vector(width, [&](int64_t i, int live) {
@@ -102,7 +107,7 @@ extern "C" {
 
 int ew_layer_norm(int dtype, int64_t rows, int64_t width, const void* x, int64_t stride, const void* residual,
                   int64_t residual_stride, void* h, void* y, const void* weight, int weight_dtype, const void* bias,
-                  int bias_dtype, float eps, float* mean, float* rstd) {
+                  int bias_dtype, float eps, float* mean, float* rstd, int centred) {
   return guarded([&] {
     const int64_t n = count(rows, width);
     const Affine gain = affine(weight, weight_dtype, width), shift = affine(bias, bias_dtype, width);
@@ -111,7 +116,7 @@ int ew_layer_norm(int dtype, int64_t rows, int64_t width, const void* x, int64_t
     typed(dtype, [&](auto e) {
       using E = decltype(e);
       const Norm<E> norm{width, stride, residual_stride, static_cast<const E*>(x), static_cast<const E*>(residual),
-                         static_cast<E*>(h), static_cast<E*>(y), gain, shift, eps, mean, rstd};
+                         static_cast<E*>(h), static_cast<E*>(y), gain, shift, eps, centred != 0, mean, rstd};
       present(norm.x, n), present(norm.y, n), operands::optional(norm.residual), operands::optional(norm.h);
       over_rows(rows, width, [&](int64_t begin, int64_t end) {
         for (int64_t r = begin; r < end; ++r) norm.row(r);
@@ -123,7 +128,7 @@ int ew_layer_norm(int dtype, int64_t rows, int64_t width, const void* x, int64_t
 // borders: n_leaves + 1 ascending rows, the first 0; sums [leaf][2][width]
 int ew_layer_norm_grad(int dtype, int64_t rows, int64_t width, const void* x, int64_t x_stride, const void* dy,
                        int64_t dy_stride, const void* weight, int weight_dtype, float eps, int64_t n_leaves,
-                       const int64_t* borders, void* dx, float* sums) {
+                       const int64_t* borders, void* dx, float* sums, int centred) {
   return guarded([&] {
     const int64_t n = count(rows, width);
     operands::ascending(borders, n_leaves, rows);
@@ -132,7 +137,7 @@ int ew_layer_norm_grad(int dtype, int64_t rows, int64_t width, const void* x, in
     typed(dtype, [&](auto e) {
       using E = decltype(e);
       const NormGrad<E> norm{width, x_stride, dy_stride, static_cast<const E*>(x), static_cast<const E*>(dy),
-                             static_cast<E*>(dx), gain, eps};
+                             static_cast<E*>(dx), gain, eps, centred != 0};
       present(norm.x, n), present(norm.dy, n), present(norm.dx, n);
       pool::parallel_for(n_leaves, [&](int64_t i) { norm.leaf(borders[i], borders[i + 1], sums + i * 2 * width); });
     });

@@ -37,6 +37,42 @@ def test_layer_norm_gradients_are_accurate_leaf_by_leaf(width: int, dtype: torch
     assert torch.equal(part[0], dx[5:20]) and torch.equal(part[1][0], sums[2])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [1, 25, 200])
+def test_an_rms_norm_and_its_gradients_are_accurate_leaf_by_leaf(width: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x, dy, weight = ((torch.randn(*shape) + 1).to(dtype) for shape in ((37, width), (37, width), (width,)))
+    borders = (0, 5, 5, 20, 37)
+    y = ew.layer_norm(x, weight, None, 1e-5, centred=False).y
+    dx, sums = ew.layer_norm_grad(x, dy, weight, 1e-5, borders, centred=False)
+    tolerance = 1e-5 if dtype is torch.float32 else 2e-2
+    for leaf, (lo, hi) in enumerate(itertools.pairwise(borders)):
+        wide = [t.double().requires_grad_() for t in (x[lo:hi], weight)]
+        rows = F.rms_norm(wide[0], (width,), wide[1], 1e-5)
+        wanted = torch.autograd.grad(rows, wide, dy[lo:hi].double())
+        torch.testing.assert_close(y[lo:hi].double(), rows.detach(), atol=tolerance, rtol=tolerance)
+        torch.testing.assert_close(dx[lo:hi].double(), wanted[0], atol=10 * tolerance, rtol=tolerance)
+        torch.testing.assert_close(sums[leaf, 0].double(), wanted[1], atol=2e-4, rtol=1e-4)
+    assert torch.equal(ew.layer_norm(x[5:7], weight, None, 1e-5, centred=False).y, y[5:7])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["silu", "gelu", "relu"])
+def test_a_gate_and_its_gradients_are_accurate_and_an_elements_own(name: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    gate, up, dy = (torch.randn(7, 33).to(dtype) for _ in range(3))
+    wide = [t.double().requires_grad_() for t in (gate, up)]
+    wanted = getattr(F, name)(wide[0]) * wide[1]
+    tolerance = 2e-6 if dtype is torch.float32 else 1e-2
+    out, grads = ew.gate(gate, up, name), ew.gate_grad(gate, up, dy, name)
+    torch.testing.assert_close(out.double(), wanted.detach(), atol=tolerance, rtol=tolerance)
+    for got, exact in zip(grads, torch.autograd.grad(wanted, wide, dy.double()), strict=True):
+        torch.testing.assert_close(got.double(), exact, atol=tolerance, rtol=tolerance)
+    assert torch.equal(ew.gate(gate[2:3], up[2:3], name), out[2:3])
+    for got, part in zip(grads, ew.gate_grad(gate[2:3], up[2:3], dy[2:3], name), strict=True):
+        assert torch.equal(part, got[2:3])
+
+
 @pytest.mark.parametrize("columns", [1, 33, 500])
 def test_softmax_gradients_are_softmax_minus_one_hot(columns: int) -> None:
     torch.manual_seed(0)

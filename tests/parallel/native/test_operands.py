@@ -57,6 +57,9 @@ ENTRIES: list[Callable[[Callable[..., Tensor]], object]] = [
     lambda x: paged(*torch.zeros(3, 3, 2, 8), slopes=x(2)),  # type: ignore
     lambda x: dropout.drop_rows(x(2, 8), torch.zeros(2).long(), 0, 1, 1.0),
     lambda x: adamw.update(x(8), *torch.zeros(3, 8), RATES),  # type: ignore
+    lambda x: elementwise.gate(x(2, 8), x(2, 8), "silu"),
+    lambda x: elementwise.gate(torch.zeros(2, 8), x(2, 8), "silu"),
+    lambda x: elementwise.gate_grad(x(2, 8), x(2, 8), x(2, 8), "silu"),
 ]
 PACKING = 13
 RATES = adamw.Rates(step=1, learning_rate=1e-3, beta1=0.9, beta2=0.9, epsilon=1e-8, weight_decay=0.0)
