@@ -12,6 +12,7 @@ so that its own cached and uncached results disagree.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -24,9 +25,33 @@ from parallel.native import elementwise
 from tp_decoders.files.json_fields import Fields
 from tp_decoders.model.config import MOST_POSITIONS
 
-KINDS = ("default", "linear", "dynamic")
+KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
+EXTENDING = ("linear", "llama3", "yarn")
 UNUSED_BY_THESE = ("factor", "finetuned")
 """Of the settings of a scaling."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wavelengths:
+    """Of the kind llama3: waves longer than the trained context / `low` are stretched by the factor, those shorter than
+    it / `high` are not, and those between in part.
+    """
+
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ramp:
+    """Of the kind yarn (Peng et al., arXiv 2309.00071): elements that turn more than `fast` times in the trained
+    context stay as they are, those that turn less than `slow` times are stretched by the factor, and those between in
+    part; `attention` scales cos and sin.
+    """
+
+    fast: float
+    slow: float
+    attention: float
+    whole: bool  # its ends are whole elements
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,13 +66,19 @@ class RotaryConfig:
     kind: str = "default"
     factor: float = 1.0
     original: int | None = None
+    band: Wavelengths | Ramp | None = None  # of the kinds llama3 and yarn
+
+    @property
+    def trained(self) -> int:
+        """The context that the factor extends."""
+        return self.original or self.max_positions
 
     @property
     def reach(self) -> int:
         """The longest sequence that can be computed."""
         if self.kind == "default":
             return self.max_positions
-        return max(self.max_positions, int((self.original or self.max_positions) * self.factor))
+        return max(self.max_positions, int(self.trained * self.factor))
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,10 +123,38 @@ def build_tables(config: RotaryConfig) -> Rotation:
     if config.kind == "dynamic":
         frequencies = torch.stack([1.0 / (base**exponents) for base in _dynamic_bases(config)])
     else:
-        frequencies = 1.0 / (config.base**exponents)
-        frequencies = (frequencies / config.factor if config.kind == "linear" else frequencies)[None]
+        frequencies = _stretched(config.base**exponents, config)[None]
     angles = positions.float()[:, None] * frequencies
-    return Rotation(angles.cos(), angles.sin())
+    scale = config.band.attention if isinstance(config.band, Ramp) else 1.0
+    return Rotation(angles.cos() * scale, angles.sin() * scale)
+
+
+def _stretched(periods: Tensor, config: RotaryConfig) -> Tensor:
+    """The frequency of each pair of elements, of its period over 2 pi."""
+    factor, band = config.factor, config.band
+    frequencies = 1.0 / periods
+    if config.kind == "linear":
+        return frequencies / factor
+    if isinstance(band, Wavelengths):
+        waves, trained = 2 * math.pi / frequencies, config.trained
+        share = (trained / waves - band.low) / (band.high - band.low)
+        between = (1 - share) * frequencies / factor + share * frequencies
+        stretched = torch.where(waves > trained / band.low, frequencies / factor, frequencies)
+        return torch.where((waves <= trained / band.low) & (waves >= trained / band.high), between, stretched)
+    if isinstance(band, Ramp):
+        first, last = (_turning(times, config) for times in (band.fast, band.slow))
+        if band.whole:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, config.size - 1)
+        span = last - first if last != first else 0.001
+        kept = 1 - ((torch.arange(config.size // 2, dtype=torch.float32) - first) / span).clamp(0, 1)
+        return 1.0 / (factor * periods) * (1 - kept) + frequencies * kept
+    return frequencies
+
+
+def _turning(times: float, config: RotaryConfig) -> float:
+    """The element that turns so many times in the trained context."""
+    return config.size * math.log(config.trained / (times * 2 * math.pi)) / (2 * math.log(config.base))
 
 
 def _dynamic_bases(config: RotaryConfig) -> list[float]:
@@ -170,26 +229,51 @@ def rotary_from_hf(fields: Fields, head_dim: int, max_positions: int, default_sh
             f"{fields.where}: rotary_pct = {share} of heads of {head_dim} rotates {size} elements; they turn in pairs, "
             "so give a share that makes an even number"
         )
-    kind, factor, original = _scaling_from_hf(given)
+    kind, factor, original, band = _scaling_from_hf(given)
     if kind == "dynamic" and size <= 2:
         raise ConfigError(
             f"{fields.where}: dynamic rope_scaling needs more than 2 rotated elements per head, not {size}"
         )
-    if max_positions * factor > MOST_POSITIONS:
+    config = RotaryConfig(
+        size=size, base=base, max_positions=max_positions, kind=kind, factor=factor, original=original, band=band
+    )
+    if config.trained * factor > MOST_POSITIONS:
         raise ConfigError(
-            f"{fields.where}: factor {factor} makes a context of more than {MOST_POSITIONS} of {max_positions}"
+            f"{fields.where}: factor {factor} makes a context of more than {MOST_POSITIONS} of {config.trained}"
         )
-    return RotaryConfig(size=size, base=base, max_positions=max_positions, kind=kind, factor=factor, original=original)
+    return config
 
 
-def _scaling_from_hf(scaling: Fields | None) -> tuple[str, float, int | None]:
-    """The kind, its factor and, where it is not max_positions, the context that the factor extends."""
+def _scaling_from_hf(scaling: Fields | None) -> tuple[str, float, int | None, Wavelengths | Ramp | None]:
+    """The kind, its factor, where it is not max_positions the context that the factor extends, and what else it has."""
     if scaling is None:
-        return "default", 1.0, None
+        return "default", 1.0, None, None
     kind = scaling.take("rope_type", None, aliases=("type",)) or "default"
     if kind not in KINDS:
         raise scaling.refuse("rope_type" if "rope_type" in scaling.values else "type", ", ".join(KINDS))
     factor = 1.0 if kind == "default" else scaling.number("factor", within=(1.0, float("inf")))
     original = scaling.optional_integer("original_max_position_embeddings")
+    band: Wavelengths | Ramp | None = None
+    if kind == "llama3":
+        low, high = (scaling.number(f"{end}_freq_factor", above=0.0) for end in ("low", "high"))
+        if high <= low:
+            raise scaling.refuse("high_freq_factor", f"a number above low_freq_factor = {low}")
+        if original is None:
+            raise ConfigError(f"{scaling.where} has no 'original_max_position_embeddings', which llama3 needs; add it")
+        band = Wavelengths(low=low, high=high)
+    elif kind == "yarn":
+        band = _ramp_from_hf(scaling, factor)
     scaling.finish(UNUSED_BY_THESE)
-    return kind, factor, original if kind == "linear" else None  # which transformers does not read for the dynamic kind
+    return kind, factor, original if kind in EXTENDING else None, band  # which transformers reads for these only
+
+
+def _ramp_from_hf(scaling: Fields, factor: float) -> Ramp:
+    def growth(weight: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+    given = scaling.optional_number("attention_factor", above=0.0)
+    weights = [scaling.optional_number(key) for key in ("mscale", "mscale_all_dim")]
+    if given is None:
+        given = growth(weights[0]) / growth(weights[1]) if weights[0] and weights[1] else growth(1.0)
+    fast, slow = (scaling.optional_number(f"beta_{end}", above=0.0) for end in ("fast", "slow"))
+    return Ramp(fast=fast or 32.0, slow=slow or 1.0, attention=given, whole=scaling.flag("truncate", True))
