@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from parallel.errors import ConfigError
-from tp_decoders.families import gpt2, gpt_bigcode, gpt_neox, gpt_neox_japanese, mpt
+from tp_decoders.families import gpt2, gpt_bigcode, gpt_neox, gpt_neox_japanese, llama, mpt
 from tp_decoders.families.mpt_config import AUTO, REFERENCE, check_reference
 from tp_decoders.files.json_fields import Fields, model_type_of, shown
 from tp_decoders.files.json_files import read_json_object
@@ -23,9 +23,12 @@ Unread = Literal["warn", "refuse", "ignore"]
 """Of the keys of a config that nobody asked for: one warning names them, they are errors, or nothing is said."""
 
 FAMILIES: dict[str, Family] = {
-    family.model_type: family
-    for family in (gpt2.FAMILY, gpt_neox.FAMILY, gpt_neox_japanese.FAMILY, mpt.FAMILY, gpt_bigcode.FAMILY)
-}
+    model_type: family
+    for family in (
+        gpt2.FAMILY, gpt_neox.FAMILY, gpt_neox_japanese.FAMILY, mpt.FAMILY, gpt_bigcode.FAMILY, llama.FAMILY
+    )
+    for model_type in family.model_types
+}  # fmt: skip
 
 
 def family_of(model_type: object) -> Family:
@@ -36,18 +39,17 @@ def family_of(model_type: object) -> Family:
     return FAMILIES[model_type]
 
 
-def config_from_hf(
-    hf: Mapping[str, Any], *, mpt_reference: str = AUTO, unread: Unread = "warn"
-) -> DecoderConfig:
+def config_from_hf(hf: Mapping[str, Any], *, mpt_reference: str = AUTO, unread: Unread = "warn") -> DecoderConfig:
     """Reads the contents of a config.json. `unread`: what becomes of keys that no family's model depends on;
     `mpt_reference` decides whose meaning an MPT's options have (families.mpt_config), whatever the file says.
     """
-    family = family_of(model_type_of(hf))
+    model_type = model_type_of(hf)
+    family = family_of(model_type)
     if hf.get("model_type") is None:
-        hf = {**hf, "model_type": family.model_type}
+        hf = {**hf, "model_type": model_type}
     if check_reference(mpt_reference) != AUTO and family is mpt.FAMILY:
         hf = {**hf, REFERENCE: mpt_reference}
-    fields = Fields(hf, f"config.json ({family.model_type})")
+    fields = Fields(hf, f"config.json ({model_type})")
     config = check_sizes(family.from_hf(fields), fields.where)
     if unread == "refuse" and fields.unread:
         raise ConfigError(

@@ -29,7 +29,8 @@ from tp_decoders.registry import family_of
 
 ALL_LINEAR = "all-linear"
 HEAD = "head.linear"
-DEFAULT_TARGETS = ("qkv",)
+DEFAULT_TARGETS = ("qkv", "attention.q", "attention.k", "attention.v")
+"""Ours: one layer makes all three, or each has its own."""
 
 
 def their_module(model: Decoder, ours: str) -> str:
@@ -76,7 +77,9 @@ def targeted(model: Decoder, targets: tuple[str, ...] | str | None) -> list[str]
     if isinstance(targets, str) and targets.lower() != ALL_LINEAR:
         found = [ours for ours, theirs in names.items() if re.fullmatch(targets, theirs)]
         return found or _refuse((targets,), names)
-    wanted = (targets,) if isinstance(targets, str) else targets or DEFAULT_TARGETS
+    if targets is None:
+        return [ours for ours in names if any(ends_with(ours, target) for target in DEFAULT_TARGETS)]
+    wanted = (targets,) if isinstance(targets, str) else targets
     found, idle = [], []
     for target in wanted:
         if target.lower() == ALL_LINEAR:

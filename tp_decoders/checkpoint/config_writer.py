@@ -13,14 +13,15 @@ import torch
 
 FLOATS = frozenset(
     """
-    layer_norm_eps layer_norm_epsilon initializer_range embedding_fraction logit_scale clip_qkv softmax_scale
+    layer_norm_eps layer_norm_epsilon rms_norm_eps
+    initializer_range embedding_fraction logit_scale clip_qkv softmax_scale
     """.split()  # noqa: SIM905
 )
 INTEGERS = frozenset(
     """
     alibi_bias_max attn_pdrop expansion_ratio intermediate_multiple_size intermediate_size n_inner n_embd n_head n_layer
     n_positions d_model n_heads n_layers max_seq_len hidden_size num_hidden_layers num_attention_heads
-    max_position_embeddings vocab_size
+    max_position_embeddings vocab_size num_key_value_heads head_dim
     """.split()  # noqa: SIM905
 )
 

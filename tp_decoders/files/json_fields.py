@@ -63,7 +63,7 @@ for one.
 
 CLASSES = {
     "GPT2": "gpt2", "GPTNeoX": "gpt_neox", "GPTNeoXJapanese": "gpt_neox_japanese", "GPTBigCode": "gpt_bigcode",
-    "Mpt": "mpt", "MPT": "mpt",
+    "Mpt": "mpt", "MPT": "mpt", "Llama": "llama", "Mistral": "mistral", "Qwen2": "qwen2", "Qwen3": "qwen3",
 }  # fmt: skip
 """The beginnings of the families' classes."""
 CLASS = re.compile(r"(?P<family>[A-Za-z0-9]+?)(LMHead|DoubleHeads)?(Model|For[A-Z]\w*)")

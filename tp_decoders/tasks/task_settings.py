@@ -35,7 +35,13 @@ CLASSES = {
     "gpt_neox_japanese": "GPTNeoXJapanese",
     "mpt": "Mpt",
     "gpt_bigcode": "GPTBigCode",
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
 }
+ELSEWHERE = {TOKENS: ("llama", "mistral", "qwen2", "qwen3"), SPANS: ("llama", "mistral", "qwen2", "qwen3")}
+"""Model types whose heads transformers keeps under other names in these tasks."""
 ENDINGS = {
     SEQUENCES: "ForSequenceClassification",
     TOKENS: "ForTokenClassification",
@@ -51,6 +57,11 @@ def check_task(name: str, model_type: str | None = None) -> str:
         raise ConfigError(f"task {name!r} is unknown; choose one of {', '.join(TASKS)}")
     if name == CHOICES and model_type is not None and model_type != "gpt2":
         raise ConfigError(f"task {name!r} is GPT-2's alone, this model is a {model_type}; choose another task")
+    if model_type in ELSEWHERE.get(name, ()):
+        raise ConfigError(
+            f"task {name!r} of a {model_type} is not supported: transformers names its tensors otherwise; choose "
+            f"{CAUSAL!r} or {SEQUENCES!r}"
+        )
     return name
 
 

@@ -1,4 +1,4 @@
-"""Tiny random checkpoints of the five families, their answers depend on all of the prompt."""
+"""Tiny random checkpoints of the families, their answers depend on all of the prompt."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_neox_japanese": ("GPTNeoXJapanese", _NEOX),
     "mpt": ("Mpt", {"d_model": 48, "n_heads": 6, "n_layers": 2, "max_seq_len": CONTEXT, "tie_word_embeddings": False}),
     "gpt_bigcode": ("GPTBigCode", _GPT2),
-}
+    "llama": ("Llama", {**_NEOX, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8,
+                        "intermediate_size": 104}),
+}  # fmt: skip
 _GPT2_DROPOUTS = {"embd_pdrop": 0.1, "attn_pdrop": 0.1, "resid_pdrop": 0.1}
 _NEOX_DROPOUTS = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
 DROPOUTS: dict[str, dict[str, Any]] = {
@@ -30,6 +32,7 @@ DROPOUTS: dict[str, dict[str, Any]] = {
     "gpt_neox_japanese": _NEOX_DROPOUTS,
     "mpt": {"attn_config": {"attn_pdrop": 0.1}, "resid_pdrop": 0.1, "emb_pdrop": 0.1},
     "gpt_bigcode": _GPT2_DROPOUTS,
+    "llama": {"attention_dropout": 0.1},
 }
 """The same families with dropout wherever they have it."""
 WIDE: dict[str, Any] = {
@@ -56,7 +59,7 @@ def tiny_model(family: str, **more: Any) -> transformers.PreTrainedModel:
 def _random(name: str, shape: tuple[int, ...], is_norm: bool) -> torch.Tensor:
     if len(shape) == 1:
         return torch.randn(shape) * 0.1 + is_norm
-    embeds = any(part in name for part in ("wte", "wpe", "embed_in"))
+    embeds = any(part in name for part in ("wte", "wpe", "embed_in", "embed_tokens"))
     return torch.randn(shape) * (0.3 if embeds else 3.0 * shape[-1] ** -0.5)
 
 

@@ -122,7 +122,7 @@ def _peft_adapter(family: str, out: Path, **options: Any) -> Tensor:
     return _their_logits(model)
 
 
-ATTENTION = {"gpt2": "c_attn", "gpt_bigcode": "c_attn", "mpt": "Wqkv"}
+ATTENTION = {"gpt2": "c_attn", "gpt_bigcode": "c_attn", "mpt": "Wqkv", "llama": "q_proj"}
 HEADS = {"gpt_neox": "embed_out", "gpt_neox_japanese": "embed_out"}
 
 

@@ -34,6 +34,14 @@ JAPANESE = {
     "vocab_size": 31, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
     "max_position_embeddings": 32,
 }  # fmt: skip
+LLAMA = {
+    "vocab_size": 31, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 2,
+    "intermediate_size": 44, "max_position_embeddings": 32,
+}  # fmt: skip
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}  # fmt: skip
 MPT = {"vocab_size": 29, "d_model": 24, "n_heads": 4, "n_layers": 2, "max_seq_len": 32}
 
 
@@ -114,6 +122,26 @@ CASES: dict[str, Callable[[], Any]] = {
     "bigcode unscaled": hf("GPTBigCode", GPT2, scale_attn_weights=False, n_inner=37),
     "bigcode softmax flags": hf(
         "GPTBigCode", GPT2, attention_softmax_in_fp32=False, scale_attention_softmax_in_fp32=False
+    ),
+    "llama": hf("Llama", LLAMA),
+    "llama multi-head": hf("Llama", LLAMA, num_key_value_heads=8),
+    "llama multi-query": hf("Llama", LLAMA, num_key_value_heads=1),
+    "llama 8 of 16 heads": hf("Llama", LLAMA, num_attention_heads=16, num_key_value_heads=8, head_dim=6),
+    "llama 3 of 6 heads": hf("Llama", LLAMA, num_attention_heads=6, num_key_value_heads=3, head_dim=8),
+    "llama 5 of 25 heads": hf("Llama", LLAMA, num_attention_heads=25, num_key_value_heads=5, head_dim=4),
+    "llama 2 of 14 heads": hf("Llama", LLAMA, num_attention_heads=14, num_key_value_heads=2, head_dim=10),
+    "llama biases": hf("Llama", LLAMA, attention_bias=True, mlp_bias=True, tie_word_embeddings=True),
+    "llama gelu": hf("Llama", LLAMA, hidden_act="gelu_10", intermediate_size=37, rms_norm_eps=1e-3),
+    "llama vocabulary 50257": hf("Llama", LLAMA, vocab_size=50257, hidden_size=16),
+    "llama linear": hf("Llama", LLAMA, rope_scaling={"rope_type": "linear", "factor": 2.5}),
+    "llama dynamic": hf("Llama", LLAMA, rope_scaling={"rope_type": "dynamic", "factor": 2.0}, head_dim=8),
+    "llama llama3": hf("Llama", LLAMA, rope_scaling=LLAMA3, rope_theta=500.0, head_dim=16),
+    "llama yarn": hf("Llama", LLAMA, rope_scaling={"rope_type": "yarn", "factor": 4.0}, rope_theta=100.0, head_dim=16),
+    "mistral": hf("Mistral", LLAMA, sliding_window=32, num_key_value_heads=4),
+    "qwen2": hf("Qwen2", LLAMA, tie_word_embeddings=True),
+    "qwen3": hf("Qwen3", LLAMA, head_dim=6),
+    "qwen3 3 of 12 heads": hf(
+        "Qwen3", LLAMA, num_attention_heads=12, num_key_value_heads=3, head_dim=6, attention_bias=True
     ),
 }  # fmt: skip
 

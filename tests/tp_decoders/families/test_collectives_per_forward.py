@@ -29,6 +29,7 @@ TWO_PER_LAYER = EMBEDDING + Counter(tree_sum=2 * LAYERS)
         ("mpt", TWO_PER_LAYER),
         ("mpt query-key norm", TWO_PER_LAYER + Counter(all_gather=LAYERS)),
         ("bigcode", TWO_PER_LAYER),
+        ("qwen3", TWO_PER_LAYER),
     ],
 )
 @pytest.mark.parametrize("size", [2, 3])

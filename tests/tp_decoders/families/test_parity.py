@@ -27,7 +27,15 @@ def test_logits_loss_and_all_gradients_equal_the_reference(
             assert found.beyond(TOLERANCE) == {}, f"tp {size}, rank {rank}"
 
 
-ONE_PER_FAMILY = ("gpt2 25 heads", "neox", "japanese 3 heads", "mpt query-key norm", "mpt multi-query", "bigcode")
+ONE_PER_FAMILY = (
+    "gpt2 25 heads",
+    "neox",
+    "japanese 3 heads",
+    "mpt query-key norm",
+    "mpt multi-query",
+    "bigcode",
+    "qwen3",
+)
 
 
 @pytest.mark.parametrize("case", ONE_PER_FAMILY)

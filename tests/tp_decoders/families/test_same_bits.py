@@ -31,6 +31,11 @@ CASES = (
     "mpt multi-query norm",
     "bigcode",
     "bigcode multi-head 3 heads",
+    "llama",
+    "llama 3 of 6 heads",
+    "llama 2 of 14 heads",
+    "llama 8 of 16 heads",
+    "qwen3 3 of 12 heads",
 )
 SIZES = (2, 3, 4, 8)
 

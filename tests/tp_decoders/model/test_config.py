@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import typing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,12 +21,16 @@ from tp_decoders.checkpoint.load_save import initialise
 from tp_decoders.model.config import DecoderConfig, Dropout
 from tp_decoders.registry import FAMILIES, config_from_hf, read_config
 
-CLASSES = {
+CLASSES: dict[str, typing.Any] = {
     "gpt2": transformers.GPT2Config,
     "gpt_neox": transformers.GPTNeoXConfig,
     "gpt_neox_japanese": transformers.GPTNeoXJapaneseConfig,
     "mpt": transformers.MptConfig,
     "gpt_bigcode": transformers.GPTBigCodeConfig,
+    "llama": transformers.LlamaConfig,
+    "mistral": partial(transformers.MistralConfig, sliding_window=None),
+    "qwen2": transformers.Qwen2Config,
+    "qwen3": transformers.Qwen3Config,
 }
 
 # Files as they are published with the models (shortened where values repeat nothing of interest).
@@ -96,11 +101,12 @@ def test_defaults_of_a_bare_config_are_those_of_transformers(family: str, tmp_pa
     CLASSES[family]().save_pretrained(tmp_path)
     spelled_out = read_config(tmp_path)
     everything = config_from_hf(json.loads(json.dumps(CLASSES[family]().to_dict())))
-    bare = config_from_hf({"model_type": family})
+    bare = config_from_hf(BASES[family])
     assert spelled_out == everything == bare
 
 
 BASES: dict[str, dict[str, typing.Any]] = {family: {"model_type": family} for family in FAMILIES}
+BASES["mistral"]["sliding_window"] = None  # else 4096 positions of its 131072
 
 
 @pytest.mark.parametrize(
@@ -119,8 +125,8 @@ BASES: dict[str, dict[str, typing.Any]] = {family: {"model_type": family} for fa
         ("gpt2", {"resid_pdrop": 1.5}, "resid_pdrop = 1.5 is not supported; accepted: a number from 0.0 to 1.0"),
         ("gpt2", {"activation_function": "gelu_9"}, "activation 'gelu_9' is unknown; choose one of"),
         ("gpt2", {"n_embd": 768, "hidden_size": 512}, "disagree"),
-        ("gpt_neox", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
-        "rope_type = 'yarn' is not supported; accepted: "),
+        ("gpt_neox", {"rope_scaling": {"rope_type": "longrope", "factor": 2.0}},
+        "rope_type = 'longrope' is not supported; accepted: "),
         ("gpt_neox", {"rope_scaling": {"type": "linear"}}, "has no 'factor'"),
         ("gpt_neox", {"rope_scaling": {"type": "linear", "factor": 0.5}}, "factor = 0.5"),
         ("gpt_neox", {"rope_scaling": "linear"}, "rope_scaling should be a JSON object"),
@@ -146,6 +152,18 @@ BASES: dict[str, dict[str, typing.Any]] = {family: {"model_type": family} for fa
         ("gpt2", {"pruned_heads": {"0": [12]}}, "heads are numbered 0 to"),
         ("gpt2", {"pruned_heads": {"first": [1]}}, "an object of layer numbers"),
         ("gpt2", {"pruned_heads": {"0": [True]}}, "lists of head numbers"),
+        ("llama", {"num_key_value_heads": 3}, "num_key_value_heads = 3 is not supported; accepted: a divisor of"),
+        ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 is not supported; accepted: 1.0"),
+        ("llama", {"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "rope_type = 'longrope'"),
+        ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0}}, "has no 'original_max_position_embeddings'"),
+        ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 4.0,
+        "high_freq_factor": 4.0}}, "high_freq_factor = 4.0 is not supported; accepted: a number above"),
+        ("mistral", {"sliding_window": 4096}, "sliding_window = 4096 in 32 of 32 layers, for a context of 131072"),
+        ("qwen2", {"use_sliding_window": True}, "sliding_window = 4096 in 4 of 32 layers, for a context of 32768"),
+        ("qwen3", {"use_sliding_window": True, "num_hidden_layers": 2,
+        "layer_types": ["full_attention", "sliding_attention"]}, "sliding_window = 4096 in 1 of 2 layers"),
+        ("qwen3", {"layer_types": ["sliding_attention"] * 32}, "needs use_sliding_window = true"),
     ],
 )  # fmt: skip
 def test_what_is_not_supported_is_an_error_that_names_it(family: str, option: dict[str, object], said: str) -> None:
@@ -195,6 +213,8 @@ def test_our_own_presets_are_read_strictly(family: str, option: dict[str, object
         ("MPTForCausalLM", "mpt"),
         ("MptForTokenClassification", "mpt"),
         ("GPTBigCodeForCausalLM", "gpt_bigcode"),
+        ("LlamaForCausalLM", "llama"),
+        ("Qwen3ForCausalLM", "qwen3"),
     ],
 )
 def test_without_a_model_type_the_class_tells_the_family(name: str, family: str) -> None:
@@ -207,9 +227,10 @@ def test_without_a_model_type_the_class_tells_the_family(name: str, family: str)
 
 
 def test_unknown_model_type_lists_the_families(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "config.json").write_text('{"model_type": "gemma"}')
     with pytest.raises(
-        ConfigError, match=r"'llama' is not one of .*: gpt2, gpt_bigcode, gpt_neox, gpt_neox_japanese, mpt"
+        ConfigError,
+        match=r"'gemma' is not one of .*: gpt2, gpt_bigcode, gpt_neox, gpt_neox_japanese, llama, mistral, mpt, qwen",
     ):
         read_config(tmp_path)
 

@@ -28,6 +28,11 @@ SMALL: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 32,
     },
     "mpt": {"d_model": 16, "n_layers": 2, "n_heads": 2, "vocab_size": 31, "max_seq_len": 32},
+    "qwen3": {
+        "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 31,
+        "head_dim": 8, "intermediate_size": 32, "max_position_embeddings": 32, "sliding_window": None,
+        "use_sliding_window": False, "rope_scaling": {"rope_type": "yarn", "factor": 2.0},
+    },
 }  # fmt: skip
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4d7a2146" * 8 + b"\nsize 548105171\n"

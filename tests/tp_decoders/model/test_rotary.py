@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXRotaryEmbedding, apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from parallel.attention.attend import Causal
 from parallel.errors import ConfigError
@@ -41,6 +43,34 @@ def test_tables_are_those_of_transformers_bit_for_bit(
     cos, sin = reference(16, 32, rotary_emb_base=500, rope_scaling=scaling)(torch.zeros(1), positions[None])
     assert torch.equal(table.cos, cos[0, :, :8])
     assert torch.equal(table.sin, sin[0, :, :8])
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {**LLAMA3, "original_max_position_embeddings": 512},
+        {**LLAMA3, "original_max_position_embeddings": 24, "low_freq_factor": 0.25},
+        {"rope_type": "yarn", "factor": 4.0},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256, "truncate": False},
+        {"rope_type": "yarn", "factor": 3.0, "beta_fast": 8, "beta_slow": 2, "attention_factor": 0.7},
+        {"rope_type": "yarn", "factor": 40.0, "mscale": 0.7, "mscale_all_dim": 1.0},
+    ],
+)
+def test_tables_of_stretched_frequencies_are_those_of_transformers_bit_for_bit(scaling: dict[str, object]) -> None:
+    theirs = transformers.LlamaConfig(
+        hidden_size=128, num_attention_heads=2, max_position_embeddings=1024, rope_theta=5000.0, rope_scaling=scaling
+    )
+    positions = torch.tensor([5, 0, 1023, 17, 300])
+    config = config_from_hf(json.loads(json.dumps(theirs.to_dict())))
+    table = Rotary(config.options.rotary).at(positions)
+    cos, sin = LlamaRotaryEmbedding(theirs)(torch.zeros(1), positions[None])
+    assert torch.equal(table.cos, cos[0, :, :32]) and torch.equal(table.sin, sin[0, :, :32])
+    assert config.max_positions >= 1024
+    plain = config_from_hf({**theirs.to_dict(), "rope_scaling": None}).options.rotary
+    assert not torch.allclose(Rotary(plain).at(positions).cos, table.cos, atol=1e-2), "else it would scale nothing"
 
 
 @pytest.mark.parametrize("position", [3, 63, 64, 100, 127])

@@ -40,6 +40,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "bigcode": {
         "model_type": "gpt_bigcode", "n_embd": 48, "n_layer": 3, "n_head": 6, "vocab_size": 130, "n_positions": 64,
     },
+    "qwen3": {
+        "model_type": "qwen3", "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 6, "head_dim": 8,
+        "num_key_value_heads": 2, "intermediate_size": 100, "vocab_size": 130, "max_position_embeddings": 64,
+    },
 }  # fmt: skip
 TOKENS = 32
 SETUP = Setup(tokens=TOKENS, dtype=torch.float32, device="cuda")
@@ -174,7 +178,7 @@ def test_kinds_add_up_to_the_total(config: DecoderConfig) -> None:
 
 def test_the_cache_of_a_served_model_is_its_layout_times_its_tokens(config: DecoderConfig) -> None:
     memory = serving_memory(config, 2, SETUP, cached_tokens=160)
-    heads = 1 if config.n_kv_heads == 1 else 3
+    heads = max(1, config.n_kv_heads // 2)
     assert memory.kv_cache == 160 * 2 * config.n_layers * heads * config.head_dim * 4
 
 
