@@ -80,6 +80,7 @@ LORA: dict[str, dict[str, Any]] = {
     "gpt_neox": {"target_modules": ["query_key_value", "dense_4h_to_h", "embed_out"], "use_rslora": True},
     "mpt": {"target_modules": ["Wqkv"], "alpha_pattern": {"blocks.1.attn.Wqkv": 5}},
     "gpt_bigcode": {"target_modules": ["c_attn", "c_fc"], "rank_pattern": {"h.0.attn.c_attn": 2}},
+    "llama": {"target_modules": ["q_proj", "v_proj", "down_proj"]},
 }
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from parallel.ranks.group import Group
 from parallel.sharding.rules import rule_of
-from tests.tp_decoders.families.parity import GPT2, JAPANESE, MPT, NEOX, error, hash_of, hf
+from tests.tp_decoders.families.parity import GPT2, JAPANESE, LLAMA, MPT, NEOX, error, hash_of, hf
 from tp_decoders import load
 from tp_decoders.model.decoder import Decoder
 from tp_decoders.padded.padded_model import PaddedModel
@@ -36,6 +36,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "mpt": hf("Mpt", MPT, n_heads=3),
     "gpt_bigcode": hf("GPTBigCode", GPT2, n_head=3),
     "gpt_bigcode multi-head": hf("GPTBigCode", GPT2, multi_query=False),
+    "llama": hf("Llama", LLAMA, num_attention_heads=4, num_key_value_heads=2),
 }
 OUT_PROJECTIONS = {
     "gpt2": "transformer.h.{}.attn.c_proj",
@@ -43,6 +44,7 @@ OUT_PROJECTIONS = {
     "gpt_neox_japanese": "gpt_neox_japanese.layers.{}.attention.dense",
     "mpt": "transformer.blocks.{}.attn.out_proj",
     "gpt_bigcode": "transformer.h.{}.attn.c_proj",
+    "llama": "model.layers.{}.self_attn.o_proj",
 }
 
 
@@ -312,7 +314,7 @@ def cache_errors(model: Decoder, out: CausalOutput, cache: list[Any], whole: Ten
     errors = {}
     for layer, (kv, full) in enumerate(zip(out.past_key_values or (), cache, strict=True)):
         heads = model.heads(layer)
-        own = slice(0, 1) if heads.shares_kv else slice(heads.first, heads.first + heads.n_local)
+        own = slice(*heads.kv_range(heads.rank))
         for name, a, b in zip("kv", kv[:2], full, strict=True):
             if heads.n_local:
                 errors[f"cache {layer} {name}"] = padded_error(a, b[:, own], whole[:, None, :, None])

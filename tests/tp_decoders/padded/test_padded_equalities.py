@@ -41,6 +41,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWa
 DROPOUTS: dict[str, dict[str, Any]] = {
     "gpt2": {"embd_pdrop": 0.1, "attn_pdrop": 0.3, "resid_pdrop": 0.2},
     "gpt_bigcode": {"embd_pdrop": 0.1, "attn_pdrop": 0.3, "resid_pdrop": 0.2},
+    "llama": {"attention_dropout": 0.3},
     "gpt_neox": {"hidden_dropout": 0.2, "attention_dropout": 0.3},
     "gpt_neox_japanese": {"hidden_dropout": 0.2, "attention_dropout": 0.3},
     "mpt": {"attn_config": {"attn_pdrop": 0.2}, "resid_pdrop": 0.2, "emb_pdrop": 0.1},
