@@ -1,4 +1,4 @@
-"""Each of the five families learns real text and answers over gRPC: Shakespeare, and Soseki for the Japanese one.
+"""Each family learns real text and answers over gRPC: Shakespeare, and Soseki for the Japanese one.
 
     python bench/families.py [--families gpt2 mpt] [--out FOLDER]
 
@@ -25,6 +25,7 @@ PRESETS = {
     "gpt_neox_japanese": ("laptop-gpt-neox-japanese", "おれは"),
     "mpt": ("laptop-mpt", "ROMEO:\n"),
     "gpt_bigcode": ("laptop-gpt-bigcode", "ROMEO:\n"),
+    "llama": ("laptop-llama", "ROMEO:\n"),
 }
 LIMIT = 0.6
 

@@ -1,4 +1,4 @@
-"""What a model is: the five families, their configurations, checkpoints and tokenizers. Knows nothing of how models
+"""What a model is: the families, their configurations, checkpoints and tokenizers. Knows nothing of how models
 are run.
 """
 

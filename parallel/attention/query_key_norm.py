@@ -77,7 +77,7 @@ class _QueryKeyNorm(torch.autograd.Function):
             borders = norms.borders(x.shape[1], x.shape[0], shards, first)
             rows, back = (one.transpose(0, 1).flatten(0, 1) for one in (x, grad.to(x.dtype)))  # head by head
             own, leaves = norm.grads(rows, back.contiguous(), borders)
-            found.append(own.view(x.shape[1], x.shape[0], -1).transpose(0, 1))
+            found.append(own.view(x.shape[1], *x.shape[::2]).transpose(0, 1))
             sums.append(leaves[1:-1, 0])
         if not any(ctx.needs_input_grad[2:4]):  # the same on all ranks
             return *found, None, None, None

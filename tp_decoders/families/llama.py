@@ -29,6 +29,7 @@ from tp_decoders.files.json_fields import MOST_LAYERS, Fields
 from tp_decoders.model.config import DecoderConfig, Dropout, activation, head_size, probability
 from tp_decoders.model.decoder import Decoder, Family, Parts
 from tp_decoders.model.place import Place
+from tp_decoders.model.rotary import NAMES as ROTARY_NAMES
 from tp_decoders.model.rotary import Rotary, RotaryConfig, Rotation, rotary_from_hf, rotate
 from tp_decoders.model.tensor_names import Name, NameMap, block_names
 
@@ -83,7 +84,8 @@ def from_hf(fields: Fields) -> DecoderConfig:
     kind = KINDS[model_type]
     d_model, n_heads = fields.integer("hidden_size", 4096), fields.integer("num_attention_heads", 32)
     head_dim = _head_dim(fields, kind, d_model, n_heads)
-    rotary = rotary_from_hf(fields, head_dim, fields.integer("max_position_embeddings", kind.positions), 1.0)
+    positions = fields.integer("max_position_embeddings", kind.positions)
+    rotary = rotary_from_hf(fields, head_dim, positions, 1.0, ROTARY_NAMES)
     if rotary.size != head_dim:
         raise fields.refuse("partial_rotary_factor", "1.0, since the family turns whole heads", rotary.size / head_dim)
     n_layers = fields.integer("num_hidden_layers", 32, most=MOST_LAYERS)

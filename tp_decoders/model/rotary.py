@@ -210,14 +210,26 @@ class _Rotate(torch.autograd.Function):
         return rotate_(grad_TNH.clone(memory_format=torch.contiguous_format), ctx.rotation, inverse=True), None
 
 
-def rotary_from_hf(fields: Fields, head_dim: int, max_positions: int, default_share: float) -> RotaryConfig:
+NEOX_NAMES = ("rotary_pct", "partial_rotary_factor"), ("rotary_emb_base", "rope_theta")
+NAMES = ("partial_rotary_factor",), ("rope_theta",)
+"""Of the share of a head that turns, and of the base."""
+
+
+def rotary_from_hf(
+    fields: Fields,
+    head_dim: int,
+    max_positions: int,
+    default_share: float,
+    names: tuple[tuple[str, ...], tuple[str, ...]] = NEOX_NAMES,
+) -> RotaryConfig:
     """Reads the rotary settings under any of their names.
 
     transformers 5 says all of them in rope_parameters (or in rope_scaling, which then comes first); what is not there
     is read from rotary_pct (partial_rotary_factor), rotary_emb_base (rope_theta) and rope_scaling, as before.
     """
-    share = fields.number("rotary_pct", default_share, within=(0.0, 1.0), aliases=("partial_rotary_factor",))
-    base = fields.number("rotary_emb_base", 10000, above=0.0, aliases=("rope_theta",))
+    (share_name, *shares), (base_name, *bases) = names
+    share = fields.number(share_name, default_share, within=(0.0, 1.0), aliases=tuple(shares))
+    base = fields.number(base_name, 10000, above=0.0, aliases=tuple(bases))
     whole, scaling = fields.section("rope_parameters"), fields.section("rope_scaling")
     given = scaling if scaling is not None and scaling.values else whole
     if given is not None:
@@ -226,8 +238,8 @@ def rotary_from_hf(fields: Fields, head_dim: int, max_positions: int, default_sh
     size = int(head_dim * share)
     if size % 2:
         raise ConfigError(
-            f"{fields.where}: rotary_pct = {share} of heads of {head_dim} rotates {size} elements; they turn in pairs, "
-            "so give a share that makes an even number"
+            f"{fields.where}: {share_name} = {share} of heads of {head_dim} rotates {size} elements; they turn in "
+            "pairs, so give a share that makes an even number"
         )
     kind, factor, original, band = _scaling_from_hf(given)
     if kind == "dynamic" and size <= 2:

@@ -19,6 +19,10 @@ REGRESSION, SINGLE_LABEL, MULTI_LABEL = PROBLEMS = (
     "single_label_classification",
     "multi_label_classification",
 )
+GENERIC = ("llama", "mistral", "qwen2", "qwen3")
+"""Model types whose classes are transformers' generic ones: they score tokens by `score`, and in those for spans the
+decoder itself has another name.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ from tp_decoders.model.config import DecoderConfig, probability
 from tp_decoders.model.task_config import (
     CAUSAL,
     CHOICES,
+    GENERIC,
     PROBLEMS,
     SEQUENCES,
     SPANS,
@@ -40,8 +41,6 @@ CLASSES = {
     "qwen2": "Qwen2",
     "qwen3": "Qwen3",
 }
-ELSEWHERE = {TOKENS: ("llama", "mistral", "qwen2", "qwen3"), SPANS: ("llama", "mistral", "qwen2", "qwen3")}
-"""Model types whose heads transformers keeps under other names in these tasks."""
 ENDINGS = {
     SEQUENCES: "ForSequenceClassification",
     TOKENS: "ForTokenClassification",
@@ -57,10 +56,10 @@ def check_task(name: str, model_type: str | None = None) -> str:
         raise ConfigError(f"task {name!r} is unknown; choose one of {', '.join(TASKS)}")
     if name == CHOICES and model_type is not None and model_type != "gpt2":
         raise ConfigError(f"task {name!r} is GPT-2's alone, this model is a {model_type}; choose another task")
-    if model_type in ELSEWHERE.get(name, ()):
+    if name == SPANS and model_type in GENERIC:
         raise ConfigError(
-            f"task {name!r} of a {model_type} is not supported: transformers names its tensors otherwise; choose "
-            f"{CAUSAL!r} or {SEQUENCES!r}"
+            f"task {name!r} of a {model_type} is not supported: transformers names the decoder's tensors otherwise "
+            f"there; choose one of {', '.join((CAUSAL, SEQUENCES, TOKENS))}"
         )
     return name
 

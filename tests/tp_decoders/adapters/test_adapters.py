@@ -1,4 +1,4 @@
-"""Adapters against PEFT, both ways, on all five families; which layers are chosen; merging; what is refused."""
+"""Adapters against PEFT, both ways, on all families; which layers are chosen; merging; what is refused."""
 
 from __future__ import annotations
 

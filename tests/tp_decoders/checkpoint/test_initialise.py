@@ -25,6 +25,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_neox_japanese": ("GPTNeoXJapanese", NEOX),
     "mpt": ("Mpt", {"vocab_size": 211, "d_model": 96, "n_heads": 6, "n_layers": LAYERS, "max_seq_len": 64}),
     "gpt_bigcode": ("GPTBigCode", GPT2),
+    "llama": ("Llama", {**NEOX, "num_key_value_heads": 2, "intermediate_size": 160}),
 }
 
 

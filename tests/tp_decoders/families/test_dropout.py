@@ -19,7 +19,7 @@ from parallel.options import Recompute
 from parallel.ranks.group import Group
 from parallel.sharding.rules import rule_of
 from parallel.vocabulary.cross_entropy import vocab_cross_entropy
-from tests.tp_decoders.families.parity import error, hash_of, hf
+from tests.tp_decoders.families.parity import LLAMA, error, hash_of, hf
 from tp_decoders.registry import family_of
 
 LENGTHS = (11, 6)
@@ -32,31 +32,33 @@ NEOX = {
 }  # fmt: skip
 PDROPS = {"embd_pdrop": 0.1, "attn_pdrop": 0.3, "resid_pdrop": 0.2}
 MPT = {"vocab_size": VOCAB, "d_model": 24, "n_heads": 4, "n_layers": 2, "max_seq_len": 32}
-CASES: dict[str, tuple[Any, bool]] = {  # and whether the embeddings are dropped
-    "gpt2": (hf("GPT2", GPT2, **PDROPS), True),
-    "gpt_neox": (hf("GPTNeoX", NEOX), True),
-    "gpt_neox sequential": (hf("GPTNeoX", NEOX, use_parallel_residual=False), True),
-    "gpt_neox_japanese": (hf("GPTNeoXJapanese", {k: v for k, v in NEOX.items() if k != "intermediate_size"}), False),
+CASES: dict[str, tuple[Any, str]] = {  # and what is dropped besides probabilities
+    "gpt2": (hf("GPT2", GPT2, **PDROPS), "embeddings and blocks"),
+    "gpt_neox": (hf("GPTNeoX", NEOX), "embeddings and blocks"),
+    "gpt_neox sequential": (hf("GPTNeoX", NEOX, use_parallel_residual=False), "embeddings and blocks"),
+    "gpt_neox_japanese": (hf("GPTNeoXJapanese", {k: v for k, v in NEOX.items() if k != "intermediate_size"}), "blocks"),
     # transformers drops what a block adds with the attention's probability; in llm-foundry it has its own
-    "mpt": (hf("Mpt", MPT, attn_config={"attn_pdrop": 0.2}, resid_pdrop=0.2), False),
-    "gpt_bigcode": (hf("GPTBigCode", GPT2, **PDROPS), True),
-    "gpt_bigcode per-head keys": (hf("GPTBigCode", GPT2, multi_query=False, **PDROPS), True),
+    "mpt": (hf("Mpt", MPT, attn_config={"attn_pdrop": 0.2}, resid_pdrop=0.2), "blocks"),
+    "gpt_bigcode": (hf("GPTBigCode", GPT2, **PDROPS), "embeddings and blocks"),
+    "gpt_bigcode per-head keys": (hf("GPTBigCode", GPT2, multi_query=False, **PDROPS), "embeddings and blocks"),
+    "llama": (hf("Llama", LLAMA, num_attention_heads=4, attention_dropout=0.3), "nothing"),
 }
 
 
-def masks_in_order(layers: int, heads: int, embeddings: bool) -> Iterator[tuple[int, int, int]]:
+def masks_in_order(layers: int, heads: int, besides: str) -> Iterator[tuple[int, int, int]]:
     """(layer, kind, heads) of each dropout call of one forward."""
-    if embeddings:
+    if "embeddings" in besides:
         yield EMBEDDED, EMBEDDING, 0
     for layer in range(layers):
         yield layer, ATTENTION, heads
-        yield layer, ATTENDED, 0
-        yield layer, MLP, 0
+        if "blocks" in besides:
+            yield layer, ATTENDED, 0
+            yield layer, MLP, 0
 
 
 @contextmanager
-def dropping_by_our_masks(monkeypatch: pytest.MonkeyPatch, keys: Tensor, embeddings: bool) -> Iterator[None]:
-    order, dropping = masks_in_order(2, 4, embeddings), Dropping(SEED, keys)
+def dropping_by_our_masks(monkeypatch: pytest.MonkeyPatch, keys: Tensor, besides: str) -> Iterator[None]:
+    order, dropping = masks_in_order(2, 4, besides), Dropping(SEED, keys)
 
     def dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
         layer, kind, heads = next(order)
@@ -73,11 +75,11 @@ def dropping_by_our_masks(monkeypatch: pytest.MonkeyPatch, keys: Tensor, embeddi
     assert next(order, None) is None, "not all sites were visited"
 
 
-def reference(model: Any, monkeypatch: pytest.MonkeyPatch, embeddings: bool) -> tuple[Tensor, dict[str, Tensor]]:
+def reference(model: Any, monkeypatch: pytest.MonkeyPatch, besides: str) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss summed over documents, and every gradient."""
     total, keys = torch.zeros(()), token_keys(range(len(LENGTHS)), LENGTHS).split(LENGTHS)
     for document, own in zip(documents(), keys, strict=True):
-        with dropping_by_our_masks(monkeypatch, own, embeddings):
+        with dropping_by_our_masks(monkeypatch, own, besides):
             logits = model.train()(document[None]).logits[0, :-1]
         total = total + torch.nn.functional.cross_entropy(logits, document[1:], reduction="sum")
     total.backward()
@@ -116,11 +118,11 @@ def deviation(
 def test_loss_and_gradients_equal_transformers_under_the_same_masks(
     ranks: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:
-    make, embeddings = CASES[case]
+    make, besides = CASES[case]
     torch.manual_seed(hash_of(case))
     model = make()
     model.save_pretrained(tmp_path)
-    loss, grads = reference(model, monkeypatch, embeddings)
+    loss, grads = reference(model, monkeypatch, besides)
     torch.save(grads, tmp_path / "grads.pt")
     plain = torch.stack([model.eval()(d[None], labels=d[None]).loss * (len(d) - 1) for d in documents()]).sum()
     assert abs(loss - plain) > 0.01, "the masks must matter"

@@ -27,6 +27,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     *((name, {**GPT, **NONE_GPT, key: 1.0}) for name in ("GPT2", "GPTBigCode") for key in NONE_GPT),
     *(("GPTNeoX", {**NEOX, "intermediate_size": 40, key: 1.0}) for key in ("attention_dropout", "hidden_dropout")),
     *(("GPTNeoXJapanese", {**NEOX, **NONE_NEOX, key: 1.0}) for key in ("attention_dropout", "hidden_dropout")),
+    ("Llama", {**NEOX, "intermediate_size": 40, "num_key_value_heads": 1, "attention_dropout": 1.0}),
     ("Mpt", {"d_model": 16, "n_heads": 2, "n_layers": 2, "vocab_size": 31, "attn_config": {"attn_pdrop": 1.0}}),
 ]
 

@@ -27,7 +27,7 @@ from parallel.ranks.group import Group, Numerics
 from parallel.ranks.mesh import Groups
 from parallel.vocabulary.cross_entropy import IGNORE_INDEX, vocab_token_losses
 from tests.tp_decoders.families.dense_mpt import DenseMpt
-from tests.tp_decoders.families.parity import GPT2, JAPANESE, MPT, NEOX, NO_GRADIENT, error, hash_of, hf, mpt
+from tests.tp_decoders.families.parity import GPT2, JAPANESE, LLAMA, MPT, NEOX, NO_GRADIENT, error, hash_of, hf, mpt
 from tp_decoders import load
 from tp_decoders.model.decoder import Decoder
 
@@ -58,8 +58,9 @@ CASES: dict[str, Callable[[], Any]] = {
     ),
     "bigcode": hf("GPTBigCode", GPT2, **SPECIAL),
     "bigcode multi-head": hf("GPTBigCode", GPT2, **SPECIAL, multi_query=False),
+    "llama": hf("Llama", {**LLAMA, **LONG}),
 }  # fmt: skip
-ONE_PER_FAMILY = ("gpt2", "neox", "japanese", "mpt", "bigcode")
+ONE_PER_FAMILY = ("gpt2", "neox", "japanese", "mpt", "bigcode", "llama")
 
 
 def write_model(case: str, folder: Path) -> str:

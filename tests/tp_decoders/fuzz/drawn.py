@@ -22,7 +22,11 @@ ACTIVATIONS = (
     "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_10", "quick_gelu", "relu", "relu2", "relu6", "silu",
     "mish", "tanh", "sigmoid", "leaky_relu", "linear", "laplace",
 )  # fmt: skip
-CLASSES = {"gpt2": "GPT2", "gpt_bigcode": "GPTBigCode", "gpt_neox": "GPTNeoX", "gpt_neox_japanese": "GPTNeoXJapanese"}
+CLASSES = {
+    "gpt2": "GPT2", "gpt_bigcode": "GPTBigCode", "gpt_neox": "GPTNeoX", "gpt_neox_japanese": "GPTNeoXJapanese",
+    "llama": "Llama", "qwen3": "Qwen3",
+}  # fmt: skip
+NEWER = ("llama", "qwen3")
 
 
 @dataclass(frozen=True)
@@ -41,8 +45,9 @@ class Case:
 
 
 def draw(seed: int) -> Case:
-    rng = random.Random(seed)
+    rng, newer = random.Random(seed), random.Random(f"newer {seed}")  # what it draws leaves other cases as they were
     family = rng.choice(["gpt2", "gpt_bigcode", "gpt_neox", "gpt_neox_japanese", "mpt"])
+    family = newer.choice(NEWER) if newer.random() < 0.3 else family
     heads, head_dim = rng.choice([1, 2, 3, 4, 5, 7, 8, 12]), rng.choice([2, 4, 6, 8, 10, 16, 24])
     reach = rng.choice([16, 33, 64])
     shape = {"heads": heads, "width": heads * head_dim, "layers": rng.randint(1, 3), "vocab": rng.randint(2, 300)}
@@ -128,7 +133,30 @@ def _mpt(rng: random.Random, shape: dict[str, int], reach: int) -> dict[str, Any
     return config
 
 
-_OPTIONS = {"gpt2": _gpt2, "gpt_bigcode": _bigcode, "gpt_neox": _neox, "gpt_neox_japanese": _japanese, "mpt": _mpt}
+def _llama(rng: random.Random, shape: dict[str, int], reach: int) -> dict[str, Any]:
+    heads = shape["heads"]
+    config: dict[str, Any] = {
+        "hidden_size": shape["width"], "num_attention_heads": heads, "num_hidden_layers": shape["layers"],
+        "vocab_size": shape["vocab"], "max_position_embeddings": reach, "intermediate_size": rng.randint(1, 99),
+        "num_key_value_heads": rng.choice([n for n in range(1, heads + 1) if heads % n == 0]),
+        "head_dim": rng.choice([shape["width"] // heads, 4, 10]), "hidden_act": rng.choice(ACTIVATIONS),
+        "attention_bias": rng.random() < 0.4, "tie_word_embeddings": rng.random() < 0.4,
+        "rms_norm_eps": rng.choice([1e-6, 1e-3]),
+    }  # fmt: skip
+    kind = rng.choice(["default"] * 4 + ["linear", "llama3", "yarn"])
+    if kind != "default":
+        config["rope_scaling"] = {"rope_type": kind, "factor": rng.choice([1.5, 4.0])}
+    if kind == "llama3":
+        config["rope_scaling"] |= {
+            "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": reach // 2,
+        }  # fmt: skip
+    return config
+
+
+_OPTIONS = {
+    "gpt2": _gpt2, "gpt_bigcode": _bigcode, "gpt_neox": _neox, "gpt_neox_japanese": _japanese, "mpt": _mpt,
+    "llama": _llama, "qwen3": _llama,
+}  # fmt: skip
 
 
 def hf_config(case: Case) -> dict[str, Any]:

@@ -45,6 +45,7 @@ OUT_PROJECTIONS = {
     "mpt": "transformer.blocks.{}.attn.out_proj",
     "gpt_bigcode": "transformer.h.{}.attn.c_proj",
     "llama": "model.layers.{}.self_attn.o_proj",
+    "qwen3": "model.layers.{}.self_attn.o_proj",
 }
 
 
@@ -216,7 +217,8 @@ def masked_heads(model: Any, case: str, masks: list[Tensor] | None) -> Iterator[
     handles = []
     for layer, mask in enumerate(masks or ()):
         module = model.get_submodule(OUT_PROJECTIONS[family(case)].format(layer))
-        scales = mask.repeat_interleave(model.config.hidden_size // model.config.num_attention_heads)
+        head_dim = getattr(model.config, "head_dim", model.config.hidden_size // model.config.num_attention_heads)
+        scales = mask.repeat_interleave(head_dim)
         handles.append(module.register_forward_pre_hook(lambda _, args, scales=scales: (args[0] * scales,)))
     yield
     for handle in handles:
