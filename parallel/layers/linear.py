@@ -141,10 +141,7 @@ class _Columns(torch.autograd.Function):
         x, *lows = ctx.saved_tensors
         layers, branches, tokens = ctx.layers, ctx.branches, ctx.tokens
         grads = tuple(grad.to(ctx.dtype).contiguous() for grad in grads)
-        wants_x, wants = (
-            ctx.needs_input_grad[0],
-            [ctx.needs_input_grad[i : i + 4] for i in range(4, 4 + 4 * len(layers), 4)],
-        )
+        wants_x, *wants = ctx.needs_input_grad[0], *zip(*(ctx.needs_input_grad[i::4] for i in range(4, 8)), strict=True)
         low_grads = [
             branch.low_grad(grad) if branch and (wants_x or a) else None
             for branch, grad, (_, _, a, _) in zip(branches, grads, wants, strict=True)
