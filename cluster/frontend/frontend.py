@@ -20,11 +20,11 @@ from cluster.engine.request import EngineLoad, FinishReason, ModelLimits, Reques
 from cluster.frontend.call_traces import timed, trained
 from cluster.frontend.fleet.engine_stats import total
 from cluster.frontend.fleet.fleet import Fleet
-from cluster.frontend.fleet.open_requests import Entry, Journal, Seat
-from cluster.frontend.fleet.replay import Recall
-from cluster.frontend.fleet.request_builder import Opener
-from cluster.frontend.fleet.request_lifecycle import Delivery
-from cluster.frontend.fleet.request_metrics import Meters
+from cluster.frontend.fleet.open_requests import AttachedEngine, Entry, OpenRequests
+from cluster.frontend.fleet.replay import Replay
+from cluster.frontend.fleet.request_builder import RequestBuilder
+from cluster.frontend.fleet.request_lifecycle import RequestLifecycle
+from cluster.frontend.fleet.request_metrics import RequestMetrics
 from cluster.frontend.journal.request_journal import Ledger
 from cluster.frontend.output.output_text import TextCodec
 from cluster.frontend.output.streams import Stream
@@ -34,8 +34,8 @@ from cluster.frontend.requests.call_costs import check_answer
 from cluster.frontend.requests.content_hash import ContentKeys
 from cluster.frontend.requests.offload import Beside
 from cluster.frontend.requests.quarantine import Death, Quarantine
-from cluster.frontend.training.train_requests import TrainingDesk, check, with_loss
-from cluster.frontend.training.weight_state import WeightsRecord
+from cluster.frontend.training.train_requests import TrainRequests, check, with_loss
+from cluster.frontend.training.weight_state import WeightState
 from cluster.json_logs import REQUEST
 from cluster.link.engine_link import EngineLink
 from cluster.request_errors import Draining, EngineFault
@@ -72,7 +72,7 @@ class Frontend:
         self.config = config or FrontendConfig()
         self.codec = codec
         self.state = State.STARTING
-        self._journal = Journal(self.config.max_open_requests)
+        self._journal = OpenRequests(self.config.max_open_requests)
         self._loop = asyncio.get_running_loop()
         self._observers: list[Callable[[State], None]] = []
         self._recovery: asyncio.TimerHandle | None = None
@@ -80,11 +80,11 @@ class Frontend:
         self._verdict = ""  # why no engine will come any more
         self.ledger = ledger
         self.quarantine = Quarantine() if ledger is None else Quarantine(ledger.deaths, ledger.note_deaths)
-        self._delivery = Delivery(self._journal, self._loop, self.fleet, self.quarantine)
-        self._opener = Opener(codec, self._delivery.leave)
-        self._recall = None if ledger is None else Recall(ledger, self._journal, self._delivery, self._opener)
+        self._delivery = RequestLifecycle(self._journal, self._loop, self.fleet, self.quarantine)
+        self._opener = RequestBuilder(codec, self._delivery.leave)
+        self._recall = None if ledger is None else Replay(ledger, self._journal, self._delivery, self._opener)
         self.beside = Beside()
-        self._training = TrainingDesk(self.meters.train, self.quarantine, self._delivery.trials)
+        self._training = TrainRequests(self.meters.train, self.quarantine, self._delivery.trials)
         self.drained = asyncio.Event()
         """Set when a drain has ended: whoever runs the server may stop it then."""
 
@@ -172,7 +172,7 @@ class Frontend:
         """The engines' counters, added up; to `prove`, after a canary through every rank."""
         return total((await self.loads(timeout, prove)).values())
 
-    async def loads(self, timeout: float = 5.0, prove: bool = False) -> dict[Seat, EngineLoad | TpError]:
+    async def loads(self, timeout: float = 5.0, prove: bool = False) -> dict[AttachedEngine, EngineLoad | TpError]:
         """Those of each engine, or why it gave none."""
         self._check_engine()
         return await self.fleet.ask(timeout, prove)
@@ -244,7 +244,7 @@ class Frontend:
             self._give_up()
 
     @property
-    def meters(self) -> Meters:
+    def meters(self) -> RequestMetrics:
         """What was measured of requests and training calls."""
         return self._delivery.meters
 
@@ -281,7 +281,7 @@ class Frontend:
         self._give_up()
 
     @property
-    def weights(self) -> WeightsRecord:
+    def weights(self) -> WeightState:
         """What training has made of the engine's weights."""
         return self._training.weights
 
@@ -312,7 +312,7 @@ class Frontend:
             raise EngineFault(self.fault_cause)
 
     async def _admit(
-        self, call: Call, made: Sequence[Request | RequestError], recall: Recall | None, keys: ContentKeys
+        self, call: Call, made: Sequence[Request | RequestError], recall: Replay | None, keys: ContentKeys
     ) -> Stream:
         stream, entries = await self._opener.open_in_turns(call.request_id, call.sampling.n, made)
         self._check_open()

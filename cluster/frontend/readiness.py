@@ -18,7 +18,7 @@ from collections.abc import Callable
 
 from cluster.engine.request import EngineLoad
 from cluster.frontend.fleet.fleet import NO_CANARY
-from cluster.frontend.fleet.open_requests import Seat
+from cluster.frontend.fleet.open_requests import AttachedEngine
 from cluster.frontend.frontend import Frontend, State
 
 log = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ class Readiness:
         self._settle()
         return self.ready
 
-    def _answered(self, seat: Seat, fault: str) -> None:
+    def _answered(self, seat: AttachedEngine, fault: str) -> None:
         seat.late = 0
         seat.wrong = seat.wrong + 1 if fault else 0
         seat.right |= not fault
@@ -84,7 +84,7 @@ class Readiness:
         if seat.wrong >= FAILURES and seat.right and not self._frontend.weights.unsaved:
             self._replace(seat, f"{seat.wrong} canaries in a row were wrong: {fault}")
 
-    def _late(self, seat: Seat, doubt: str, busy: bool) -> None:
+    def _late(self, seat: AttachedEngine, doubt: str, busy: bool) -> None:
         seat.late = 0 if busy else seat.late + 1
         training = self._frontend.training_under_way
         if not (training and self._frontend.fleet.replicas[seat.replica].seat):
@@ -92,13 +92,13 @@ class Readiness:
         if seat.late >= (TRAINING_PATIENCE if training else FAILURES):
             self._replace(seat, f"its engine hangs: {seat.late} canaries in a row did not come back, and nothing else")
 
-    def _judge(self, seat: Seat, doubt: str) -> None:
+    def _judge(self, seat: AttachedEngine, doubt: str) -> None:
         if doubt:
             self.failures += 1
             log.error("replica %d is not relied on: %s", seat.replica, doubt)
         self._frontend.fleet.judge(seat, doubt)
 
-    def _replace(self, seat: Seat, cause: str) -> None:
+    def _replace(self, seat: AttachedEngine, cause: str) -> None:
         if self._condemn is not None and self._frontend.fleet.replicas[seat.replica].seat is seat:
             seat.late = seat.wrong = 0
             self._condemn(seat.replica, cause)

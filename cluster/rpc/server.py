@@ -24,7 +24,7 @@ from cluster.rpc.proto import control_pb2_grpc, inference_pb2_grpc, training_pb2
 from cluster.rpc.services.connection_limits import ServerLimits
 from cluster.rpc.services.control_service import Control, Restart, ServiceInfo
 from cluster.rpc.services.inference_service import Inference
-from cluster.rpc.services.interceptor import SERVICES, Boundary
+from cluster.rpc.services.interceptor import SERVICES, Interceptor
 from cluster.rpc.services.training_service import Training
 from cluster.rpc.services.unknown_methods import make_server
 from cluster.rpc.tls import ServerCertificates
@@ -127,7 +127,7 @@ def build_server(
     tokens = None if security.token_file is None else TokenFile(security.token_file)
     certificates = None if security.tls is None else ServerCertificates(security.tls)
     server = make_server(
-        interceptors=[Boundary(Gate(tokens), limits, tracer, frontend.config, frontend.beside)],
+        interceptors=[Interceptor(Gate(tokens), limits, tracer, frontend.config, frontend.beside)],
         options=limits.options(),
         maximum_concurrent_rpcs=limits.max_concurrent_rpcs,
     )

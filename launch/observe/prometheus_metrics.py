@@ -19,7 +19,7 @@ from prometheus_client.registry import Collector
 
 from cluster.engine.request import EngineLoad
 from cluster.frontend.fleet.fleet import Fleet
-from cluster.frontend.fleet.request_metrics import Histogram, Meters, TrainMeters
+from cluster.frontend.fleet.request_metrics import Histogram, RequestMetrics, TrainingMetrics
 from cluster.frontend.frontend import Frontend, State
 from cluster.frontend.readiness import Readiness
 from parallel.errors import TpError
@@ -210,7 +210,7 @@ def _ranks(loads: Mapping[int, EngineLoad]) -> Iterator[Metric]:
     yield from (waits, memory)
 
 
-def request_metrics(meters: Meters) -> Iterator[Metric]:
+def request_metrics(meters: RequestMetrics) -> Iterator[Metric]:
     for field, (name, words) in HISTOGRAMS.items():
         yield histogram(name, words, getattr(meters, field))
     finished = counter("samples_finished", "Samples that ended, by reason.", labels=["reason"])
@@ -223,7 +223,7 @@ def request_metrics(meters: Meters) -> Iterator[Metric]:
     yield counter("delivered_tokens", "Tokens handed to streams.", meters.delivered_tokens)
 
 
-def training_metrics(train: TrainMeters) -> Iterator[Metric]:
+def training_metrics(train: TrainingMetrics) -> Iterator[Metric]:
     for field, (name, words) in TRAIN_GAUGES.items():
         yield gauge(name, words, getattr(train, field))
     calls = counter("training_calls", "Training calls that were answered, by kind.", labels=["kind"])

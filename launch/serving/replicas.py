@@ -14,8 +14,8 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from cluster.actors.group.detached_group import KeptGroup
-from cluster.actors.group.resource_shares import Roster, await_room
+from cluster.actors.group.detached_group import DetachedGroup
+from cluster.actors.group.resource_shares import ResourceShares, await_room
 from cluster.actors.group.worker import Ready
 from cluster.actors.group.worker_group import WorkerGroup
 from cluster.actors.programs.serve_program import ServeProgram
@@ -25,7 +25,7 @@ from launch.serving.healing import Healer
 from launch.serving.rank_specs import spec_of
 from launch.serving.ray_loss import first_of
 from launch.serving.serve_config import ServeConfig
-from launch.serving.state_file import Left, Standing
+from launch.serving.state_file import Left, StateFile
 from parallel.errors import TpError, WorkerError
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 class Replicas:
     """`start` once; `close` ends everything, also what is still starting."""
 
-    def __init__(self, config: ServeConfig, model: Path, log_level: int, standing: Standing | None = None) -> None:
+    def __init__(self, config: ServeConfig, model: Path, log_level: int, standing: StateFile | None = None) -> None:
         self._parallel = config.parallel
         self._standing = standing
         self._placement = replace(config.placement, log_level=log_level)
@@ -47,7 +47,7 @@ class Replicas:
         """Not started yet, with the keys of those that were left if there are any."""
         if left:
             self._specs = [replace(spec, authkey=each.authkey) for spec, each in zip(self._specs, left, strict=True)]
-        self._roster = Roster(len(self._specs))
+        self._roster = ResourceShares(len(self._specs))
         self._groups = [self._group(index, spec) for index, spec in enumerate(self._specs)]
 
     def _group(self, index: int, spec: ServeProgram) -> WorkerGroup:
@@ -55,11 +55,11 @@ class Replicas:
         if self._standing is None:
             return WorkerGroup(spec, size, device, self._placement, share)
         keep = self._standing.keep(index)
-        return KeptGroup(spec, size, device, self._placement, share, keep=keep, moved=self._moved)
+        return DetachedGroup(spec, size, device, self._placement, share, keep=keep, moved=self._moved)
 
     def _moved(self) -> None:
         """A group has started, or was rebuilt: once all are there, the next command is told where."""
-        groups = [group for group in self._groups if isinstance(group, KeptGroup) and group.found]
+        groups = [group for group in self._groups if isinstance(group, DetachedGroup) and group.found]
         if self._standing is not None and len(groups) == len(self._groups):
             self._standing.write(groups, self._specs)
 
@@ -88,13 +88,13 @@ class Replicas:
         no_wait.set()
         try:
             for index, (group, each) in enumerate(zip(self._groups, left, strict=True)):
-                assert isinstance(group, KeptGroup), "only those are left by a command"
+                assert isinstance(group, DetachedGroup), "only those are left by a command"
                 ready.append(group.adopt(each.where))
                 self._roster.share(index, [rank.place for rank in ready[-1]], no_wait)
         except WorkerError as error:
             log.warning("%s; all ranks are started anew", error)
             for group in self._groups:
-                if isinstance(group, KeptGroup):
+                if isinstance(group, DetachedGroup):
                     group.forgo()
             self._make_groups(None)
             return None

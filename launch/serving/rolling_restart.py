@@ -19,7 +19,7 @@ from parallel.errors import TpError
 log = logging.getLogger(__name__)
 
 
-class Upkeep:
+class ReplicaHealers:
     """The healers of all replicas, in their order."""
 
     def __init__(self, frontend: Frontend, healers: Sequence[Healer]) -> None:

@@ -41,10 +41,10 @@ from launch.observe.trace_export import check_traces, open_tracer
 from launch.serving.rank_specs import trained_dtype
 from launch.serving.ray_loss import Leaving, RayWatch, first_of
 from launch.serving.replicas import Replicas
-from launch.serving.rolling_restart import Upkeep
+from launch.serving.rolling_restart import ReplicaHealers
 from launch.serving.serve_config import ServeConfig
 from launch.serving.signals import Signals, end_undisturbed
-from launch.serving.state_file import State, kept_state
+from launch.serving.state_file import State, saved_state
 from parallel.errors import ConfigError, TpError, WorkerError
 from tp_decoders.adapters.peft_files import read_adapter_config
 from tp_decoders.hub.repository import shown_name
@@ -81,7 +81,7 @@ def serve(config: ServeConfig, model: Path, log_level: int, leaving: Leaving) ->
     try:
         head = Head()
         try:
-            with kept_state(config, model) as state, ray_session(config.ray.address, cores, head=head):
+            with saved_state(config, model) as state, ray_session(config.ray.address, cores, head=head):
                 signal.signal(signal.SIGTERM, signal.default_int_handler)  # in place of Ray's own
                 try:
                     return asyncio.run(_serve(config, model, log_level, state, head))
@@ -161,7 +161,7 @@ async def _open(
     ready: Sequence[Sequence[Ready]],
     stack: AsyncExitStack,
     state: State,
-) -> tuple[Frontend, Upkeep, int, str]:
+) -> tuple[Frontend, ReplicaHealers, int, str]:
     """Front-end and server over the replicas' engines, its port, and where its metrics are; the stack closes them."""
     for rank in (rank for ranks in ready for rank in ranks):
         log.info("%s", start_line(rank))
@@ -172,7 +172,7 @@ async def _open(
     frontend = Frontend(links, codec=codec_of(tokenizer), config=_patience(config), ledger=state.ledger)
     stack.push_async_callback(frontend.close)
     check_vocabulary(tokenizer, frontend.limits.vocab_size, model)
-    upkeep = Upkeep(frontend, replicas.healers(frontend, ready))
+    upkeep = ReplicaHealers(frontend, replicas.healers(frontend, ready))
     info = _service_info(config, model, ready[0][0].facts)
     observe = config.observe
     readiness = Readiness(frontend, observe.canary_every_s, observe.canary_timeout_s, upkeep.condemn)
@@ -208,7 +208,7 @@ async def _observe(
     return f"  metrics {shown_address(observe.metrics_host, metrics.port)}"
 
 
-async def _run(frontend: Frontend, signals: Signals, upkeep: Upkeep, drain_s: float, ray: RayWatch) -> None:
+async def _run(frontend: Frontend, signals: Signals, upkeep: ReplicaHealers, drain_s: float, ray: RayWatch) -> None:
     """Until there is a reason to stop, and what was open has ended; what cannot be healed is raised."""
     healing = asyncio.create_task(upkeep.run())
     try:

@@ -18,8 +18,8 @@ from hashlib import sha256
 from importlib import metadata
 from pathlib import Path
 
-from cluster.actors.group.detached_actors import Keep, Whereabouts
-from cluster.actors.group.detached_group import KeptGroup
+from cluster.actors.group.detached_actors import DetachedRanks, Keep
+from cluster.actors.group.detached_group import DetachedGroup
 from cluster.actors.programs.serve_spec import FlightSpec, ServeSpec
 from cluster.frontend.journal.request_journal import Ledger
 from launch.paths import full_path
@@ -35,11 +35,11 @@ class State:
     """What of a server outlives its process; nothing without a state folder."""
 
     ledger: Ledger | None = None
-    standing: Standing | None = None
+    standing: StateFile | None = None
 
 
 @contextmanager
-def kept_state(config: ServeConfig, model: Path) -> Iterator[State]:
+def saved_state(config: ServeConfig, model: Path) -> Iterator[State]:
     """The folder is this command's for as long as the block lasts. Ranks outlive it where the Ray cluster does, unless
     they train: what they have learned is known to this process alone.
     """
@@ -51,7 +51,7 @@ def kept_state(config: ServeConfig, model: Path) -> Iterator[State]:
     ledger = Ledger(folder, identity_of(spec), config.ledger)
     try:
         outlive = config.ray.address is not None and not config.training.enabled
-        yield State(ledger, Standing(folder, config, spec) if outlive else None)
+        yield State(ledger, StateFile(folder, config, spec) if outlive else None)
     finally:
         ledger.close()
 
@@ -61,10 +61,10 @@ class Left:
     """One replica that an earlier command left at work."""
 
     authkey: bytes
-    where: Whereabouts
+    where: DetachedRanks
 
 
-class Standing:
+class StateFile:
     """Ranks that outlive the command. From any thread."""
 
     def __init__(self, folder: Path, config: ServeConfig, spec: ServeSpec) -> None:
@@ -93,7 +93,7 @@ class Standing:
             log.warning("%s cannot be read (%s): ranks are started anew", self._path, error)
             return None
 
-    def write(self, groups: Sequence[KeptGroup], specs: Sequence[ServeSpec]) -> None:
+    def write(self, groups: Sequence[DetachedGroup], specs: Sequence[ServeSpec]) -> None:
         """As of now; a reader sees the old file or the new one."""
         replicas = [
             {"authkey": spec.authkey.hex(), "where": asdict(group.whereabouts)}
@@ -118,7 +118,7 @@ class Standing:
 
 def _left(values: dict[str, dict[str, list[str]]]) -> Left:
     where = values["where"]
-    whereabouts = Whereabouts(
+    whereabouts = DetachedRanks(
         actors=tuple(map(str, where["actors"])),
         placement=str(where["placement"]),
         bundles=tuple(map(int, where["bundles"])),

@@ -28,7 +28,7 @@ class Keep:
     orphan_timeout_s: float
 
     def lease(self, placement: str) -> Lease:
-        return Lease(self.orphan_timeout_s, _GiveBack(placement))
+        return Lease(self.orphan_timeout_s, _RemovePlacement(placement))
 
     def options(self, name: str) -> dict[str, Any]:
         """What Ray is told of a rank's actor."""
@@ -36,7 +36,7 @@ class Keep:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Whereabouts:
+class DetachedRanks:
     """What the next owner needs to find a group's ranks; plain values, to be written to a file."""
 
     actors: tuple[str, ...]  # by rank
@@ -46,7 +46,7 @@ class Whereabouts:
 
 
 @dataclass(frozen=True)
-class _GiveBack:
+class _RemovePlacement:
     """On a rank: ends the whole group by giving its room back."""
 
     placement: str

@@ -14,7 +14,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from cluster.actors.group.detached_actors import NAMESPACE, Keep, Whereabouts, end_leftovers
+from cluster.actors.group.detached_actors import NAMESPACE, DetachedRanks, Keep, end_leftovers
 from cluster.actors.group.placement import PlacementConfig, Share
 from cluster.actors.group.placement_group import Bundles, Tell
 from cluster.actors.group.root_cause import describe
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 MOST_RENEW_S = 5.0
 
 
-class KeptGroup(WorkerGroup):
+class DetachedGroup(WorkerGroup):
     """`start` it, or `adopt` what an owner before this one left; `close` ends the ranks, the owner's death does not."""
 
     def __init__(
@@ -63,7 +63,7 @@ class KeptGroup(WorkerGroup):
         self._moved()
         return ready
 
-    def adopt(self, left: Whereabouts) -> list[Ready]:
+    def adopt(self, left: DetachedRanks) -> list[Ready]:
         """Takes over the ranks of an owner that is gone, which go on as they are; WorkerError where one does not."""
         try:
             self._actors = [ray.get_actor(name, namespace=NAMESPACE) for name in left.actors]
@@ -86,10 +86,10 @@ class KeptGroup(WorkerGroup):
         self._closing.set()
 
     @property
-    def whereabouts(self) -> Whereabouts:
+    def whereabouts(self) -> DetachedRanks:
         """For the next owner, after each start and rebuild."""
         bundles = self._bundles
-        return Whereabouts(
+        return DetachedRanks(
             actors=tuple(self._names), placement=bundles.placement, bundles=bundles.of_rank, life=self._life
         )
 

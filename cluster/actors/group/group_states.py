@@ -75,7 +75,7 @@ NEXT: Mapping[tuple[Stage, Event], Stage | None] = {
 """None: refused."""
 
 
-class GroupLife:
+class GroupState:
     """The present stage. `fault` is the cause while it is FAILED or being rebuilt; the first one counts."""
 
     def __init__(self) -> None:

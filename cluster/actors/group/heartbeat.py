@@ -20,7 +20,7 @@ MOST_S = 1.0
 PROBE_S = 3.0
 
 
-class Pulse:
+class Heartbeat:
     """Make it when the ranks work, then `beat` about twice a second."""
 
     def __init__(self, actors: Sequence[Any], limit_s: float, clock: Callable[[], float] = time.monotonic) -> None:

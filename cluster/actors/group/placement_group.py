@@ -21,7 +21,7 @@ from parallel.errors import ConfigError, WorkerError
 
 Tell = Callable[[str], None]
 """Is given, in words, what is being waited for."""
-PULSE_S = 0.5
+PROBE_EVERY_S = 0.5
 
 
 class Bundles:
@@ -51,7 +51,7 @@ class Bundles:
         """Reserves them again after a fault: waits for nodes and resources as long as it takes."""
         while (missing := self._missing()) is not None:
             tell(f"waiting for room: {missing}")
-            if self._closing.wait(PULSE_S):
+            if self._closing.wait(PROBE_EVERY_S):
                 return
         self._request()
         while not self._await_placed(time.monotonic() + self._config.place_timeout_s):
@@ -59,7 +59,7 @@ class Bundles:
 
     def await_whole(self, tell: Tell) -> None:
         """Waits until every bundle lies on a living node again; Ray moves those of a lost one."""
-        while not self._whole() and not self._closing.wait(PULSE_S):
+        while not self._whole() and not self._closing.wait(PROBE_EVERY_S):
             tell("waiting for room: a node was lost, and no other one has room for its ranks")
 
     def nodes(self) -> list[str]:
@@ -99,7 +99,7 @@ class Bundles:
             try:
                 return check_room(ray.nodes(), self._size, self._device, self._config.strategy)
             except ConfigError:
-                if time.monotonic() >= deadline or self._closing.wait(PULSE_S):
+                if time.monotonic() >= deadline or self._closing.wait(PROBE_EVERY_S):
                     raise
 
     def _missing(self) -> str | None:
@@ -116,7 +116,7 @@ class Bundles:
     def _await_placed(self, deadline: float) -> bool:
         """Whether they were placed in time, or the group is being closed."""
         assert self._group is not None, "requested"
-        while not self._group.wait(PULSE_S) and not self._closing.is_set():
+        while not self._group.wait(PROBE_EVERY_S) and not self._closing.is_set():
             if time.monotonic() >= deadline:
                 return False
         return True

@@ -15,11 +15,11 @@ from dataclasses import replace
 import ray
 
 from cluster.actors.group.placement import Place, PlacementConfig, check_replicas
-from cluster.actors.group.placement_group import PULSE_S
+from cluster.actors.group.placement_group import PROBE_EVERY_S
 from parallel.errors import ConfigError
 
 
-class Roster:
+class ResourceShares:
     """Which node each rank of each replica is on. From any thread."""
 
     def __init__(self, num_replicas: int) -> None:
@@ -34,7 +34,7 @@ class Roster:
             self._nodes[replica] = [place.node for place in places]
             self._came.notify_all()
             while len(self._nodes) < self._num_replicas and not closing.is_set():
-                self._came.wait(PULSE_S)
+                self._came.wait(PROBE_EVERY_S)
             return [self._among_all(replica, place) for place in places]
 
     def _among_all(self, replica: int, place: Place) -> Place:
@@ -53,5 +53,5 @@ def await_room(
         try:
             return check_replicas(ray.nodes(), replicas, tp, device, config.strategy)
         except ConfigError:
-            if time.monotonic() >= deadline or closing.wait(PULSE_S):
+            if time.monotonic() >= deadline or closing.wait(PROBE_EVERY_S):
                 raise

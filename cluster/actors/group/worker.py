@@ -78,7 +78,7 @@ MakeProgram = Callable[[Place, Phases], Program]
 
 
 @runtime_checkable
-class Lasting(Program, Protocol):
+class Rejoinable(Program, Protocol):
     """A program that can outlive its peers: what it holds itself is good for another group of the same shape."""
 
     def part(self, error: BaseException) -> bool:
@@ -162,7 +162,7 @@ class Worker:
         self._lease = lease
         self._lives: dict[int, Life] = {}
         self._lock = threading.Lock()
-        self._kept: Lasting | None = None
+        self._kept: Rejoinable | None = None
         handler = logging.StreamHandler()
         plain = PlainLines(f"%(levelname).1s rank {rank} %(name)s: %(message)s")
         handler.setFormatter(JsonLines(rank) if log_json else plain)
@@ -199,7 +199,7 @@ class Worker:
                 if not life.stopping.is_set():
                     program.run()
             except Exception as error:
-                if life.ready is not None and isinstance(program, Lasting) and program.part(error):
+                if life.ready is not None and isinstance(program, Rejoinable) and program.part(error):
                     self._kept = program
                 raise
             finally:

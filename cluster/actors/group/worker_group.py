@@ -20,10 +20,10 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
-from cluster.actors.group.group_states import Event, GroupLife, Stage
-from cluster.actors.group.heartbeat import Pulse, outcome, slow_start, unanswering
+from cluster.actors.group.group_states import Event, GroupState, Stage
+from cluster.actors.group.heartbeat import Heartbeat, outcome, slow_start, unanswering
 from cluster.actors.group.placement import LOOPBACK, Place, PlacementConfig, Share, assign, meeting_point
-from cluster.actors.group.placement_group import PULSE_S, Bundles, Tell
+from cluster.actors.group.placement_group import PROBE_EVERY_S, Bundles, Tell
 from cluster.actors.group.root_cause import Fault, NoAnswer, describe, root_cause
 from cluster.actors.group.shutdown import end_ranks
 from cluster.actors.group.worker import Lease, MakeProgram, Phases, Ready, Worker, is_consequence
@@ -68,7 +68,7 @@ class WorkerGroup:
         self._bundles = Bundles(size, device, self.config, self._closing)
         self._on_fault: Callable[[str], None] | None = None
         self._silent: list[int] = []
-        self._stages = GroupLife()
+        self._stages = GroupState()
         self._watcher: threading.Thread | None = None
 
     def start(self, on_fault: Callable[[str], None] | None = None) -> list[Ready]:
@@ -197,7 +197,7 @@ class WorkerGroup:
         deadline = time.monotonic() + self.config.start_timeout_s
         while waiting and time.monotonic() < deadline:
             self._check_open()
-            for answer in ray.wait(list(waiting), timeout=PULSE_S)[0]:
+            for answer in ray.wait(list(waiting), timeout=PROBE_EVERY_S)[0]:
                 rank, error = waiting.pop(answer), outcome(answer)
                 if error is not None:
                     raise WorkerError(f"rank {rank} on {nodes[rank]}: its process did not start: {describe(error)}")
@@ -255,7 +255,7 @@ class WorkerGroup:
                     (self._places[rank], self._actors[rank]) for rank in range(self._size) if reports[rank] in waiting
                 ]
                 raise WorkerError(slow_start(late, self._life, self.config.start_timeout_s))
-            for report in ray.wait(waiting, timeout=PULSE_S)[0]:
+            for report in ray.wait(waiting, timeout=PROBE_EVERY_S)[0]:
                 try:
                     ready[report] = ray.get(report)
                 except (WorkerError, RayActorError) as error:
@@ -289,10 +289,10 @@ class WorkerGroup:
 
     def _watch(self, life: int) -> None:
         """Until a rank is lost, or this life is over. An error of Ray's own is borne for a while."""
-        patience, pulse = Patience(WATCH_S), Pulse(self._actors, self.config.silence_s)
+        patience, pulse = Patience(WATCH_S), Heartbeat(self._actors, self.config.silence_s)
         while self._watched(life):
             try:
-                ended, _ = ray.wait(self._runs, timeout=PULSE_S)
+                ended, _ = ray.wait(self._runs, timeout=PROBE_EVERY_S)
                 silent = pulse.beat() if self._watched(life) else []
                 if (ended or silent) and self._watched(life):
                     self._fail(self._root_cause(silent).message())

@@ -28,8 +28,8 @@ from cluster.engine.run.model_runner import ModelRunner
 from cluster.link.engine_server import EngineServer
 from cluster.training.checkpoint.state_folder import StateFolder
 from cluster.training.memory.memory_reserve import training_room
-from cluster.training.service.train_coordinator import TrainLead
-from cluster.training.service.train_worker import SaveConfig, TrainSide
+from cluster.training.service.train_coordinator import TrainCoordinator
+from cluster.training.service.train_worker import SaveConfig, TrainWorker
 from cluster.training.step.trainer import TrainerConfig
 from cluster.training.train_calls import RestorePoint
 from parallel.attention.attend import Causal
@@ -65,7 +65,7 @@ class ServeRank:
         self._commands: Commands | None = None
         self._engine: Engine | None = None
         self._server: EngineServer | None = None
-        self._training: TrainSide | None = None
+        self._training: TrainWorker | None = None
         self._training_room = 0
         self._all_cores = os.sched_getaffinity(0)
 
@@ -204,11 +204,11 @@ class ServeRank:
             )
         return max(free - room, 0)
 
-    def _train_side(self, runner: ModelRunner, groups: Groups) -> TrainSide:
+    def _train_side(self, runner: ModelRunner, groups: Groups) -> TrainWorker:
         training = self._spec.training
         root = None if training.save_root is None else StateFolder(Path(training.save_root)).root
         config = TrainerConfig(micro_batch_tokens=training.micro_batch_tokens, recompute=training.recompute)
-        return TrainSide(runner, groups, config, SaveConfig(root=root, timeout_s=training.save_timeout_s))
+        return TrainWorker(runner, groups, config, SaveConfig(root=root, timeout_s=training.save_timeout_s))
 
     def _serve_engine(self, runner: ModelRunner, commands: Commands) -> None:
         ends = eos_token_ids(self._spec.model)
@@ -219,7 +219,7 @@ class ServeRank:
         new_tokens = default_new_tokens(self._spec.model)
         self._engine = build_engine(runner, self._spec.engine, ends, others, new_tokens)
         changed, idle = self._engine.weights_changed, self._spec.training.session_idle_s
-        lead = TrainLead(self._training, commands, changed, idle) if self._training else None
+        lead = TrainCoordinator(self._training, commands, changed, idle) if self._training else None
         host = self._place.listen or self._place.node
         self._server = EngineServer(self._engine, self._spec.authkey, host=host, training=lead)
 

@@ -42,7 +42,7 @@ from cluster.training.data.store.tokenize_corpus import tokenize_corpus
 from cluster.training.job.packed_steps import Speed, held_out, summed, take_step
 from cluster.training.job.run_folder import TOKENS, check_run, lock
 from cluster.training.job.sample_text import Prompts, sample_live
-from cluster.training.job.skipped_batches import BatchPlace, Skips
+from cluster.training.job.skipped_batches import BatchPlace, SkippedBatches
 from cluster.training.step.flops import ModelFlops, num_parameters, product_ceiling, product_name
 from cluster.training.step.nonfinite_errors import PoisonBatch
 from cluster.training.step.trainer import Trainer, TrainerConfig
@@ -219,7 +219,7 @@ class TrainRank:
         self._trainer = self._make_trainer(saved, groups, store.names if isinstance(store, LabelledStore) else None)
         state = DataState.from_json(saved.extra.get("data")) if saved else None
         skipped = int(saved.extra.get("skipped", 0)) if saved else 0
-        self._skips = Skips(spec.on_nonfinite, spec.max_skipped_in_a_row, spec.max_skipped, skipped)
+        self._skips = SkippedBatches(spec.on_nonfinite, spec.max_skipped_in_a_row, spec.max_skipped, skipped)
         self._loader = Loader(
             self._dataset(store, "train"), state, batch_size=spec.corpus.batch_size, dp_rank=groups.dp.rank,
             dp_size=groups.dp.size,

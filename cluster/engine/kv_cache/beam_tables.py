@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from cluster.engine.kv_cache.kv_cache_manager import Residents
+from cluster.engine.kv_cache.kv_cache_manager import KVCacheManager
 from cluster.engine.sequences.sequence import BeamGroup, Sequence
 
 
@@ -22,7 +22,7 @@ class BeamTables:
     """Settles tables over the cache. `make_room(count, group)` sets others aside until that many blocks are free;
     False: the group itself was set aside."""
 
-    def __init__(self, residents: Residents, make_room: Callable[[int, BeamGroup], bool]) -> None:
+    def __init__(self, residents: KVCacheManager, make_room: Callable[[int, BeamGroup], bool]) -> None:
         self._residents, self._make_room = residents, make_room
 
     def blocks_to_spread(self, group: BeamGroup) -> int:

@@ -19,7 +19,7 @@ TableChange = tuple[int, int, list[int]]
 """(slot, index of the first block, blocks): these blocks now stand there in the slot's table."""
 
 
-class Residents:
+class KVCacheManager:
     """Running sequences, first come first, with their slots and blocks. `guests`: slots beside the others that only a
     sequence admitted as a guest gets."""
 

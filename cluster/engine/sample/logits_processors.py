@@ -87,7 +87,7 @@ class FixedOfCalls:
 FIXED = FixedOfCalls()
 
 
-class Adjustments:
+class LogitsProcessors:
     """One sample's adjustments; remembers what it has already counted, so a step costs only what is new."""
 
     def __init__(self, seq: Sequence, vocab_size: int, device: torch.device) -> None:
@@ -98,7 +98,7 @@ class Adjustments:
         self.counted = seq.prompt_len
         self.ngrams = NGrams(given.no_repeat_ngram_size) if given.no_repeat_ngram_size else None
 
-    def copy(self) -> Adjustments:
+    def copy(self) -> LogitsProcessors:
         """Of a beam that goes on from the same tokens."""
         made = copy(self)
         made.counts = self.counts.clone()
@@ -142,11 +142,11 @@ class Adjustments:
         row_V[ids] = row_V[ids] - (given.frequency_penalty * self.counts[ids] + given.presence_penalty)
 
 
-def adjustments_of(seq: Sequence, vocab_size: int, device: torch.device) -> Adjustments:
+def adjustments_of(seq: Sequence, vocab_size: int, device: torch.device) -> LogitsProcessors:
     """Those of a sequence, made at its first draw."""
     if seq.adjustments is None:
-        seq.adjustments = Adjustments(seq, vocab_size, device)
-    assert isinstance(seq.adjustments, Adjustments), "what is made here"
+        seq.adjustments = LogitsProcessors(seq, vocab_size, device)
+    assert isinstance(seq.adjustments, LogitsProcessors), "what is made here"
     return seq.adjustments
 
 

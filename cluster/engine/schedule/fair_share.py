@@ -18,7 +18,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 
 from cluster.engine.request import Share
-from cluster.engine.schedule.preemption import Holdings
+from cluster.engine.schedule.preemption import CallerUsage
 from cluster.engine.sequences.caller_flows import Caller, Flow
 from cluster.engine.sequences.sequence import Sequence
 from cluster.engine.sequences.waiting_queue import Order
@@ -132,7 +132,7 @@ class Shares:
         caller.turn, self._turn = max(caller.turn, flow.served), max(self._turn, caller.served)
         seq.earned = seq.computed - seq.target  # what it has to read first is nothing gained
 
-    def first(self, holdings: Callable[[], Holdings]) -> list[Flow[Sequence]]:
+    def first(self, holdings: Callable[[], CallerUsage]) -> list[Flow[Sequence]]:
         """The flows in which something waits, in the order in which they may start."""
         if len(self._waiting) < 2:
             return list(self._waiting)

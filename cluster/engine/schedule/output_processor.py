@@ -13,7 +13,7 @@ from typing import Protocol
 
 from cluster.engine.beams.beam_search import Hypothesis, Row
 from cluster.engine.kv_cache.beam_tables import BeamTables
-from cluster.engine.kv_cache.kv_cache_manager import Residents
+from cluster.engine.kv_cache.kv_cache_manager import KVCacheManager
 from cluster.engine.request import FinishReason, TokenEvent, TokenLogprobs
 from cluster.engine.sample.pooling import Rows
 from cluster.engine.schedule.fair_share import Shares
@@ -42,7 +42,7 @@ class Scheduling(Protocol):
 
     counters: Counters
     clock: Callable[[], float]
-    residents: Residents
+    residents: KVCacheManager
     shares: Shares
     tables: BeamTables
     beams: dict[str, BeamGroup]  # by request
@@ -52,7 +52,7 @@ class Scheduling(Protocol):
         ...
 
 
-class Outcomes:
+class OutputProcessor:
     """Commits results to a scheduler's sequences and collects events."""
 
     def __init__(self, scheduler: Scheduling) -> None:

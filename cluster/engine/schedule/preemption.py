@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from cluster.engine.kv_cache.kv_cache_manager import Residents
+from cluster.engine.kv_cache.kv_cache_manager import KVCacheManager
 from cluster.engine.sequences.caller_flows import Caller, Flow
 from cluster.engine.sequences.sequence import Sequence
 
@@ -31,10 +31,10 @@ class Held:
     running: list[Sequence] = field(default_factory=list)  # the latest last; of a beam search its first
 
 
-class Holdings:
+class CallerUsage:
     """Taken from what runs at the moment it is made; `give_way` and `started` keep it up to date."""
 
-    def __init__(self, residents: Residents) -> None:
+    def __init__(self, residents: KVCacheManager) -> None:
         self._num_slots, self._num_blocks = residents.max_sequences, residents.pool.num_blocks
         self._held: dict[Caller | Flow[Sequence], Held] = {}
         self._latest = residents.running[-1] if residents.running else None

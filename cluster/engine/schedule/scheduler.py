@@ -14,14 +14,14 @@ from collections.abc import Sequence as Many
 from cluster.engine.beams.beam_search import search_of
 from cluster.engine.engine_config import EngineConfig
 from cluster.engine.kv_cache.block_pool import BlockPool
-from cluster.engine.kv_cache.kv_cache_manager import Residents
+from cluster.engine.kv_cache.kv_cache_manager import KVCacheManager
 from cluster.engine.request import EngineLoad, FinishReason, ModelLimits, Request, TokenEvent
 from cluster.engine.request_validation import resolve, validate
 from cluster.engine.schedule.fair_share import Shares
-from cluster.engine.schedule.output_processor import Counters, Outcomes
+from cluster.engine.schedule.output_processor import Counters, OutputProcessor
 from cluster.engine.schedule.step_plan import PlanBuilder, StepPlan, StepResult
 from cluster.engine.schedule.step_planner import Planner
-from cluster.engine.schedule.step_time import Pace
+from cluster.engine.schedule.step_time import StepTime
 from cluster.engine.sequences.fault_isolation import RequestFault, blamed_on
 from cluster.engine.sequences.sequence import Answer, BeamGroup, Sequence
 from cluster.engine.sequences.waiting_queue import Order
@@ -35,15 +35,15 @@ class Scheduler:
         self, config: EngineConfig, limits: ModelLimits, pool: BlockPool, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.config, self.limits, self.clock = config, limits, clock
-        self.residents = Residents(pool, config.max_sequences, config.prefix_caching, config.guest_slots)
+        self.residents = KVCacheManager(pool, config.max_sequences, config.prefix_caching, config.guest_slots)
         self.shares = Shares(config.max_step_tokens, clock)
         self.beams: dict[str, BeamGroup] = {}  # by request
         self.answers: dict[str, Answer] = {}
         self.counters = Counters()
-        self.pace = Pace(config.share_stretch, config.max_step_tokens, clock)
+        self.pace = StepTime(config.share_stretch, config.max_step_tokens, clock)
         self.planner = Planner(config, self.residents, self.shares, self.counters, self.pace, self._started)
         self.tables = self.planner.tables
-        self._outcomes = Outcomes(self)
+        self._outcomes = OutputProcessor(self)
         self._deadlines: list[tuple[float, int, str]] = []
         self._submissions = 0
 

@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterator, Mapping
 
 from cluster.engine.engine_config import EngineConfig
 from cluster.engine.kv_cache.beam_tables import BeamTables
-from cluster.engine.kv_cache.kv_cache_manager import Residents
+from cluster.engine.kv_cache.kv_cache_manager import KVCacheManager
 from cluster.engine.schedule.fair_share import Shares
 from cluster.engine.schedule.output_processor import Counters
-from cluster.engine.schedule.preemption import Holdings
-from cluster.engine.schedule.step_time import Pace
+from cluster.engine.schedule.preemption import CallerUsage
+from cluster.engine.schedule.step_time import StepTime
 from cluster.engine.sequences.caller_flows import Caller, Flow
 from cluster.engine.sequences.sequence import BeamGroup, Sequence
 
@@ -37,7 +37,7 @@ class Planner:
     """Fills one step after another. `on_start` is told of each sequence that begins, or begins again."""
 
     def __init__(
-        self, config: EngineConfig, residents: Residents, shares: Shares, counters: Counters, pace: Pace,
+        self, config: EngineConfig, residents: KVCacheManager, shares: Shares, counters: Counters, pace: StepTime,
         on_start: Callable[[Sequence], None],
     ) -> None:  # fmt: skip
         self._config, self._residents, self._shares, self._counters = config, residents, shares, counters
@@ -47,7 +47,7 @@ class Planner:
         self._tokens = self._scored = 0  # what is left of the step
         self._limited = False  # whether prompts are read out of the flows' bursts
         self._most_each = 0  # of these, in one step
-        self._holdings: Holdings | None = None
+        self._holdings: CallerUsage | None = None
 
     def choose(self) -> Mapping[Sequence, int]:
         """The sequences of the next step, and how many tokens of each."""
@@ -165,7 +165,7 @@ class Planner:
         return True
 
     def _loser(self) -> Sequence:
-        return Holdings(self._residents).loser() if self._shares.several else self._residents.running[-1]
+        return CallerUsage(self._residents).loser() if self._shares.several else self._residents.running[-1]
 
     def set_aside(self, seq: Sequence) -> None:
         """Takes back what a running sequence holds; it waits, at its own place, to be computed again."""
@@ -237,14 +237,14 @@ class Planner:
         pool = self._residents.pool
         blocks = pool.blocks_for(seq.target)
         free = (self._residents.num_free_slots, pool.num_free - spare)
-        victims = Holdings(self._residents).give_way(seq.flow, 1 + len(seq.forks), blocks, free)
+        victims = CallerUsage(self._residents).give_way(seq.flow, 1 + len(seq.forks), blocks, free)
         for victim in victims:
             self.set_aside(victim)
         return bool(victims)
 
-    def _now(self) -> Holdings:
+    def _now(self) -> CallerUsage:
         if self._holdings is None:
-            self._holdings = Holdings(self._residents)
+            self._holdings = CallerUsage(self._residents)
         return self._holdings
 
 

@@ -57,7 +57,7 @@ class Times:
         return min(found, most)
 
 
-class Pace:
+class StepTime:
     """`stretch`: how many times as long as its shortest a step may take that callers share."""
 
     def __init__(self, stretch: float, max_tokens: int, clock: Callable[[], float] = time.monotonic) -> None:

@@ -1,7 +1,7 @@
 """The replicas behind a front-end: which has an engine, what is open where, and who gets what comes next.
 
-An engine in a replica's place is a `Seat`. An open request sits on one seat or, where no replica has an engine, on
-none; events are taken from the seat it sits on and no other, so what a lost engine says late is never heard. Why a
+An engine in a replica's place is an `AttachedEngine`. An open request sits on one or, where no replica has an engine,
+on none; events are taken from the seat it sits on and no other, so what a lost engine says late is never heard. Why a
 replica is out is kept here; what that means for the server's state, and for readers, is the front-end's business.
 """
 
@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 from cluster.engine.request import EngineLoad, ModelLimits, Request
-from cluster.frontend.fleet.open_requests import Entry, Seat
+from cluster.frontend.fleet.open_requests import AttachedEngine, Entry
 from cluster.frontend.fleet.routing import Router
 from cluster.frontend.requests.call import RoutingConfig
 from cluster.link.engine_link import EngineLink, LinkEvent
@@ -40,14 +40,14 @@ class Replica:
 
     index: int
     link: EngineLink
-    seat: Seat | None = None
+    seat: AttachedEngine | None = None
     fault: str = ""  # why there is no engine
     doubt: str = NO_CANARY  # why it is not relied on; nothing: its last canary came back
     held: bool = False  # nothing new goes there while others can take it
     restarts: int = 0  # how often another engine, or another connection to it, took over
 
 
-Events = Callable[[Seat, Sequence[LinkEvent]], None]
+Events = Callable[[AttachedEngine, Sequence[LinkEvent]], None]
 Faults = Callable[[str, int], None]
 
 
@@ -66,7 +66,7 @@ class Fleet:
         self.canaries = False
         """Whether somebody proves engines by canaries: what depends on that waits for it."""
         self._moved = asyncio.Event()
-        self._asking: asyncio.Task[dict[Seat, EngineLoad | TpError]] | None = None
+        self._asking: asyncio.Task[dict[AttachedEngine, EngineLoad | TpError]] | None = None
         self._on_events: Events
         self._on_fault: Faults
 
@@ -92,7 +92,7 @@ class Fleet:
         """Be told whenever an engine has."""
         self._provers.append(observer)
 
-    def prove(self, seat: Seat) -> None:
+    def prove(self, seat: AttachedEngine) -> None:
         """It works: it has answered something."""
         if not seat.proved:
             seat.proved = True
@@ -121,7 +121,7 @@ class Fleet:
         while not condition():
             await self._moved.wait()
 
-    async def ask(self, timeout: float, prove: bool = False) -> dict[Seat, EngineLoad | TpError]:
+    async def ask(self, timeout: float, prove: bool = False) -> dict[AttachedEngine, EngineLoad | TpError]:
         """Every engine's counters, or why it gave none; to `prove`, after a canary through every rank."""
         if prove:
             return await self._ask(timeout, prove)
@@ -129,7 +129,7 @@ class Fleet:
             self._asking = asyncio.create_task(self._ask(timeout))
         return await asyncio.shield(self._asking)
 
-    async def _ask(self, timeout: float, prove: bool = False) -> dict[Seat, EngineLoad | TpError]:
+    async def _ask(self, timeout: float, prove: bool = False) -> dict[AttachedEngine, EngineLoad | TpError]:
         seats = [replica.seat for replica in self.replicas if replica.seat]
         asked = (asyncio.to_thread(seat.link.load, timeout, prove) for seat in seats)
         answers = await asyncio.gather(*asked, return_exceptions=True)
@@ -143,7 +143,7 @@ class Fleet:
     def submit(self, entries: Sequence[Entry], resumed: bool = False) -> None:
         """Each to an engine; `resumed`: from where it stopped. Without any engine they wait for one."""
         now = time.monotonic()
-        batches: dict[Seat, list[Request]] = {}
+        batches: dict[AttachedEngine, list[Request]] = {}
         for entry in entries:
             seat = self._choose(entry)
             if seat is not None:
@@ -154,7 +154,7 @@ class Fleet:
 
     def abort(self, entries: Sequence[Entry]) -> None:
         """The engines need not go on with these."""
-        batches: dict[Seat, list[str]] = {}
+        batches: dict[AttachedEngine, list[str]] = {}
         for entry in entries:
             if entry.seat is not None:
                 batches.setdefault(entry.seat, []).append(entry.request.request_id)
@@ -172,7 +172,7 @@ class Fleet:
             entry.seat.leave(entry)
             self.wake()
 
-    def _choose(self, entry: Entry) -> Seat | None:
+    def _choose(self, entry: Entry) -> AttachedEngine | None:
         """Among those that nothing speaks against; else those that are only in doubt; else any that has an engine."""
         seated = [replica for replica in self.replicas if replica.seat]
         free = [replica for replica in seated if not replica.held]
@@ -206,7 +206,7 @@ class Fleet:
         self.replicas[index].held = held
         self._tell()
 
-    def judge(self, seat: Seat, doubt: str) -> None:
+    def judge(self, seat: AttachedEngine, doubt: str) -> None:
         """What a canary said of an engine; nothing: all is well."""
         replica = self.replicas[seat.replica]
         if replica.seat is seat:
@@ -222,7 +222,7 @@ class Fleet:
         await asyncio.gather(*(asyncio.to_thread(replica.link.close, timeout) for replica in self.replicas))
 
     def _sit(self, replica: Replica, link: EngineLink) -> None:
-        seat = Seat(replica.index, link)
+        seat = AttachedEngine(replica.index, link)
         link.start(partial(self._hand_over, self._on_events, seat), partial(self._hand_over, self._hear_fault, seat))
         replica.seat, replica.link, replica.fault, replica.doubt = seat, link, "", NO_CANARY
 
@@ -234,14 +234,14 @@ class Fleet:
             entry.seat = None
         return left
 
-    def _hand_over(self, target: Callable[[Seat, Any], None], seat: Seat, news: object) -> None:
+    def _hand_over(self, target: Callable[[AttachedEngine, Any], None], seat: AttachedEngine, news: object) -> None:
         """Runs in a link's thread. What comes after the loop has closed has no reader."""
         try:
             self._loop.call_soon_threadsafe(target, seat, news)
         except RuntimeError:
             log.debug("dropped news of an engine: the event loop is closed")
 
-    def _hear_fault(self, seat: Seat, cause: str) -> None:
+    def _hear_fault(self, seat: AttachedEngine, cause: str) -> None:
         if self.replicas[seat.replica].seat is seat:
             self._on_fault(cause, seat.replica)
 

@@ -52,7 +52,7 @@ class Entry:
     announced: bool = False
     best_of: BestOf | None = None
     account: Account | None = None
-    seat: Seat | None = None  # whose engine works on it; None while it waits for one
+    seat: AttachedEngine | None = None  # whose engine works on it; None while it waits for one
     trace: PromptTrace | None = None  # of a sampled call
     caller: str = ""  # whose call_id it is
     record: Record | None = None  # in the ledger, of a call that is to be remembered
@@ -163,7 +163,7 @@ class Entry:
 
 
 @dataclass(eq=False)
-class Seat:
+class AttachedEngine:
     """One engine of one replica and the requests that are open there."""
 
     replica: int
@@ -194,7 +194,7 @@ FEW = 64
 """With fewer places than this nothing is kept back for others."""
 
 
-class Journal:
+class OpenRequests:
     """Open entries by engine id, in order of admission; bounded by the number of their samples."""
 
     def __init__(self, max_open: int) -> None:

@@ -18,9 +18,9 @@ from dataclasses import replace
 from functools import partial
 
 from cluster.engine.request import Request
-from cluster.frontend.fleet.open_requests import Entry, Journal
-from cluster.frontend.fleet.request_builder import Opener
-from cluster.frontend.fleet.request_lifecycle import Delivery
+from cluster.frontend.fleet.open_requests import Entry, OpenRequests
+from cluster.frontend.fleet.request_builder import RequestBuilder
+from cluster.frontend.fleet.request_lifecycle import RequestLifecycle
 from cluster.frontend.journal.journal_records import Progress, Record, digest_of
 from cluster.frontend.journal.request_journal import Ledger
 from cluster.frontend.output.streams import Stream
@@ -33,10 +33,12 @@ log = logging.getLogger(__name__)
 TIDY_SECONDS = 15.0
 
 
-class Recall:
+class Replay:
     """The ledger beside the journal: `again` before a call is admitted, `record` when it was."""
 
-    def __init__(self, ledger: Ledger, journal: Journal, delivery: Delivery, opener: Opener) -> None:
+    def __init__(
+        self, ledger: Ledger, journal: OpenRequests, delivery: RequestLifecycle, opener: RequestBuilder
+    ) -> None:
         self._ledger, self._journal, self._delivery, self._opener = ledger, journal, delivery, opener
         delivery.ledger = ledger
 

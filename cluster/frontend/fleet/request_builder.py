@@ -22,7 +22,7 @@ TURN = 64
 """Prompts that are opened between two looks at others."""
 
 
-class Opener:
+class RequestBuilder:
     """Gives requests names that the engine has not heard before. `leave` is called with a stream that is closed."""
 
     def __init__(self, codec: TextCodec | None, leave: Callable[[Stream], None]) -> None:

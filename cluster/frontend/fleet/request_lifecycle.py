@@ -13,9 +13,9 @@ from collections.abc import Sequence
 
 from cluster.engine.request import FinishReason, TokenEvent
 from cluster.frontend.fleet.fleet import Fleet
-from cluster.frontend.fleet.open_requests import Entry, Journal, Seat
-from cluster.frontend.fleet.request_metrics import Meters
-from cluster.frontend.fleet.suspect_trials import Trials
+from cluster.frontend.fleet.open_requests import AttachedEngine, Entry, OpenRequests
+from cluster.frontend.fleet.request_metrics import RequestMetrics
+from cluster.frontend.fleet.suspect_trials import SuspectTrials
 from cluster.frontend.journal.request_journal import Ledger
 from cluster.frontend.output.streams import Stream
 from cluster.frontend.requests.quarantine import Quarantine
@@ -26,19 +26,19 @@ from parallel.errors import TpError
 log = logging.getLogger(__name__)
 
 
-class Delivery:
+class RequestLifecycle:
     """Applies events to the journal's entries and ends them."""
 
     def __init__(
-        self, journal: Journal, loop: asyncio.AbstractEventLoop, fleet: Fleet, quarantine: Quarantine | None = None
+        self, journal: OpenRequests, loop: asyncio.AbstractEventLoop, fleet: Fleet, quarantine: Quarantine | None = None
     ) -> None:
         self._journal = journal
         self._loop = loop
         self._fleet = fleet
         self._deadlines: dict[str, asyncio.TimerHandle] = {}
         self.quarantine = quarantine or Quarantine()
-        self.trials = Trials(fleet, self.quarantine)
-        self.meters = Meters()
+        self.trials = SuspectTrials(fleet, self.quarantine)
+        self.meters = RequestMetrics()
         self.ledger: Ledger | None = None
         self.quiet = asyncio.Event()
         """Set while nothing is open."""
@@ -61,7 +61,7 @@ class Delivery:
             timer = self._loop.call_later(seconds, self.end, [entry], FinishReason.DEADLINE)
             self._deadlines[entry.request.request_id] = timer
 
-    def apply(self, seat: Seat, events: Sequence[LinkEvent]) -> None:
+    def apply(self, seat: AttachedEngine, events: Sequence[LinkEvent]) -> None:
         """Everything that happened in one step of an engine. What belongs to no request that is open there is late
         news, and dropped.
         """

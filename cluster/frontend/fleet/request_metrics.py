@@ -39,7 +39,7 @@ class Histogram:
 
 
 @dataclass
-class TrainMeters:
+class TrainingMetrics:
     """Of the training calls that were answered: totals, and the last step's numbers."""
 
     step: int = 0
@@ -66,7 +66,7 @@ class TrainMeters:
             self.grad_norm, self.learning_rate = answer.grad_norm, answer.learning_rate
 
 
-class Meters:
+class RequestMetrics:
     """Everything that is measured."""
 
     def __init__(self) -> None:
@@ -77,7 +77,7 @@ class Meters:
         self.finished: Counter[str] = Counter()  # samples, by reason
         self.failed: Counter[str] = Counter()  # prompts, by error
         self.delivered_tokens = 0
-        self.train = TrainMeters()
+        self.train = TrainingMetrics()
 
     def took(self, entry: Entry, chunk: Chunk, now: float) -> None:
         """News of a sample on its way to the reader."""

@@ -15,7 +15,7 @@ from cluster.frontend.fleet.open_requests import Entry
 from cluster.frontend.requests.quarantine import Quarantine
 
 
-class Trials:
+class SuspectTrials:
     """Whose turn it is."""
 
     def __init__(self, fleet: Fleet, quarantine: Quarantine) -> None:

@@ -15,15 +15,15 @@ from functools import partial
 from hashlib import sha256
 
 from cluster.engine.request import ModelLimits
-from cluster.frontend.fleet.request_metrics import TrainMeters
-from cluster.frontend.fleet.suspect_trials import Trials
+from cluster.frontend.fleet.request_metrics import TrainingMetrics
+from cluster.frontend.fleet.suspect_trials import SuspectTrials
 from cluster.frontend.requests.call import FrontendConfig
 from cluster.frontend.requests.content_hash import ContentKeys
 from cluster.frontend.requests.field_ranges import FIELDS
 from cluster.frontend.requests.quarantine import Quarantine, Suspicion
 from cluster.frontend.training.label_rules import known_losses, task_violations
 from cluster.frontend.training.loss_fields import unread
-from cluster.frontend.training.weight_state import WeightsRecord
+from cluster.frontend.training.weight_state import WeightState
 from cluster.link.engine_link import EngineLink
 from cluster.request_errors import InvalidRequest, Violation
 from cluster.training.train_calls import (
@@ -67,14 +67,17 @@ class TrainSuspect:
         return sha256(repr(what).encode()).digest()
 
 
-class TrainingDesk:
+class TrainRequests:
     """Calls under way to the engine; all of them end when it does. `weights` is what they have done so far."""
 
     def __init__(
-        self, meters: TrainMeters | None = None, quarantine: Quarantine | None = None, trials: Trials | None = None
+        self,
+        meters: TrainingMetrics | None = None,
+        quarantine: Quarantine | None = None,
+        trials: SuspectTrials | None = None,
     ) -> None:
-        self.weights = WeightsRecord()
-        self._meters = meters or TrainMeters()
+        self.weights = WeightState()
+        self._meters = meters or TrainingMetrics()
         self._engine = 0  # how many there were before
         self._quarantine, self._trials = quarantine or Quarantine(), trials
         self._waiting: dict[asyncio.Future[TrainAnswer], TrainSuspect] = {}  # in the order of their turns

@@ -21,7 +21,7 @@ class Stand:
     version: int = 0
 
 
-class WeightsRecord:
+class WeightState:
     """Follows the answers of one engine after another."""
 
     def __init__(self) -> None:

@@ -52,7 +52,7 @@ LARGE_MESSAGE_BYTES = 64 * 1024
 Call = Callable[[Any, grpc.aio.ServicerContext], Any]
 
 
-class Boundary(grpc.aio.ServerInterceptor):
+class Interceptor(grpc.aio.ServerInterceptor):
     """Strictness and the table of errors apply to this protocol's methods, the gate and the counting to all."""
 
     def __init__(

@@ -28,7 +28,7 @@ def _tells_nothing_sent(record: logging.LogRecord) -> bool:
 logging.getLogger("grpc._cython.cygrpc").addFilter(_tells_nothing_sent)
 
 
-class SteadyServer(PLAIN):
+class UnknownMethodsServer(PLAIN):
     """Takes calls without a registered method out of the loop's hands."""
 
     def _make_request_call_future(self, method: bytes | None) -> asyncio.Future[Any]:
@@ -54,7 +54,7 @@ def make_server(**options: Any) -> grpc.aio.Server:
     if not hasattr(PLAIN, "_make_request_call_future") or not all(hasattr(cygrpc, name) for name in NEEDED):
         log.warning("this grpcio is another than the one known here: a call with a broken name may stop the server")
         return grpc.aio.server(**options)
-    cygrpc.AioServer = SteadyServer
+    cygrpc.AioServer = UnknownMethodsServer
     try:
         return grpc.aio.server(**options)
     finally:

@@ -76,7 +76,7 @@ Part = tuple[SliceFiles, Line, str, Tensor, tuple[int, int] | None]
 """The files, the parameter, what follows its name there, this rank's shard or its elements of it."""
 
 
-class SaveJob:
+class CheckpointWriter:
     """Made while the caller waits; `run` in a thread."""
 
     def __init__(self, order: SaveOrder, model: Decoder, optimizer: ShardedAdamW | None) -> None:
@@ -206,7 +206,7 @@ class SaveJob:
             shutil.rmtree(old, ignore_errors=True)
 
 
-def run(job: SaveJob, future: Future[Path]) -> None:
+def run(job: CheckpointWriter, future: Future[Path]) -> None:
     try:
         future.set_result(job.run())
     except BaseException as error:  # noqa: BLE001  it belongs to whoever waits for the future

@@ -32,8 +32,8 @@ from torch import Tensor
 
 from cluster.training.checkpoint.checkpoint_writer import (
     STATE,
+    CheckpointWriter,
     Line,
-    SaveJob,
     SaveOrder,
     complete_steps,
     digest,
@@ -73,8 +73,8 @@ class Checkpointer:
         self.root, self.groups, self.keep, self.timeout_s = root, groups, keep, timeout_s
         self._pending: Future[Path] | None = None
         self._dropped = threading.Event()
-        self._job: SaveJob | None = None
-        self._unread: list[SaveJob] = []
+        self._job: CheckpointWriter | None = None
+        self._unread: list[CheckpointWriter] = []
         self._unsettled = False
 
     def save(
@@ -98,7 +98,7 @@ class Checkpointer:
         )  # fmt: skip
         self._pending = future = Future[Path]()
         try:
-            job = self._job = SaveJob(order, model, optimizer)
+            job = self._job = CheckpointWriter(order, model, optimizer)
             self._unread.append(job)
         except CollectiveError:
             raise

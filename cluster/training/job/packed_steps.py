@@ -20,7 +20,7 @@ from cluster.training.data.batches.data_loader import Loader, RowDataset
 from cluster.training.step.flops import ModelFlops
 from cluster.training.step.losses import LossOptions
 from cluster.training.step.nonfinite_errors import BrokenUpdate, NonFinite, PoisonBatch
-from cluster.training.step.nonfinite_search import SHOWN, Blame, blame
+from cluster.training.step.nonfinite_search import SHOWN, Culprits, blame
 from cluster.training.step.task_losses import class_targets
 from cluster.training.step.train_batch import TrainBatch
 from cluster.training.step.trainer import PassResult, Trainer
@@ -120,7 +120,7 @@ def _account(trainer: Trainer, batch: Batch, own: TrainBatch, dropout_seed: int 
     table = summed(table, groups.dp, next(trainer.model.parameters()).device)
     rows = [table[start : start + len(row)] for start in range(0, len(table), len(row))]
     lost, bent = ([row[part] for row in rows] for part in (slice(0, SHOWN + 1), slice(SHOWN + 1, None)))
-    found = Blame(losses=_numbers(lost), gradients=_numbers(bent))
+    found = Culprits(losses=_numbers(lost), gradients=_numbers(bent))
     first = next((replica for replica, row in enumerate(rows) if row[0] or row[SHOWN + 1]), None)
     seen = "" if first is None else f"; first seen by rank {first * groups.tp.size}"
     return f"{what}: {found.words('document')}{seen}"

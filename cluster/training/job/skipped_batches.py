@@ -43,7 +43,7 @@ def names_batch(message: str) -> str | None:
     return found[0] if found else None
 
 
-class Skips:
+class SkippedBatches:
     """One run's, the same on every rank. `total` goes into its checkpoints."""
 
     def __init__(self, action: OnNonFinite, most_in_a_row: int, most: int, total: int = 0) -> None:

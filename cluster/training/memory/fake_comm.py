@@ -19,7 +19,7 @@ from parallel.sharding.tree import ReductionTree
 Transport = Literal["shm", "torch"]
 
 
-class ShapeComm(Traffic):
+class FakeComm(Traffic):
     """One rank's handle on a group that does not exist."""
 
     def __init__(self, rank: int, size: int, transport: Transport = "torch") -> None:

@@ -1,7 +1,7 @@
 """What lasts from one step to the next, counted on a rank's shard on the meta device.
 
-The optimiser's buffers are its own (`Flat`), so their padding is counted too. On CPUs the native kernels keep every
-weight of a product packed, once for the forward and, where something before it is trained, once for the backward.
+The optimiser's buffers are its own (`FlatBuffers`), so their padding is counted too. On CPUs the native kernels keep
+every weight of a product packed, once for the forward and, where something before it is trained, once for the backward.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from cluster.training.step.flat_buffers import PIECE, Flat
+from cluster.training.step.flat_buffers import PIECE, FlatBuffers
 from cluster.training.step.update_guard import PIECE as TRIAL
 from cluster.training.step.update_guard import TRIAL_BYTES
 from parallel.attention.attend import AttentionSpec
@@ -45,7 +45,7 @@ def training_bytes(model: Decoder, dp: Group, device: str) -> StaticBytes:
     weights = weight_bytes(model)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     kinds = [{n: p for n, p in trained.items() if (p.dim() >= 2) is decays} for decays in (True, False)]
-    flats = [Flat(parameters, dp, True) for parameters in kinds if parameters]
+    flats = [FlatBuffers(parameters, dp, True) for parameters in kinds if parameters]
     own = sum(p.nbytes for p in trained.values() if p.dtype is torch.float32)
     masters = sum(flat.master.nbytes for flat in flats)
     moments = 2 * sum(flat.master[flat.slice].nbytes for flat in flats)
@@ -58,7 +58,7 @@ def training_bytes(model: Decoder, dp: Group, device: str) -> StaticBytes:
     )
 
 
-def _update_bytes(model: Decoder, flats: Sequence[Flat], dp: Group, device: str) -> int:
+def _update_bytes(model: Decoder, flats: Sequence[FlatBuffers], dp: Group, device: str) -> int:
     """The largest temporary of a step: a buffer summed or gathered over dp, the squares of one leaf, a trial of the
     update in pieces, or a piece's scaled gradient where torch's kernel takes it.
     """

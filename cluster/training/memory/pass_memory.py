@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental import _config as symbolic
 
-from cluster.training.memory.fake_comm import ShapeComm
+from cluster.training.memory.fake_comm import FakeComm
 from cluster.training.memory.kernel_shapes import ShapeAttend
 from cluster.training.memory.lasting_memory import packed_size
 from cluster.training.memory.live_tensors import LiveBytes
@@ -91,7 +91,7 @@ class PassShape:
     numerics: Numerics = "invariant"
 
     def group(self) -> Group:
-        comm = ShapeComm(self.rank, self.tp, "torch" if self.device == "cuda" else "shm") if self.tp > 1 else None
+        comm = FakeComm(self.rank, self.tp, "torch" if self.device == "cuda" else "shm") if self.tp > 1 else None
         return Group(self.rank, self.tp, comm, self.numerics, self.sequence_parallel)
 
 

@@ -35,7 +35,7 @@ class Accumulation:
         return self.fate not in ("", APPLIED)
 
 
-class Sessions:
+class GradientSessions:
     """What rank 0 knows of them."""
 
     def __init__(self, idle_s: float, clock: Callable[[], float] = time.monotonic) -> None:

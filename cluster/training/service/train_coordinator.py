@@ -1,6 +1,6 @@
 """What rank 0 decides about training calls: each is let through once, in its step, and reaches all ranks in one order.
 
-    TrainLead(call) -- seen before? the present step? a free name? --> command stream --> TrainSide on every rank
+    TrainCoordinator(call) -- seen before? the present step? a free name? --> command stream --> every TrainWorker
                     --> weight_version rises, cached prefixes of the old weights are dropped
 
 Called between engine steps, in the engine's thread. A call of several micro-batches goes on InParts, with engine steps
@@ -22,9 +22,9 @@ from typing import Any
 from cluster.engine.run.command_stream import Commands
 from cluster.training.checkpoint.checkpointer import verify
 from cluster.training.checkpoint.state_folder import StateFolder, folder_size, in_thread
-from cluster.training.service.gradient_sessions import APPLIED, Sessions
+from cluster.training.service.gradient_sessions import APPLIED, GradientSessions
 from cluster.training.service.idempotency import Answered
-from cluster.training.service.train_worker import DROP_SAVE, MORE, STOP_CALL, TRAIN, TrainSide
+from cluster.training.service.train_worker import DROP_SAVE, MORE, STOP_CALL, TRAIN, TrainWorker
 from cluster.training.train_calls import (
     InParts,
     Kind,
@@ -54,19 +54,19 @@ class _Saving:
     answer: TrainAnswer
 
 
-class TrainLead:
+class TrainCoordinator:
     """Rank 0. `weights_changed` is told after every call that changed them."""
 
     def __init__(
         self,
-        side: TrainSide,
+        side: TrainWorker,
         commands: Commands,
         weights_changed: Callable[[], None],
         session_idle_s: float = SESSION_IDLE_S,
     ) -> None:
         self._side, self._commands, self._weights_changed = side, commands, weights_changed
         self._states = StateFolder(side.saves.root) if side.saves.root is not None else None
-        self._answered, self._sessions = Answered(), Sessions(session_idle_s)
+        self._answered, self._sessions = Answered(), GradientSessions(session_idle_s)
         self._saving: _Saving | None = None
         self._incarnation = time.time_ns() // 1_000_000
 

@@ -64,7 +64,7 @@ class _Work:
     seconds: float = 0.0  # in collectives
 
 
-class TrainSide:
+class TrainWorker:
     """One rank's part: the trainer over the runner's own model."""
 
     def __init__(

@@ -19,7 +19,7 @@ PIECE = 1 << 24
 """Elements of a flat buffer that go between replicas, or through torch's kernel, at once: bounds what they hold."""
 
 
-class Flat:
+class FlatBuffers:
     """Parameters of one kind side by side: their masters, their gradients, and this dp rank's slice of both."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], dp: Group, decays: bool) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from cluster.training.step.flat_buffers import Flat
+from cluster.training.step.flat_buffers import FlatBuffers
 from parallel.matmul.grad_sum import ATTRIBUTE
 from parallel.matmul.products import outer_product, uses_native
 
@@ -18,7 +18,7 @@ from parallel.matmul.products import outer_product, uses_native
 class GradientSum:
     """The part of a flat buffer into which one parameter's gradients are added."""
 
-    def __init__(self, flat: Flat, name: str) -> None:
+    def __init__(self, flat: FlatBuffers, name: str) -> None:
         self._total, self._waiting, self._name = flat.view(flat.grad, name), flat.waiting, name
 
     def add_product(self, grad_TN: Tensor, x_TK: Tensor) -> bool:
@@ -43,7 +43,7 @@ class GradientSum:
         parameter.grad = None
 
 
-def accumulating(flat: Flat) -> Iterator[torch.utils.hooks.RemovableHandle]:
+def accumulating(flat: FlatBuffers) -> Iterator[torch.utils.hooks.RemovableHandle]:
     """Has each gradient added into its float32 sum as soon as it is complete."""
     for name, parameter in flat.parameters.items():
         total = GradientSum(flat, name)

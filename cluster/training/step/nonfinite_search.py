@@ -22,7 +22,7 @@ SHOWN = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class Blame:
+class Culprits:
     """What one replica's share of a batch gives: sequences whose own loss, or own gradient, is not finite."""
 
     losses: tuple[int, ...] = ()
@@ -50,7 +50,7 @@ def listed(name: str, numbers: Sequence[int]) -> str:
 
 def blame(
     trainer: Trainer, batch: TrainBatch, loss: str, options: LossOptions, dropout_seed: int | None = None
-) -> Blame:
+) -> Culprits:
     """Passes over every sequence (pair, question) alone. All ranks of a replica call this; gradients that wait are
     dropped, weights and moments are not touched.
     """
@@ -59,7 +59,7 @@ def blame(
 
 def blame_in_parts(
     trainer: Trainer, batch: TrainBatch, loss: str, options: LossOptions, dropout_seed: int | None = None
-) -> Parts[Blame]:
+) -> Parts[Culprits]:
     """The same, yielding before each sequence."""
     losses: list[int] = []
     gradients: list[int] = []
@@ -78,7 +78,7 @@ def blame_in_parts(
         elif not math.isfinite(_own_norm(trainer)):
             gradients += own
     trainer.optimizer.zero_grad()
-    return Blame(losses=tuple(losses), gradients=tuple(gradients))
+    return Culprits(losses=tuple(losses), gradients=tuple(gradients))
 
 
 def _own_norm(trainer: Trainer) -> float:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import adamw
 
-from cluster.training.step.flat_buffers import PIECE, Flat, touch
+from cluster.training.step.flat_buffers import PIECE, FlatBuffers, touch
 from cluster.training.step.gradient_accumulation import accumulating
 from cluster.training.step.nonfinite_errors import NonFinite
 from cluster.training.step.update_guard import UpdateGuard
@@ -92,9 +92,9 @@ class ShardedAdamW:
             ({n: p for n, p in trained.items() if p.dim() >= 2}, True),
             ({n: p for n, p in trained.items() if p.dim() < 2}, False),
         ]
-        self.flats = [Flat(parameters, dp, decays) for parameters, decays in kinds if parameters]
+        self.flats = [FlatBuffers(parameters, dp, decays) for parameters, decays in kinds if parameters]
         self.steps = 0
-        self._moments: dict[Flat, dict[str, Tensor]] = {}  # of this dp rank's slices; made with the first update
+        self._moments: dict[FlatBuffers, dict[str, Tensor]] = {}  # of this dp rank's slices; made with the first update
         self._guard = UpdateGuard(tp, dp, self.flats[0].master.device)
         self._hooks = [hook for flat in self.flats for hook in accumulating(flat)]
 
@@ -125,7 +125,7 @@ class ShardedAdamW:
         self._moments = {flat: {name: torch.zeros_like(flat.own_master) for name in MOMENTS} for flat in self.flats}
         self._guard.forget()
 
-    def restore(self, flat: Flat, name: str, moment: str, local: Tensor) -> None:
+    def restore(self, flat: FlatBuffers, name: str, moment: str, local: Tensor) -> None:
         """Takes over one moment, or the master, of a parameter: this tensor-parallel rank's whole shard of it."""
         if moment == "master":
             flat.view(flat.master, name).copy_(local)
@@ -191,7 +191,7 @@ class ShardedAdamW:
         self.steps += 1
         return norm
 
-    def _rates(self, config: OptimizerConfig, flat: Flat, norm: float) -> Rates:
+    def _rates(self, config: OptimizerConfig, flat: FlatBuffers, norm: float) -> Rates:
         scale = 1.0 if config.max_grad_norm is None else min(1.0, config.max_grad_norm / (norm + 1e-6))
         return Rates(
             step=self.steps + 1, learning_rate=config.learning_rate, beta1=config.beta1, beta2=config.beta2,
@@ -220,7 +220,7 @@ class ShardedAdamW:
                 delattr(parameter, ATTRIBUTE)
 
 
-def _update(flat: Flat, rates: Rates, exp_avg: Tensor, exp_avg_sq: Tensor) -> Iterator[None]:
+def _update(flat: FlatBuffers, rates: Rates, exp_avg: Tensor, exp_avg_sq: Tensor) -> Iterator[None]:
     """This dp rank's slice, and all parameters from everybody's; yields whenever something has been written."""
     grad = flat.grad[flat.slice]
     if _native(flat.master) and flat.dp.size == 1 and flat.dtypes == {torch.bfloat16}:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cluster.training.step.flat_buffers import Flat
+from cluster.training.step.flat_buffers import FlatBuffers
 from cluster.training.step.nonfinite_errors import BrokenUpdate
 from parallel.native.adamw import Rates
 from parallel.ranks.group import Group
@@ -79,8 +79,8 @@ class UpdateGuard:
 
     def check(
         self,
-        flats: Sequence[Flat],
-        moments: Mapping[Flat, Mapping[str, Tensor]],
+        flats: Sequence[FlatBuffers],
+        moments: Mapping[FlatBuffers, Mapping[str, Tensor]],
         rates: Sequence[Rates],
         norm: float,
         apply: Apply,
@@ -94,7 +94,9 @@ class UpdateGuard:
             after = self._tried(flats, moments, rates, apply)
         self._bounds = after
 
-    def _measured(self, flats: Sequence[Flat], moments: Mapping[Flat, Mapping[str, Tensor]]) -> list[Bounds]:
+    def _measured(
+        self, flats: Sequence[FlatBuffers], moments: Mapping[FlatBuffers, Mapping[str, Tensor]]
+    ) -> list[Bounds]:
         """As they are now."""
         found = []
         for flat in flats:
@@ -104,8 +106,8 @@ class UpdateGuard:
 
     def _tried(
         self,
-        flats: Sequence[Flat],
-        moments: Mapping[Flat, Mapping[str, Tensor]],
+        flats: Sequence[FlatBuffers],
+        moments: Mapping[FlatBuffers, Mapping[str, Tensor]],
         rates: Sequence[Rates],
         apply: Apply,
     ) -> list[Bounds]:
@@ -136,7 +138,7 @@ class UpdateGuard:
         return values
 
 
-def _trial(flat: Flat, moments: Mapping[str, Tensor], name: str, rates: Rates, apply: Apply) -> Iterator[float]:
+def _trial(flat: FlatBuffers, moments: Mapping[str, Tensor], name: str, rates: Rates, apply: Apply) -> Iterator[float]:
     """The largest master, first and second moment of a parameter's part of this rank's slice after the update; inf
     where one ceases to be finite, the master in the parameter's own type.
     """

@@ -13,7 +13,7 @@ from cluster.engine.engine import generate
 from cluster.engine.request import BeamParams, Request, ResponseOptions, SamplingParams, StoppingCriteria
 from cluster.engine.sample import beam_candidates
 from cluster.engine.sample.beam_candidates import WholeRow
-from cluster.engine.sample.logits_processors import Adjustments, BadWords, FixedOfCalls
+from cluster.engine.sample.logits_processors import BadWords, FixedOfCalls, LogitsProcessors
 from cluster.engine.sequences.sequence import Sequence
 from parallel.vocabulary.top_tokens import row_top
 from tests.cluster.engine.beams.beam_cases import engine_over
@@ -76,10 +76,10 @@ def test_bad_words_are_found_as_one_by_one() -> None:
 
 def test_samples_and_prompts_of_a_call_share_what_their_lists_were_made_into() -> None:
     seq = sequence(logit_bias={3: 1.0}, bad_words=((1, 2), (4,)))
-    first, second = (Adjustments(seq, 997, torch.device("cpu")) for _ in range(2))
+    first, second = (LogitsProcessors(seq, 997, torch.device("cpu")) for _ in range(2))
     assert first.fixed is second.fixed
     other = sequence(logit_bias={3: 2.0}, bad_words=((1, 2), (4,)))
-    assert Adjustments(other, 997, torch.device("cpu")).fixed is not first.fixed
+    assert LogitsProcessors(other, 997, torch.device("cpu")).fixed is not first.fixed
     kept = FixedOfCalls(most=2)
     made = [kept.get(SamplingParams(logit_bias={i: 1.0}), frozenset(), 9, torch.device("cpu")) for i in range(5)]
     assert [int(each.bias.argmax()) for each in made if each.bias is not None] == [0, 1, 2, 3, 4]

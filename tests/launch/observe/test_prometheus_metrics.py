@@ -18,7 +18,7 @@ from cluster.engine.engine import Engine
 from cluster.engine.engine_builder import build_engine, build_runner
 from cluster.engine.engine_config import EngineConfig
 from cluster.engine.request import EngineLoad, RankReport
-from cluster.frontend.fleet.request_metrics import TrainMeters
+from cluster.frontend.fleet.request_metrics import TrainingMetrics
 from cluster.frontend.frontend import Frontend
 from cluster.frontend.readiness import Readiness
 from cluster.frontend.requests.call import FrontendConfig
@@ -173,7 +173,7 @@ def test_time_in_collectives_is_given_by_kind_and_by_rank() -> None:
     load = EngineLoad(
         collectives={"tree_sum": (3, 99)}, collective_seconds={"tree_sum": 1.5, "barrier": 0.5}, ranks=ranks
     )
-    train = TrainMeters(forward_seconds=4.0, collective_seconds=1.0)
+    train = TrainingMetrics(forward_seconds=4.0, collective_seconds=1.0)
     families = (*engine_metrics({0: load}), *training_metrics(train))
     found = {(s.name, *s.labels.values()): s.value for family in families for s in family.samples}
     name = "tp_decoders_collective_seconds_total"

@@ -19,7 +19,7 @@ from cluster.request_errors import Draining, RestartRefused
 from cluster.training.train_calls import Kind, TrainAnswer, TrainCall
 from launch.serving import healing
 from launch.serving.healing import RESTARTED, Healer
-from launch.serving.rolling_restart import Upkeep
+from launch.serving.rolling_restart import ReplicaHealers
 from parallel.errors import WorkerError
 from tests.cluster.frontend.fakes import CODEC, FakeEngine, tokens_of
 from tests.cluster.frontend.harness import answer, call, run, until
@@ -49,7 +49,7 @@ class Played:
         self.frontend = Frontend(links, codec=CODEC, config=self.config)
         spec, kinds = ServeProgram(model="m", authkey=KEY), enumerate(zip(self.groups, first, strict=True))
         healers = [Healer(group, self.frontend, spec, ready_of(engine), i) for i, (group, engine) in kinds]  # type: ignore[arg-type]
-        self.upkeep = Upkeep(self.frontend, healers)
+        self.upkeep = ReplicaHealers(self.frontend, healers)
         self.readiness = Readiness(self.frontend, every_s=0.05)
         self.frontend.start()
         self.states: list[State] = []

@@ -18,8 +18,8 @@ import pytest
 import ray
 from ray.util.placement_group import placement_group_table
 
-from cluster.actors.group.detached_actors import Keep, Whereabouts, end_leftovers
-from cluster.actors.group.detached_group import KeptGroup
+from cluster.actors.group.detached_actors import DetachedRanks, Keep, end_leftovers
+from cluster.actors.group.detached_group import DetachedGroup
 from cluster.actors.group.worker import Lease, Worker
 from parallel.errors import WorkerError
 from tests.cluster.actors.group.lasting_program import MakeLasting
@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[4]
 
 
 @contextmanager
-def owner(name: str, folder: Path, timeout_s: float) -> Iterator[tuple[Whereabouts, list[int]]]:
+def owner(name: str, folder: Path, timeout_s: float) -> Iterator[tuple[DetachedRanks, list[int]]]:
     """A process that started a group, and is killed when the block begins."""
     address = ray.get_runtime_context().gcs_address
     command = [
@@ -50,7 +50,7 @@ def owner(name: str, folder: Path, timeout_s: float) -> Iterator[tuple[Whereabou
         process.wait(60)
         where = said["where"]
         yield (
-            Whereabouts(
+            DetachedRanks(
                 actors=tuple(where["actors"]), placement=where["placement"], bundles=tuple(where["bundles"]),
                 life=where["life"],
             ),
@@ -62,8 +62,8 @@ def owner(name: str, folder: Path, timeout_s: float) -> Iterator[tuple[Whereabou
         end_leftovers(name)
 
 
-def kept(name: str, folder: Path, timeout_s: float = 300.0) -> KeptGroup:
-    return KeptGroup(MakeLasting(str(folder)), 2, keep=Keep(name=name, orphan_timeout_s=timeout_s))
+def kept(name: str, folder: Path, timeout_s: float = 300.0) -> DetachedGroup:
+    return DetachedGroup(MakeLasting(str(folder)), 2, keep=Keep(name=name, orphan_timeout_s=timeout_s))
 
 
 def within(seconds: float, condition: Callable[[], Any]) -> bool:

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from cluster.actors.group.group_states import NEXT, Event, GroupLife, Stage
+from cluster.actors.group.group_states import NEXT, Event, GroupState, Stage
 from parallel.errors import WorkerError
 
 WAYS: dict[Stage, list[Event]] = {
@@ -20,8 +20,8 @@ WAYS: dict[Stage, list[Event]] = {
 }
 
 
-def at(stage: Stage) -> GroupLife:
-    life = GroupLife()
+def at(stage: Stage) -> GroupState:
+    life = GroupState()
     for event in WAYS[stage]:
         life.take(event, "first cause")
     assert life.stage is stage

@@ -32,7 +32,7 @@ def requested(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return Placed()
 
     monkeypatch.setattr(placement_group, "placement_group", request)
-    monkeypatch.setattr(placement_group, "PULSE_S", 0.01)
+    monkeypatch.setattr(placement_group, "PROBE_EVERY_S", 0.01)
     return asked
 
 

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from cluster.actors.group.placement import Place, assign, check_replicas
-from cluster.actors.group.resource_shares import Roster
+from cluster.actors.group.resource_shares import ResourceShares
 from cluster.actors.host.cpu_affinity import share
 from parallel.errors import ConfigError
 
@@ -19,7 +19,7 @@ def node(cpus: int = 0, gpus: int = 0) -> dict[str, object]:
     return {"Alive": True, "Resources": {"CPU": cpus, "GPU": gpus}}
 
 
-def seated(roster: Roster, nodes: list[list[str]]) -> list[list[Place]]:
+def seated(roster: ResourceShares, nodes: list[list[str]]) -> list[list[Place]]:
     """All replicas at once, as they start."""
     with ThreadPoolExecutor(len(nodes)) as pool:
         calls = [pool.submit(roster.share, i, assign(where, None), OPEN) for i, where in enumerate(nodes)]
@@ -27,7 +27,7 @@ def seated(roster: Roster, nodes: list[list[str]]) -> list[list[Place]]:
 
 
 def test_ranks_of_all_replicas_divide_a_nodes_cores() -> None:
-    replicas = seated(Roster(3), [["a", "a"], ["a", "b"], ["b", "b"]])
+    replicas = seated(ResourceShares(3), [["a", "a"], ["a", "b"], ["b", "b"]])
     claimed: dict[str, list[int]] = {"a": [], "b": []}
     for place in (place for places in replicas for place in places):
         assert place.local_size == 3
@@ -36,7 +36,7 @@ def test_ranks_of_all_replicas_divide_a_nodes_cores() -> None:
 
 
 def test_one_that_comes_back_gets_the_same_share_and_on_another_node_counts_who_is_there() -> None:
-    roster = Roster(2)
+    roster = ResourceShares(2)
     first, second = seated(roster, [["a"], ["a"]])
     assert roster.share(1, assign(["a"], None), OPEN) == second and second[0].local_rank == 1
     (moved,) = roster.share(0, assign(["b"], None), OPEN)
@@ -47,7 +47,7 @@ def test_one_that_comes_back_gets_the_same_share_and_on_another_node_counts_who_
 def test_nobody_waits_for_a_replica_that_will_not_come() -> None:
     closing = threading.Event()
     with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(Roster(2).share, 0, assign(["a"], None), closing)
+        waiting = pool.submit(ResourceShares(2).share, 0, assign(["a"], None), closing)
         assert not waiting.done()
         closing.set()
         assert waiting.result(60)[0].local_size == 1

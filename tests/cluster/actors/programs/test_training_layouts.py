@@ -102,21 +102,21 @@ def _late_replica(group: Any, spec: Any, address: str) -> Any:
     """The run, with the writing threads of all replicas but the first a second late."""
     import time
 
-    from cluster.training.checkpoint.checkpoint_writer import SaveJob
+    from cluster.training.checkpoint.checkpoint_writer import CheckpointWriter
     from tests.cluster.actors.programs.train_runs import run_rank
 
-    run = SaveJob.run
+    run = CheckpointWriter.run
 
     def late(job: Any) -> Path:
         if job.dp.rank > 0:
             time.sleep(1.0)
         return run(job)
 
-    SaveJob.run = late  # type: ignore[assignment,method-assign]
+    CheckpointWriter.run = late  # type: ignore[assignment,method-assign]
     try:
         return run_rank(group, spec, address)
     finally:
-        SaveJob.run = run  # type: ignore[method-assign]
+        CheckpointWriter.run = run  # type: ignore[method-assign]
 
 
 def test_a_replica_that_is_late_to_a_save_finds_it_done(start: Path, tmp_path: Path, ranks: Any) -> None:

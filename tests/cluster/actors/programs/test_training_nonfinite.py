@@ -18,7 +18,7 @@ from cluster.actors.programs.train_spec import TrainParallel, TrainSpec
 from cluster.training.data.batches.data_state import DataState
 from cluster.training.job.run_folder import METRICS, SKIPPED, claim_folder
 from cluster.training.job.run_metrics import read_records
-from cluster.training.job.skipped_batches import BatchPlace, Skips, names_batch
+from cluster.training.job.skipped_batches import BatchPlace, SkippedBatches, names_batch
 from cluster.training.step.nonfinite_errors import PoisonBatch
 from cluster.training.step.optimizer import OptimizerConfig
 from launch.training.first_weights import write_random
@@ -158,12 +158,12 @@ def test_taken_up_again_a_run_counts_on_and_writes_no_batch_down_twice(
 
 def test_too_many_in_a_row_or_in_all_end_a_run() -> None:
     place = BatchPlace(before=DataState(identity={}, batches=6, sample=24), samples=4)
-    in_a_row = Skips("skip", 2, 100)
+    in_a_row = SkippedBatches("skip", 2, 100)
     for expected in (1, 2):
         assert in_a_row.skip(5, place, PoisonBatch("the loss is nan"))["total"] == expected
     with pytest.raises(PoisonBatch, match=r"step 5, batch 7 of the data .*; 2 before it were left out in a row"):
         in_a_row.skip(5, place, PoisonBatch("the loss is nan"))
-    in_all = Skips("skip", 2, 3, total=2)
+    in_all = SkippedBatches("skip", 2, 3, total=2)
     in_all.skip(5, place, PoisonBatch("the loss is nan"))
     assert in_all.taken() == {"skipped": 3}
     with pytest.raises(PoisonBatch, match=r"3 were left out before it \(max_skipped\)"):

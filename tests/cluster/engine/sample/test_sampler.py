@@ -14,7 +14,7 @@ from torch import Tensor
 from cluster.engine.request import ModelLimits, Request, ResponseOptions, SamplingParams, StoppingCriteria
 from cluster.engine.request_validation import resolve
 from cluster.engine.rng import stream_of, uniform
-from cluster.engine.sample.logits_processors import Adjustments
+from cluster.engine.sample.logits_processors import LogitsProcessors
 from cluster.engine.sample.sampler import Sampler, look_up
 from cluster.engine.sample.top_k_top_p import _floor_by_bins, cut
 from cluster.engine.sequences.caller_flows import Caller, Flow
@@ -45,7 +45,7 @@ def rows(count: int, vocab_size: int = VOCAB, seed: int = 0, scale: float = 3.0)
 
 def adjusted(row: Tensor, seq: Sequence) -> Tensor:
     out = row.clone()
-    Adjustments(seq, row.numel(), row.device).apply(out, seq)
+    LogitsProcessors(seq, row.numel(), row.device).apply(out, seq)
     return out
 
 
@@ -65,7 +65,7 @@ def test_repetition_penalty_equals_transformers(penalty: float) -> None:
 
 def test_repetition_penalty_sees_tokens_as_they_come() -> None:
     seq = sequence([1], repetition_penalty=1.7)
-    adjustments = Adjustments(seq, VOCAB, torch.device("cpu"))
+    adjustments = LogitsProcessors(seq, VOCAB, torch.device("cpu"))
     for step, token in enumerate([9, 1, 700, 9]):
         row = rows(1, seed=step)[0]
         expected = oracle(row, seq, transformers.RepetitionPenaltyLogitsProcessor(1.7))
@@ -85,7 +85,7 @@ def test_presence_and_frequency_penalties_count_the_output_only() -> None:
 
 def test_counts_go_on_over_the_steps() -> None:
     seq = sequence([9], frequency_penalty=1.0)
-    adjustments = Adjustments(seq, VOCAB, torch.device("cpu"))
+    adjustments = LogitsProcessors(seq, VOCAB, torch.device("cpu"))
     for count in range(1, 5):
         row = torch.zeros(VOCAB)
         adjustments.apply(row, seq)

@@ -12,7 +12,7 @@ from cluster.engine.request import BeamParams, Request, SamplingParams, Share, S
 from cluster.engine.schedule.fair_share import MAX_REMEMBERED, Shares
 from cluster.engine.schedule.preemption import LEAST_QUANTUM, QUANTUM
 from cluster.engine.schedule.step_planner import divided
-from cluster.engine.schedule.step_time import Pace
+from cluster.engine.schedule.step_time import StepTime
 from cluster.engine.sequences.caller_flows import Caller, Flow
 from cluster.engine.sequences.sequence import Sequence
 from tests.cluster.engine.beams.beam_cases import SEARCHES, engine_over
@@ -296,7 +296,7 @@ def test_callers_that_left_are_forgotten_by_number() -> None:
 
 
 def test_the_pace_is_that_of_the_shortest_step_and_learns_of_larger_ones() -> None:
-    pace = Pace(2.0, 1024, Clock())
+    pace = StepTime(2.0, 1024, Clock())
     assert pace.rows(2) == 2, "as few as there are until it is known how long they take"
     for _ in range(5):
         pace.took(2, 0, 1.0)

@@ -23,7 +23,8 @@ from cluster.engine.request import (
     SamplingParams,
     StoppingCriteria,
 )
-from cluster.engine.sample import logits_processors, pooling, sampler
+from cluster.engine.sample import pooling, sampler
+from cluster.engine.sample.logits_processors import LogitsProcessors
 from cluster.engine.schedule import output_processor
 from cluster.engine.schedule.step_plan import PlanBuilder
 from parallel.errors import CollectiveError
@@ -73,14 +74,14 @@ def any_row(_: object, sequences: Any) -> str:
 
 
 PLACES: dict[str, tuple[object, str, Callable[..., object], Request, int]] = {
-    "adjusting a row": (logits_processors.Adjustments, "apply", lambda _, row, seq, *rest: seq.request_id, DRAWN, 2),
+    "adjusting a row": (LogitsProcessors, "apply", lambda _, row, seq, *rest: seq.request_id, DRAWN, 2),
     "drawing rows": (sampler, "draw_rows", any_row, DRAWN, 2),
     "drawing the first rows": (sampler, "draw_rows", any_row, DRAWN, 1),
-    "appending a token": (output_processor.Outcomes, "_append", lambda _, seq, *rest: seq.request_id, DRAWN, 4),
+    "appending a token": (output_processor.OutputProcessor, "_append", lambda _, seq, *rest: seq.request_id, DRAWN, 4),
     "taking scores": (
-        output_processor.Outcomes, "_scored", lambda _, score, *rest: score.sequence.request_id, SCORED, 1),
+        output_processor.OutputProcessor, "_scored", lambda _, score, *rest: score.sequence.request_id, SCORED, 1),
     "reading rows": (pooling.Pooler, "_answer", lambda _, run, *rest: run.sequence.request_id, READ, 1),
-    "ranking beams": (logits_processors.Adjustments, "apply", lambda _, row, seq, *rest: seq.request_id, SEARCH, 3),
+    "ranking beams": (LogitsProcessors, "apply", lambda _, row, seq, *rest: seq.request_id, SEARCH, 3),
     "settling beams": (BeamTables, "_rearrange", lambda _, group, *rest: group.leader.request_id, SEARCH, 2),
     "planning": (PlanBuilder, "add", lambda _, seq, *rest: seq.request_id, DRAWN, 5),
     "planning beams": (PlanBuilder, "add", lambda _, seq, *rest: seq.request_id, SEARCH, 6),

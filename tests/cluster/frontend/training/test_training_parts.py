@@ -19,8 +19,8 @@ from cluster.link.engine_loop import EngineLoop
 from cluster.link.engine_server import EngineServer
 from cluster.link.local_link import LocalLink
 from cluster.link.socket_link import SocketLink
-from cluster.training.service.train_coordinator import TrainLead
-from cluster.training.service.train_worker import TrainSide
+from cluster.training.service.train_coordinator import TrainCoordinator
+from cluster.training.service.train_worker import TrainWorker
 from cluster.training.step.trainer import TrainerConfig
 from cluster.training.train_calls import InParts, Kind, Later, TrainAnswer, TrainCall, TrainingCancelled, TrainSequence
 from parallel.ranks.group import Group
@@ -155,12 +155,12 @@ def interleaved(group: Group, folder: str, streams: int, cancels: bool) -> Any:
     """Rank 0: what a ForwardBackward, a TrainStep and an Evaluate of several micro-batches gave beside streams."""
     runner = build_runner(load(folder, group=group), CONFIG, 1 << 28)
     commands = Commands(group.comm, 30.0)
-    side = TrainSide(runner, Groups(group, Group.single()), TrainerConfig(micro_batch_tokens=10))
+    side = TrainWorker(runner, Groups(group, Group.single()), TrainerConfig(micro_batch_tokens=10))
     if group.rank > 0:
         follow(runner, commands, side.handlers)
         return None
     engine = build_engine(runner, CONFIG, (), commands if group.size > 1 else None)
-    lead = TrainLead(side, commands, engine.weights_changed)
+    lead = TrainCoordinator(side, commands, engine.weights_changed)
     tokens: list[Any] = []
     for seed in range(streams):
         stopping = StoppingCriteria(max_new_tokens=60, ignore_eos=True)

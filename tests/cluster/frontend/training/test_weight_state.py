@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from cluster.frontend.training.weight_state import WeightsRecord
+from cluster.frontend.training.weight_state import WeightState
 from cluster.training.train_calls import Kind, RestorePoint, StepConflict, TrainAnswer, TrainCall
 from parallel.errors import WorkerError
 
 
-def answered(record: WeightsRecord, kind: Kind, step: int, version: int, name: str = "", **fields: Any) -> None:
+def answered(record: WeightState, kind: Kind, step: int, version: int, name: str = "", **fields: Any) -> None:
     record.note(TrainCall(kind=kind, name=name), TrainAnswer(step=step, weight_version=version, **fields))
 
 
@@ -20,7 +20,7 @@ def call(kind: Kind = Kind.TRAIN_STEP, **fields: Any) -> TrainCall:
 
 
 def test_weights_that_nobody_trained_are_the_checkpoints() -> None:
-    record = WeightsRecord()
+    record = WeightState()
     answered(record, Kind.STATE, 0, 0)
     answered(record, Kind.EVALUATE, 0, 0)
     answered(record, Kind.SAVE, 0, 0, "start")
@@ -29,7 +29,7 @@ def test_weights_that_nobody_trained_are_the_checkpoints() -> None:
 
 
 def test_a_state_saved_after_the_last_step_is_restored_under_its_version() -> None:
-    record = WeightsRecord()
+    record = WeightState()
     answered(record, Kind.TRAIN_STEP, 4, 4)
     answered(record, Kind.SAVE, 4, 4, "four")
     point = record.restore_point()
@@ -40,7 +40,7 @@ def test_a_state_saved_after_the_last_step_is_restored_under_its_version() -> No
 
 
 def test_steps_after_the_last_state_are_lost_aloud_and_their_version_is_not_used_again() -> None:
-    record = WeightsRecord()
+    record = WeightState()
     answered(record, Kind.SAVE, 4, 4, "four")
     answered(record, Kind.TRAIN_STEP, 6, 6)
     point = record.restore_point()
@@ -57,21 +57,21 @@ def test_steps_after_the_last_state_are_lost_aloud_and_their_version_is_not_used
 
 
 def test_steps_that_were_never_saved_are_not_given_up_for_the_checkpoint() -> None:
-    record = WeightsRecord()
+    record = WeightState()
     answered(record, Kind.OPTIM_STEP, 3, 3)
     with pytest.raises(WorkerError, match="3 training steps were never saved .* save states"):
         record.restore_point()
 
 
 def test_a_loaded_state_counts_as_saved() -> None:
-    record = WeightsRecord()
+    record = WeightState()
     answered(record, Kind.TRAIN_STEP, 9, 9)
     answered(record, Kind.LOAD, 2, 10, "two")
     assert record.restore_point() == RestorePoint("two", 10)
 
 
 def test_an_answer_that_is_told_again_changes_nothing() -> None:
-    record = WeightsRecord()
+    record = WeightState()
     answered(record, Kind.SAVE, 1, 1, "one")
     answered(record, Kind.TRAIN_STEP, 2, 2)
     answered(record, Kind.SAVE, 2, 2, "two")
@@ -81,7 +81,7 @@ def test_an_answer_that_is_told_again_changes_nothing() -> None:
 
 
 def test_gradients_that_waited_are_lost_aloud() -> None:
-    record = WeightsRecord()
+    record = WeightState()
     answered(record, Kind.FORWARD_BACKWARD, 0, 0, waiting_calls=1)
     assert record.rebuilt(record.restore_point()) == "the weights are as they were; gradients that waited are lost"
     with pytest.raises(StepConflict, match="gradients that waited are lost; ask GetTrainState"):
@@ -89,14 +89,14 @@ def test_gradients_that_waited_are_lost_aloud() -> None:
 
 
 def test_a_call_that_names_the_memory_it_means_is_let_through_to_be_compared_there() -> None:
-    record = WeightsRecord()
+    record = WeightState()
     answered(record, Kind.FORWARD_BACKWARD, 0, 0, waiting_calls=1)
     record.rebuilt(record.restore_point())
     record.check(call(Kind.OPTIM_STEP, idempotency_key="k", expected_incarnation=5))
 
 
 def test_gradients_that_were_applied_are_not_missed() -> None:
-    record = WeightsRecord()
+    record = WeightState()
     answered(record, Kind.FORWARD_BACKWARD, 0, 0)
     answered(record, Kind.OPTIM_STEP, 1, 1)
     answered(record, Kind.SAVE, 1, 1, "one")

@@ -18,8 +18,8 @@ from cluster.frontend.frontend import Frontend
 from cluster.link.local_link import LocalLink
 from cluster.rpc.client.client import AsyncClient
 from cluster.rpc.server import build_server
-from cluster.training.service.train_coordinator import TrainLead
-from cluster.training.service.train_worker import SaveConfig, TrainSide
+from cluster.training.service.train_coordinator import TrainCoordinator
+from cluster.training.service.train_worker import SaveConfig, TrainWorker
 from parallel.ranks.group import Group
 from parallel.ranks.mesh import Groups
 from tests.cluster.frontend.harness import run
@@ -33,9 +33,9 @@ RATE = {"learning_rate": 3e-3}
 TEXTS = [[1 + (7 * i + j) % 40 + 50 * (i % 2) for j in range(5)] for i in range(8)]
 
 
-def rank_of(folder: str, task: str, group: Group, root: Path | None) -> tuple[Any, TrainSide]:
+def rank_of(folder: str, task: str, group: Group, root: Path | None) -> tuple[Any, TrainWorker]:
     runner = build_runner(load(folder, task=task, group=group), CONFIG, 1 << 28)
-    return runner, TrainSide(runner, Groups(group, Group.single()), saves=SaveConfig(root=root))
+    return runner, TrainWorker(runner, Groups(group, Group.single()), saves=SaveConfig(root=root))
 
 
 @asynccontextmanager
@@ -43,7 +43,7 @@ async def training(folder: str, task: str, group: Group, root: Path | None = Non
     runner, side = rank_of(folder, task, group, root)
     commands = Commands(group.comm)
     engine = build_engine(runner, CONFIG, (), commands if group.size > 1 else None)
-    frontend = Frontend(LocalLink(engine, TrainLead(side, commands, engine.weights_changed)))
+    frontend = Frontend(LocalLink(engine, TrainCoordinator(side, commands, engine.weights_changed)))
     frontend.start()
     server = build_server(frontend, "127.0.0.1:0")
     await server.start()

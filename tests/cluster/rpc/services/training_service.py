@@ -20,8 +20,8 @@ from cluster.frontend.frontend import Frontend
 from cluster.link.local_link import LocalLink
 from cluster.rpc.client.client import AsyncClient
 from cluster.rpc.server import build_server
-from cluster.training.service.train_coordinator import TrainLead
-from cluster.training.service.train_worker import SaveConfig, TrainSide
+from cluster.training.service.train_coordinator import TrainCoordinator
+from cluster.training.service.train_worker import SaveConfig, TrainWorker
 from parallel.ranks.group import Group
 from parallel.ranks.mesh import Groups
 from tp_decoders import load
@@ -43,8 +43,8 @@ async def training_service(
 ) -> AsyncIterator[AsyncClient]:
     runner = build_runner(load(folder, dtype=dtype), config, 1 << 28)
     engine = build_engine(runner, config)
-    side = TrainSide(runner, Groups(Group.single(), Group.single()), saves=SaveConfig(root=root))
-    lead = TrainLead(side, Commands(None), engine.weights_changed)
+    side = TrainWorker(runner, Groups(Group.single(), Group.single()), saves=SaveConfig(root=root))
+    lead = TrainCoordinator(side, Commands(None), engine.weights_changed)
     frontend = Frontend(LocalLink(engine, lead if trains else None))
     frontend.start()
     server = build_server(frontend, "127.0.0.1:0", security=security, tracer=tracer)

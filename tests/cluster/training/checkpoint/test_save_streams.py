@@ -15,8 +15,8 @@ import torch
 
 from cluster.engine.run.command_stream import Commands
 from cluster.training.checkpoint.checkpointer import Checkpointer
-from cluster.training.service.train_coordinator import TrainLead
-from cluster.training.service.train_worker import SaveConfig, TrainSide
+from cluster.training.service.train_coordinator import TrainCoordinator
+from cluster.training.service.train_worker import SaveConfig, TrainWorker
 from cluster.training.step.trainer import Trainer, TrainerConfig
 from cluster.training.train_calls import InParts, Kind, Later, TrainAnswer, TrainCall
 from parallel.ranks.group import Group
@@ -75,7 +75,7 @@ def slow(writes: list[int]) -> Any:
     return mock.patch.object(SliceFiles, "write", late)
 
 
-def ask(lead: TrainLead, kind: Kind, **fields: Any) -> TrainAnswer | Later | InParts:
+def ask(lead: TrainCoordinator, kind: Kind, **fields: Any) -> TrainAnswer | Later | InParts:
     return lead(TrainCall(kind=kind, sequences=DOCUMENTS if kind.takes_sequences else (), **fields))
 
 
@@ -91,9 +91,9 @@ def finished(outcome: TrainAnswer | Later | InParts) -> TrainAnswer:
 
 def test_the_next_update_waits_for_a_save_and_nothing_else_does(tmp_path: Path) -> None:
     runner, writes = runner_of(str(save_tiny("gpt2", tmp_path / "gpt2"))), list[int]()
-    side = TrainSide(runner, SINGLE, saves=SaveConfig(root=tmp_path / "states"))
+    side = TrainWorker(runner, SINGLE, saves=SaveConfig(root=tmp_path / "states"))
     (tmp_path / "states").mkdir()
-    lead = TrainLead(side, Commands(None), lambda: None)
+    lead = TrainCoordinator(side, Commands(None), lambda: None)
     finished(ask(lead, Kind.TRAIN_STEP, expected_step=0))
     weights = {name: p.detach().clone() for name, p in runner.model.named_parameters()}
     with slow(writes):
@@ -120,8 +120,8 @@ def test_the_next_update_waits_for_a_save_and_nothing_else_does(tmp_path: Path) 
 
 def test_a_held_update_can_be_given_up(tmp_path: Path) -> None:
     runner = runner_of(str(save_tiny("gpt2", tmp_path / "gpt2")))
-    side = TrainSide(runner, SINGLE, saves=SaveConfig(root=tmp_path))
-    lead = TrainLead(side, Commands(None), lambda: None)
+    side = TrainWorker(runner, SINGLE, saves=SaveConfig(root=tmp_path))
+    lead = TrainCoordinator(side, Commands(None), lambda: None)
     finished(ask(lead, Kind.FORWARD_BACKWARD, idempotency_key="a"))
     with slow([]):
         save = ask(lead, Kind.SAVE, name="one")

@@ -16,8 +16,8 @@ from cluster.engine.run.command_stream import Commands
 from cluster.engine.run.executors import follow
 from cluster.training.checkpoint.checkpointer import Checkpointer
 from cluster.training.checkpoint.save_failure import UNKNOWN, FailureNotice
-from cluster.training.service.train_coordinator import TrainLead
-from cluster.training.service.train_worker import SaveConfig, TrainSide
+from cluster.training.service.train_coordinator import TrainCoordinator
+from cluster.training.service.train_worker import SaveConfig, TrainWorker
 from cluster.training.step.trainer import Trainer, TrainerConfig
 from cluster.training.train_calls import InParts, Kind, Later, StateExists, TrainAnswer, TrainCall, TrainSequence
 from parallel.errors import CheckpointError
@@ -113,12 +113,12 @@ def serve(group: Group, folder: str, root: str) -> Any:
     """Rank 0 drives; the second rank's disk fails where told to."""
     runner = build_runner(load(folder, group=group), CONFIG, 1 << 28)
     commands = Commands(group.comm, 30.0)
-    side = TrainSide(runner, Groups(group, Group.single()), saves=SaveConfig(root=Path(root)))
+    side = TrainWorker(runner, Groups(group, Group.single()), saves=SaveConfig(root=Path(root)))
     if group.rank > 0:
         follow(runner, commands, {**side.handlers, "break": lambda broken: fail_here(group, broken)})
         return None
     engine = build_engine(runner, CONFIG, (), commands if group.size > 1 else None)
-    lead = TrainLead(side, commands, engine.weights_changed)
+    lead = TrainCoordinator(side, commands, engine.weights_changed)
     try:
         return drive(lead, commands)
     finally:
@@ -156,7 +156,7 @@ def answered(outcome: TrainAnswer | Later | InParts) -> TrainAnswer:
     return outcome
 
 
-def drive(lead: TrainLead, commands: Commands) -> Any:
+def drive(lead: TrainCoordinator, commands: Commands) -> Any:
     """(log-probabilities of every step, refusals) of: steps, a failed save, a save, steps, a failed load, a load, the
     same steps.
     """

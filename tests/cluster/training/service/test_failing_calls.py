@@ -16,8 +16,8 @@ from cluster.engine.run.command_stream import Commands
 from cluster.engine.run.executors import follow
 from cluster.training.checkpoint import restore
 from cluster.training.service import train_worker
-from cluster.training.service.train_coordinator import TrainLead
-from cluster.training.service.train_worker import SaveConfig, TrainSide
+from cluster.training.service.train_coordinator import TrainCoordinator
+from cluster.training.service.train_worker import SaveConfig, TrainWorker
 from cluster.training.step import gradient_accumulation, trainer
 from cluster.training.step import optimizer as optimizer_module
 from cluster.training.step.trainer import TrainerConfig
@@ -58,7 +58,7 @@ def answered(outcome: TrainAnswer | Later | InParts) -> TrainAnswer:
     return outcome
 
 
-def bits(side: TrainSide) -> BIT:
+def bits(side: TrainWorker) -> BIT:
     """All that a call may change on a rank."""
     assert side._trainer is not None
     optimizer = side._trainer.optimizer
@@ -108,12 +108,12 @@ def every_fault(group: Group, folder: str, root: str, waits: bool) -> Any:
     runner = build_runner(load(folder, group=group), CONFIG, 1 << 28)
     commands = Commands(group.comm, 30.0)
     config = TrainerConfig(micro_batch_tokens=6)
-    side = TrainSide(runner, Groups(group, Group.single()), config, SaveConfig(root=Path(root)))
+    side = TrainWorker(runner, Groups(group, Group.single()), config, SaveConfig(root=Path(root)))
     engine = build_engine(runner, CONFIG, (), commands if group.size > 1 else None) if group.rank == 0 else None
-    lead = TrainLead(side, commands, lambda: None) if engine else None
+    lead = TrainCoordinator(side, commands, lambda: None) if engine else None
     found, key = [], 0
 
-    def together(work: Callable[[TrainLead], Any]) -> Any:
+    def together(work: Callable[[TrainCoordinator], Any]) -> Any:
         """On rank 0; the others follow until it stops them."""
         if lead is None:
             return follow(runner, commands, side.handlers)
@@ -123,14 +123,14 @@ def every_fault(group: Group, folder: str, root: str, waits: bool) -> Any:
             if group.size > 1:
                 commands.issue("stop")
 
-    def prepare(lead: TrainLead) -> None:
+    def prepare(lead: TrainCoordinator) -> None:
         answered(lead(call(Kind.TRAIN_STEP, expected_step=0)))
         answered(lead(call(Kind.SAVE, name="one")))
         if waits:
             answered(lead(call(Kind.FORWARD_BACKWARD, idempotency_key="first")))
 
-    def refused(asked: TrainCall) -> Callable[[TrainLead], str]:
-        def run(lead: TrainLead) -> str:
+    def refused(asked: TrainCall) -> Callable[[TrainCoordinator], str]:
+        def run(lead: TrainCoordinator) -> str:
             with pytest.raises((TrainingFailed, CheckpointError, NotApplied)) as error:
                 answered(lead(asked))
             assert not isinstance(error.value, CollectiveError)
@@ -182,14 +182,14 @@ def asymmetric(group: Group, folder: str, name: str, rank: int) -> Any:
     """A fault after a rank's last collective, on that rank alone."""
     runner = build_runner(load(folder, group=group), CONFIG, 1 << 28)
     commands = Commands(group.comm, 30.0)
-    side = TrainSide(runner, Groups(group, Group.single()), TrainerConfig(micro_batch_tokens=6))
+    side = TrainWorker(runner, Groups(group, Group.single()), TrainerConfig(micro_batch_tokens=6))
     owner, attribute, after, error = FAULTS[name]
     broken = failing(after, error, getattr(owner, attribute)) if group.rank == rank else getattr(owner, attribute)
     with mock.patch.object(owner, attribute, broken):
         if group.rank > 0:
             follow(runner, commands, side.handlers)
         else:
-            lead = TrainLead(side, commands, lambda: None)
+            lead = TrainCoordinator(side, commands, lambda: None)
             with pytest.raises(TrainingFailed, match=f"rank {rank}: .*told to fail"):
                 answered(lead(call(Kind.FORWARD_BACKWARD, idempotency_key="a")))
             assert lead(call(Kind.STATE)).waiting_calls == 0  # type: ignore[union-attr]
@@ -204,8 +204,8 @@ def test_a_fault_of_one_rank_after_its_last_collective_is_agreed_upon(ranks: Any
 
 def test_an_error_on_rank_0_alone_is_the_calls_own(folder: str) -> None:
     runner = build_runner(load(folder), CONFIG, 1 << 28)
-    lead = TrainLead(TrainSide(runner, Groups(Group.single(), Group.single())), Commands(None), lambda: None)
-    with mock.patch.object(TrainLead, "_check_step", failing(0, OSError, TrainLead._check_step)):
+    lead = TrainCoordinator(TrainWorker(runner, Groups(Group.single(), Group.single())), Commands(None), lambda: None)
+    with mock.patch.object(TrainCoordinator, "_check_step", failing(0, OSError, TrainCoordinator._check_step)):
         with pytest.raises(TpError, match="failed on rank 0: OSError"):
             lead(call(Kind.TRAIN_STEP, expected_step=0))
     assert answered(lead(call(Kind.TRAIN_STEP, expected_step=0))).step == 1

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from cluster.engine.run.command_stream import Commands
-from cluster.training.service.gradient_sessions import Sessions
+from cluster.training.service.gradient_sessions import GradientSessions
 from cluster.training.service.idempotency import ALL_BYTES, CALLER_BYTES, CALLER_KEYS, Answered
-from cluster.training.service.train_coordinator import TrainLead
-from cluster.training.service.train_worker import SaveConfig, TrainSide
+from cluster.training.service.train_coordinator import TrainCoordinator
+from cluster.training.service.train_worker import SaveConfig, TrainWorker
 from cluster.training.train_calls import (
     AnswerDropped,
     Kind,
@@ -43,15 +43,15 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def lead(tmp_path: Path, clock: Clock) -> TrainLead:
+def lead(tmp_path: Path, clock: Clock) -> TrainCoordinator:
     runner = runner_of(str(save_tiny("gpt2", tmp_path / "gpt2")))
-    side = TrainSide(runner, Groups(Group.single(), Group.single()), saves=SaveConfig(root=tmp_path))
-    made = TrainLead(side, Commands(None), lambda: None)
-    made._sessions = Sessions(60.0, clock)
+    side = TrainWorker(runner, Groups(Group.single(), Group.single()), saves=SaveConfig(root=tmp_path))
+    made = TrainCoordinator(side, Commands(None), lambda: None)
+    made._sessions = GradientSessions(60.0, clock)
     return made
 
 
-def ask(lead: TrainLead, kind: Kind, caller: str, key: str = "", **fields: Any) -> TrainAnswer:
+def ask(lead: TrainCoordinator, kind: Kind, caller: str, key: str = "", **fields: Any) -> TrainAnswer:
     sequences = DOCUMENTS if kind.takes_sequences else ()
     outcome = lead(TrainCall(kind=kind, caller=caller, idempotency_key=key, sequences=sequences, **fields))
     while not isinstance(outcome, TrainAnswer):
@@ -66,7 +66,9 @@ ADD, STEP, APPLY, DROP, STATE = (
 )  # fmt: skip
 
 
-def test_whoever_comes_second_is_told_whose_session_is_open_and_since_when(lead: TrainLead, clock: Clock) -> None:
+def test_whoever_comes_second_is_told_whose_session_is_open_and_since_when(
+    lead: TrainCoordinator, clock: Clock
+) -> None:
     ask(lead, ADD, "alice", "a", session="rl")
     clock.now += 7
     words = "session 'rl' of alice holds the gradients of 1 calls since 7 s.* in 53 s"
@@ -82,7 +84,7 @@ def test_whoever_comes_second_is_told_whose_session_is_open_and_since_when(lead:
     assert ask(lead, ADD, "bob", "b").waiting_calls == 1 and ask(lead, STATE, "").sessions[0].caller == "bob"
 
 
-def test_the_owner_drops_its_gradients_and_is_not_told_again(lead: TrainLead) -> None:
+def test_the_owner_drops_its_gradients_and_is_not_told_again(lead: TrainCoordinator) -> None:
     first = ask(lead, ADD, "alice", "a")
     assert ask(lead, DROP, "bob").dropped == 0 and ask(lead, STATE, "").waiting_calls == 1
     assert ask(lead, DROP, "alice").dropped == 1 and ask(lead, STATE, "").sessions == ()
@@ -92,7 +94,7 @@ def test_the_owner_drops_its_gradients_and_is_not_told_again(lead: TrainLead) ->
     assert again.loss == first.loss and again.waiting_calls == 1 and not again.replayed
 
 
-def test_whoever_lost_gradients_to_another_learns_it_before_going_on(lead: TrainLead, clock: Clock) -> None:
+def test_whoever_lost_gradients_to_another_learns_it_before_going_on(lead: TrainCoordinator, clock: Clock) -> None:
     ask(lead, ADD, "alice", "a")
     clock.now += 61
     alone = ask(lead, STEP, "bob", "b")
@@ -102,7 +104,7 @@ def test_whoever_lost_gradients_to_another_learns_it_before_going_on(lead: Train
     assert ask(lead, APPLY, "alice", "d").step == alone.step + 1
 
 
-def test_who_controls_the_server_drops_anybodys_and_a_retry_tells_the_owner(lead: TrainLead) -> None:
+def test_who_controls_the_server_drops_anybodys_and_a_retry_tells_the_owner(lead: TrainCoordinator) -> None:
     ask(lead, ADD, "alice", "a", session="rl")
     assert ask(lead, DROP, "root", owner="alice", session="rl").dropped == 1
     with pytest.raises(NotApplied, match="by root, who controls the server"):
@@ -110,7 +112,7 @@ def test_who_controls_the_server_drops_anybodys_and_a_retry_tells_the_owner(lead
     assert ask(lead, ADD, "alice", "b", session="rl").waiting_calls == 1, "told once is enough"
 
 
-def test_a_replay_says_what_waits_now_and_every_answer_which_memory_it_is_of(lead: TrainLead) -> None:
+def test_a_replay_says_what_waits_now_and_every_answer_which_memory_it_is_of(lead: TrainCoordinator) -> None:
     ask(lead, ADD, "alice", "a")
     assert (again := ask(lead, ADD, "alice", "a")).replayed and again.waiting_calls == 1
     done = ask(lead, APPLY, "alice", "b")
@@ -121,7 +123,7 @@ def test_a_replay_says_what_waits_now_and_every_answer_which_memory_it_is_of(lea
     }
 
 
-def test_what_began_before_a_rebuild_is_not_applied_in_part_after_it(lead: TrainLead) -> None:
+def test_what_began_before_a_rebuild_is_not_applied_in_part_after_it(lead: TrainCoordinator) -> None:
     """One of two gradients is lost with the ranks; somebody of the same name has asked where training stands since."""
     meant = ask(lead, Kind.FORWARD_BACKWARD, "a", "first", expected_incarnation=lead._incarnation).incarnation
     ask(lead, Kind.DROP, "a")
@@ -137,7 +139,7 @@ def test_what_began_before_a_rebuild_is_not_applied_in_part_after_it(lead: Train
     assert ask(lead, Kind.OPTIM_STEP, "a", "third", expected_incarnation=stands.incarnation).step == 1
 
 
-def test_a_load_drops_its_callers_gradients_and_waits_for_those_of_others(lead: TrainLead) -> None:
+def test_a_load_drops_its_callers_gradients_and_waits_for_those_of_others(lead: TrainCoordinator) -> None:
     ask(lead, Kind.SAVE, "alice", name="one")
     ask(lead, ADD, "alice", "a", session="rl")
     with pytest.raises(SessionOpen):

@@ -13,8 +13,8 @@ from torch import Tensor
 from cluster.engine.engine_builder import build_runner
 from cluster.engine.run.command_stream import Commands
 from cluster.engine.run.executors import follow
-from cluster.training.service.train_coordinator import TrainLead
-from cluster.training.service.train_worker import TrainSide
+from cluster.training.service.train_coordinator import TrainCoordinator
+from cluster.training.service.train_worker import TrainWorker
 from cluster.training.step.trainer import Trainer, TrainerConfig
 from cluster.training.train_calls import Kind, NotApplied, TrainCall
 from parallel.ranks.group import Group
@@ -45,11 +45,11 @@ def one_rank(group: Group, folder: str, dtype: torch.dtype) -> Any:
     """What each call was answered, on rank 0, with a number of the last rank's spoilt; whether all was as before."""
     runner = build_runner(load(folder, group=group, dtype=dtype), CONFIG, 1 << 28)
     commands = Commands(group.comm, 30.0)
-    side = TrainSide(runner, Groups(group, Group.single()), TrainerConfig(micro_batch_tokens=6))
-    lead = TrainLead(side, commands, lambda: None) if group.rank == 0 else None
+    side = TrainWorker(runner, Groups(group, Group.single()), TrainerConfig(micro_batch_tokens=6))
+    lead = TrainCoordinator(side, commands, lambda: None) if group.rank == 0 else None
     spoils, found = group.rank == group.size - 1, []
 
-    def together(work: Callable[[TrainLead], Any]) -> Any:
+    def together(work: Callable[[TrainCoordinator], Any]) -> Any:
         if lead is None:
             return follow(runner, commands, side.handlers)
         try:
@@ -58,7 +58,7 @@ def one_rank(group: Group, folder: str, dtype: torch.dtype) -> Any:
             commands.issue("stop")
 
     def refused(asked: TrainCall) -> None:
-        def run(lead: TrainLead) -> str:
+        def run(lead: TrainCoordinator) -> str:
             with pytest.raises(NotApplied) as error:
                 answered(lead(asked))
             return str(error.value)

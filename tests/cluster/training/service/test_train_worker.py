@@ -14,8 +14,8 @@ from cluster.engine.request import Request, ResponseOptions, SamplingParams, Sto
 from cluster.engine.run.command_stream import Commands
 from cluster.engine.run.executors import follow
 from cluster.engine.run.model_runner import ModelRunner
-from cluster.training.service.train_coordinator import TrainLead
-from cluster.training.service.train_worker import TrainSide
+from cluster.training.service.train_coordinator import TrainCoordinator
+from cluster.training.service.train_worker import TrainWorker
 from cluster.training.train_calls import (
     InParts,
     Kind,
@@ -68,18 +68,18 @@ def serve_and_train(group: Group, folder: str) -> Any:
     """Rank 0: everything that was answered; the others follow."""
     runner = build_runner(load(folder, group=group), CONFIG, 1 << 28)
     commands = Commands(group.comm, 30.0)
-    side = TrainSide(runner, Groups(group, Group.single()))
+    side = TrainWorker(runner, Groups(group, Group.single()))
     if group.rank > 0:
         follow(runner, commands, side.handlers)
         return None
     engine = build_engine(runner, CONFIG, (), commands if group.size > 1 else None)
-    lead = TrainLead(side, commands, engine.weights_changed)
+    lead = TrainCoordinator(side, commands, engine.weights_changed)
     answers = drive(engine, lead)
     engine.close()
     return answers
 
 
-def drive(engine: Engine, lead: TrainLead) -> Any:
+def drive(engine: Engine, lead: TrainCoordinator) -> Any:
     """Four samples run while steps are taken, some of which are refused."""
     for seed in range(4):
         engine.submit(
@@ -122,12 +122,12 @@ def three_ways(group: Group, folder: str) -> Any:
     """
     runner = build_runner(load(folder, group=group), CONFIG, 1 << 28)
     commands = Commands(group.comm, 30.0)
-    side = TrainSide(runner, Groups(group, Group.single()))
+    side = TrainWorker(runner, Groups(group, Group.single()))
     if group.rank > 0:
         follow(runner, commands, side.handlers)
         return None
     engine = build_engine(runner, CONFIG, (), commands if group.size > 1 else None)
-    lead, rows = TrainLead(side, commands, engine.weights_changed), []
+    lead, rows = TrainCoordinator(side, commands, engine.weights_changed), []
     for step in range(7):
         made = answered(engine, f"generate {step}", (7, 3, 5, 60), StoppingCriteria(max_new_tokens=8, ignore_eos=True))
         whole = (7, 3, 5, 60, *(entry.token_id for event in made for entry in event.logprobs))
@@ -171,7 +171,9 @@ def test_generate_score_and_the_training_forward_agree_to_the_bit_after_every_st
 
 def test_a_refused_call_leaves_what_waits_as_it_was(tmp_path: Path) -> None:
     folder = str(save_tiny("gpt2", tmp_path / "gpt2"))
-    clean, other = (TrainLead(TrainSide(runner_of(folder), SINGLE), Commands(None), lambda: None) for _ in range(2))
+    clean, other = (
+        TrainCoordinator(TrainWorker(runner_of(folder), SINGLE), Commands(None), lambda: None) for _ in range(2)
+    )
     for lead in (clean, other):
         lead(step_call(0, kind=Kind.FORWARD_BACKWARD, idempotency_key="a"))
     with pytest.raises(RequestError, match="needs advantages"):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cluster.training.step.losses import LossOptions
-from cluster.training.step.nonfinite_search import Blame, blame
+from cluster.training.step.nonfinite_search import Culprits, blame
 from cluster.training.step.train_batch import TrainBatch
 from cluster.training.step.trainer import Trainer, TrainerConfig
 from parallel.ranks.group import Group
@@ -52,7 +52,7 @@ def everything(trainer: Trainer) -> list[Tensor]:
     return [*(p.detach().clone() for p in trainer.model.parameters()), *state]
 
 
-def of_losses(group: Group, folder: Path) -> Blame:
+def of_losses(group: Group, folder: Path) -> Culprits:
     trainer = trainer_of(folder, group)
     with torch.no_grad():
         table(trainer)[local(trainer)] = float("nan")
@@ -74,7 +74,7 @@ def local(trainer: Trainer) -> slice:
 @pytest.mark.parametrize("size", [1, 2])
 def test_sequences_with_a_loss_that_is_no_number_are_found_at_every_size(folder: Path, ranks: Any, size: int) -> None:
     found = ranks(size, of_losses, folder)
-    assert found == [Blame(losses=(1, 3))] * size
+    assert found == [Culprits(losses=(1, 3))] * size
     assert found[0].words() == "the loss of sequences 1, 3 is not finite"
 
 
@@ -96,15 +96,15 @@ def test_sequences_with_a_gradient_that_is_no_number_are_found_and_no_bit_is_cha
     with pytest.raises(FloatingPointError, match=r"the gradient norm of step 1 is \S+; no parameter was changed"):
         trainer.optim_step(1e-3)
     found = blame(trainer, batch(), "cross_entropy", LossOptions())
-    assert found == Blame(gradients=(1, 3)) and found.words("document").startswith("the gradient of documents 1, 3")
+    assert found == Culprits(gradients=(1, 3)) and found.words("document").startswith("the gradient of documents 1, 3")
     assert all(torch.equal(a, b) for a, b in zip(before, everything(trainer), strict=True))
     assert trainer.step == 1 and not any(flat.waiting for flat in trainer.optimizer.flats)
 
 
 def test_a_batch_of_nothing_but_finite_numbers_has_none_to_blame(folder: Path) -> None:
     found = blame(trainer_of(folder, micro_batch_tokens=4), batch(), "cross_entropy", LossOptions(), dropout_seed=3)
-    assert found == Blame() and "their sum does not" in found.words()
+    assert found == Culprits() and "their sum does not" in found.words()
 
 
 def test_many_are_counted() -> None:
-    assert Blame(losses=tuple(range(11))).words().endswith("6, 7 and 3 more is not finite")
+    assert Culprits(losses=tuple(range(11))).words().endswith("6, 7 and 3 more is not finite")
