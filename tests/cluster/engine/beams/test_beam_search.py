@@ -93,7 +93,7 @@ def test_the_random_searches_meet_every_option_and_every_end(found: dict[str, li
         whole = max(len(result.token_ids) for result in found[case.request.request_id])
         seen["stopped early"] += whole < (case.request.stopping.max_new_tokens or 0) - 1
     assert min(seen.values()) >= 2, seen
-    assert seen["stopped early"] >= 10 and len(seen) == 5 + 3 + 5 + 3 + 2 + 2 + 4 + 2 + 2 + 4 + 1, seen
+    assert seen["stopped early"] >= 10 and len(seen) == len(CONFIGS) + 3 + 5 + 3 + 2 + 2 + 4 + 2 + 2 + 4 + 1, seen
 
 
 def serve_cases(group: Group, folder: str, family: str) -> list[list[Any]] | None:
