@@ -8,6 +8,7 @@ collective) or not (then none).
 from __future__ import annotations
 
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -21,7 +22,7 @@ from parallel.sharding.rules import Replicated, VirtualShards, sharded
 from parallel.sharding.tree import leaves_sum
 
 
-class Norm(nn.Module):
+class Norm(nn.Module, ABC):
     """What both kinds have in common: statistics in float32, row by row, then weight (and bias) over the last axis."""
 
     def __init__(
@@ -47,13 +48,13 @@ class Norm(nn.Module):
             return cheap(y_TD, lambda: self.normalise(x_TD))
         return self.normalise(x_TD)
 
+    @abstractmethod
     def normalise(self, x_TD: Tensor) -> Tensor:
         """Row by row, so that a row's bits do not depend on its neighbours."""
-        raise NotImplementedError(f"{type(self).__name__} must say how a row is normalised")
 
+    @abstractmethod
     def grads(self, x_TD: Tensor, grad_TD: Tensor, borders: Sequence[int]) -> tuple[Tensor, Tensor]:
         """dx, and of each leaf of tokens the sums [leaves, 2, D] of the gains' gradients."""
-        raise NotImplementedError(f"{type(self).__name__} must say what its gradients are")
 
 
 class LayerNorm(Norm):

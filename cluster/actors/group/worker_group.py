@@ -251,9 +251,7 @@ class WorkerGroup:
             self._check_open()
             waiting = [report for report in reports if report not in ready]
             if time.monotonic() > deadline:
-                late = [
-                    (self._places[rank], self._actors[rank]) for rank in range(self._size) if reports[rank] in waiting
-                ]
+                late = [(self._places[i], self._actors[i]) for i in range(self._size) if reports[i] in waiting]
                 raise WorkerError(slow_start(late, self._life, self.config.start_timeout_s))
             for report in ray.wait(waiting, timeout=PROBE_EVERY_S)[0]:
                 try:
