@@ -78,19 +78,15 @@ def serve(config: ServeConfig, model: Path, log_level: int, leaving: Leaving) ->
         StateFolder(Path(config.training.save_root).expanduser())
     cores = config.ray.cores(config.parallel.tp * config.parallel.dp)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the loop takes over
+    head = Head()
     try:
-        head = Head()
-        try:
-            with saved_state(config, model) as state, ray_session(config.ray.address, cores, head=head):
-                signal.signal(signal.SIGTERM, signal.default_int_handler)  # in place of Ray's own
-                try:
-                    return asyncio.run(_serve(config, model, log_level, state, head))
-                finally:
-                    end_undisturbed()
-        finally:
-            leaving.behind = bool(head.lost)
-    except SystemExit as ended:  # Ray's own handler of SIGTERM, while Ray starts
-        raise KeyboardInterrupt from ended
+        with saved_state(config, model) as state, ray_session(config.ray.address, cores, head=head):
+            try:
+                return asyncio.run(_serve(config, model, log_level, state, head))
+            finally:
+                end_undisturbed()
+    finally:
+        leaving.behind = bool(head.lost)
 
 
 def check_checkpoint(task: str, model: Path, mpt_reference: str = "auto") -> None:

@@ -222,14 +222,11 @@ def train(config: TrainConfig, spec: TrainProgram, log_level: int) -> int:
     """Runs the ranks until the last step, a signal or a fault; the exit status."""
     stop = threading.Event()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        with ray_session(config.ray.address, config.ray.cores(spec.parallel.world)):
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, lambda *_: stop.set())
-            with metrics_of(config, spec):
-                run_to_the_end(spec, replace(config.placement, log_level=log_level), stop)
-    except SystemExit as ended:  # Ray's own handler of SIGTERM, while Ray starts
-        raise KeyboardInterrupt from ended
+    with ray_session(config.ray.address, config.ray.cores(spec.parallel.world)):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: stop.set())
+        with metrics_of(config, spec):
+            run_to_the_end(spec, replace(config.placement, log_level=log_level), stop)
     status = _last_words(spec)
     if config.plot:
         print(draw(Path(spec.out)), flush=True)

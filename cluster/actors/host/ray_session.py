@@ -20,6 +20,7 @@ import ray
 from cluster.actors.host.rank_output import show_rank_output
 from cluster.actors.host.ray_address import own_address
 from cluster.actors.host.ray_head import Head, on_loopback, own_sessions
+from cluster.actors.host.start_signals import interruptible
 from parallel.errors import ConfigError, WorkerError
 
 log = logging.getLogger(__name__)
@@ -38,7 +39,10 @@ TOO_SLOW = ("timed out during startup", "Timed out waiting for file")
 def ray_session(
     address: str | None = None, num_cpus: int | None = None, log_to_driver: bool = True, head: Head | None = None
 ) -> Iterator[Head]:
-    """Connected to `address`, or to a cluster of this machine alone that ends with the block; its own processes."""
+    """Connected to `address`, or to a cluster of this machine alone that ends with the block; its own processes.
+
+    A SIGINT or SIGTERM that comes while it starts or joins is a KeyboardInterrupt.
+    """
     if num_cpus is not None and num_cpus < 1:
         raise ConfigError(f"num_cpus is {num_cpus}; a local Ray cluster needs at least 1")
     if num_cpus is not None and address is not None:
@@ -52,7 +56,8 @@ def ray_session(
         options |= {"num_cpus": num_cpus, "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
     head = head or Head()
     try:
-        with own_sessions(), on_loopback() if address is None or only_on_loopback(address) else nullcontext():
+        alone = address is None or only_on_loopback(address)
+        with interruptible(), own_sessions(), on_loopback() if alone else nullcontext():
             _init(address or "local", options)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise WorkerError(_cannot_join(address, error)) from error

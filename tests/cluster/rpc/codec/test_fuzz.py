@@ -30,7 +30,7 @@ from tests.cluster.rpc.harness import INFERENCE, Service, service
 from tests.cluster.rpc.test_load import resident_kib
 
 MESSAGES, BATCH = 10_000, 250
-CONNECTIONS, MOST_ROUNDS, AT_ONCE = 200, 16, 20
+CONNECTIONS, MOST_ROUNDS, AT_ONCE = 200, 30, 20
 METHODS = sorted(method for method in REQUEST_KINDS if not method.endswith("/Drain"))  # which is meant to end it all
 CLEAR = {
     "OK",
@@ -295,6 +295,6 @@ def test_fuzzed_connections_leave_the_server_healthy_and_nothing_open(
                 await asyncio.sleep(0.2)
                 figures.append(resident_kib())
             await healthy(s)
-            assert handles() <= before + 4
+            await until(lambda: handles() <= before + 4)  # the server's ends of what is gone
 
     run(main(), 250)
