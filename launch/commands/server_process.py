@@ -5,12 +5,14 @@ For demonstrations and tests. It is the real command in a process of its own, no
 
 from __future__ import annotations
 
+import os
 import queue
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
 
@@ -22,11 +24,12 @@ STOP_S = 120.0
 
 
 class Server:
-    """`with Server(["--model", folder, "--tp", "2"]) as server:` then `server.address`, `server.ready`."""
+    """`with Server(["--model", folder, "--tp", "2"]) as server:` then `server.address`, `server.ready`. `tree`: another
+    checkout whose command it is."""
 
-    def __init__(self, arguments: Sequence[str], timeout_s: float = 120.0) -> None:
+    def __init__(self, arguments: Sequence[str], timeout_s: float = 120.0, tree: Path | None = None) -> None:
         self._command = [sys.executable, "-m", "launch", "serve", "--port", "0", *arguments]
-        self._timeout_s = timeout_s
+        self._timeout_s, self._tree = timeout_s, tree
         self._process: subprocess.Popen[str] | None = None
         self._last_words: list[str] = []
         self.ready = ""
@@ -45,7 +48,10 @@ class Server:
         return self._process is not None and self._process.poll() is None
 
     def __enter__(self) -> Self:
-        self._process = subprocess.Popen(self._command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self._process = subprocess.Popen(
+            self._command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=self._tree,
+            env=os.environ if self._tree is None else {**os.environ, "PYTHONPATH": str(self._tree)},
+        )  # fmt: skip
         lines: queue.SimpleQueue[str] = queue.SimpleQueue()
         assert self._process.stdout is not None and self._process.stderr is not None, "both were asked for"
         threading.Thread(target=_forward, args=(self._process.stdout, lines.put), daemon=True).start()
