@@ -5,17 +5,17 @@ the parity test.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from parallel.errors import ConfigError
 from tp_decoders.families import gpt2, gpt_bigcode, gpt_neox, gpt_neox_japanese, llama, mpt
-from tp_decoders.families.mpt_config import AUTO, REFERENCE, check_reference
-from tp_decoders.files.json_fields import Fields, model_type_of, shown
+from tp_decoders.families.family import AUTO, Family
+from tp_decoders.files.json_fields import Fields, shown
 from tp_decoders.files.json_files import read_json_object
 from tp_decoders.model.config import DecoderConfig, check_sizes
-from tp_decoders.model.decoder import Family
 
 log = logging.getLogger(__name__)
 
@@ -27,8 +27,9 @@ FAMILIES: dict[str, Family] = {
     for family in (
         gpt2.FAMILY, gpt_neox.FAMILY, gpt_neox_japanese.FAMILY, mpt.FAMILY, gpt_bigcode.FAMILY, llama.FAMILY
     )
-    for model_type in family.model_types
+    for model_type in family.types
 }  # fmt: skip
+CLASS = re.compile(r"(?P<family>[A-Za-z0-9]+?)(LMHead|DoubleHeads)?(Model|For[A-Z]\w*)")
 
 
 def family_of(model_type: object) -> Family:
@@ -39,16 +40,25 @@ def family_of(model_type: object) -> Family:
     return FAMILIES[model_type]
 
 
-def config_from_hf(hf: Mapping[str, Any], *, mpt_reference: str = AUTO, unread: Unread = "warn") -> DecoderConfig:
+def model_type_of(hf: Mapping[str, Any]) -> Any:
+    """What config.json gives as model_type; where it gives none, as GPT-2's first files did, what its class tells."""
+    named = hf.get("architectures")
+    if hf.get("model_type") is not None or not isinstance(named, list) or not named:
+        return hf.get("model_type")
+    match = CLASS.fullmatch(str(named[0]))
+    begins = match["family"].casefold() if match else None  # who made MPT's format writes it in capitals
+    return next((name for name, family in FAMILIES.items() if family.types[name].casefold() == begins), None)
+
+
+def config_from_hf(hf: Mapping[str, Any], *, unread: Unread = "warn", **choices: str) -> DecoderConfig:
     """Reads the contents of a config.json. `unread`: what becomes of keys that no family's model depends on;
-    `mpt_reference` decides whose meaning an MPT's options have (families.mpt_config), whatever the file says.
+    `choices` are options that the caller decides whatever the file says, where the family has them (`Family.choices`).
     """
     model_type = model_type_of(hf)
     family = family_of(model_type)
-    if hf.get("model_type") is None:
-        hf = {**hf, "model_type": model_type}
-    if check_reference(mpt_reference) != AUTO and family is mpt.FAMILY:
-        hf = {**hf, REFERENCE: mpt_reference}
+    _check_choices(choices)
+    decided = {key: value for key, value in choices.items() if key in family.choices and value != AUTO}
+    hf = {**hf, "model_type": model_type, **decided}
     fields = Fields(hf, f"config.json ({model_type})")
     config = check_sizes(family.from_hf(fields), fields.where)
     if unread == "refuse" and fields.unread:
@@ -61,7 +71,14 @@ def config_from_hf(hf: Mapping[str, Any], *, mpt_reference: str = AUTO, unread: 
     return config
 
 
-def read_config(folder: str | Path, *, mpt_reference: str = AUTO, unread: Unread = "warn") -> DecoderConfig:
+def _check_choices(choices: Mapping[str, str]) -> None:
+    known = {key: accepted for family in FAMILIES.values() for key, accepted in family.choices.items()}
+    for key, value in choices.items():
+        if value not in known[key]:
+            raise ConfigError(f"{key} is {shown(value)}; choose one of {', '.join(known[key])}")
+
+
+def read_config(folder: str | Path, *, unread: Unread = "warn", **choices: str) -> DecoderConfig:
     """Reads a checkpoint folder's config.json."""
     hf = read_json_object(Path(folder) / "config.json")
-    return config_from_hf(hf, mpt_reference=mpt_reference, unread=unread)
+    return config_from_hf(hf, unread=unread, **choices)

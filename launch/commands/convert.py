@@ -108,7 +108,7 @@ def open_source(args: argparse.Namespace, stack: ExitStack) -> tuple[TensorSourc
 
 def _open_deepspeed(folder: Path, given: str | None) -> tuple[TensorSource, DecoderConfig, dict[str, Path]]:
     from tp_decoders.convert.deepspeed import DeepSpeedSource, find_layers, vocab_rows
-    from tp_decoders.convert.neox_settings import hf_of_settings, is_neox_settings
+    from tp_decoders.convert.neox_settings import NAMED, hf_of_settings, is_neox_settings
     from tp_decoders.registry import config_from_hf
 
     step = find_layers(folder)
@@ -116,7 +116,7 @@ def _open_deepspeed(folder: Path, given: str | None) -> tuple[TensorSource, Deco
     values = _values(where)
     if is_neox_settings(values):
         values = hf_of_settings(values, vocab_rows(step), str(where))
-    config = config_from_hf({"architectures": ["GPTNeoXForCausalLM"], **values})
+    config = config_from_hf({**NAMED, **values})
     return DeepSpeedSource(step, config), config, {}
 
 

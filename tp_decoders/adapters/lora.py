@@ -29,8 +29,6 @@ from tp_decoders.registry import family_of
 
 ALL_LINEAR = "all-linear"
 HEAD = "head.linear"
-DEFAULT_TARGETS = ("qkv", "attention.q", "attention.k", "attention.v")
-"""Ours: one layer makes all three, or each has its own."""
 
 
 def their_module(model: Decoder, ours: str) -> str:
@@ -78,7 +76,8 @@ def targeted(model: Decoder, targets: tuple[str, ...] | str | None) -> list[str]
         found = [ours for ours, theirs in names.items() if re.fullmatch(targets, theirs)]
         return found or _refuse((targets,), names)
     if targets is None:
-        return [ours for ours in names if any(ends_with(ours, target) for target in DEFAULT_TARGETS)]
+        usual = family_of(model.config.model_type).lora_targets
+        return [ours for ours in names if any(ends_with(ours, target) for target in usual)]
     wanted = (targets,) if isinstance(targets, str) else targets
     found, idle = [], []
     for target in wanted:

@@ -11,33 +11,33 @@ from typing import Any
 
 import torch
 
-FLOATS = frozenset(
-    """
-    layer_norm_eps layer_norm_epsilon rms_norm_eps
-    initializer_range embedding_fraction logit_scale clip_qkv softmax_scale
-    """.split()  # noqa: SIM905
-)
+from tp_decoders.model.config import DecoderConfig
+from tp_decoders.registry import family_of
+
+FLOATS = frozenset({"layer_norm_eps", "layer_norm_epsilon", "rms_norm_eps", "initializer_range"})
 INTEGERS = frozenset(
     """
-    alibi_bias_max attn_pdrop expansion_ratio intermediate_multiple_size intermediate_size n_inner n_embd n_head n_layer
-    n_positions d_model n_heads n_layers max_seq_len hidden_size num_hidden_layers num_attention_heads
-    max_position_embeddings vocab_size num_key_value_heads head_dim
+    hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
+    max_position_embeddings vocab_size
     """.split()  # noqa: SIM905
 )
+"""By the names that several families have; their own names are in `Family`."""
 
 
-def config_to_write(hf: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+def config_to_write(config: DecoderConfig, dtype: torch.dtype) -> dict[str, Any]:
     """The contents of config.json for weights of this type."""
-    named = [key for key in ("dtype", "torch_dtype") if key in hf] or ["dtype"]
-    written = {key: _declared(key, value) for key, value in hf.items()}
+    named = [key for key in ("dtype", "torch_dtype") if key in config.hf] or ["dtype"]
+    family = family_of(config.model_type)
+    written = _declared(config.hf, FLOATS.union(family.floats), INTEGERS.union(family.integers))
     return written | dict.fromkeys(named, str(dtype).removeprefix("torch."))
 
 
-def _declared(key: str, value: Any) -> Any:
-    if key == "attn_config" and isinstance(value, Mapping):
-        return {inner: _declared(inner, found) for inner, found in value.items()}
-    if key in FLOATS and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if key in INTEGERS and isinstance(value, float) and value.is_integer():
-        return int(value)
-    return value
+def _declared(values: Mapping[str, Any], floats: frozenset[str], integers: frozenset[str]) -> dict[str, Any]:
+    def declared(key: str, value: Any) -> Any:
+        if key == "attn_config" and isinstance(value, Mapping):
+            return _declared(value, floats, integers)
+        if key in floats and isinstance(value, int) and not isinstance(value, bool):
+            return float(value)
+        return int(value) if key in integers and isinstance(value, float) and value.is_integer() else value
+
+    return {key: declared(key, value) for key, value in values.items()}

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from tp_decoders.checkpoint.config_writer import config_to_write
 from tp_decoders.files.companion_files import companions, copy_files
+from tp_decoders.model.config import DecoderConfig
 
 DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
@@ -129,11 +130,11 @@ class FolderWriter:
             self._open.close()
             self._open = None
 
-    def finish(self, hf: Mapping[str, Any], source: Path | None) -> str | None:
+    def finish(self, config: DecoderConfig, source: Path | None) -> str | None:
         """Adds config.json and the companions of `source`, renames the draft; what went wrong, if anything did."""
         try:
             if self.error is None:
-                self._write_json("config.json", config_to_write(hf, self._dtype))
+                self._write_json("config.json", config_to_write(config, self._dtype))
                 self._write_index()
                 if source is not None:
                     copy_files(companions(source), self.draft)

@@ -25,7 +25,7 @@ from parallel.sharding.rules import full_shape_of, rule_of
 from tp_decoders.checkpoint.downcast import Lost
 from tp_decoders.checkpoint.folder_writer import FolderWriter, TensorPlan
 from tp_decoders.checkpoint.tensor_matching import Sources, match_tensors, shown, stored_dtype, warn_of_different_twins
-from tp_decoders.families.mpt_config import AUTO
+from tp_decoders.families.family import AUTO
 from tp_decoders.files.tensor_files import Checkpoint, TensorFile, open_checkpoint
 from tp_decoders.files.weights_cache import Progress, WeightsCache
 from tp_decoders.hub.repository import is_name, locate, pin
@@ -165,7 +165,7 @@ def save(model: Decoder, path: str | Path, max_shard_size: int = MAX_SHARD_SIZE)
         full = full_tensor(parameter, group)
         if writer is not None and full is not None:
             writer.write(theirs, full.t() if name.transposed else full)
-    agree(group, writer.finish(model.config.hf, model.source) if writer else None)
+    agree(group, writer.finish(model.config, model.source) if writer else None)
 
 
 def agree(group: Group, error: str | None) -> None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from parallel.errors import CheckpointError
+from tp_decoders.convert.neox_settings import MODEL_TYPE
 from tp_decoders.convert.rewrite import tensor_shapes
 from tp_decoders.files.tensor_files import PickledFile
 from tp_decoders.model.config import DecoderConfig
@@ -69,7 +70,7 @@ class DeepSpeedSource:
 
     def __init__(self, folder: Path, config: DecoderConfig) -> None:
         """`folder` holds the layers' files."""
-        if config.model_type != "gpt_neox":
+        if config.model_type != MODEL_TYPE:
             raise CheckpointError(
                 f"{folder}: these checkpoints are of GPT-NeoX models, the configuration is of a {config.model_type}; "
                 "give the one that belongs to it"

@@ -20,6 +20,7 @@ from tp_decoders.convert.rewrite import tensor_shapes
 from tp_decoders.convert.tensorflow_files import TensorFlowFiles
 from tp_decoders.model.config import DecoderConfig
 
+MODEL_TYPE = "gpt2"
 HPARAMS = {
     "n_vocab": "vocab_size",
     "n_ctx": "n_positions",
@@ -57,7 +58,7 @@ def hf_of_hparams(folder: Path) -> dict[str, Any]:
     end = _end_of_text(folder, hparams["n_vocab"])
     return {
         "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
+        "model_type": MODEL_TYPE,
         **{theirs: hparams[name] for name, theirs in HPARAMS.items()},
         "activation_function": "gelu_new",
         "layer_norm_epsilon": 1e-5,
@@ -93,7 +94,7 @@ class Gpt2TensorFlowSource:
     """The variables of such a checkpoint under transformers' names. Misfits are found when it is made."""
 
     def __init__(self, folder: Path, config: DecoderConfig) -> None:
-        if config.model_type != "gpt2":
+        if config.model_type != MODEL_TYPE:
             raise ConfigError(
                 f"{folder}: TensorFlow checkpoints are read of GPT-2 only; the configuration is of {config.model_type}"
             )

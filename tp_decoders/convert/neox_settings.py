@@ -11,6 +11,9 @@ from typing import Any
 
 from parallel.errors import ConfigError
 
+MODEL_TYPE = "gpt_neox"
+NAMED = {"architectures": ["GPTNeoXForCausalLM"]}
+"""What a configuration of the family says of itself."""
 REQUIRED = ("num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings")
 ONLY: dict[str, tuple[Any, ...]] = {
     "pos_emb": ("rotary",),
@@ -43,8 +46,8 @@ def hf_of_settings(settings: Mapping[str, Any], vocab_size: int, where: str) -> 
         "bias_gelu_fusion", False
     )  # the fused one is the tanh form
     return {
-        "architectures": ["GPTNeoXForCausalLM"],
-        "model_type": "gpt_neox",
+        **NAMED,
+        "model_type": MODEL_TYPE,
         "vocab_size": vocab_size,
         "hidden_size": given["hidden_size"],
         "num_hidden_layers": given["num_layers"],

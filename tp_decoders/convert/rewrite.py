@@ -23,7 +23,7 @@ from tp_decoders.checkpoint.downcast import Lost
 from tp_decoders.checkpoint.folder_writer import FolderWriter, TensorPlan
 from tp_decoders.checkpoint.load_save import MAX_SHARD_SIZE, build
 from tp_decoders.checkpoint.tensor_matching import match_tensors, shown, stored_dtype, warn_of_different_twins
-from tp_decoders.families.mpt_config import AUTO
+from tp_decoders.families.family import AUTO
 from tp_decoders.files.companion_files import companions, copy_files
 from tp_decoders.files.tensor_files import Checkpoint, open_checkpoint
 from tp_decoders.model.config import DecoderConfig
@@ -96,9 +96,9 @@ def rewrite(
         copy_files({**companions(source.folder), **(files or {})}, writer.draft)
     except BaseException as error:
         writer.error = writer.error or repr(error)
-        writer.finish(config.hf, None)  # takes the draft away
+        writer.finish(config, None)  # takes the draft away
         raise
-    _check(writer.finish(config.hf, None))
+    _check(writer.finish(config, None))
     return Rewritten(dtype, lost)
 
 

@@ -8,7 +8,8 @@ times with an encoder's states. T tokens, D model, N local heads, H head, V voca
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
@@ -19,23 +20,21 @@ from parallel.layers.linear import ColumnLinear, RowLinear
 from parallel.layers.norm import LayerNorm
 from parallel.ranks.group import Group
 from parallel.sharding.rules import Part, VirtualShards
+from tp_decoders.families.family import Family
 from tp_decoders.files.json_fields import MOST_LAYERS, Fields
 from tp_decoders.model.config import DecoderConfig, Dropout, activation, head_size, probability
 from tp_decoders.model.cross_attention import CrossAttention
-from tp_decoders.model.decoder import Decoder, Family, Parts, residual_std
+from tp_decoders.model.decoder import Decoder, Parts, residual_std
 from tp_decoders.model.place import Place
 from tp_decoders.model.pruning import pruned_from_hf
+from tp_decoders.model.task_config import TASKS
 from tp_decoders.model.tensor_names import Name, NameMap, block_names
 
-DOUBLE_HEADS = (
-    "n_ctx",
-    "predict_special_tokens",
-    "summary_type",
-    "summary_use_proj",
-    "summary_activation",
-    "summary_first_dropout",
+UNREAD = (
+    *("n_ctx", "summary_type", "summary_use_proj", "summary_activation", "summary_first_dropout"),
     "summary_proj_to_labels",
 )
+"""The context's older name, and what double heads read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,11 +53,26 @@ class Options:
 
 
 def from_hf(fields: Fields) -> DecoderConfig:
+    config = gpt_from_hf(fields, "gelu_new")
+    options = Options(
+        scale_by_head=fields.flag("scale_attn_weights", True),
+        scale_by_inverse_layer=fields.flag("scale_attn_by_inverse_layer_idx", False),
+        reorder_and_upcast=fields.flag("reorder_and_upcast_attn", False),
+        cross_attention=fields.flag("add_cross_attention", False),
+        pruned=pruned_from_hf(fields, config.n_layers, config.n_heads),
+    )
+    fields.only("attention_head_type", None, "multihead")  # the name of multi-query before GPT-BigCode was one
+    fields.finish((*UNREAD, "predict_special_tokens"))
+    return replace(config, options=options)
+
+
+def gpt_from_hf(fields: Fields, default_activation: str) -> DecoderConfig:
+    """What GPT-2 and GPT-BigCode say in the same words; without `options`, and with K/V heads for every head."""
     d_model = fields.integer("n_embd", 768, aliases=("hidden_size",))
     n_heads = fields.integer("n_head", 12, aliases=("num_attention_heads",))
-    config = DecoderConfig(
-        model_type="gpt2",
-        n_layers=_layers(fields),
+    return DecoderConfig(
+        model_type=str(fields.values["model_type"]),
+        n_layers=fields.integer("n_layer", 12, most=MOST_LAYERS, aliases=("num_hidden_layers",)),
         n_heads=n_heads,
         n_kv_heads=n_heads,
         head_dim=head_size(fields.where, d_model, n_heads),
@@ -66,7 +80,7 @@ def from_hf(fields: Fields) -> DecoderConfig:
         d_ff=fields.optional_integer("n_inner") or 4 * d_model,
         vocab_size=fields.integer("vocab_size", 50257),
         max_positions=fields.integer("n_positions", 1024, aliases=("max_position_embeddings",)),
-        activation=activation(fields, "activation_function", "gelu_new"),
+        activation=activation(fields, "activation_function", default_activation),
         norm_eps=fields.number("layer_norm_epsilon", 1e-5, above=0.0),
         tie=fields.flag("tie_word_embeddings", True),
         initializer_range=fields.number("initializer_range", 0.02, within=(0.0, 1e6)),
@@ -75,22 +89,8 @@ def from_hf(fields: Fields) -> DecoderConfig:
             attention=probability(fields, "attn_pdrop", 0.1),
             residual=probability(fields, "resid_pdrop", 0.1),
         ),
-        options=Options(
-            scale_by_head=fields.flag("scale_attn_weights", True),
-            scale_by_inverse_layer=fields.flag("scale_attn_by_inverse_layer_idx", False),
-            reorder_and_upcast=fields.flag("reorder_and_upcast_attn", False),
-            cross_attention=fields.flag("add_cross_attention", False),
-            pruned=pruned_from_hf(fields, _layers(fields), n_heads),
-        ),
         hf=fields.values,
     )
-    fields.only("attention_head_type", None, "multihead")  # the name of multi-query before GPT-BigCode was one
-    fields.finish(DOUBLE_HEADS)
-    return config
-
-
-def _layers(fields: Fields) -> int:
-    return fields.integer("n_layer", 12, most=MOST_LAYERS, aliases=("num_hidden_layers",))
 
 
 def layout_of(config: DecoderConfig, layer: int, group: Group) -> HeadLayout:
@@ -137,6 +137,7 @@ class Model(Decoder):
     """GPT-2 with its language-modelling head."""
 
     takes_token_types = True
+    loses_heads = True
     init_std = staticmethod(residual_std)
 
     def __init__(self, config: DecoderConfig, group: Group, place: Place) -> None:
@@ -147,32 +148,42 @@ class Model(Decoder):
         return layout_of(self.config, layer, self.group)
 
 
-NAMES = (
-    Name("wte.weight", "embed.weight"),
-    Name("wpe.weight", "positions.weight"),
-    *block_names(
-        "h",
-        "blocks",
-        {
-            "ln_1": "ln1",
-            "attn.c_attn": "qkv",
-            "attn.c_proj": "out",
-            "ln_cross_attn": "cross.norm",
-            "crossattention.q_attn": "cross.q",
-            "crossattention.c_attn": "cross.kv",
-            "crossattention.c_proj": "cross.out",
-            "ln_2": "ln2",
-            "mlp.c_fc": "up",
-            "mlp.c_proj": "down",
-        },
-        transposed=(
-            *("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
-            *("crossattention.q_attn", "crossattention.c_attn", "crossattention.c_proj"),
-        ),
-    ),
-    Name("ln_f.weight", "norm.weight"),
-    Name("ln_f.bias", "norm.bias"),
-    Name("lm_head.weight", "head.linear.weight", prefixed=False),
-)
+def gpt_names(qkv: str, out: str, transposed: Iterable[str] = ()) -> tuple[Name, ...]:
+    """The tensors of GPT-2 and GPT-BigCode, by our names of the attention's two layers."""
+    modules = {
+        "ln_1": "ln1",
+        "attn.c_attn": qkv,
+        "attn.c_proj": out,
+        "ln_cross_attn": "cross.norm",
+        "crossattention.q_attn": "cross.q",
+        "crossattention.c_attn": "cross.kv",
+        "crossattention.c_proj": "cross.out",
+        "ln_2": "ln2",
+        "mlp.c_fc": "up",
+        "mlp.c_proj": "down",
+    }
+    return (
+        Name("wte.weight", "embed.weight"),
+        Name("wpe.weight", "positions.weight"),
+        *block_names("h", "blocks", modules, transposed),
+        Name("ln_f.weight", "norm.weight"),
+        Name("ln_f.bias", "norm.bias"),
+        Name("lm_head.weight", "head.linear.weight", prefixed=False),
+    )
 
-FAMILY = Family("gpt2", from_hf, Model, NameMap("transformer.", NAMES))
+
+LINEARS = (
+    *("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
+    *("crossattention.q_attn", "crossattention.c_attn", "crossattention.c_proj"),
+)
+SIZES = ("n_embd", "n_head", "n_inner", "n_layer", "n_positions")
+
+FAMILY = Family(
+    types={"gpt2": "GPT2"},
+    from_hf=from_hf,
+    model=Model,
+    names=NameMap("transformer.", gpt_names("qkv", "out", LINEARS)),
+    tokenizer="GPT2Tokenizer",
+    tasks=TASKS,
+    integers=SIZES,
+)

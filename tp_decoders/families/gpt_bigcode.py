@@ -8,7 +8,7 @@ only, so its own cross-attention cannot run.) T tokens, D model, N local heads, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
@@ -20,25 +20,17 @@ from parallel.layers.linear import ColumnLinear, RowLinear
 from parallel.layers.norm import LayerNorm
 from parallel.ranks.group import Group
 from parallel.sharding.rules import Part, VirtualShards
-from tp_decoders.files.json_fields import MOST_LAYERS, Fields
-from tp_decoders.model.config import DecoderConfig, Dropout, activation, head_size, probability
+from tp_decoders.families.family import Family
+from tp_decoders.families.gpt2 import SIZES, UNREAD, gpt_from_hf, gpt_names
+from tp_decoders.files.json_fields import Fields
+from tp_decoders.model.config import DecoderConfig
 from tp_decoders.model.cross_attention import CrossAttention
-from tp_decoders.model.decoder import Decoder, Family, Parts, residual_std
+from tp_decoders.model.decoder import Decoder, Parts, residual_std
 from tp_decoders.model.place import Place
-from tp_decoders.model.tensor_names import Name, NameMap, block_names
+from tp_decoders.model.tensor_names import NameMap
 
 INFERENCE_HINTS = (
-    "inference_runner",
-    "max_batch_size",
-    "max_sequence_length",
-    "n_ctx",
-    "pad_key_length",
-    "pre_allocate_kv_cache",
-    "summary_type",
-    "summary_use_proj",
-    "summary_activation",
-    "summary_first_dropout",
-    "summary_proj_to_labels",
+    *("inference_runner", "max_batch_size", "max_sequence_length", "pad_key_length", "pre_allocate_kv_cache"),
     "validate_runner_input",
 )
 """Settings of an earlier runner for the same weights."""
@@ -56,45 +48,23 @@ class Options:
 
 
 def from_hf(fields: Fields) -> DecoderConfig:
-    d_model = fields.integer("n_embd", 768, aliases=("hidden_size",))
-    n_heads = fields.integer("n_head", 12, aliases=("num_attention_heads",))
-    multi_query = fields.flag("multi_query", True)
-    fields.only("num_key_value_heads", 1 if multi_query else n_heads)
-    config = DecoderConfig(
-        model_type="gpt_bigcode",
-        n_layers=fields.integer("n_layer", 12, most=MOST_LAYERS, aliases=("num_hidden_layers",)),
-        n_heads=n_heads,
-        n_kv_heads=1 if multi_query else n_heads,
-        head_dim=head_size(fields.where, d_model, n_heads),
-        d_model=d_model,
-        d_ff=fields.optional_integer("n_inner") or 4 * d_model,
-        vocab_size=fields.integer("vocab_size", 50257),
-        max_positions=fields.integer("n_positions", 1024, aliases=("max_position_embeddings",)),
-        activation=activation(fields, "activation_function", "gelu_pytorch_tanh"),
-        norm_eps=fields.number("layer_norm_epsilon", 1e-5, above=0.0),
-        tie=fields.flag("tie_word_embeddings", True),
-        initializer_range=fields.number("initializer_range", 0.02, within=(0.0, 1e6)),
-        dropout=Dropout(
-            embedding=probability(fields, "embd_pdrop", 0.1),
-            attention=probability(fields, "attn_pdrop", 0.1),
-            residual=probability(fields, "resid_pdrop", 0.1),
-        ),
-        options=Options(
-            multi_query=multi_query,
-            scale_by_head=fields.flag("scale_attn_weights", True),
-            softmax_in_float32=fields.flag("attention_softmax_in_fp32", True),
-            scaled_softmax_in_float32=fields.flag("scale_attention_softmax_in_fp32", True),
-            cross_attention=fields.flag("add_cross_attention", False),
-        ),
-        hf=fields.values,
+    config = gpt_from_hf(fields, "gelu_pytorch_tanh")
+    options = Options(
+        multi_query=fields.flag("multi_query", True),
+        scale_by_head=fields.flag("scale_attn_weights", True),
+        softmax_in_float32=fields.flag("attention_softmax_in_fp32", True),
+        scaled_softmax_in_float32=fields.flag("scale_attention_softmax_in_fp32", True),
+        cross_attention=fields.flag("add_cross_attention", False),
     )
-    if multi_query and config.options.cross_attention:
+    n_kv_heads = 1 if options.multi_query else config.n_heads
+    fields.only("num_key_value_heads", n_kv_heads)
+    if options.multi_query and options.cross_attention:
         raise ConfigError(
             f"{fields.where}: add_cross_attention with multi_query, where all heads share one key and value; "
             "GPT-BigCode has cross-attention with multi_query = false only"
         )
-    fields.finish(INFERENCE_HINTS)
-    return config
+    fields.finish((*UNREAD, *INFERENCE_HINTS))
+    return replace(config, n_kv_heads=n_kv_heads, options=options)
 
 
 class Attention(nn.Module):
@@ -164,28 +134,11 @@ class Model(Decoder):
         super().__init__(config, group, place, lambda layer: Block(config, layer, layout, group, place), parts)
 
 
-NAMES = (
-    Name("wte.weight", "embed.weight"),
-    Name("wpe.weight", "positions.weight"),
-    *block_names(
-        "h",
-        "blocks",
-        {
-            "ln_1": "ln1",
-            "attn.c_attn": "attention.qkv",
-            "attn.c_proj": "attention.out",
-            "ln_cross_attn": "cross.norm",
-            "crossattention.q_attn": "cross.q",
-            "crossattention.c_attn": "cross.kv",
-            "crossattention.c_proj": "cross.out",
-            "ln_2": "ln2",
-            "mlp.c_fc": "up",
-            "mlp.c_proj": "down",
-        },
-    ),
-    Name("ln_f.weight", "norm.weight"),
-    Name("ln_f.bias", "norm.bias"),
-    Name("lm_head.weight", "head.linear.weight", prefixed=False),
+FAMILY = Family(
+    types={"gpt_bigcode": "GPTBigCode"},
+    from_hf=from_hf,
+    model=Model,
+    names=NameMap("transformer.", gpt_names("attention.qkv", "attention.out")),
+    tokenizer="GPT2Tokenizer",
+    integers=SIZES,
 )
-
-FAMILY = Family("gpt_bigcode", from_hf, Model, NameMap("transformer.", NAMES))

@@ -8,7 +8,9 @@ local heads, H head, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -19,9 +21,10 @@ from parallel.layers.linear import ColumnLinear, Partial, RowLinear, reduce_sum
 from parallel.layers.norm import LayerNorm
 from parallel.ranks.group import Group
 from parallel.sharding.rules import VirtualShards
+from tp_decoders.families.family import Family
 from tp_decoders.files.json_fields import MOST_LAYERS, Fields
 from tp_decoders.model.config import DecoderConfig, Dropout, activation, head_size, probability
-from tp_decoders.model.decoder import Decoder, Family
+from tp_decoders.model.decoder import Decoder
 from tp_decoders.model.place import Place
 from tp_decoders.model.rotary import Rotary, RotaryConfig, Rotation, rotary_from_hf, rotated
 from tp_decoders.model.tensor_names import Name, NameMap, block_names
@@ -37,38 +40,51 @@ class Options:
     attention_bias: bool
 
 
+DEFAULTS = {
+    "hidden_size": 6144, "num_attention_heads": 64, "num_hidden_layers": 44, "vocab_size": 50432, "rotary_pct": 0.25,
+    "attention_dropout": 0.0, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
 def from_hf(fields: Fields) -> DecoderConfig:
-    d_model = fields.integer("hidden_size", 6144)
-    n_heads = fields.integer("num_attention_heads", 64)
+    config, rotary = neox_from_hf(fields, DEFAULTS, fields.integer("intermediate_size", 24576))
+    options = Options(
+        rotary=rotary,
+        parallel_residual=fields.flag("use_parallel_residual", True),
+        attention_bias=fields.flag("attention_bias", True),
+    )
+    fields.finish(name for name in EARLY_NAMES if not fields.values.get(name))
+    return replace(config, dropout=replace(config.dropout, embedding=config.dropout.residual), options=options)
+
+
+def neox_from_hf(fields: Fields, defaults: Mapping[str, Any], d_ff: int) -> tuple[DecoderConfig, RotaryConfig]:
+    """What GPT-NeoX and GPT-NeoX-Japanese say in the same words; `options` are left out."""
+    d_model = fields.integer("hidden_size", defaults["hidden_size"])
+    n_heads = fields.integer("num_attention_heads", defaults["num_attention_heads"])
     head_dim = head_size(fields.where, d_model, n_heads)
-    rotary = rotary_from_hf(fields, head_dim, fields.integer("max_position_embeddings", 2048), default_share=0.25)
-    hidden_dropout = probability(fields, "hidden_dropout", 0.0)
+    positions = fields.integer("max_position_embeddings", 2048)
+    rotary = rotary_from_hf(fields, head_dim, positions, default_share=defaults["rotary_pct"])
     config = DecoderConfig(
-        model_type="gpt_neox",
-        n_layers=fields.integer("num_hidden_layers", 44, most=MOST_LAYERS),
+        model_type=str(fields.values["model_type"]),
+        n_layers=fields.integer("num_hidden_layers", defaults["num_hidden_layers"], most=MOST_LAYERS),
         n_heads=n_heads,
         n_kv_heads=n_heads,
         head_dim=head_dim,
         d_model=d_model,
-        d_ff=fields.integer("intermediate_size", 24576),
-        vocab_size=fields.integer("vocab_size", 50432),
+        d_ff=d_ff,
+        vocab_size=fields.integer("vocab_size", defaults["vocab_size"]),
         max_positions=rotary.reach,
         activation=activation(fields, "hidden_act", "gelu"),
         norm_eps=fields.number("layer_norm_eps", 1e-5, above=0.0),
-        tie=fields.flag("tie_word_embeddings", False),
+        tie=fields.flag("tie_word_embeddings", defaults["tie_word_embeddings"]),
         initializer_range=fields.number("initializer_range", 0.02, within=(0.0, 1e6)),
         dropout=Dropout(
-            embedding=hidden_dropout, attention=probability(fields, "attention_dropout", 0.0), residual=hidden_dropout
-        ),
-        options=Options(
-            rotary=rotary,
-            parallel_residual=fields.flag("use_parallel_residual", True),
-            attention_bias=fields.flag("attention_bias", True),
+            attention=probability(fields, "attention_dropout", defaults["attention_dropout"]),
+            residual=probability(fields, "hidden_dropout", 0.0),
         ),
         hf=fields.values,
     )
-    fields.finish(name for name in EARLY_NAMES if not fields.values.get(name))
-    return config
+    return config, rotary
 
 
 class Block(nn.Module):
@@ -140,4 +156,10 @@ NAMES = (
     Name("lm_head.weight", "head.linear.weight", prefixed=False),  # by the name that transformers 5 has for it
 )
 
-FAMILY = Family("gpt_neox", from_hf, Model, NameMap("gpt_neox.", NAMES))
+FAMILY = Family(
+    types={"gpt_neox": "GPTNeoX"},
+    from_hf=from_hf,
+    model=Model,
+    names=NameMap("gpt_neox.", NAMES),
+    tokenizer="GPTNeoXTokenizer",
+)

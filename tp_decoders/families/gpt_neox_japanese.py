@@ -6,7 +6,7 @@ MLP is intermediate_multiple_size times as wide as the model. T tokens, D model,
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
@@ -17,11 +17,14 @@ from parallel.layers.linear import ColumnLinear, RowLinear
 from parallel.layers.norm import LayerNorm
 from parallel.ranks.group import Group
 from parallel.sharding.rules import VirtualShards
-from tp_decoders.files.json_fields import MOST_LAYERS, MOST_RATIO, Fields
-from tp_decoders.model.config import DecoderConfig, Dropout, activation, head_size, probability
-from tp_decoders.model.decoder import Decoder, Family
+from tp_decoders.families.family import Family
+from tp_decoders.families.gpt_neox import NAMES as NEOX_NAMES
+from tp_decoders.families.gpt_neox import neox_from_hf
+from tp_decoders.files.json_fields import MOST_RATIO, Fields
+from tp_decoders.model.config import DecoderConfig
+from tp_decoders.model.decoder import Decoder
 from tp_decoders.model.place import Place
-from tp_decoders.model.rotary import Rotary, RotaryConfig, Rotation, rotary_from_hf, rotated
+from tp_decoders.model.rotary import Rotary, RotaryConfig, Rotation, rotated
 from tp_decoders.model.tensor_names import Name, NameMap
 
 
@@ -30,33 +33,18 @@ class Options:
     rotary: RotaryConfig
 
 
+DEFAULTS = {
+    "hidden_size": 2560, "num_attention_heads": 32, "num_hidden_layers": 32, "vocab_size": 32000, "rotary_pct": 1.0,
+    "attention_dropout": 0.1, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
 def from_hf(fields: Fields) -> DecoderConfig:
-    d_model = fields.integer("hidden_size", 2560)
-    n_heads = fields.integer("num_attention_heads", 32)
-    head_dim = head_size(fields.where, d_model, n_heads)
-    rotary = rotary_from_hf(fields, head_dim, fields.integer("max_position_embeddings", 2048), default_share=1.0)
-    config = DecoderConfig(
-        model_type="gpt_neox_japanese",
-        n_layers=fields.integer("num_hidden_layers", 32, most=MOST_LAYERS),
-        n_heads=n_heads,
-        n_kv_heads=n_heads,
-        head_dim=head_dim,
-        d_model=d_model,
-        d_ff=int(d_model * fields.number("intermediate_multiple_size", 4, above=0.0, within=(0.0, MOST_RATIO))),
-        vocab_size=fields.integer("vocab_size", 32000),
-        max_positions=rotary.reach,
-        activation=activation(fields, "hidden_act", "gelu"),
-        norm_eps=fields.number("layer_norm_eps", 1e-5, above=0.0),
-        tie=fields.flag("tie_word_embeddings", True),
-        initializer_range=fields.number("initializer_range", 0.02, within=(0.0, 1e6)),
-        dropout=Dropout(
-            attention=probability(fields, "attention_dropout", 0.1), residual=probability(fields, "hidden_dropout", 0.0)
-        ),
-        options=Options(rotary=rotary),
-        hf=fields.values,
-    )
+    multiple = fields.number("intermediate_multiple_size", 4, above=0.0, within=(0.0, MOST_RATIO))
+    d_ff = int(fields.integer("hidden_size", DEFAULTS["hidden_size"]) * multiple)
+    config, rotary = neox_from_hf(fields, DEFAULTS, d_ff)
     fields.finish()
-    return config
+    return replace(config, options=Options(rotary=rotary))
 
 
 class Block(nn.Module):
@@ -101,21 +89,17 @@ class Model(Decoder):
         return (self.rotary.at(positions_T),)
 
 
+BIAS = "blocks.{i}.out.bias"
 NAMES = (
-    Name("embed_in.weight", "embed.weight"),
-    Name("layers.{i}.input_layernorm.weight", "blocks.{i}.ln1.weight"),
-    Name("layers.{i}.input_layernorm.bias", "blocks.{i}.ln1.bias"),
-    Name("layers.{i}.attention.query_key_value.weight", "blocks.{i}.qkv.weight"),
-    Name("layers.{i}.attention.dense.weight", "blocks.{i}.out.weight"),
-    Name("layers.{i}.attention.dense_bias", "blocks.{i}.out.bias"),
-    Name("layers.{i}.post_attention_layernorm.weight", "blocks.{i}.ln2.weight"),
-    Name("layers.{i}.post_attention_layernorm.bias", "blocks.{i}.ln2.bias"),
-    Name("layers.{i}.mlp.dense_h_to_4h.weight", "blocks.{i}.up.weight"),
-    Name("layers.{i}.mlp.dense_4h_to_h.weight", "blocks.{i}.down.weight"),
-    Name("final_layer_norm.weight", "norm.weight"),
-    Name("final_layer_norm.bias", "norm.bias"),
-    Name("embed_out.weight", "head.linear.weight", prefixed=False),
-    Name("lm_head.weight", "head.linear.weight", prefixed=False),  # by the name that transformers 5 has for it
+    *(name for name in NEOX_NAMES if name.ours != BIAS),
+    Name("layers.{i}.attention.dense_bias", BIAS),
 )
 
-FAMILY = Family("gpt_neox_japanese", from_hf, Model, NameMap("gpt_neox_japanese.", NAMES))
+FAMILY = Family(
+    types={"gpt_neox_japanese": "GPTNeoXJapanese"},
+    from_hf=from_hf,
+    model=Model,
+    names=NameMap("gpt_neox_japanese.", NAMES),
+    tokenizer="GPTNeoXJapaneseTokenizer",
+    integers=("intermediate_multiple_size",),
+)

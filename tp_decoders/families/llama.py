@@ -25,12 +25,14 @@ from parallel.layers.norm import RMSNorm
 from parallel.matmul.activation import gated
 from parallel.ranks.group import Group
 from parallel.sharding.rules import Part, VirtualShards
+from tp_decoders.families.family import Family
 from tp_decoders.files.json_fields import MOST_LAYERS, Fields
 from tp_decoders.model.config import DecoderConfig, Dropout, activation, head_size, probability
-from tp_decoders.model.decoder import Decoder, Family, Parts
+from tp_decoders.model.decoder import Decoder, Parts
 from tp_decoders.model.place import Place
 from tp_decoders.model.rotary import NAMES as ROTARY_NAMES
 from tp_decoders.model.rotary import Rotary, RotaryConfig, Rotation, rotary_from_hf, rotate
+from tp_decoders.model.task_config import CAUSAL, SEQUENCES, TOKENS
 from tp_decoders.model.tensor_names import Name, NameMap, block_names
 
 SLIDING = "sliding_attention"
@@ -247,4 +249,12 @@ NAMES = (
     Name("lm_head.weight", "head.linear.weight", prefixed=False),
 )
 
-FAMILY = Family("llama", from_hf, Model, NameMap("model.", NAMES), also=("mistral", "qwen2", "qwen3"))
+FAMILY = Family(
+    types={"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"},
+    from_hf=from_hf,
+    model=Model,
+    names=NameMap("model.", NAMES),
+    tasks=(CAUSAL, SEQUENCES, TOKENS),  # the decoder has another name in transformers' classes for spans
+    task_layers={TOKENS: "score"},
+    lora_targets=("attention.q", "attention.k", "attention.v"),
+)

@@ -19,9 +19,10 @@ from parallel.layers.norm import LayerNorm
 from parallel.ranks.collectives import gather_from, scatter_to
 from parallel.ranks.group import Group
 from parallel.sharding.rules import Part, VirtualShards
-from tp_decoders.families.mpt_config import from_hf
+from tp_decoders.families.family import Family
+from tp_decoders.families.mpt_config import REFERENCE, REFERENCES, from_hf
 from tp_decoders.model.config import DecoderConfig
-from tp_decoders.model.decoder import Decoder, Family, Parts
+from tp_decoders.model.decoder import Decoder, Parts
 from tp_decoders.model.place import Place
 from tp_decoders.model.tensor_names import Name, NameMap, block_names
 
@@ -138,4 +139,16 @@ NAMES = (
     Name("lm_head.weight", "head.linear.weight", prefixed=False),
 )
 
-FAMILY = Family("mpt", from_hf, Model, NameMap("transformer.", NAMES))
+FAMILY = Family(
+    types={"mpt": "Mpt"},
+    from_hf=from_hf,
+    model=Model,
+    names=NameMap("transformer.", NAMES),
+    tokenizer="GPTNeoXTokenizer",
+    integers=(
+        *("d_model", "n_heads", "n_layers", "max_seq_len", "expansion_ratio"),
+        *("alibi_bias_max", "attn_pdrop"),  # numbers that transformers declares as whole ones
+    ),
+    floats=("clip_qkv", "embedding_fraction", "logit_scale", "softmax_scale"),
+    choices={REFERENCE: REFERENCES},
+)

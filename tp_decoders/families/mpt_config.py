@@ -13,10 +13,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from parallel.errors import ConfigError
+from tp_decoders.families.family import AUTO
 from tp_decoders.files.json_fields import MOST_LAYERS, MOST_RATIO, Fields, shown
 from tp_decoders.model.config import DecoderConfig, Dropout, head_size, probability
 
-AUTO, TRANSFORMERS, FOUNDRY = REFERENCES = ("auto", "transformers", "llm-foundry")
+TRANSFORMERS, FOUNDRY = "transformers", "llm-foundry"
+REFERENCES = (AUTO, TRANSFORMERS, FOUNDRY)
 REFERENCE = "mpt_reference"
 IGNORED: dict[str, tuple[Any, ...]] = {
     "attn_config.alibi": (True,),
@@ -58,13 +60,6 @@ ATTENTION_HARMLESS = ("rope_theta", "rope_impl", "rope_dail_config", "rope_hf_co
 """Details of a rotary embedding that is off, and what transformers writes into every nested config."""
 ACTIVATIONS = ("gelu", "relu", "relu6", "silu", "mish", "leaky_relu", "sigmoid", "tanh")
 """Of torch.nn.functional, which llm-foundry names them by."""
-
-
-def check_reference(name: str) -> str:
-    """The name itself, or an error that says what there is."""
-    if name not in REFERENCES:
-        raise ConfigError(f"{REFERENCE} is {shown(name)}; choose one of {', '.join(REFERENCES)}")
-    return name
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,6 @@ refuses those that would make it another model. Nothing is coerced, save that 12
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from math import isfinite
 from typing import Any
@@ -61,13 +60,6 @@ ANOTHER_MODEL: dict[str, tuple[Any, ...]] = {
 for one.
 """
 
-CLASSES = {
-    "GPT2": "gpt2", "GPTNeoX": "gpt_neox", "GPTNeoXJapanese": "gpt_neox_japanese", "GPTBigCode": "gpt_bigcode",
-    "Mpt": "mpt", "MPT": "mpt", "Llama": "llama", "Mistral": "mistral", "Qwen2": "qwen2", "Qwen3": "qwen3",
-}  # fmt: skip
-"""The beginnings of the families' classes."""
-CLASS = re.compile(r"(?P<family>[A-Za-z0-9]+?)(LMHead|DoubleHeads)?(Model|For[A-Z]\w*)")
-
 MOST = 2**24
 """No integer of a config is larger: far above any model's, far below what a machine trips over."""
 MOST_LAYERS = 10_000
@@ -80,15 +72,6 @@ def shown(value: Any, most: int = 120) -> str:
     """A value as a message quotes it: in one line, cut where it is long."""
     text = repr(value)
     return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"
-
-
-def model_type_of(hf: Mapping[str, Any]) -> Any:
-    """What config.json gives as model_type; where it gives none, as GPT-2's first files did, what its class tells."""
-    named = hf.get("architectures")
-    if hf.get("model_type") is not None or not isinstance(named, list) or not named:
-        return hf.get("model_type")
-    match = CLASS.fullmatch(str(named[0]))
-    return CLASSES.get(match["family"]) if match else None
 
 
 class Fields:

@@ -29,13 +29,11 @@ from parallel.ranks.sequence_parallel import gather_tokens, scatter_tokens, toke
 from parallel.recompute import forgetting_cheap
 from parallel.sharding.rules import Replicated, sharded
 from parallel.vocabulary.vocab_parallel import VocabEmbedding, VocabHead
-from tp_decoders.files.json_fields import Fields
 from tp_decoders.model.config import DecoderConfig
 from tp_decoders.model.lora_config import LoraConfig
 from tp_decoders.model.place import Place
 from tp_decoders.model.resize_embeddings import VocabularyTables
 from tp_decoders.model.task_heads import task_head
-from tp_decoders.model.tensor_names import NameMap
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +64,7 @@ class Decoder(VocabularyTables):
     recompute: Recompute = "none"  # what of its blocks is computed again in the backward instead of being kept
     lora: LoraConfig | None = None  # of the adapters beside the weights, if there are any (tp_decoders.adapters.lora)
     takes_token_types: bool = False  # added to the embeddings, looked up in the vocabulary
+    loses_heads: bool = False  # what model/pruning does to a block fits the family's
     init_std: Callable[[DecoderConfig, str], float] = staticmethod(plain_std)  # by our name of a matrix
     source: Path | None = None  # the folder it was loaded from: `save` takes the tokenizer's files from there
 
@@ -179,18 +178,3 @@ class PositionTable(nn.Module):
 
     def forward(self, positions_T: Tensor) -> Tensor:
         return functional.embedding(positions_T, self.weight)
-
-
-@dataclass(frozen=True)
-class Family:
-    """What the registry knows of a family: how to read its config, build its model and name its tensors."""
-
-    model_type: str
-    from_hf: Callable[[Fields], DecoderConfig]
-    model: Callable[[DecoderConfig, Group, Place], Decoder]
-    names: NameMap
-    also: tuple[str, ...] = ()  # other model types whose configs it reads
-
-    @property
-    def model_types(self) -> tuple[str, ...]:
-        return self.model_type, *self.also

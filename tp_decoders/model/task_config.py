@@ -19,10 +19,6 @@ REGRESSION, SINGLE_LABEL, MULTI_LABEL = PROBLEMS = (
     "single_label_classification",
     "multi_label_classification",
 )
-GENERIC = ("llama", "mistral", "qwen2", "qwen3")
-"""Model types whose classes are transformers' generic ones: they score tokens by `score`, and in those for spans the
-decoder itself has another name.
-"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +38,7 @@ class TaskConfig:
     """A head. `problem` None: decided by the labels, as transformers does. `dropout` is that before the classifier."""
 
     name: str
+    layer: str | None = None  # transformers' name of the head's, where it is not the task's usual one
     labels: tuple[str, ...] = ()
     problem: str | None = None
     pad_token_id: int | None = None

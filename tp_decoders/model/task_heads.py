@@ -18,10 +18,10 @@ from parallel.ranks.group import Group
 from parallel.sharding.rules import Part
 from tp_decoders.model.config import DecoderConfig
 from tp_decoders.model.place import Place
-from tp_decoders.model.task_config import CHOICES, GENERIC, SEQUENCES, SPANS, TOKENS, SummaryConfig, TaskConfig
+from tp_decoders.model.task_config import CHOICES, SEQUENCES, SPANS, TOKENS, SummaryConfig, TaskConfig
 
 LINEARS = {SEQUENCES: ("score", False), TOKENS: ("classifier", True), SPANS: ("qa_outputs", True)}
-"""transformers' name of each task's layer, and whether it has a bias."""
+"""transformers' usual name of each task's layer, and whether it has a bias."""
 
 
 class LabelHead(nn.Module):
@@ -29,9 +29,8 @@ class LabelHead(nn.Module):
 
     def __init__(self, config: DecoderConfig, task: TaskConfig, group: Group, place: Place) -> None:
         super().__init__()
-        self.name, bias = LINEARS[task.name]
-        if task.name == TOKENS and config.model_type in GENERIC:
-            self.name = "score"
+        usual, bias = LINEARS[task.name]
+        self.name = task.layer or usual
         setattr(self, self.name, replicated_linear(config.d_model, task.num_labels, group, bias, place))
         self.drop = DropoutSite(task.dropout, config.n_layers, HEAD, group)
 

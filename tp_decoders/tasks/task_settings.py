@@ -18,7 +18,6 @@ from tp_decoders.model.config import DecoderConfig, probability
 from tp_decoders.model.task_config import (
     CAUSAL,
     CHOICES,
-    GENERIC,
     PROBLEMS,
     SEQUENCES,
     SPANS,
@@ -27,40 +26,25 @@ from tp_decoders.model.task_config import (
     SummaryConfig,
     TaskConfig,
 )
+from tp_decoders.registry import family_of
 
 MOST_LABELS = 100_000
 SUMMARIES = ("last", "first", "mean", "cls_index")
-CLASSES = {
-    "gpt2": "GPT2",
-    "gpt_neox": "GPTNeoX",
-    "gpt_neox_japanese": "GPTNeoXJapanese",
-    "mpt": "Mpt",
-    "gpt_bigcode": "GPTBigCode",
-    "llama": "Llama",
-    "mistral": "Mistral",
-    "qwen2": "Qwen2",
-    "qwen3": "Qwen3",
-}
 ENDINGS = {
     SEQUENCES: "ForSequenceClassification",
     TOKENS: "ForTokenClassification",
     SPANS: "ForQuestionAnswering",
     CHOICES: "DoubleHeadsModel",
 }
-"""transformers' names of classes; those of GPT-NeoX-Japanese and of GPT-BigCode's spans exist here only."""
+"""Of transformers' names of classes; those of GPT-NeoX-Japanese and of GPT-BigCode's spans exist here only."""
 
 
 def check_task(name: str, model_type: str | None = None) -> str:
     """The name itself, or an error that says what there is, for a family if one is given."""
     if name not in TASKS:
         raise ConfigError(f"task {name!r} is unknown; choose one of {', '.join(TASKS)}")
-    if name == CHOICES and model_type is not None and model_type != "gpt2":
-        raise ConfigError(f"task {name!r} is GPT-2's alone, this model is a {model_type}; choose another task")
-    if name == SPANS and model_type in GENERIC:
-        raise ConfigError(
-            f"task {name!r} of a {model_type} is not supported: transformers names the decoder's tensors otherwise "
-            f"there; choose one of {', '.join((CAUSAL, SEQUENCES, TOKENS))}"
-        )
+    if model_type is not None and name not in (tasks := family_of(model_type).tasks):
+        raise ConfigError(f"task {name!r} of a {model_type} is not supported; choose one of {', '.join(tasks)}")
     return name
 
 
@@ -76,6 +60,7 @@ def task_from_hf(
         raise ConfigError(f"problem_type {shown(problem)} is unknown; choose one of {known}, or leave it out")
     return TaskConfig(
         name=name,
+        layer=family_of(model_type).task_layers.get(name),
         labels={SPANS: ("start", "end"), CHOICES: ("LABEL_0",)}.get(name, names),
         problem=problem if name == SEQUENCES else None,
         pad_token_id=fields.take("pad_token_id", None),
@@ -93,7 +78,8 @@ def with_task(
     task = task_from_hf(name, config.hf, config.model_type, labels, problem)
     summary = task.summary
     head = max(task.dropout, summary.first_dropout if summary else 0.0, summary.last_dropout if summary else 0.0)
-    hf: dict[str, Any] = {**config.hf, "architectures": [CLASSES[config.model_type] + ENDINGS[name]]}
+    begins = family_of(config.model_type).types[config.model_type]
+    hf: dict[str, Any] = {**config.hf, "architectures": [begins + ENDINGS[name]]}
     hf.pop("num_labels", None)
     if name in (SEQUENCES, TOKENS, CHOICES):
         hf |= {"id2label": {str(i): label for i, label in enumerate(task.labels)}}

@@ -16,10 +16,9 @@ from tokenizers import AddedToken
 
 from parallel.errors import CheckpointError
 from tp_decoders.files.git_lfs import refuse_pointer
-from tp_decoders.files.json_fields import model_type_of
+from tp_decoders.registry import FAMILIES, model_type_of
 
 GPT2, NEOX, JAPANESE = "GPT2Tokenizer", "GPTNeoXTokenizer", "GPTNeoXJapaneseTokenizer"
-KIND_OF_MODEL = {"gpt2": GPT2, "gpt_bigcode": GPT2, "gpt_neox": NEOX, "mpt": NEOX, "gpt_neox_japanese": JAPANESE}
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 END_OF_TEXT = "<|endoftext|>"
 DEFAULTS = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "unk_token": END_OF_TEXT}
@@ -98,7 +97,8 @@ def tokenizer_class(folder: Path) -> str:
     model = read_json(folder / "config.json")
     named = read_json(folder / "tokenizer_config.json").get("tokenizer_class") or model.get("tokenizer_class")
     if named is None:
-        return KIND_OF_MODEL.get(str(model_type_of(model)), "")
+        family = FAMILIES.get(str(model_type_of(model)))
+        return family.tokenizer if family else ""
     if not isinstance(named, str):
         raise CheckpointError(f"{folder}: tokenizer_class = {named!r} should be the name of a class")
     return named.removesuffix("Fast")

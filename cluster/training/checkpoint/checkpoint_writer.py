@@ -245,7 +245,7 @@ def described(model: Decoder) -> tuple[str, Mapping[str, Any]]:
     """The name and contents of the file that describes a checkpoint: the adapter's where there is one."""
     if model.lora is not None:
         return ADAPTER_CONFIG, adapter_config(model)
-    return "config.json", config_to_write(model.config.hf, next(model.parameters()).dtype)
+    return "config.json", config_to_write(model.config, next(model.parameters()).dtype)
 
 
 def lines_of(model: Decoder) -> list[Line]:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from tests.tp_decoders.fuzz.drawn import CLASSES, Case, draw
 from tests.tp_decoders.padded.padded_cases import Scenario, without_firsts
-from tp_decoders.model.task_config import GENERIC, SEQUENCES, SPANS, TOKENS
+from tp_decoders.model.task_config import SEQUENCES, SPANS, TOKENS
+from tp_decoders.registry import family_of
 
 CAUSAL = "causal-lm"
 ENDINGS = {
@@ -76,7 +77,7 @@ def draw_call(seed: int) -> DrawnCall:
     time = rng.randint(2, min(reach, 9))
     task = rng.choice([CAUSAL] * 4 + [SEQUENCES, TOKENS, SPANS])
     if getattr(transformers, class_name(model.family, task), None) is None or (
-        task == SPANS and model.family in GENERIC  # refused
+        task == SPANS and task not in family_of(model.family).tasks  # refused
     ):
         task = CAUSAL
     inputs = _drawn_inputs(rng, model, task)
