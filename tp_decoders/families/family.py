@@ -27,7 +27,7 @@ class Family:
     names: NameMap
     tokenizer: str = ""  # the class, without "Fast", of its tokenizer where no file names one
     tasks: tuple[str, ...] = (CAUSAL, SEQUENCES, TOKENS, SPANS)
-    task_layers: Mapping[str, str] = field(default_factory=dict)  # by task, names other than task_heads.LINEARS has
+    task_layers: Mapping[str, str] = field(default_factory=dict)  # of tensor_names.HEADS, where not as in task_heads
     lora_targets: tuple[str, ...] = ("qkv",)  # our names, or ends of them, of what makes queries, keys and values
     integers: tuple[str, ...] = ()  # of config.json: what transformers declares so besides config_writer.INTEGERS
     floats: tuple[str, ...] = ()  # the same

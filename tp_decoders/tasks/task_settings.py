@@ -26,7 +26,7 @@ from tp_decoders.model.task_config import (
     SummaryConfig,
     TaskConfig,
 )
-from tp_decoders.registry import family_of
+from tp_decoders.registry import FAMILIES, family_of
 
 MOST_LABELS = 100_000
 SUMMARIES = ("last", "first", "mean", "cls_index")
@@ -44,7 +44,10 @@ def check_task(name: str, model_type: str | None = None) -> str:
     if name not in TASKS:
         raise ConfigError(f"task {name!r} is unknown; choose one of {', '.join(TASKS)}")
     if model_type is not None and name not in (tasks := family_of(model_type).tasks):
-        raise ConfigError(f"task {name!r} of a {model_type} is not supported; choose one of {', '.join(tasks)}")
+        have = ", ".join(other for other, family in FAMILIES.items() if name in family.tasks)
+        raise ConfigError(
+            f"task {name!r} of a {model_type} is not supported, only of {have}; choose one of {', '.join(tasks)}"
+        )
     return name
 
 

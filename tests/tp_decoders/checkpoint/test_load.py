@@ -15,7 +15,7 @@ from torch import Tensor
 from parallel.errors import CheckpointError, ConfigError
 from parallel.ranks.group import Group
 from parallel.sharding.rules import rule_of
-from tests.tp_decoders.families.parity import GPT2, LLAMA, hash_of, hf
+from tests.tp_decoders.families.parity import CASES, GPT2, LLAMA, hash_of, hf
 from tp_decoders import load
 from tp_decoders.model.decoder import Decoder
 from tp_decoders.registry import FAMILIES, family_of
@@ -24,15 +24,13 @@ from tp_decoders.registry import FAMILIES, family_of
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
 
 MODELS = {
-    "gpt2": hf("GPT2", GPT2),
+    **{family: CASES[family] for family in FAMILIES if family in CASES},
     "gpt_neox": hf("GPTNeoX", {}, vocab_size=31, hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=40, max_position_embeddings=16),  # noqa: E501
     "gpt_neox_japanese": hf("GPTNeoXJapanese", {}, vocab_size=31, hidden_size=24, num_hidden_layers=2, num_attention_heads=3, max_position_embeddings=16),  # noqa: E501
     "mpt": hf("Mpt", {}, vocab_size=31, d_model=24, n_heads=3, n_layers=2, max_seq_len=16),
     "gpt_bigcode": hf("GPTBigCode", GPT2, n_head=3),
     "llama": hf("Llama", LLAMA, attention_bias=True),
     "mistral": hf("Mistral", LLAMA, sliding_window=None),
-    "qwen2": hf("Qwen2", LLAMA, tie_word_embeddings=True),
-    "qwen3": hf("Qwen3", LLAMA, head_dim=6),
 }  # fmt: skip
 
 

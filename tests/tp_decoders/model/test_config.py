@@ -22,16 +22,8 @@ from tp_decoders.model.config import DecoderConfig, Dropout
 from tp_decoders.registry import FAMILIES, config_from_hf, read_config
 
 CLASSES: dict[str, typing.Any] = {
-    "gpt2": transformers.GPT2Config,
-    "gpt_neox": transformers.GPTNeoXConfig,
-    "gpt_neox_japanese": transformers.GPTNeoXJapaneseConfig,
-    "mpt": transformers.MptConfig,
-    "gpt_bigcode": transformers.GPTBigCodeConfig,
-    "llama": transformers.LlamaConfig,
-    "mistral": partial(transformers.MistralConfig, sliding_window=None),
-    "qwen2": transformers.Qwen2Config,
-    "qwen3": transformers.Qwen3Config,
-}
+    name: getattr(transformers, f"{family.types[name]}Config") for name, family in FAMILIES.items()
+} | {"mistral": partial(transformers.MistralConfig, sliding_window=None)}
 
 # Files as they are published with the models (shortened where values repeat nothing of interest).
 PUBLISHED: dict[str, dict[str, typing.Any]] = {
