@@ -34,7 +34,7 @@ from tp_decoders.hub.repository import is_name, locate
 from tp_decoders.hub.snapshot_cache import CONFIG
 from tp_decoders.model.config import DecoderConfig
 from tp_decoders.model.lora_config import LoraConfig
-from tp_decoders.registry import config_from_hf, read_config
+from tp_decoders.registry import config_from_hf, family_of, read_config
 
 GiB = 2**30
 YAML = (".yaml", ".yml")
@@ -103,7 +103,7 @@ def headline(question: Question, model: str, mode: str) -> str:
     billions = num_parameters(shard(config, 1, Setup(tokens=1, dtype=setup.dtype, device="cuda"), 0)) / 1e9
     doing = {"full": "full fine-tuning", "lora": "LoRA fine-tuning", "serve": "serving"}[mode]
     if setup.lora is not None:
-        doing += f" (rank {setup.lora.rank}, {_words(setup.lora.targets)})"
+        doing += f" (rank {setup.lora.rank}, {_words(setup.lora.targets or family_of(config.model_type).lora_targets)})"
     load = (
         f"{question.streams} sequences of {question.sequence} tokens at once, steps of {setup.tokens}"
         if question.serve
@@ -233,8 +233,8 @@ def dtype_name(setup: Setup) -> str:
     return str(setup.dtype).removeprefix("torch.")
 
 
-def _words(targets: tuple[str, ...] | str | None) -> str:
-    return targets if isinstance(targets, str) else ", ".join(targets or ("qkv",))
+def _words(targets: tuple[str, ...] | str) -> str:
+    return targets if isinstance(targets, str) else ", ".join(targets)
 
 
 def _write_new(path: Path, text: str) -> None:

@@ -137,7 +137,7 @@ class Model(Decoder):
     """GPT-2 with its language-modelling head."""
 
     takes_token_types = True
-    loses_heads = True
+    prunable = True
     init_std = staticmethod(residual_std)
 
     def __init__(self, config: DecoderConfig, group: Group, place: Place) -> None:

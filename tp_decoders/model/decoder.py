@@ -64,7 +64,7 @@ class Decoder(VocabularyTables):
     recompute: Recompute = "none"  # what of its blocks is computed again in the backward instead of being kept
     lora: LoraConfig | None = None  # of the adapters beside the weights, if there are any (tp_decoders.adapters.lora)
     takes_token_types: bool = False  # added to the embeddings, looked up in the vocabulary
-    loses_heads: bool = False  # what model/pruning does to a block fits the family's
+    prunable: bool = False  # of heads, as model/pruning does it
     init_std: Callable[[DecoderConfig, str], float] = staticmethod(plain_std)  # by our name of a matrix
     source: Path | None = None  # the folder it was loaded from: `save` takes the tokenizer's files from there
 

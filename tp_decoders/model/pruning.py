@@ -62,7 +62,7 @@ def prune_heads(model: Decoder, heads: Mapping[int, Iterable[int]]) -> None:
     All ranks call this, before an optimiser or an engine is made of the model: parameters are replaced.
     """
     config = model.config
-    if not model.loses_heads:
+    if not model.prunable:
         raise ConfigError(f"heads of a model of type {config.model_type} cannot be pruned; GPT-2's can")
     if model.lora is not None:
         raise ConfigError("the model has an adapter, which belongs to its unpruned layers; merge and detach it first")
