@@ -74,6 +74,8 @@ def config_from_hf(hf: Mapping[str, Any], *, unread: Unread = "warn", **choices:
 def _check_choices(choices: Mapping[str, str]) -> None:
     known = {key: accepted for family in FAMILIES.values() for key, accepted in family.choices.items()}
     for key, value in choices.items():
+        if key not in known:
+            raise ConfigError(f"{key} is no choice of any family; there is {', '.join(known)}")
         if value not in known[key]:
             raise ConfigError(f"{key} is {shown(value)}; choose one of {', '.join(known[key])}")
 

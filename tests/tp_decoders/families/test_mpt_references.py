@@ -158,6 +158,8 @@ def test_dropout_is_read_as_either_reads_it() -> None:
 def test_the_setting_is_checked_and_reaches_the_commands() -> None:
     with pytest.raises(ConfigError, match="mpt_reference is 'mosaic'; choose one of auto, transformers, llm-foundry"):
         config_from_hf({"model_type": "gpt2"}, mpt_reference="mosaic")
+    with pytest.raises(ConfigError, match="mosaic is no choice of any family; there is mpt_reference"):
+        config_from_hf({"model_type": "mpt"}, mosaic="auto")
     with pytest.raises(ConfigError, match="mpt_reference = 'mosaic' is not supported"):
         config_from_hf({"model_type": "mpt", "mpt_reference": "mosaic"})
     config = build_settings(ServeConfig, [overrides(["model=m", "mpt_reference=llm-foundry"])])
