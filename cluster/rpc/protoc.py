@@ -16,10 +16,12 @@ ROOT = Path(__file__).resolve().parents[2]
 THIRD_PARTY = ROOT / "cluster" / "rpc" / "proto" / "third_party"
 """Protocols of others that ours import, as a client in any language needs them: google.rpc (Apache-2.0, googleapis)."""
 PROTOS = tuple(f"cluster/rpc/proto/{name}.proto" for name in ("inference", "control", "training"))
+FILE_PROTOS = ("tp_decoders/convert/tensorflow_index.proto",)
+"""Messages that files hold: no services."""
 
 
 def generate(directory: Path = ROOT) -> None:
-    """Write *_pb2.py, *_pb2.pyi and *_pb2_grpc.py below `directory`."""
+    """Write *_pb2.py and *_pb2.pyi, and of services *_pb2_grpc.py, below `directory`."""
     try:
         import grpc_tools
         from grpc_tools import protoc
@@ -27,10 +29,11 @@ def generate(directory: Path = ROOT) -> None:
         raise ConfigError(f"cannot generate code: {error}; install grpcio-tools") from error
     well_known = Path(grpc_tools.__file__).parent / "_proto"
     includes = [f"-I{ROOT}", f"-I{THIRD_PARTY}", f"-I{well_known}"]
-    outputs = [f"--{kind}_out={directory}" for kind in ("python", "pyi", "grpc_python")]
-    status = protoc.main(["protoc", *includes, *outputs, *(str(ROOT / proto) for proto in PROTOS)])
-    if status:
-        raise ConfigError(f"protoc ended with status {status} on {', '.join(PROTOS)}; its messages are above")
+    messages = [f"--python_out={directory}", f"--pyi_out={directory}"]
+    for protos, outputs in ((PROTOS, [*messages, f"--grpc_python_out={directory}"]), (FILE_PROTOS, messages)):
+        status = protoc.main(["protoc", *includes, *outputs, *(str(ROOT / proto) for proto in protos)])
+        if status:
+            raise ConfigError(f"protoc ended with status {status} on {', '.join(protos)}; its messages are above")
 
 
 if __name__ == "__main__":

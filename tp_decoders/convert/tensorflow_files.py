@@ -13,17 +13,25 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+import google_crc32c
 import numpy as np
 import torch
+from google.protobuf.message import DecodeError
+from numpy.typing import NDArray
 from torch import Tensor
 
 from parallel.errors import CheckpointError
-from tp_decoders.convert.crc32c import masked_crc32c
+from tp_decoders.convert.tensorflow_index_pb2 import Entry, Header
 
 MAGIC = 0xDB4775248B80FB57
 FOOTER, TRAILER = 48, 5
 DTYPES = {1: torch.float32, 2: torch.float64, 3: torch.int32, 9: torch.int64, 14: torch.bfloat16, 19: torch.float16}
-VARINT, FIXED64, TEXT, FIXED32 = 0, 1, 2, 5
+
+
+def masked_crc32c(data: bytes | NDArray[np.uint8]) -> int:
+    """The checksum of bytes (an array of them must be read-only) as TensorFlow and LevelDB store it."""
+    crc = google_crc32c.value(data)
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
 class Malformed(CheckpointError):
@@ -89,12 +97,12 @@ def _read_index(path: Path) -> tuple[dict[str, Variable], int]:
     try:
         data = path.read_bytes()
         table = dict(_table(data))
-        num_shards = _header(table.pop(b""))
+        num_shards = _num_shards(table.pop(b""))
         whole = {key.decode(): value for key, value in table.items() if not key.startswith(b"\0")}  # others are slices
         return {name: _variable(name, value) for name, value in whole.items()}, num_shards
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, IndexError, KeyError) as error:
+    except (ValueError, IndexError, KeyError, DecodeError) as error:
         reason = str(error) if isinstance(error, Malformed) else f"damaged ({error!r})"
         raise CheckpointError(
             f"{path} is not the index of a TensorFlow checkpoint that can be read: {reason}; give the .index file that "
@@ -125,7 +133,7 @@ def _block(data: bytes, start: int, size: int) -> bytes:
     content, trailer = data[start : start + size + 1], data[start + size : start + size + TRAILER]
     if len(trailer) < TRAILER:
         raise Malformed(f"it ends within the block at byte {start}")
-    if masked_crc32c(np.frombuffer(content, np.uint8)) != int.from_bytes(trailer[1:], "little"):
+    if masked_crc32c(content) != int.from_bytes(trailer[1:], "little"):
         raise Malformed(f"the checksum of the block at byte {start} is wrong")
     if trailer[0] != 0:
         raise Malformed(f"the block at byte {start} is compressed (type {trailer[0]}), which is not supported")
@@ -149,59 +157,29 @@ def _entries(block: bytes) -> Iterator[tuple[bytes, bytes]]:
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
     """A number of seven bits per byte, and where it ends."""
-    value = shift = 0
-    while True:
-        byte = data[at]
-        value |= (byte & 127) << shift
-        at, shift = at + 1, shift + 7
+    value = 0
+    for place in range(10):
+        byte = data[at + place]
+        value |= (byte & 127) << 7 * place
         if byte < 128:
-            return value, at
+            return value, at + place + 1
+    raise Malformed(f"the number at byte {at} has no end")
 
 
-def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """The numbers and values of a protobuf message's fields."""
-    at = 0
-    while at < len(message):
-        tag, at = _varint(message, at)
-        kind = tag & 7
-        if kind == VARINT:
-            value, at = _varint(message, at)
-            yield tag >> 3, value
-            continue
-        length = {FIXED64: 8, FIXED32: 4}.get(kind, 0)
-        if kind == TEXT:
-            length, at = _varint(message, at)
-        elif not length:
-            raise Malformed(f"a field of wire type {kind}")
-        content = message[at : at + length]
-        at += length
-        yield tag >> 3, content if kind == TEXT else int.from_bytes(content, "little")
-
-
-def _header(message: bytes) -> int:
-    """The number of data files, of BundleHeaderProto."""
-    fields = dict(_fields(message))
-    if fields.get(2, 0) != 0:
+def _num_shards(header: bytes) -> int:
+    message = Header.FromString(header)
+    if message.endianness:
         raise Malformed("its numbers are big-endian, which is not supported")
-    return int(fields.get(1, 1))
+    return message.num_shards or 1
 
 
-def _variable(name: str, message: bytes) -> Variable:
-    """Of BundleEntryProto."""
-    fields = dict(_fields(message))
-    if 7 in fields:
+def _variable(name: str, entry: bytes) -> Variable:
+    message = Entry.FromString(entry)
+    if message.slices:
         raise Malformed(f"{name} is partitioned into slices, which is not supported")
-    kind = int(fields.get(1, 0))
-    if kind not in DTYPES:
-        raise Malformed(f"{name} is of data type {kind}; supported are {sorted(DTYPES)} (floats, integers)")
-    shape = fields.get(2, b"")
-    if not isinstance(shape, bytes):
-        raise Malformed(f"the shape of {name} is no message")
-    shard, offset, size, checksum = (int(fields.get(number, 0)) for number in (3, 4, 5, 6))
-    return Variable(DTYPES[kind], _shape(shape), shard, offset, size, checksum)
-
-
-def _shape(message: bytes) -> tuple[int, ...]:
-    """Of TensorShapeProto: one field 2 per dimension, its size in field 1."""
-    dims = [dict(_fields(value)) for number, value in _fields(message) if number == 2 and isinstance(value, bytes)]
-    return tuple(int(dim.get(1, 0)) for dim in dims)
+    if message.dtype not in DTYPES:
+        raise Malformed(f"{name} is of data type {message.dtype}; supported are {sorted(DTYPES)} (floats, integers)")
+    shape = tuple(dim.size for dim in message.shape.dim)
+    if min(message.shard_id, message.offset, message.size, *shape) < 0:
+        raise Malformed(f"{name} has a negative size, offset or file number")
+    return Variable(DTYPES[message.dtype], shape, message.shard_id, message.offset, message.size, message.crc32c)

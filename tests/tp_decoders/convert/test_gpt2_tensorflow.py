@@ -16,9 +16,9 @@ from launch.main import main
 from parallel.attention.attend import Causal
 from parallel.errors import CheckpointError
 from tp_decoders import load
-from tp_decoders.convert.crc32c import ONES, POLYNOMIAL, crc32c, masked_crc32c
 from tp_decoders.convert.gpt2_tensorflow import Gpt2TensorFlowSource, hf_of_hparams, original_name
-from tp_decoders.convert.tensorflow_files import TensorFlowFiles
+from tp_decoders.convert.tensorflow_files import FOOTER, MAGIC, TensorFlowFiles, masked_crc32c
+from tp_decoders.convert.tensorflow_index_pb2 import Entry, Header, Shape
 from tp_decoders.registry import config_from_hf
 
 DATA = Path(__file__).resolve().parents[2] / "data"
@@ -76,7 +76,7 @@ def compress(path: Path) -> None:
     """Says that the first block is compressed, with a checksum that agrees."""
     size = 850
     edit(path, size, 1)
-    checksum = masked_crc32c(np.frombuffer(path.read_bytes()[: size + 1], np.uint8))
+    checksum = masked_crc32c(path.read_bytes()[: size + 1])
     for place, byte in enumerate(checksum.to_bytes(4, "little")):
         edit(path, size + 1 + place, byte)
 
@@ -141,23 +141,75 @@ def test_what_tensorflow_writes_is_read_without_a_model() -> None:
     assert files.read("model/h1/mlp/c_proj/w").shape == (1, 64, 16)
 
 
+def table_block(*entries: tuple[bytes, bytes], number: bytes = b"\0") -> bytes:
+    """Of a table, with a checksum that agrees; `number` comes before each name's length: what it shares."""
+    lengths = ((bytes([len(key)]), bytes([len(value)])) for key, value in entries)
+    pairs = zip(lengths, entries, strict=True)
+    body = b"".join(number + own + length + key + value for (own, length), (key, value) in pairs)
+    content = body + bytes(4) + (1).to_bytes(4, "little") + b"\0"
+    return content + masked_crc32c(content).to_bytes(4, "little")
+
+
+def write_index(folder: Path, variable: bytes, header: bytes = b"", number: bytes = b"\0") -> Path:
+    """An index of one variable, `model/x`, whatever is said of it, with 8 bytes of data."""
+    data = table_block((b"", header), (b"model/x", variable), number=number)
+    index = table_block((b"~", bytes([0, len(data) - 5])))
+    handles = bytes([0, 0, len(data), len(index) - 5]).ljust(FOOTER - 8, b"\0")
+    (folder / "it.index").write_bytes(data + index + handles + MAGIC.to_bytes(8, "little"))
+    (folder / "it.data-00000-of-00001").write_bytes(bytes(range(8)))
+    return folder / "it"
+
+
+def entry(*sizes: int, dtype: int = 1, **values: int) -> bytes:
+    shape = Shape(dim=[Shape.Dim(size=size) for size in sizes])
+    message = Entry(dtype=dtype, shape=shape, size=8, crc32c=masked_crc32c(bytes(range(8))))
+    for name, value in values.items():
+        setattr(message, name, value)
+    return message.SerializeToString()
+
+
+def test_an_index_of_one_variable_is_read(tmp_path: Path) -> None:
+    read = TensorFlowFiles(write_index(tmp_path, entry(1, 2))).read("model/x")
+    assert read.shape == (1, 2) and read.view(torch.uint8).flatten().tolist() == list(range(8))
+
+
+HOSTILE: dict[str, tuple[dict[str, bytes], str]] = {
+    "a negative offset": ({"variable": entry(2, offset=-4)}, "model/x has a negative size"),
+    "a negative length": ({"variable": entry(2, size=-8)}, "model/x has a negative size"),
+    "negative sizes whose product is right": ({"variable": entry(-1, -2)}, "model/x has a negative size"),
+    "a negative file": ({"variable": entry(2, shard_id=-1)}, "model/x has a negative size"),
+    "a file that is not there": ({"variable": entry(2, shard_id=3)}, "data-00003-of-00001 is not there"),
+    "an offset past the data": ({"variable": entry(2, offset=1 << 62)}, "should have at least"),
+    "a length past the data": ({"variable": entry(2, size=1 << 40)}, "should have at least"),
+    "a shape that does not fit": ({"variable": entry(1 << 40, 1 << 40)}, "which its shape .* does not"),
+    "strings": ({"variable": entry(2, dtype=7)}, "is of data type 7"),
+    "slices": ({"variable": entry(2) + bytes([7 << 3 | 2, 0])}, "partitioned into slices"),
+    "big-endian numbers": ({"variable": entry(2), "header": Header(endianness=1).SerializeToString()}, "big-endian"),
+    "a message cut short": ({"variable": entry(2)[:-1]}, "is not the index .*damaged"),
+    "a group that never ends": ({"variable": bytes([8 << 3 | 3])}, "is not the index .*damaged"),
+    "an entry past its block": ({"variable": entry(2), "number": b"\0\x7f\x7f"}, "an entry runs past its block"),
+    "a number without an end": ({"variable": entry(2), "number": b"\xff" * 11}, "number at byte 0 has no end"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_an_index_with_right_checksums_and_wrong_contents_is_refused(kind: str, tmp_path: Path) -> None:
+    contents, message = HOSTILE[kind]
+    with pytest.raises(CheckpointError, match=message):
+        TensorFlowFiles(write_index(tmp_path, **contents))
+
+
 def bit_by_bit(data: bytes) -> int:
-    crc = ONES
+    crc = 0xFFFFFFFF
     for byte in data:
         crc ^= byte
         for _ in range(8):
-            crc = crc >> 1 ^ (POLYNOMIAL if crc & 1 else 0)
-    return crc ^ ONES
+            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+    crc ^= 0xFFFFFFFF
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
 @pytest.mark.parametrize("size", [0, 1, 3, 4, 255, 256, 257, 1000, 4099])
 def test_checksums_equal_those_of_the_definition(size: int) -> None:
     data = np.random.RandomState(size).bytes(size)
-    assert crc32c(np.frombuffer(data, np.uint8)) == bit_by_bit(data)
-    assert crc32c(np.frombuffer(b"123456789", np.uint8)) == 0xE3069283, "the published check value"
-
-
-def test_checksums_go_on_over_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    data = np.random.RandomState(0).bytes(4099)
-    monkeypatch.setattr("tp_decoders.convert.crc32c.BLOCK", 512)
-    assert crc32c(np.frombuffer(data, np.uint8)) == bit_by_bit(data)
+    assert masked_crc32c(data) == masked_crc32c(np.frombuffer(data, np.uint8)) == bit_by_bit(data)

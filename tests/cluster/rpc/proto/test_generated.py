@@ -10,15 +10,15 @@ from google.protobuf.message import Message
 from cluster.rpc.proto import inference_pb2 as pb
 from cluster.rpc.protoc import ROOT, generate
 
-DIRECTORY = Path("cluster/rpc/proto")
+DIRECTORIES = (ROOT / "cluster/rpc/proto", ROOT / "tp_decoders/convert")
 
 
 def test_generating_again_gives_the_committed_files(tmp_path: Path) -> None:
     pytest.importorskip("grpc_tools")
     generate(tmp_path)
     made = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*.py*"))
-    committed = sorted(path.relative_to(ROOT) for path in (ROOT / DIRECTORY).glob("*_pb2*.py*"))
-    assert made == committed and len(made) == 9
+    committed = sorted(path.relative_to(ROOT) for folder in DIRECTORIES for path in folder.glob("*_pb2*.py*"))
+    assert made == committed and len(made) == 11
     for path in made:
         assert (tmp_path / path).read_text() == (ROOT / path).read_text(), f"{path}: run python -m cluster.rpc.protoc"
 
