@@ -43,6 +43,7 @@ A folder that `datasets.save_to_disk` wrote is read as a table; `corpus.dataset_
 APPLIES = {
     "text": "`corpus.encoding`, `corpus.separator`",
     "jsonl": "`corpus.encoding`, `corpus.field`, `corpus.prompt_field`",
+    "csv": "`corpus.encoding`, `corpus.field`, `corpus.prompt_field`",
     "table": "`corpus.field`, `corpus.prompt_field`, `corpus.dataset_split`",
 }
 COMMANDS_PAGE = """# Commands

@@ -31,15 +31,15 @@ class CorpusConfig:
     """Which text, how it is cut into batches, and which part of it is held out."""
 
     path: str  # a file or a folder
-    kind: str | None = None  # text, jsonl or table; None: as the files' names say
-    encoding: str | None = None  # of text and JSON lines; None: utf-8
+    kind: str | None = None  # text, jsonl, csv or table; None: as the files' names say
+    encoding: str | None = None  # of text, JSON lines and CSV; None: utf-8
     separator: str | None = None  # between documents of a text file; None: a file is one document
     tokens_per_sample: int = 128  # a row of a batch; short documents share one
     batch_size: int = 8  # samples of one step, over all replicas
     seed: int = 0  # of the order of documents
     split: SplitRule = field(default_factory=SplitRule)
-    field: str | None = None  # of JSON lines and tables: what to learn; None: text
-    prompt_field: str | None = None  # of JSON lines and tables: what comes before it and is not learned
+    field: str | None = None  # of JSON lines, CSV and tables: what to learn; None: text
+    prompt_field: str | None = None  # of JSON lines, CSV and tables: what comes before it and is not learned
     dataset_split: str | None = None  # one split of a dataset's folder
 
     def __post_init__(self) -> None:

@@ -92,7 +92,7 @@ def test_killed_robbed_of_a_rank_and_stopped_it_ends_with_the_undisturbed_bits(t
         (["optimizer.learning_rate=0.5"], "set schedule.learning_rate"),
         (["scratch.tokenizer=null"], "nothing to train"),
         (["corpus.encoding=rot13"], "corpus.encoding 'rot13' is"),
-        (["corpus.kind=csv"], "corpus.kind 'csv' is unknown; choose one of ['jsonl', 'table', 'text']"),
+        (["corpus.kind=yaml"], "corpus.kind 'yaml' is unknown; choose one of ['csv', 'jsonl', 'table', 'text']"),
         (["corpus.field=content"], "corpus.field='content' means nothing for kind 'text'"),
         (["corpus.encoding=ascii", "corpus.path=tests/data/text/soseki-botchan.txt"], "is not ascii"),
         (["corpus.path=/dev/null"], "say what they are (corpus.kind)"),

@@ -1,3 +1,3 @@
-"""Texts in files: plain text, JSON lines, Parquet and Arrow, dataset folders, as documents.
+"""Texts in files: plain text, JSON lines, CSV, Parquet and Arrow, dataset folders, as documents.
 Nothing is tokenized here.
 """

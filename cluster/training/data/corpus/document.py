@@ -1,5 +1,5 @@
-"""What a corpus is to the tokenizer: files, each of which yields documents. The readers are plain_text.py, jsonl.py and
-arrow_tables.py.
+"""What a corpus is to the tokenizer: files, each of which yields documents. The readers are plain_text.py, jsonl.py,
+csv_rows.py and arrow_tables.py.
 """
 
 from __future__ import annotations

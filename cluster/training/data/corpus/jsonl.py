@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from cluster.training.data.corpus.document import DataError, Document, SourceFile
-from cluster.training.data.corpus.plain_text import check_encoding, undecodable
+from cluster.training.data.corpus.plain_text import check_encoding, decoded_lines
 
 
 def text_field(row: object, field: str, where: str) -> str:
@@ -54,18 +54,9 @@ class JsonLinesSource:
         return {"kind": "jsonl", "field": self.field, "prompt_field": self.prompt_field, "encoding": encoding}
 
     def documents(self, file: SourceFile) -> Iterator[Document]:
-        total, position = max(1, file.path.stat().st_size), 0
-        with file.path.open("rb") as stream:
-            for number, line in enumerate(stream, start=1):
-                if text := self._decode(file, line, position).strip():
-                    yield self._document(text, f"{file.path}, line {number}", (position + len(line)) / total)
-                position += len(line)
-
-    def _decode(self, file: SourceFile, line: bytes, position: int) -> str:
-        try:
-            return line.decode(self.encoding).removeprefix("\ufeff" if position == 0 else "")
-        except UnicodeDecodeError as error:
-            raise undecodable(file.path, self.encoding, position + error.start, error) from error
+        for number, (line, share) in enumerate(decoded_lines(file.path, self.encoding), start=1):
+            if text := line.strip():
+                yield self._document(text, f"{file.path}, line {number}", share)
 
     def _document(self, line: str, where: str, share: float) -> Document:
         try:

@@ -59,6 +59,19 @@ def decoded(path: Path, encoding: str) -> Iterator[tuple[str, float]]:
                 return
 
 
+def decoded_lines(path: Path, encoding: str) -> Iterator[tuple[str, float]]:
+    """A file's lines with their ends, each with the share of the file read so far."""
+    total, position = max(1, path.stat().st_size), 0
+    with path.open("rb") as stream:
+        for line in stream:
+            try:
+                text = line.decode(encoding)
+            except UnicodeDecodeError as error:
+                raise undecodable(path, encoding, position + error.start, error) from error
+            position += len(line)
+            yield text.removeprefix("\ufeff") if position == len(line) else text, position / total
+
+
 def split_stream(pieces: Iterator[tuple[str, float]], separator: str | None) -> Iterator[tuple[str, float]]:
     """The documents of a text that comes in pieces; in memory is at most one document and one piece."""
     parts: list[str] = []

@@ -1,8 +1,7 @@
 """`open_source(path)`: the corpus at a path, by what its files are called.
 
-.txt and .text are plain text, .jsonl and .ndjson JSON lines, .parquet and .arrow tables; a folder is read with all
-below it, in the order of the names, and may hold one kind only. Nothing is read yet; the readers are plain_text.py,
-jsonl.py and arrow_tables.py.
+A folder is read with all below it, in the order of the names, and may hold one kind only. Nothing is read yet; the
+readers are plain_text.py, jsonl.py, csv_rows.py and arrow_tables.py.
 """
 
 from __future__ import annotations
@@ -12,26 +11,38 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.training.data.corpus.arrow_tables import TableSource
+from cluster.training.data.corpus.csv_rows import CsvSource
 from cluster.training.data.corpus.dataset_folders import is_saved_dataset, saved_files, shard_files
 from cluster.training.data.corpus.document import DataError, Source, SourceFile
 from cluster.training.data.corpus.jsonl import JsonLinesSource
 from cluster.training.data.corpus.plain_text import TextSource
 from parallel.errors import ConfigError
 
-KINDS = {".txt": "text", ".text": "text", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "table", ".arrow": "table"}
+KINDS = {
+    ".txt": "text",
+    ".text": "text",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "table",
+    ".arrow": "table",
+    ".feather": "table",
+}
+"""What files are, by the end of their names."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SourceOptions:
-    """How a corpus is read. `kind` is "text", "jsonl" or "table" where the names do not say; what does not apply to the
-    kind is refused.
+    """How a corpus is read. `kind` is "text", "jsonl", "csv" or "table" where the names do not say; what does not apply
+    to the kind is refused.
     """
 
     kind: str | None = None
-    encoding: str | None = None  # text, jsonl: utf-8 unless given
+    encoding: str | None = None  # text, jsonl, csv: utf-8 unless given
     separator: str | None = None  # text: what stands between documents; a file is one document unless given
-    field: str | None = None  # jsonl, table: "text" unless given
-    prompt_field: str | None = None  # jsonl, table: conditioned on, not learned
+    field: str | None = None  # jsonl, csv, table: "text" unless given
+    prompt_field: str | None = None  # jsonl, csv, table: conditioned on, not learned
     split: str | None = None  # table: one split of a dataset folder
 
     def __post_init__(self) -> None:
@@ -43,6 +54,7 @@ class SourceOptions:
         used = {
             "text": ("encoding", "separator"),
             "jsonl": ("encoding", "field", "prompt_field"),
+            "csv": ("encoding", "field", "prompt_field"),
             "table": ("field", "prompt_field", "split"),
         }
         for name in ("encoding", "separator", "field", "prompt_field", "split"):
@@ -57,7 +69,7 @@ def open_source(path: str | Path, options: SourceOptions | None = None) -> Sourc
     """The corpus at a file or folder."""
     options, path = options or SourceOptions(), Path(path)
     if not path.exists():
-        raise DataError(f"{path} does not exist; give a text, JSONL, parquet or arrow file or a folder of them")
+        raise DataError(f"{path} does not exist; give a text, JSONL, CSV, parquet or arrow file or a folder of them")
     files = _files(path, options)
     kind = options.kind or _kind(path, files)
     options.check(kind)
@@ -115,6 +127,11 @@ def _jsonl(files: tuple[SourceFile, ...], options: SourceOptions) -> Source:
     return JsonLinesSource(files=files, field=field, prompt_field=options.prompt_field, encoding=encoding)
 
 
+def _csv(files: tuple[SourceFile, ...], options: SourceOptions) -> Source:
+    field, encoding = options.field or "text", options.encoding or "utf-8"
+    return CsvSource(files=files, field=field, prompt_field=options.prompt_field, encoding=encoding)
+
+
 def _table(files: tuple[SourceFile, ...], options: SourceOptions) -> Source:
     return TableSource(files=files, field=options.field or "text", prompt_field=options.prompt_field)
 
@@ -122,5 +139,6 @@ def _table(files: tuple[SourceFile, ...], options: SourceOptions) -> Source:
 BUILDERS: dict[str, Callable[[tuple[SourceFile, ...], SourceOptions], Source]] = {
     "text": _text,
     "jsonl": _jsonl,
+    "csv": _csv,
     "table": _table,
 }

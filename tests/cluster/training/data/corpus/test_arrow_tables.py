@@ -6,14 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
+from pyarrow import feather, parquet
 
 from cluster.training.data.corpus.document import DataError
 from cluster.training.data.corpus.sources import SourceOptions, open_source
 
-pa = pytest.importorskip("pyarrow")
-parquet = pytest.importorskip("pyarrow.parquet")
-
+DATA = Path(__file__).resolve().parents[4] / "data" / "saved-dataset"
 ROWS = [f"text {number} 二" for number in range(2500)]
 
 
@@ -59,6 +59,20 @@ def test_arrow_streams_and_files_of_any_text_type_are_read(tmp_path: Path, strea
     }
     write_arrow(tmp_path / "a.arrow", table([*ROWS], kind=types[kind]), stream)
     assert texts(tmp_path / "a.arrow") == ROWS
+
+
+def test_feather_files_are_read(tmp_path: Path) -> None:
+    feather.write_feather(table([*ROWS]), tmp_path / "a.feather", compression="lz4")
+    assert texts(tmp_path) == ROWS
+
+
+def test_what_datasets_itself_saved_is_read() -> None:
+    def lines(*numbers: int) -> list[str]:
+        return [f'text {number}, "quoted"\nand 二 lines' for number in numbers]
+
+    assert texts(DATA / "saved", split="train") == lines(*range(5))
+    assert texts(DATA / "saved", split="test") == lines(5, 6)
+    assert sorted(texts(DATA / "shuffled")) == lines(*range(5)) != texts(DATA / "shuffled")
 
 
 def test_a_saved_dataset_is_read_in_the_order_it_lists(tmp_path: Path) -> None:
