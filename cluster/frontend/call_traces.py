@@ -1,7 +1,7 @@
 """Traces of calls, seen from the front-end: which parts of a call are timed, and from where their times come.
 
-`Tracer` and `Span` are the seam; launch.observe.otel has them over OpenTelemetry. A call that is not sampled has no
-span, and then nothing is done. Ranks export nothing: rank 0 reports the steps of a sampled request with its tokens, by
+Spans are OpenTelemetry's; launch.observe.otel makes the tracer that sends them. A call that is not sampled has no span,
+and then nothing is done. Ranks export nothing: rank 0 reports the steps of a sampled request with its tokens, by
 their length, and they end here when they arrive, so all times are of one clock. Names, counts and times, never text.
 """
 
@@ -12,7 +12,11 @@ from collections.abc import Callable, Coroutine, Mapping
 from contextvars import ContextVar
 from functools import wraps
 from types import MappingProxyType
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
+
+from opentelemetry import trace
+from opentelemetry.trace import SpanKind, Status, StatusCode
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from cluster.engine.request import Request, StepReport
 from cluster.frontend.output.streams import Chunk
@@ -21,26 +25,40 @@ from cluster.training.train_calls import TrainAnswer, TrainCall
 Value = str | int | float | bool
 Values = Mapping[str, Value]
 NO_VALUES: Values = MappingProxyType({})
+HEADERS = TraceContextTextMapPropagator()
 MAX_STEPS = 128
 """Steps of one prompt that become spans; the others are counted."""
 
 
-class Span(Protocol):
-    """A part of a call. Times are of time.monotonic."""
+class Span:
+    """A part of a call. Times are of time.monotonic; `offset_ns`, one for a whole trace, makes wall clock of them."""
 
-    def child(self, name: str, began: float, values: Values = NO_VALUES) -> Span: ...
+    def __init__(self, tracer: trace.Tracer, span: trace.Span, offset_ns: int) -> None:
+        self._tracer, self._span, self._offset_ns = tracer, span, offset_ns
 
-    def event(self, name: str, at: float, values: Values = NO_VALUES) -> None: ...
+    def child(self, name: str, began: float, values: Values = NO_VALUES) -> Span:
+        context, start = trace.set_span_in_context(self._span), self._wall(began)
+        span = self._tracer.start_span(name, context, attributes=values, start_time=start)
+        return Span(self._tracer, span, self._offset_ns)
 
-    def end(self, at: float, values: Values = NO_VALUES, error: str = "") -> None: ...
+    def event(self, name: str, at: float, values: Values = NO_VALUES) -> None:
+        self._span.add_event(name, values, self._wall(at))
+
+    def end(self, at: float, values: Values = NO_VALUES, error: str = "") -> None:
+        self._span.set_attributes(values)
+        if error:
+            self._span.set_status(Status(StatusCode.ERROR, error))
+        self._span.end(self._wall(at))
+
+    def _wall(self, at: float) -> int:
+        return self._offset_ns + int(at * 1e9)
 
 
-class Tracer(Protocol):
-    """Begins traces, or goes on with those that callers have begun."""
-
-    def begin(self, name: str, headers: Mapping[str, str], values: Values = NO_VALUES) -> Span | None:
-        """The span of a call with these headers (traceparent, tracestate); None: it is not sampled."""
-        ...
+def begin(tracer: trace.Tracer, name: str, headers: Mapping[str, str], values: Values = NO_VALUES) -> Span | None:
+    """The span of a call with these headers (traceparent, tracestate); None: it is not sampled."""
+    offset = time.time_ns() - int(time.monotonic() * 1e9)
+    span = tracer.start_span(name, HEADERS.extract(headers), kind=SpanKind.SERVER, attributes=values)
+    return Span(tracer, span, offset) if span.is_recording() else None
 
 
 SPAN: ContextVar[Span | None] = ContextVar("span", default=None)

@@ -13,11 +13,11 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
+from opentelemetry.trace import Tracer
 
 from cluster.access.access_config import Security, is_loopback
 from cluster.access.roles import Gate
 from cluster.access.token_file import TokenFile
-from cluster.frontend.call_traces import Tracer
 from cluster.frontend.frontend import Frontend, State
 from cluster.frontend.readiness import Readiness
 from cluster.rpc.proto import control_pb2_grpc, inference_pb2_grpc, training_pb2_grpc

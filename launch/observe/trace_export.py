@@ -6,20 +6,16 @@ Off unless `observe.traces` says where; the packages for it are then imported, a
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import Protocol
+from typing import TYPE_CHECKING
 
-from cluster.frontend.call_traces import Tracer
 from launch.observe.observe_config import ObserveConfig
 from parallel.errors import ConfigError
 
+if TYPE_CHECKING:
+    from launch.observe.otel import TraceExport
+
 SCHEMES = ("http://", "https://")
 SDK, EXPORTER = "opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.grpc"
-
-
-class ClosingTracer(Tracer, Protocol):
-    """A tracer that sends what it still holds when it is closed."""
-
-    def close(self) -> None: ...
 
 
 def is_collector(target: str) -> bool:
@@ -44,15 +40,15 @@ def check_traces(config: ObserveConfig) -> None:
         open_file(config.traces).close()
 
 
-def open_tracer(config: ObserveConfig) -> ClosingTracer | None:
+def open_traces(config: ObserveConfig) -> TraceExport | None:
     """None: nothing is traced."""
     if config.traces is None:
         return None
     check_traces(config)
-    from launch.observe.otel import OtelTracer, collector, lines
+    from launch.observe.otel import TraceExport, collector, lines
 
     exporter = collector(config.traces) if is_collector(config.traces) else lines(config.traces)
-    return OtelTracer(exporter, config.trace_ratio)
+    return TraceExport(exporter, config.trace_ratio)
 
 
 def _there(name: str) -> bool:

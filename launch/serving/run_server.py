@@ -37,7 +37,7 @@ from cluster.supervision import kept_up
 from cluster.training.checkpoint.state_folder import StateFolder
 from launch.observe.metrics_server import MetricsServer, check_host
 from launch.observe.prometheus_metrics import ServeMetrics
-from launch.observe.trace_export import check_traces, open_tracer
+from launch.observe.trace_export import check_traces, open_traces
 from launch.serving.rank_specs import trained_dtype
 from launch.serving.ray_loss import Leaving, RayWatch, first_of
 from launch.serving.replicas import Replicas
@@ -173,10 +173,10 @@ async def _open(
     observe = config.observe
     readiness = Readiness(frontend, observe.canary_every_s, observe.canary_timeout_s, upkeep.condemn)
     address = shown_address(config.server.host, config.server.port)
-    tracer = open_tracer(config.observe)
-    if tracer is not None:
-        stack.push_async_callback(asyncio.to_thread, tracer.close)
-    security = config.server.security
+    tracer, security = None, config.server.security
+    if traces := open_traces(config.observe):
+        stack.push_async_callback(asyncio.to_thread, traces.close)
+        tracer = traces.tracer
     server = build_server(frontend, address, config.limits, info, security, readiness, upkeep.restart, tracer)
     frontend.start()
     watched = await _observe(config, frontend, readiness, info, stack)

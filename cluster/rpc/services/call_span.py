@@ -8,8 +8,9 @@ from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
 import grpc
+from opentelemetry.trace import Tracer
 
-from cluster.frontend.call_traces import SPAN, Tracer, Value
+from cluster.frontend.call_traces import SPAN, Value, begin
 
 HEADERS = ("traceparent", "tracestate")
 """All that is taken of a call's metadata."""
@@ -25,7 +26,7 @@ def traced(inner: Method, tracer: Tracer | None, method: str, metadata: Iterable
 
     async def call(request: Any, context: grpc.aio.ServicerContext) -> Any:
         values: dict[str, Value] = {"rpc.system": "grpc", "rpc.service": service, "rpc.method": name}
-        span = tracer.begin(f"{service}/{name}", headers, values)
+        span = begin(tracer, f"{service}/{name}", headers, values)
         if span is None:
             return await inner(request, context)
         SPAN.set(span)  # of this call's own task

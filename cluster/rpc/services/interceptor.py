@@ -17,12 +17,12 @@ from typing import Any
 
 import grpc
 from google.protobuf.message import Message
+from opentelemetry.trace import Tracer
 
 from cluster.access.access_errors import SlowSender
 from cluster.access.caller_limits import CALLER, TERMS, WHO, Account, OpenCalls, Terms
 from cluster.access.roles import Gate
 from cluster.engine.request import Share
-from cluster.frontend.call_traces import Tracer
 from cluster.frontend.requests.call import FrontendConfig
 from cluster.frontend.requests.offload import Beside
 from cluster.request_errors import SlowReader

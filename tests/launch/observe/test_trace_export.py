@@ -19,12 +19,13 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 
 import launch.observe.trace_export
 from cluster.engine.engine_config import EngineConfig
+from cluster.frontend.call_traces import begin
 from cluster.rpc.client.client import AsyncClient, Client
 from cluster.rpc.proto import inference_pb2 as pb
 from cluster.rpc.proto.inference_pb2_grpc import InferenceStub
 from launch.commands.server_process import Server
 from launch.observe.observe_config import ObserveConfig
-from launch.observe.trace_export import open_tracer
+from launch.observe.trace_export import open_traces
 from parallel.errors import ConfigError
 from parallel.native import library
 from tests.cluster.engine.tiny_models import save_tiny
@@ -47,13 +48,14 @@ async def traced_service(
     folder: Path, config: ObserveConfig, engine: EngineConfig = ONE_BY_ONE
 ) -> AsyncIterator[AsyncClient]:
     """Its spans are all sent when it is left."""
-    tracer = open_tracer(config)
+    traces = open_traces(config)
+    assert traces is not None
     try:
-        async with training_service(folder, root=folder.parent / "states", tracer=tracer, config=engine) as client:
+        root = folder.parent / "states"
+        async with training_service(folder, root=root, tracer=traces.tracer, config=engine) as client:
             yield client
     finally:
-        if tracer is not None:
-            await asyncio.to_thread(tracer.close)
+        await asyncio.to_thread(traces.close)
 
 
 def spans_of(folder: Path, work: Work, file: Path, engine: EngineConfig = ONE_BY_ONE, **settings: Any) -> list[Found]:
@@ -218,13 +220,14 @@ def test_a_collector_gets_the_same_spans(folder: Path) -> None:
     ]  # fmt: skip
 
 
-def test_off_means_that_nothing_of_it_is_imported() -> None:
+def test_off_means_that_neither_the_sdk_nor_an_exporter_is_imported() -> None:
     code = (
         "import sys, cluster.rpc.server, launch.observe.trace_export\n"
         "from launch.observe.observe_config import ObserveConfig\n"
         "launch.observe.trace_export.check_traces(ObserveConfig())\n"
-        "assert launch.observe.trace_export.open_tracer(ObserveConfig()) is None\n"
-        "print([name for name in sys.modules if name.startswith('opentelemetry') or name == 'launch.observe.otel'])\n"
+        "assert launch.observe.trace_export.open_traces(ObserveConfig()) is None\n"
+        "unwanted = ('opentelemetry.sdk', 'opentelemetry.exporter', 'launch.observe.otel')\n"
+        "print([name for name in sys.modules if name.startswith(unwanted)])\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "[]", done.stderr
@@ -237,7 +240,7 @@ def test_what_cannot_be_is_said_before_anything_starts(tmp_path: Path, monkeypat
         ObserveConfig(trace_ratio=0.0)
     monkeypatch.setattr(launch.observe.trace_export, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="grpc is not installed; pip install 'tp-decoders.otel.'") as refused:
-        open_tracer(ObserveConfig(traces="http://127.0.0.1:4317"))
+        open_traces(ObserveConfig(traces="http://127.0.0.1:4317"))
     assert str(refused.value).count("\n") == 0
 
 
@@ -256,12 +259,12 @@ def test_the_command_traces_a_call_through_the_ranks_of_a_group(tmp_path: Path) 
 
 
 def test_a_collector_that_is_not_there_holds_up_no_end() -> None:
-    tracer = open_tracer(ObserveConfig(traces="http://127.0.0.1:9"))  # nobody listens at the port to discard
-    assert tracer is not None
+    traces = open_traces(ObserveConfig(traces="http://127.0.0.1:9"))  # nobody listens at the port to discard
+    assert traces is not None
     for _ in range(3000):  # more than wait at once
-        span = tracer.begin("call", {})
+        span = begin(traces.tracer, "call", {})
         assert span is not None
         span.end(time.monotonic())
     began = time.monotonic()
-    tracer.close()
+    traces.close()
     assert time.monotonic() - began < 60

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from opentelemetry.trace import Tracer
 
 from cluster.access.access_config import Security
 from cluster.engine.engine import generate
@@ -15,7 +16,6 @@ from cluster.engine.engine_builder import build_engine, build_runner
 from cluster.engine.engine_config import EngineConfig
 from cluster.engine.request import Request, ResponseOptions
 from cluster.engine.run.command_stream import Commands
-from cluster.frontend.call_traces import Tracer
 from cluster.frontend.frontend import Frontend
 from cluster.link.local_link import LocalLink
 from cluster.rpc.client.client import AsyncClient
