@@ -18,9 +18,9 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.chaos.faults import KINDS
-from tests.chaos.hosts import Namespaces, Raylets, free_port
-from tests.chaos.jobs import DISK_BYTES
+from tests.chaos.faults.kinds import KINDS
+from tests.chaos.harness.hosts import Namespaces, Raylets, free_port
+from tests.chaos.harness.jobs import DISK_BYTES
 from tests.chaos.run import Plan, Run
 from tests.multinode import ground
 

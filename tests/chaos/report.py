@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from tests.chaos.faults import SERVING, TRAINING
-from tests.chaos.jobs import Lap
-from tests.chaos.load import Load
-from tests.chaos.strike import Record
+from tests.chaos.faults.kinds import SERVING, TRAINING
+from tests.chaos.faults.strike import Record
+from tests.chaos.harness.jobs import Lap
+from tests.chaos.harness.load import Load
 
 WRONGS = ("lost", "doubled", "changed", "no answer")
 

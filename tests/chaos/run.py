@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.chaos import report
-from tests.chaos.faults import World, drawn, possible
-from tests.chaos.hosts import Hosts, switches
-from tests.chaos.jobs import Lap, Served, Training, until
-from tests.chaos.load import Load
-from tests.chaos.strike import Striker
+from tests.chaos.faults.kinds import World, drawn, possible
+from tests.chaos.faults.strike import Striker
+from tests.chaos.harness.hosts import Hosts, switches
+from tests.chaos.harness.jobs import Lap, Served, Training, until
+from tests.chaos.harness.load import Load
 from tests.cluster.engine.tiny_models import save_tiny
 from tests.multinode.commands import Failed
 

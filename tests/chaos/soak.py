@@ -2,10 +2,10 @@
 
     python -m tests.chaos.soak --minutes 30 --out FOLDER
 
-Two ranks with TLS, tokens and training, a mixed load (mixed.py); resident memory and open handles of the server, its
-ranks and Ray's processes every few seconds (usage.py). The first third is warm-up; after it every process must be
-flat: a slope below 1 MB a minute and no handle more. Prints a table, writes soak.csv, soak.json and soak.png, and exits
-with 1 where a process grew or a call ended as it should not.
+Two ranks with TLS, tokens and training, a mixed load (harness/mixed.py); resident memory and open handles of the
+server, its ranks and Ray's processes every few seconds (harness/usage.py). The first third is warm-up; after it every
+process must be flat: a slope below 1 MB a minute and no handle more. Prints a table, writes soak.csv, soak.json and
+soak.png, and exits with 1 where a process grew or a call ended as it should not.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from pathlib import Path
 from cluster.access.access_config import Access
 from launch.commands.server_process import Server
 from launch.main import main as tp_decoders
-from tests.chaos.mixed import Tally, load
-from tests.chaos.usage import MOST_MB_PER_MINUTE, Sample, Verdict, look, verdicts
+from tests.chaos.harness.mixed import Tally, load
+from tests.chaos.harness.usage import MOST_MB_PER_MINUTE, Sample, Verdict, look, verdicts
 from tests.cluster.engine.tiny_models import save_tiny
 from tests.cluster.rpc.certificates import Authority
 

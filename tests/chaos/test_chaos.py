@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from parallel.native import library
-from tests.chaos.faults import KINDS, drawn, flip, tensor_byte
-from tests.chaos.hosts import Raylets, free_port
-from tests.chaos.jobs import KEEPS_STATE
-from tests.chaos.load import compare
+from tests.chaos.faults.kinds import KINDS, drawn, flip, tensor_byte
+from tests.chaos.harness.hosts import Raylets, free_port
+from tests.chaos.harness.jobs import KEEPS_STATE
+from tests.chaos.harness.load import compare
 from tests.chaos.run import Plan, Run
 
 TEXT = Path(__file__).resolve().parents[1] / "data" / "text" / "tinyshakespeare.txt"

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from parallel.native import library
-from tests.chaos.mixed import CALLS, EXPECTED
+from tests.chaos.harness.mixed import CALLS, EXPECTED
+from tests.chaos.harness.usage import Sample, slope, verdicts
 from tests.chaos.soak import Soak, main, table, write
-from tests.chaos.usage import Sample, slope, verdicts
 
 MINUTES = float(os.environ.get("SOAK_MINUTES", "0"))
 

@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 
 from cluster.rpc.client.client import AsyncClient, ServiceError
 from cluster.training.checkpoint.checkpoint_writer import complete_steps
-from tests.chaos.faults import KINDS, SERVING, TRAINING, Strike, World
-from tests.chaos.hosts import HEAD
-from tests.chaos.jobs import Supervised, until
-from tests.chaos.load import Load
+from tests.chaos.faults.kinds import KINDS, SERVING, TRAINING, Strike, World
+from tests.chaos.harness.hosts import HEAD
+from tests.chaos.harness.jobs import Supervised, until
+from tests.chaos.harness.load import Load
 from tests.multinode.commands import Failed
 
 NAMED_S, HEALED_S, SETTLED_S = 40.0, 180.0, 300.0

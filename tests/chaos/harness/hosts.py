@@ -228,9 +228,9 @@ def switches(base: Path) -> Path:
 
 
 def injected(base: Path) -> dict[str, str]:
-    """What makes processes take faults that are put into them (tests/chaos/injected)."""
+    """What makes processes take faults that are put into them (tests/chaos/faults/injected)."""
     switches(base).mkdir(exist_ok=True)
-    folder = Path(__file__).resolve().parent / "injected"
+    folder = Path(__file__).resolve().parents[1] / "faults" / "injected"
     paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {"PYTHONPATH": os.pathsep.join(paths), "TP_CHAOS_SWITCHES": str(switches(base))}
 

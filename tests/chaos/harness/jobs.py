@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from cluster.training.job.run_folder import METRICS
 from cluster.training.job.run_metrics import RecordReader
 from launch.serving.serve_config import ServerConfig
-from tests.chaos.hosts import Hosts, command_process, end, python
+from tests.chaos.harness.hosts import Hosts, command_process, end, python
 from tests.launch.training.kill_training import checksums
 from tests.multinode.commands import Command, Failed
 

@@ -19,11 +19,11 @@ from pathlib import Path
 
 from cluster.rpc.client.client import Client, ServiceError
 from cluster.training.checkpoint.checkpointer import latest_checkpoint
-from tests.chaos.hosts import HEAD, Hosts, end, inner_pid, ranks_below, training_rank, until_gone
-from tests.chaos.injected.sitecustomize import POISON
-from tests.chaos.jobs import KEEPS_STATE, Served, Training
-from tests.chaos.own_head import own_head_dies
-from tests.chaos.threads import busiest_thread, can_trace, stop_thread
+from tests.chaos.faults.injected.sitecustomize import POISON
+from tests.chaos.faults.own_head import own_head_dies
+from tests.chaos.faults.threads import busiest_thread, can_trace, stop_thread
+from tests.chaos.harness.hosts import HEAD, Hosts, end, inner_pid, ranks_below, training_rank, until_gone
+from tests.chaos.harness.jobs import KEEPS_STATE, Served, Training
 from tests.multinode.commands import Failed
 
 SERVING, TRAINING = "serving", "training"

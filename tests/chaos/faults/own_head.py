@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from launch.commands.server_process import Server
-from tests.chaos.hosts import all_processes, cmdline, end, status_of
+from tests.chaos.harness.hosts import all_processes, cmdline, end, status_of
 from tests.launch.training.kill_training import family_of
 from tests.multinode.commands import Failed
 
