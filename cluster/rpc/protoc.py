@@ -1,4 +1,4 @@
-"""Regenerates the Python code of the protocol: `python -m cluster.rpc.protoc [directory]`.
+"""Regenerates the Python code of the .proto files: `python -m cluster.rpc.protoc [directory]`.
 
 Runs protoc from the repository's root, so that the generated imports (`from cluster.rpc.proto import ...`) need no
 patching. The generated files are committed; a test regenerates them and compares. Needs grpcio-tools (a development
