@@ -2,7 +2,7 @@
 
     python bench/collectives.py [--ranks 2] [--comms shm gloo] [--seconds 0.3] [--split]
 
-Every rank is a process of its own, pinned to a core where there is one for each. Prints the median and the 99th
+Every rank is a process of its own, pinned to its share of the cores. Prints the median and the 99th
 percentile in microseconds on rank 0, Python call included; sizes are those of one rank's node or tensor in float32
 (half of it in bfloat16). `--split` compares, for tree_sum, every rank computing everything with ranks dividing the sum:
 the basis of SPLIT_BYTES.
@@ -20,8 +20,10 @@ from dataclasses import dataclass
 import torch
 
 import parallel.ranks.shared_memory
+from cluster.actors.group.placement import Place
+from cluster.actors.host.cpu_affinity import claim_cores
 from parallel.ranks.comm import Comm
-from parallel.ranks.mesh import Wiring, init_groups, pin_to_core
+from parallel.ranks.mesh import Wiring, init_groups
 from parallel.sharding.tree import ReductionTree
 
 SIZES = (4 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20)
@@ -83,7 +85,8 @@ def table(comm: Comm, options: Options) -> dict[tuple[str, int], tuple[float, fl
 
 
 def work(rank: int, options: Options, results: mp.Queue[dict[tuple[str, int], tuple[float, float]]]) -> None:
-    pin_to_core(rank, options.ranks)
+    place = Place(rank=rank, world=options.ranks, node="", local_rank=rank, local_size=options.ranks)
+    claim_cores(place, 1, "cpu")
     wiring = Wiring(transport=options.comm)  # type: ignore[arg-type]
     groups = init_groups(rank, options.ranks, options.ranks, 1, options.address, wiring=wiring)
     found = table(groups.tp.talk, options)

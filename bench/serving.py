@@ -88,17 +88,19 @@ class Ours:
     def __init__(
         self, path: Path, dtype: torch.dtype, rank: int, tp: int, port: int, numerics: str, threads: int
     ) -> None:
+        from cluster.actors.group.placement import Place
+        from cluster.actors.host.cpu_affinity import claim_cores
         from cluster.engine.engine_builder import build_engine, build_runner
         from cluster.engine.engine_config import EngineConfig
         from cluster.engine.run.command_stream import Commands
         from cluster.engine.run.executors import follow
         from parallel.native.library import set_threads
-        from parallel.ranks.mesh import Wiring, init_groups, pin_to_core
+        from parallel.ranks.mesh import Wiring, init_groups
         from tp_decoders.checkpoint.load_save import load
 
         torch.set_num_threads(1)
         if tp > 1:
-            pin_to_core(rank, tp)
+            claim_cores(Place(rank=rank, world=tp, node="", local_rank=rank, local_size=tp), 1, "cpu")
         else:
             set_threads(threads)
         address, wiring = f"tcp://127.0.0.1:{port}", Wiring(key=b"bench")

@@ -42,16 +42,17 @@ class Ours:
     """One rank's trainer."""
 
     def __init__(self, path: Path, dtype: torch.dtype, rank: int, tp: int, port: int, threads: int) -> None:
+        from cluster.actors.group.placement import Place
+        from cluster.actors.host.cpu_affinity import claim_cores
         from cluster.training.step.optimizer import OptimizerConfig
         from cluster.training.step.train_batch import TrainBatch
         from cluster.training.step.trainer import Trainer, TrainerConfig
         from parallel.native.library import set_threads
-        from parallel.ranks.mesh import Wiring, init_groups, pin_to_core
+        from parallel.ranks.mesh import Wiring, init_groups
         from tp_decoders.checkpoint.load_save import load
 
         if tp > 1:
-            torch.set_num_threads(1)
-            pin_to_core(rank, tp)
+            claim_cores(Place(rank=rank, world=tp, node="", local_rank=rank, local_size=tp), 1, "cpu")
         else:
             torch.set_num_threads(threads)
             set_threads(threads)

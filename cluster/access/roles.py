@@ -6,14 +6,12 @@ control. Counting of calls and tokens is caller_limits.py, the file of tokens to
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable
 
 from cluster.access.access_errors import NotAuthenticated, NotPermitted
 from cluster.access.caller_limits import Account, Accounts
 from cluster.access.token_file import Role, TokenFile
 
-log = logging.getLogger(__name__)
 SCHEME = "Bearer "
 
 GENERATE, TRAIN, CONTROL, OBSERVE = (frozenset({role}) for role in Role)

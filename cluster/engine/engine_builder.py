@@ -20,17 +20,11 @@ from cluster.engine.run.command_stream import Commands
 from cluster.engine.run.executors import GroupExecutor, LocalExecutor
 from cluster.engine.run.model_runner import ModelRunner
 from parallel.attention.attend import AttentionSpec, Backend, choose_backend
-from parallel.attention.heads import HeadLayout
 from parallel.attention.kv_cache import KVCache, KVLayout
 from parallel.ranks.group import Group
 from tp_decoders.model.decoder import Decoder
 
 log = logging.getLogger(__name__)
-
-
-def heads_of(model: Decoder) -> HeadLayout:
-    """Those of the first layer."""
-    return model.heads(0)
 
 
 def kv_layout(model: Decoder, config: EngineConfig) -> KVLayout:
@@ -57,7 +51,6 @@ def attention_for(model: Decoder, requested: str | None) -> Backend:
         weight.dtype,
         alibi=uses_alibi(model),
         head_dim=model.config.head_dim,
-        multi_query=heads_of(model).shares_kv,
     )
 
 

@@ -81,7 +81,6 @@ class Causal:
                 q_TNH.dtype,
                 alibi=spec.slopes is not None,
                 head_dim=q_TNH.shape[2],
-                multi_query=k_TKH.shape[1] != q_TNH.shape[1],
             )
         masks = head_masks(self.dropping, spec.dropout, spec.layer, spec.head_ids)
         if masks is None:

@@ -54,13 +54,6 @@ class KVLayout:
         return 2 * heads * self.head_dim * self.block_size * self.dtype.itemsize
 
 
-def num_blocks_that_fit(layout: KVLayout, budget_bytes: int) -> int:
-    """How many blocks the budget holds; UNLIMITED_BLOCKS on a rank that stores nothing, for a minimum over ranks."""
-    if layout.bytes_per_block == 0:
-        return UNLIMITED_BLOCKS
-    return min(max(0, budget_bytes) // layout.bytes_per_block, UNLIMITED_BLOCKS)
-
-
 class KVCache:
     """keys[layer] and values[layer], zero at first: [num_blocks, block_size, K, H], or for the `cpu` backend
     [num_blocks, K, block_size / 16, 16 * H] with keys transposed inside a run of sixteen."""

@@ -43,7 +43,6 @@ def choose_backend(
     *,
     alibi: bool,
     head_dim: int,
-    multi_query: bool = False,
 ) -> Backend:
     """The requested backend, or with None the best available one; ConfigError where the request is impossible."""
     device = torch.device(device)

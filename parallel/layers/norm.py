@@ -86,7 +86,7 @@ class RMSNorm(Norm):
 
     def normalise(self, x_TD: Tensor) -> Tensor:
         if uses_native(x_TD):
-            return elementwise.layer_norm(x_TD, self.weight, None, self.eps, centred=False).y
+            return elementwise.rms_norm(x_TD, self.weight, self.eps)
         return torch_rms_norm(x_TD, self.weight, self.eps)
 
     def grads(self, x_TD: Tensor, grad_TD: Tensor, borders: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -149,10 +149,9 @@ def reduced_product(
     shards: VirtualShards,
     group: Group,
     bias: Tensor | None = None,
-    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """The product summed over every rank's leaves, then + bias: one collective, none in a group of one."""
-    dtype = dtype or terms[0].x.dtype
+    dtype = terms[0].x.dtype
     if group.size == 1:
         return product(terms, bias, dtype=dtype)
     if group.numerics == "fast":

@@ -9,14 +9,13 @@ import ctypes
 import struct
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from parallel.errors import ConfigError
 from parallel.native.library import entry
-from parallel.native.operands import apart, checked, number, refused, succeeded, words, written
+from parallel.native.operands import checked, number, refused, succeeded, words
 
 _IDS = {
     "gelu": 1,
@@ -44,21 +43,12 @@ _SIGNATURES: dict[str, tuple] = {
     "ew_log": (_L, _P, _P),
     "ew_row_max": (_I, _L, _L, _P, _L, _P),
     "ew_exp_sum": (_I, _L, _L, _P, _L, _P, _L, _P, _P),
-    "ew_layer_norm": (_I, _L, _L, _P, _L, _P, _L, _P, _P, _P, _I, _P, _I, _F, _P, _P, _I),
+    "ew_rms_norm": (_I, _L, _L, _P, _L, _P, _P, _I, _F),
     "ew_layer_norm_grad": (_I, _L, _L, _P, _L, _P, _L, _P, _I, _F, _L, _P, _P, _P, _I),
     "ew_softmax_grad": (_L, _L, _P, _P, _P, _P, _P, _P),
     "ew_column_sums": (_I, _L, _L, _P, _L, _P),
     "ew_rotary": (ctypes.c_char_p,),
 }
-
-
-class Normed(NamedTuple):
-    """A layer norm's result; mean and rstd [T] float32 where asked for, `total` = x + residual where one was given."""
-
-    y: Tensor
-    mean: Tensor | None
-    rstd: Tensor | None
-    total: Tensor | None
 
 
 def activation_id(name: str | None) -> int:
@@ -70,16 +60,10 @@ def activation_id(name: str | None) -> int:
     return _IDS[name]
 
 
-def activate(x: Tensor, name: str, out: Tensor | None = None) -> Tensor:
-    """The activation of every element; `out` may be x itself."""
-    dtype = number("activate", "x", x)
-    if not x.is_contiguous():
-        x = x.contiguous()
-    if out is None:
-        out = torch.empty(x.shape, dtype=x.dtype)
-    elif written("activate", "out", out, x.shape, x.dtype) is not x and out.data_ptr() != x.data_ptr():
-        apart("activate", "out", out, x)
-    n = x.numel()
+def activate(x: Tensor, name: str) -> Tensor:
+    """The activation of every element."""
+    dtype, x = number("activate", "x", x), x.contiguous()
+    out, n = torch.empty(x.shape, dtype=x.dtype), x.numel()
     _call("ew_activate", n, activation_id(name), dtype, n, x.data_ptr(), out.data_ptr())
     return out
 
@@ -161,34 +145,18 @@ def exp_sum(x: Tensor, top: Tensor, borders: Sequence[int]) -> Tensor:
     return out
 
 
-def layer_norm(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    residual: Tensor | None = None,
-    stats: bool = False,
-    centred: bool = True,
-) -> Normed:
-    """Layer norm of the rows of x [T, D] (of x + residual, rounded, where given), float32 statistics per row; RMS norm
-    where they are not centred.
-    """
-    dtype = number("layer_norm", "x", x)
-    x, stride = _rows("layer_norm", "x", x)
-    n_rows, width = x.shape
-    weight, weight_type = _vector("layer_norm", "weight", weight, width)
-    bias, bias_type = _vector("layer_norm", "bias", bias, width)
-    y, total = torch.empty(n_rows, width, dtype=x.dtype), None
-    if residual is not None:
-        residual = checked("layer_norm", "residual", residual, (n_rows, width), x.dtype)
-        total = torch.empty(n_rows, width, dtype=x.dtype)
-    mean, rstd = (torch.empty(n_rows), torch.empty(n_rows)) if stats else (None, None)
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMS norm of the rows of x [T, D], float32 statistics per row."""
+    dtype = number("rms_norm", "x", x)
+    x, stride = _rows("rms_norm", "x", x)
+    rows, width = x.shape
+    weight, weight_type = _vector("rms_norm", "weight", weight, width)
+    y = torch.empty(rows, width, dtype=x.dtype)
     _call(
-        "ew_layer_norm", n_rows * width, dtype, n_rows, width, x.data_ptr(), stride, _address(residual), width,
-        _address(total), y.data_ptr(), _address(weight), weight_type, _address(bias), bias_type, eps, _address(mean),
-        _address(rstd), centred,
+        "ew_rms_norm", rows * width, dtype, rows, width, x.data_ptr(), stride, y.data_ptr(), weight.data_ptr(),
+        weight_type, eps,
     )  # fmt: skip
-    return Normed(y, mean, rstd, total)
+    return y
 
 
 def layer_norm_grad(
@@ -204,12 +172,13 @@ def layer_norm_grad(
     cuts = list(borders)
     if not cuts or cuts != sorted(cuts) or cuts[0] != 0 or cuts[-1] != rows:
         raise ConfigError(f"layer_norm_grad: borders {tuple(cuts)} must ascend from 0 to the {rows} rows")
-    weight, weight_type = _vector("layer_norm_grad", "weight", weight, width)
+    weight, weight_type = (None, 0) if weight is None else _vector("layer_norm_grad", "weight", weight, width)
     dx, sums = torch.empty(rows, width, dtype=x.dtype), torch.empty(len(cuts) - 1, 2, width)
     c_cuts = (ctypes.c_int64 * len(cuts))(*cuts)
+    gains = None if weight is None else weight.data_ptr()
     _call(
         "ew_layer_norm_grad", rows * width, dtype, rows, width, x.data_ptr(), stride, dy.data_ptr(), width,
-        _address(weight), weight_type, eps, len(cuts) - 1, c_cuts, dx.data_ptr(), sums.data_ptr(), centred,
+        gains, weight_type, eps, len(cuts) - 1, c_cuts, dx.data_ptr(), sums.data_ptr(), centred,
     )  # fmt: skip
     return dx, sums
 
@@ -323,13 +292,7 @@ def _rows(operation: str, operand: str, x: Tensor) -> tuple[Tensor, int]:
     return x, x.shape[1]
 
 
-def _vector(operation: str, operand: str, x: Tensor | None, width: int) -> tuple[Tensor | None, int]:
-    """An optional row of the layer norm, contiguous, and the number of its type."""
-    if x is None:
-        return None, 0
+def _vector(operation: str, operand: str, x: Tensor, width: int) -> tuple[Tensor, int]:
+    """A norm's gains, contiguous, and the number of their type."""
     dtype = number(operation, operand, x)
     return checked(operation, operand, x, (width,), x.dtype), dtype
-
-
-def _address(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()

@@ -1,6 +1,5 @@
 """Collectives as autograd pairs, named by their forward. In a group of one all are the identity.
 
-    copy_to        forward: identity               backward: sum over ranks
     reduce_from    forward: sum over ranks         backward: identity
     gather_from    forward: concatenate shards     backward: the rank's own slice
     scatter_to     forward: the rank's own slice   backward: concatenate shards
@@ -17,11 +16,6 @@ import torch
 from torch import Tensor
 
 from parallel.ranks.group import Group
-
-
-def copy_to(x: Tensor, group: Group) -> Tensor:
-    """Hands a replicated activation to a sharded computation."""
-    return x if group.size == 1 else _CopyTo.apply(x, group)
 
 
 def reduce_from(x: Tensor, group: Group) -> Tensor:
@@ -41,17 +35,6 @@ def scatter_to(x: Tensor, group: Group, sizes: Sequence[int], dim: int = -1) -> 
 
 def _own_slice(x: Tensor, group: Group, sizes: Sequence[int], dim: int) -> Tensor:
     return x.narrow(dim, sum(sizes[: group.rank]), sizes[group.rank]).contiguous()
-
-
-class _CopyTo(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, group: Group) -> Tensor:  # type: ignore[no-untyped-def,override]
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def,override]
-        return ctx.group.talk.sum(grad.contiguous()), None
 
 
 class _ReduceFrom(torch.autograd.Function):

@@ -69,6 +69,6 @@ class Group:
         wanted = self.size if self.numerics == "fast" else max(NUM_LEAVES, self.size)
         return max(1, min(wanted, num_units))
 
-    def shards(self, num_units: int, unit: int = 1, num_leaves: int | None = None) -> VirtualShards:
-        """Virtual shards of an axis of num_units x unit elements, cut between units only."""
-        return VirtualShards.even(num_units, num_leaves or self.num_leaves(num_units), self.size).scaled(unit)
+    def shards(self, num_units: int, num_leaves: int | None = None) -> VirtualShards:
+        """Virtual shards of an axis of `num_units`; `scaled` where each is several elements."""
+        return VirtualShards.even(num_units, num_leaves or self.num_leaves(num_units), self.size)

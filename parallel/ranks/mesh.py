@@ -9,7 +9,6 @@ a process may meet its peers again at another address after a failure. Nothing h
 from __future__ import annotations
 
 import logging
-import os
 import socket
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -142,19 +141,6 @@ def connect(
         comm = ShmComm.meet(store, rank, size, wiring.timeout_s)
         comm.store = store  # rank 0's must answer for as long as any rank may still be starting
     return Group(rank, size, comm, numerics)
-
-
-def pin_to_core(local_rank: int, local_size: int) -> int | None:
-    """Pins this process to one core of its own where there is one per local rank; one torch thread either way."""
-    torch.set_num_threads(1)
-    if not hasattr(os, "sched_setaffinity"):
-        return None  # only Linux lets a process choose
-    cores = sorted(os.sched_getaffinity(0))
-    if len(cores) < local_size:
-        log.info("%d ranks share %d cores: none is pinned", local_size, len(cores))
-        return None
-    os.sched_setaffinity(0, {cores[local_rank]})
-    return cores[local_rank]
 
 
 def _rendezvous(address: str, rank: int, world: int, wiring: Wiring) -> tuple[dist.Store, KeyedStore | None]:

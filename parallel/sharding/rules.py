@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -83,20 +82,6 @@ class VirtualShards:
     def sizes(self) -> tuple[int, ...]:
         """Elements owned by each rank."""
         return tuple(self.local_size(rank) for rank in range(self.num_ranks))
-
-
-@runtime_checkable
-class Rule(Protocol):
-    """How one tensor is divided: pieces of the full tensor per rank, concatenated along `dim`."""
-
-    @property
-    def dim(self) -> int: ...
-
-    def pieces(self, full_shape: Sequence[int], rank: int) -> list[Index]: ...
-
-    def take(self, full: Tensor, rank: int) -> Tensor: ...
-
-    def join(self, shards: Sequence[Tensor]) -> Tensor: ...
 
 
 class _Taking:

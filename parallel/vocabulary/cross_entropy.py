@@ -22,19 +22,14 @@ def vocab_cross_entropy(
     targets_T: Tensor,
     shards: VirtualShards,
     group: Group,
-    *,
-    weights_T: Tensor | None = None,
-    ignore_index: int = IGNORE_INDEX,
 ) -> Tensor:
-    """The weighted mean of -log p(target) over the targets that are not ignored; a scalar, equal on every rank.
+    """The mean of -log p(target) over the targets that are not IGNORE_INDEX; a scalar, equal on every rank.
 
-    logits_local [T, V/p] float32, targets_T [T] global ids, weights_T [T] (1 each unless given). NaN where no
-    weight is left, as torch, and then too every gradient is 0.
+    logits_local [T, V/p] float32, targets_T [T] global ids. NaN where no target is left, as torch, and then too every
+    gradient is 0.
     """
-    weights = torch.ones_like(targets_T, dtype=torch.float32) if weights_T is None else weights_T.float()
-    weights = torch.where(targets_T == ignore_index, torch.zeros_like(weights), weights)
-    losses = vocab_token_losses(logits_local, targets_T, shards, group, ignore_index=ignore_index)
-    return weighted_mean(losses, weights)
+    losses = vocab_token_losses(logits_local, targets_T, shards, group)
+    return weighted_mean(losses, (targets_T != IGNORE_INDEX).float())
 
 
 def weighted_mean(losses: Tensor, weights: Tensor) -> Tensor:
@@ -48,17 +43,15 @@ def weighted_mean(losses: Tensor, weights: Tensor) -> Tensor:
     return mean + torch.where(total == 0, torch.nan, 0.0)
 
 
-def vocab_token_losses(
-    logits_local: Tensor, targets_T: Tensor, shards: VirtualShards, group: Group, *, ignore_index: int = IGNORE_INDEX
-) -> Tensor:
+def vocab_token_losses(logits_local: Tensor, targets_T: Tensor, shards: VirtualShards, group: Group) -> Tensor:
     """[T] float32 -log p(target) of each row, zero where ignored; differentiable with respect to the logits."""
-    return _TokenLosses.apply(logits_local, targets_T, shards, group, ignore_index)
+    return _TokenLosses.apply(logits_local, targets_T, shards, group)
 
 
 class _TokenLosses(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits: Tensor, targets: Tensor, shards: VirtualShards, group: Group, ignore_index: int) -> Tensor:  # type: ignore[no-untyped-def,override]
-        kept = targets != ignore_index
+    def forward(ctx, logits: Tensor, targets: Tensor, shards: VirtualShards, group: Group) -> Tensor:  # type: ignore[no-untyped-def,override]
+        kept = targets != IGNORE_INDEX
         targets = torch.where(kept, targets, torch.zeros_like(targets))
         maximum, total = max_and_exp_sum(logits, shards, group)
         log_prob = target_logits(logits, targets, shards, group) - (maximum + invariant_log(total))
@@ -67,8 +60,8 @@ class _TokenLosses(torch.autograd.Function):
         return torch.where(kept, -log_prob, torch.zeros_like(log_prob))
 
     @staticmethod
-    def backward(ctx, grad_T: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[no-untyped-def,override]
+    def backward(ctx, grad_T: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[no-untyped-def,override]
         logits, maximum, total, targets, kept = ctx.saved_tensors
         mine = (targets >= ctx.start) & (targets < ctx.stop)
         columns = torch.where(mine, targets - ctx.start, -1)
-        return softmax_grad(logits, maximum, total, columns, grad_T * kept), None, None, None, None
+        return softmax_grad(logits, maximum, total, columns, grad_T * kept), None, None, None

@@ -117,8 +117,8 @@ class Fields:
             raise self.refuse(key, f"an integer of at most {most}", value)
         return value
 
-    def optional_integer(self, key: str, *, least: int = 1, most: int = MOST) -> int | None:
-        return None if self.take(key, None) is None else self.integer(key, least=least, most=most)
+    def optional_integer(self, key: str, *, most: int = MOST) -> int | None:
+        return None if self.take(key, None) is None else self.integer(key, most=most)
 
     def number(
         self,

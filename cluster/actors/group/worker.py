@@ -176,10 +176,6 @@ class Worker:
     def pid(self) -> int:
         return os.getpid()
 
-    def code_root(self) -> str:
-        """The folder this process imports the project from."""
-        return str(Path(__file__).resolve().parents[3])
-
     def free_port(self) -> int:
         with socket.socket() as probe:
             probe.bind(("", 0))

@@ -7,7 +7,6 @@ peers keeps its weights and rejoins: everything that knew the peers, and the cac
 
 from __future__ import annotations
 
-import logging
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -42,8 +41,6 @@ from tp_decoders.hub.repository import here
 from tp_decoders.hub.snapshot_cache import ADAPTER
 from tp_decoders.model.decoder import Decoder
 from tp_decoders.text.tokenizer import default_new_tokens, eos_token_ids, load_tokenizer
-
-log = logging.getLogger(__name__)
 
 
 def on_this_node(spec: ServeSpec) -> ServeSpec:

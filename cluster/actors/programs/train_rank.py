@@ -7,7 +7,6 @@ A `Program` (see worker.py) without Ray. It draws nothing: the loss plot is made
 
 from __future__ import annotations
 
-import logging
 import shutil
 import threading
 from collections.abc import Sequence
@@ -59,7 +58,6 @@ from tp_decoders.registry import read_config
 from tp_decoders.tasks.task_settings import label_names, task_of
 from tp_decoders.text.tokenizer import Tokenizer, load_tokenizer
 
-log = logging.getLogger(__name__)
 Store = TokenStore | LabelledStore
 
 

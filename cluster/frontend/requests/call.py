@@ -33,11 +33,6 @@ class Prompt:
     token_ids: Sequence[int] | None = None
     fim: FillInMiddle | None = None
 
-    @property
-    def num_characters(self) -> int:
-        """How much there is to tokenize."""
-        return len(self.text or "") + (len(self.fim.prefix) + len(self.fim.suffix) if self.fim else 0)
-
 
 class Account(Protocol):
     """Whose call it is, and the tokens it may have in flight."""

@@ -36,7 +36,6 @@ PIECE = 2048
 """Messages of alternatives that are made in one go: a few milliseconds."""
 SMALL = 16
 """What a small message counts beside them."""
-Make = Callable[[TokenLogprobs], Message]
 
 
 class Encoder:

@@ -135,13 +135,10 @@ def _numbers(rows: Sequence[Sequence[float]]) -> tuple[int, ...]:
     return tuple(int(number) for count, *numbers in rows for number in numbers[: int(count)])
 
 
-def held_out_loss(trainer: Trainer, dataset: RowDataset, batch_size: int, batches: int) -> float:
-    """Nats per token, or per label, over the first batches of the held-out part, the same ones every time."""
-    return held_out(trainer, dataset, batch_size, batches)["eval_loss"]
-
-
 def held_out(trainer: Trainer, dataset: RowDataset, batch_size: int, batches: int) -> dict[str, float]:
-    """The same, and of labels the share that is right."""
+    """Nats per token, or per label, over the first batches of the held-out part, the same ones every time; of labels
+    the share that is right, too.
+    """
     groups, device = trainer.groups, next(trainer.model.parameters()).device
     loader = Loader(dataset, batch_size=batch_size, dp_rank=groups.dp.rank, dp_size=groups.dp.size, epochs=1)
     total, right, weight = 0.0, 0.0, 0

@@ -193,10 +193,6 @@ class _SumOnPaper:
         return True
 
 
-def set_recompute(model: Decoder, recompute: Recompute) -> None:
-    model.recompute = recompute
-
-
 def forward_peak(config: DecoderConfig, shape: PassShape, rows: int) -> int:
     """Bytes held at the worst moment of a forward that keeps nothing and wants the logits of `rows` tokens."""
     group = replace(shape, numerics="fast").group() if shape.device == "cpu" else shape.group()

@@ -1,6 +1,5 @@
-// Layer norm of rows, with or without a residual added first, RMS norm (of the same without a centre), and the gradients
-// of both. float32 or bfloat16 in memory, float32
-// inside, rounded once; a row's bits are its own (rows.h), a gain's gradient is a sum over a leaf's rows in their order.
+// RMS norm of rows, and the gradients of it and of layer norm. float32 or bfloat16 in memory, float32 inside, rounded
+// once; a row's bits are its own (rows.h), a gain's gradient is a sum over a leaf's rows in their order.
 #include <vector>
 
 #include "rows.h"
@@ -9,11 +8,11 @@ namespace {
 
 using namespace rows;
 
-struct Affine {                               // optional weight or bias of a layer norm
+struct Affine {                               // gains of a norm, 1 where there are none
   const void* p;
   bool half;                                  // bfloat16, else float32
-  f32x16 at(int64_t i, int live, float otherwise) const {
-    if (!p) return simd::set1(otherwise);
+  f32x16 at(int64_t i, int live) const {
+    if (!p) return simd::set1(1);
     return half ? load(static_cast<const bf16*>(p) + i, live) : load(static_cast<const float*>(p) + i, live);
   }
 };
@@ -24,36 +23,24 @@ Affine affine(const void* p, int dtype, int64_t width) {
 }
 
 template <class E>
-struct Norm {                                 // y = (h - mean) rstd weight + bias, h = x + residual (rounded) where given
-  int64_t width, stride, residual_stride;
-  const E *x, *residual;
-  E *h, *y;
-  Affine weight, bias;
+struct RmsNorm {                              // y = x rstd weight
+  int64_t width, stride;
+  const E* x;
+  E* y;
+  Affine weight;
   float eps;
-  bool centred;                               // else an RMS norm: mean is taken for 0
-  float *mean, *rstd;
 
   void row(int64_t r) const {
     const E* in = x + r * stride;
-    if (residual) {
-      E* sum = h + r * width;
-      const E* other = residual + r * residual_stride;
-      by_vector(width, [&](int64_t i, int live) { store(sum + i, load(in + i, live) + load(other + i, live), live); });
-      in = sum;
-    }
-    float m = 0;
-    if (centred) m = sum_over(width, [&](int64_t i, int live) { return load(in + i, live); }) / static_cast<float>(width);
-    f32x16 centre = simd::set1(m);
-    float variance = sum_over(width, [&](int64_t i, int live) {
-      f32x16 d = load(in + i, live, m) - centre;
-      return d * d;
+    float square = sum_over(width, [&](int64_t i, int live) {
+      f32x16 v = load(in + i, live);
+      return v * v;
     }) / static_cast<float>(width);
-    float scale = 1.0f / __builtin_sqrtf(variance + eps);
+    float scale = 1.0f / __builtin_sqrtf(square + eps);
     by_vector(width, [&](int64_t i, int live) {
-      f32x16 v = (load(in + i, live) - centre) * scale;
-      store(y + r * width + i, simd::fma(v, weight.at(i, live, 1), bias.at(i, live, 0)), live);
+      const f32x16 unit = load(in + i, live) * scale;
+      store(y + r * width + i, simd::fma(unit, weight.at(i, live), simd::set1(0)), live);  // a zero is +0
     });
-    if (mean) { mean[r] = m; rstd[r] = scale; }
   }
 };
 
@@ -85,7 +72,7 @@ struct NormGrad {
       store(gain + i, simd::fma(g, unit, load(gain + i, live)), live);
       store(shift + i, load(shift + i, live) + g, live);
     });
-    const auto weighted = [&](int64_t i, int live) { return load(grad + i, live) * weight.at(i, live, 1); };
+    const auto weighted = [&](int64_t i, int live) { return load(grad + i, live) * weight.at(i, live); };
     const f32x16 mean = simd::set1(centred ? sum_over(width, weighted) / count : 0.0f);
     const f32x16 slope = simd::set1(
         sum_over(width, [&](int64_t i, int live) { return weighted(i, live) * load(u + i, live); }) / count);
@@ -105,19 +92,15 @@ struct NormGrad {
 
 extern "C" {
 
-int ew_layer_norm(int dtype, int64_t rows, int64_t width, const void* x, int64_t stride, const void* residual,
-                  int64_t residual_stride, void* h, void* y, const void* weight, int weight_dtype, const void* bias,
-                  int bias_dtype, float eps, float* mean, float* rstd, int centred) {
+int ew_rms_norm(int dtype, int64_t rows, int64_t width, const void* x, int64_t stride, void* y, const void* weight,
+                int weight_dtype, float eps) {
   return guarded([&] {
     const int64_t n = count(rows, width);
-    const Affine gain = affine(weight, weight_dtype, width), shift = affine(bias, bias_dtype, width);
-    require((mean == nullptr) == (rstd == nullptr) && (residual == nullptr) == (h == nullptr), operands::kNoData);
-    operands::optional(mean), operands::optional(rstd);
+    const Affine gain = affine(weight, weight_dtype, width);
     typed(dtype, [&](auto e) {
       using E = decltype(e);
-      const Norm<E> norm{width, stride, residual_stride, static_cast<const E*>(x), static_cast<const E*>(residual),
-                         static_cast<E*>(h), static_cast<E*>(y), gain, shift, eps, centred != 0, mean, rstd};
-      present(norm.x, n), present(norm.y, n), operands::optional(norm.residual), operands::optional(norm.h);
+      const RmsNorm<E> norm{width, stride, static_cast<const E*>(x), static_cast<E*>(y), gain, eps};
+      present(norm.x, n), present(norm.y, n);
       over_rows(rows, width, [&](int64_t begin, int64_t end) {
         for (int64_t r = begin; r < end; ++r) norm.row(r);
       });

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from parallel.attention.kv_cache import UNLIMITED_BLOCKS, KVCache, KVLayout, num_blocks_that_fit
+from parallel.attention.kv_cache import KVCache, KVLayout
 from parallel.errors import ConfigError
 
 LAYOUT = KVLayout(n_layers=3, n_kv_heads=2, head_dim=25, block_size=32, dtype=torch.bfloat16, device="cpu")
@@ -18,15 +18,6 @@ def test_a_cache_takes_exactly_the_bytes_its_layout_states(backend: str) -> None
     cache = KVCache(LAYOUT, 5, backend)
     assert sum(x.numel() * x.element_size() for x in (*cache.keys, *cache.values)) == 5 * LAYOUT.bytes_per_block
     assert all(not x.any() for x in (*cache.keys, *cache.values))
-
-
-def test_as_many_blocks_fit_as_the_budget_holds() -> None:
-    one = LAYOUT.bytes_per_block
-    assert [num_blocks_that_fit(LAYOUT, b) for b in (-1, one - 1, one, 10 * one + 7)] == [0, 0, 1, 10]
-
-
-def test_a_rank_without_heads_never_limits_the_number_of_blocks() -> None:
-    assert num_blocks_that_fit(replace(LAYOUT, n_kv_heads=0), 1) == UNLIMITED_BLOCKS
 
 
 @pytest.mark.parametrize("backend", ["eager", "cpu"])

@@ -51,7 +51,7 @@ def _row(group: Group, full: dict[str, Tensor], x: Tensor, grad: Tensor) -> dict
 
 
 def _two_rows(group: Group, full: dict[str, Tensor], x: Tensor, grad: Tensor) -> dict[str, Any]:
-    heads = group.shards(HEADS, unit=4)
+    heads = group.shards(HEADS).scaled(4)
     wide = group.shards(D_OUT, num_leaves=heads.num_leaves)
     first, second = RowLinear(heads, D_IN, group=group), RowLinear(wide, D_IN, group=group)
     _fill(first, {"weight": full["weight"][:, :20], "bias": full["bias"]}, group.rank)

@@ -69,7 +69,7 @@ def _found(layer: ColumnLinear | RowLinear, x: Tensor, y: Tensor) -> dict[str, A
 def _parts(group: Group, kind: str) -> Any:
     if kind == "plain":
         return group.shards(D_OUT)
-    heads = group.shards(HEADS, unit=HEAD)
+    heads = group.shards(HEADS).scaled(HEAD)
     q, kv = Part(HEADS * HEAD, heads), Part(HEAD)
     return (q, kv, kv) if kind == "shared" else (q, q, q)
 
@@ -89,7 +89,7 @@ def _column(
 def _row(
     group: Group, kind: str, full: dict[str, Tensor], x: Tensor, grad: Tensor, dtype: torch.dtype
 ) -> dict[str, Any]:
-    shards = group.shards(D_OUT) if kind == "plain" else group.shards(HEADS, unit=HEAD)
+    shards = group.shards(D_OUT) if kind == "plain" else group.shards(HEADS).scaled(HEAD)
     layer = RowLinear(shards, D_IN, group=group, dtype=dtype)
     x, y = _run(layer, full, x[:, slice(*shards.range(group.rank))], None)
     y.backward(grad.to(dtype))

@@ -104,15 +104,6 @@ def test_an_element_has_the_same_bits_wherever_it_stands(dtype: torch.dtype, nam
     assert torch.equal(ew.activate(strided, name), ew.activate(strided.contiguous(), name))
 
 
-def test_activate_works_in_place_and_into_out() -> None:
-    x = torch.randn(100)
-    want, out = ew.activate(x, "gelu"), torch.empty(100)
-    assert ew.activate(x, "gelu", out=out) is out
-    assert torch.equal(out, want)
-    assert torch.equal(ew.activate(x, "gelu", out=x), want)
-    assert torch.equal(x, want)
-
-
 def test_exp_and_log_are_accurate_and_keep_the_ends() -> None:
     x = torch.linspace(-87, 88.7, 300_001)
     assert ulps(ew.exp(x), x.double().exp()) < 1
@@ -168,31 +159,17 @@ def test_a_leafs_sum_of_exponentials_depends_on_the_leaf_alone(dtype: torch.dtyp
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [1, 7, 16, 100, 1600])
-def test_layer_norm_is_accurate_row_by_row(dtype: torch.dtype, width: int) -> None:
-    x, other = (torch.randn(50, width) * 3 + 1).to(dtype), torch.randn(50, width).to(dtype)
-    weight, bias = torch.randn(width).to(dtype), torch.randn(width)
-    for residual in (None, other):
-        total = x if residual is None else x + residual
-        got = ew.layer_norm(x, weight, bias, 1e-5, residual=residual, stats=True)
-        want = F.layer_norm(total.double(), (width,), weight.double(), bias.double(), 1e-5)
-        assert ((got.y.double() - want).abs() <= 4e-6 + want.abs() * (2e-6 if dtype == torch.float32 else 2**-8)).all()
-        assert got.mean is not None and got.rstd is not None
-        assert torch.allclose(got.mean, total.float().mean(1), atol=1e-5)
-        assert torch.allclose(got.rstd, (total.float().var(1, correction=0) + 1e-5).rsqrt(), rtol=1e-4)
-        assert (got.total is None) == (residual is None)
-        assert got.total is None or torch.equal(got.total, total)
-        for rows in (slice(3, 4), slice(10, 21)):
-            part = ew.layer_norm(x[rows], weight, bias, 1e-5, residual=None if residual is None else residual[rows])
-            assert torch.equal(part.y, got.y[rows])
-    plain = ew.layer_norm(x, None, None, 1e-5)
-    assert torch.equal(plain.y, ew.layer_norm(x, torch.ones(width), torch.zeros(width), 1e-5).y)
-    assert plain.mean is plain.rstd is plain.total is None
+def test_rms_norm_is_accurate_row_by_row(dtype: torch.dtype, width: int) -> None:
+    x, weight = (torch.randn(50, width) * 3 + 1).to(dtype), torch.randn(width).to(dtype)
+    y = ew.rms_norm(x, weight, 1e-5)
+    want = F.rms_norm(x.double(), (width,), weight.double(), 1e-5)
+    assert ((y.double() - want).abs() <= 4e-6 + want.abs() * (2e-6 if dtype == torch.float32 else 2**-8)).all()
+    for rows in (slice(3, 4), slice(10, 21)):
+        assert torch.equal(ew.rms_norm(x[rows], weight, 1e-5), y[rows])
     library.set_threads(2)
-    assert torch.equal(ew.layer_norm(x, None, None, 1e-5).y, plain.y)
+    assert torch.equal(ew.rms_norm(x, weight, 1e-5), y)
     strided = torch.randn(9, 2, width).to(dtype)[:, 1]
-    assert torch.equal(
-        ew.layer_norm(strided, None, None, 1e-5).y, ew.layer_norm(strided.contiguous(), None, None, 1e-5).y
-    )
+    assert torch.equal(ew.rms_norm(strided, weight, 1e-5), ew.rms_norm(strided.contiguous(), weight, 1e-5))
 
 
 def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -223,8 +200,6 @@ def test_wrong_arguments_are_refused_in_words() -> None:
         ew.activate(x, "nope")
     with pytest.raises(ConfigError, match="float32 or bfloat16"):
         ew.activate(x.double(), "gelu")
-    with pytest.raises(ConfigError, match="out is"):
-        ew.activate(x, "gelu", out=torch.zeros(4, 5))
     with pytest.raises(ConfigError, match="dy is"):
         ew.activate_grad(x, x[:3], "gelu")
     with pytest.raises(ConfigError, match="exp: x is .* takes strided float32 on the CPU"):
@@ -236,9 +211,7 @@ def test_wrong_arguments_are_refused_in_words() -> None:
     with pytest.raises(ConfigError, match="row maxima"):
         ew.exp_sum(x, torch.zeros(3), (0, 6))
     with pytest.raises(ConfigError, match="weight"):
-        ew.layer_norm(x, torch.ones(5), None, 1e-5)
-    with pytest.raises(ConfigError, match="residual"):
-        ew.layer_norm(x, None, None, 1e-5, residual=torch.ones(4, 5))
+        ew.rms_norm(x, torch.ones(5), 1e-5)
     with pytest.raises(ConfigError, match="tokens, heads, head_dim"):
         ew.rotary(x, x, x)
     with pytest.raises(ConfigError, match="do not fit"):

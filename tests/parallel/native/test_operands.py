@@ -43,8 +43,8 @@ ENTRIES: list[Callable[[Callable[..., Tensor]], object]] = [
     lambda x: elementwise.row_max(x(2, 8)),
     lambda x: elementwise.column_sums(x(2, 8)),
     lambda x: elementwise.exp_sum(x(2, 8), torch.zeros(2), (0, 8)),
-    lambda x: elementwise.layer_norm(x(2, 8), None, None, 1e-5),
-    lambda x: elementwise.layer_norm(torch.zeros(2, 8), x(8), None, 1e-5),
+    lambda x: elementwise.rms_norm(x(2, 8), torch.ones(8), 1e-5),
+    lambda x: elementwise.rms_norm(torch.zeros(2, 8), x(8), 1e-5),
     lambda x: elementwise.layer_norm_grad(x(2, 8), x(2, 8), None, 1e-5, (0, 2)),
     lambda x: elementwise.softmax_grad(x(2, 8), *torch.zeros(2, 2), torch.zeros(2).long(), torch.zeros(2)),  # type: ignore
     lambda x: elementwise.rotary(x(2, 2, 8), torch.zeros(2, 2), torch.zeros(2, 2)),
@@ -178,8 +178,6 @@ def test_block_tables_and_positions_outside_of_the_cache_are_refused() -> None:
 
 def test_outputs_that_share_memory_with_what_is_still_read_are_refused() -> None:
     x = torch.zeros(20)
-    with pytest.raises(OperandError, match="shares memory"):
-        elementwise.activate(x[:10], "gelu", out=x[1:11])
     with pytest.raises(OperandError, match="shares memory"):
         adamw.update(x[:8], x[4:12], torch.zeros(8), torch.zeros(8), RATES)
     angles = torch.zeros(2, 2)

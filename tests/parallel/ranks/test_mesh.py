@@ -17,7 +17,7 @@ import torch.distributed as dist
 import parallel.ranks.mesh as mesh
 from parallel.errors import CollectiveError, ConfigError, NativeUnavailable
 from parallel.ranks.group import Group
-from parallel.ranks.mesh import Wiring, init_groups, pin_to_core
+from parallel.ranks.mesh import Wiring, init_groups
 from parallel.ranks.process_group import TorchComm
 from parallel.ranks.shared_memory import ShmComm
 from parallel.ranks.shared_segment import map_segment
@@ -180,23 +180,6 @@ def absent_peer(group: Group, address: str) -> str:
 
 def test_a_rank_missing_from_a_group_is_named(ranks: Run) -> None:
     assert "ranks [1] of 2 did not come" in ranks(2, absent_peer, f"tcp://127.0.0.1:{free_port()}")[0]
-
-
-def pinned(group: Group, local_rank: int, local_size: int) -> tuple[int | None, list[int], int]:
-    before = os.sched_getaffinity(0)
-    try:
-        os.sched_setaffinity(0, range(os.cpu_count() or 1))
-        core = pin_to_core(local_rank, local_size)
-        return core, sorted(os.sched_getaffinity(0)), torch.get_num_threads()
-    finally:
-        os.sched_setaffinity(0, before)
-
-
-def test_a_rank_is_pinned_where_there_is_a_core_for_each(ranks: Run) -> None:
-    cores = os.cpu_count() or 1
-    last = cores - 1
-    assert ranks(2, pinned, last, cores)[1] == (last, [last], 1)
-    assert ranks(2, pinned, 0, cores + 1)[1] == (None, list(range(cores)), 1)
 
 
 def test_too_little_memory_is_told_to_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ def test_join_of_take_is_the_full_tensor(size: int, rows: int) -> None:
 
 @pytest.mark.parametrize("size", SIZES)
 def test_fused_blocks_are_divided_each_by_its_own_rule(size: int) -> None:
-    heads = Group(0, size).shards(25, unit=4)
+    heads = Group(0, size).shards(25).scaled(4)
     full = torch.arange(116.0).reshape(116, 1)
     rule = Fused(0, (Part(100, heads), Part(16)))
     taken = [rule.take(full, rank) for rank in range(size)]
