@@ -32,7 +32,7 @@ _IDS = {
 NAMES: frozenset[str] = frozenset(_IDS)
 
 _SMALL = 1 << 16  # elements below which a call keeps the interpreter lock
-_ROTARY = struct.Struct("15q")  # Turn of elementwise.cpp
+_ROTARY = struct.Struct("11q")  # Turn of elementwise.cpp
 _P, _I, _L, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
 _SIGNATURES: dict[str, tuple] = {
     "ew_activate": (_L, _I, _L, _P, _P),
@@ -204,11 +204,9 @@ def softmax_grad(logits: Tensor, top: Tensor, total: Tensor, targets: Tensor, sc
     return out
 
 
-def rotary(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None, inverse: bool = False) -> Tensor:
-    """Rotary embedding of x [T, N, H], half-rotation style, on the first R = 2 * cos.shape[1] elements of every head.
-
-    cos, sin: [T, R/2] float32. `out` may be x itself (in place), with any strides; inverse turns back, which is the
-    backward pass.
+def rotary_(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
+    """Rotary embedding of x [T, N, H] in place, half-rotation style, on the first R = 2 * cos.shape[1] elements of each
+    head; x may have any strides. cos, sin: [T, R/2] float32. Inverse turns back, which is the backward pass.
     """
     dtype = number("rotary", "x", x)
     if x.dim() != 3:
@@ -224,41 +222,24 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None, inver
         raise ConfigError(
             f"rotary: {2 * half} elements to turn do not fit heads of {width}; give cos and sin at most {width // 2}"
         )
-    if out is not None and (out is not x or x.stride()[2] != 1):
-        return _rotary_into(out, x, cos, sin, inverse)
+    _distinct(x)
     token_stride, head_stride, stride = x.stride()
-    if out is None:
-        if stride != 1:
-            x = x.contiguous()
-            token_stride, head_stride, _ = x.stride()
-        out = torch.empty(tokens, heads, width, dtype=x.dtype)
-        strides = token_stride, head_stride, heads * width, width
-    else:
-        _distinct(out)
-        strides = token_stride, head_stride, token_stride, head_stride
-    addresses = x.data_ptr(), out.data_ptr(), cos.data_ptr(), sin.data_ptr()
-    given = _ROTARY.pack(dtype, inverse, tokens, heads, width, half, *strides, half, *addresses)
+    if stride != 1:
+        return x.copy_(rotary_(x.contiguous(), cos, sin, inverse))
+    addresses = x.data_ptr(), cos.data_ptr(), sin.data_ptr()
+    given = _ROTARY.pack(dtype, inverse, tokens, heads, width, half, token_stride, head_stride, *addresses)
     _call("ew_rotary", tokens * heads * width, given)
-    return out
+    return x
 
 
-def _rotary_into(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
-    """By way of a tensor of its own: for an output that is laid out in another way than the kernel writes."""
-    number("rotary", "out", out)
-    if out.shape != x.shape or out.dtype != x.dtype:
-        raise refused("rotary", "out", words(out), f"it must match x, {words(x)}")
-    _distinct(out)
-    return out.copy_(rotary(x, cos, sin, inverse=inverse))
-
-
-def _distinct(out: Tensor) -> None:
-    """Refuses an output of which several elements may be one place in memory, as in an expanded head."""
+def _distinct(x: Tensor) -> None:
+    """Refuses a tensor to write to of which several elements may be one place in memory, as in an expanded head."""
     reach = 1  # of the dimensions that lie closer together
-    for stride, size in sorted(zip(out.stride(), out.shape, strict=True)):
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
         if size > 1:
             if stride < reach:
                 rule = "several of its elements are one place in memory; give a copy of it"
-                raise refused("rotary", "out", words(out), rule)
+                raise refused("rotary", "x", words(x), rule)
             reach += (size - 1) * stride
 
 

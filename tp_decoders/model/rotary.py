@@ -188,7 +188,7 @@ def rotate(x_TNH: Tensor, rotation: Rotation) -> Tensor:
 def rotate_(x_TNH: Tensor, rotation: Rotation, inverse: bool = False) -> Tensor:
     """Rotates in place (back, if inverse), in float32, rounded once. The tensor may be a strided view."""
     if uses_native(x_TNH):
-        return elementwise.rotary(x_TNH, rotation.cos, rotation.sin, out=x_TNH, inverse=inverse)
+        return elementwise.rotary_(x_TNH, rotation.cos, rotation.sin, inverse)
     half = rotation.cos.shape[-1]
     first, second = x_TNH[..., :half].float(), x_TNH[..., half : 2 * half].float()
     cos, sin = rotation.cos[:, None], (-rotation.sin if inverse else rotation.sin)[:, None]

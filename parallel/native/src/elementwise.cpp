@@ -106,32 +106,29 @@ void column_sums(int64_t rows, int64_t columns, const E* x, int64_t stride, E* o
 
 struct Turn {                                 // mirrored by _ROTARY in elementwise.py
   int64_t dtype, inverse, tokens, heads, width, half;
-  int64_t token_stride, head_stride, out_token_stride, out_head_stride, table_stride;
-  const void* x;
-  void* out;
+  int64_t token_stride, head_stride;
+  void* x;
   const float *cosines, *sines;
 };
 template <class E>
-struct Rotary {                               // the first 2 * half elements of every head turn, the rest passes
+struct Rotary {                               // the first 2 * half elements of every head turn, in place
   const Turn& t;
 
-  void head(const E* in, E* to, const float* c, const float* s, float sign) const {
+  void head(E* x, const float* c, const float* s, float sign) const {
     by_vector(t.half, [&](int64_t i, int live) {
-      f32x16 a = load(in + i, live), b = load(in + t.half + i, live);
+      f32x16 a = load(x + i, live), b = load(x + t.half + i, live);
       f32x16 cosine = load(c + i, live), sine = load(s + i, live) * sign;
-      store(to + i, a * cosine - b * sine, live);
-      store(to + t.half + i, b * cosine + a * sine, live);
+      store(x + i, a * cosine - b * sine, live);
+      store(x + t.half + i, b * cosine + a * sine, live);
     });
-    if (in != to) std::copy(in + 2 * t.half, in + t.width, to + 2 * t.half);
   }
   void run() const {
-    const E* x = static_cast<const E*>(t.x);
-    E* out = static_cast<E*>(t.out);
+    E* x = static_cast<E*>(t.x);
     over_rows(t.tokens, t.heads * t.width, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i)
         for (int64_t n = 0; n < t.heads; ++n)
-          head(x + i * t.token_stride + n * t.head_stride, out + i * t.out_token_stride + n * t.out_head_stride,
-               t.cosines + i * t.table_stride, t.sines + i * t.table_stride, t.inverse ? -1.0f : 1.0f);
+          head(x + i * t.token_stride + n * t.head_stride, t.cosines + i * t.half, t.sines + i * t.half,
+               t.inverse ? -1.0f : 1.0f);
     });
   }
 };
@@ -260,7 +257,7 @@ int ew_rotary(const Turn* turn) {
     present(t.cosines, angles), present(t.sines, angles);
     typed(static_cast<int>(t.dtype), [&](auto e) {
       using E = decltype(e);
-      present(static_cast<const E*>(t.x), n), present(static_cast<const E*>(t.out), n);
+      present(static_cast<const E*>(t.x), n);
       Rotary<E>{t}.run();
     });
   });

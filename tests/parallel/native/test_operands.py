@@ -47,8 +47,8 @@ ENTRIES: list[Callable[[Callable[..., Tensor]], object]] = [
     lambda x: elementwise.rms_norm(torch.zeros(2, 8), x(8), 1e-5),
     lambda x: elementwise.layer_norm_grad(x(2, 8), x(2, 8), None, 1e-5, (0, 2)),
     lambda x: elementwise.softmax_grad(x(2, 8), *torch.zeros(2, 2), torch.zeros(2).long(), torch.zeros(2)),  # type: ignore
-    lambda x: elementwise.rotary(x(2, 2, 8), torch.zeros(2, 2), torch.zeros(2, 2)),
-    lambda x: elementwise.rotary(torch.zeros(2, 2, 8), x(2, 2), x(2, 2)),
+    lambda x: elementwise.rotary_(x(2, 2, 8), torch.zeros(2, 2), torch.zeros(2, 2)),
+    lambda x: elementwise.rotary_(torch.zeros(2, 2, 8), x(2, 2), x(2, 2)),
     lambda x: PackedMatrix.pack(x(8, 8)),
     lambda x: product([Source(x(2, 8), PackedMatrix.pack(torch.zeros(4, 8)), (0, 8))]),
     lambda x: product([Source(torch.zeros(2, 8), PackedMatrix.pack(torch.zeros(4, 8)), (0, 8))], x(4)),
@@ -183,19 +183,17 @@ def test_outputs_that_share_memory_with_what_is_still_read_are_refused() -> None
     angles = torch.zeros(2, 2)
     for heads in (torch.zeros(2, 1, 8).expand(2, 3, 8), torch.zeros(40).as_strided((2, 3, 8), (20, 4, 1))):
         with pytest.raises(OperandError, match="one place in memory"):
-            elementwise.rotary(heads, angles, angles, out=heads)
-        with pytest.raises(OperandError, match="one place in memory"):
-            elementwise.rotary(torch.zeros(2, 3, 8), angles, angles, out=heads)
+            elementwise.rotary_(heads, angles, angles)
     fused = torch.zeros(2, 5, 8)[:, 1:4]  # heads of a fused row, and heads before tokens
     for heads in (fused, torch.zeros(3, 2, 8).transpose(0, 1)):
-        assert elementwise.rotary(heads, angles, angles, out=heads) is heads
+        assert elementwise.rotary_(heads, angles, angles) is heads
 
 
 def test_a_rotation_into_strided_memory_arrives_there() -> None:
     torch.manual_seed(0)
     x, (cos, sin) = torch.randn(3, 2, 16)[..., ::2], torch.randn(2, 3, 4)
-    want = elementwise.rotary(x.contiguous(), cos, sin)
-    assert elementwise.rotary(x, cos, sin, out=x) is x
+    want = elementwise.rotary_(x.contiguous(), cos, sin)
+    assert elementwise.rotary_(x, cos, sin) is x
     assert torch.equal(x, want)
 
 
