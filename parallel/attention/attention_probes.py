@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from parallel.attention.attend import Causal
-from parallel.attention.eager import mixed, probabilities
+from parallel.attention.eager import distance, mixed, probabilities
 from parallel.attention.metadata import AttentionSpec
 from parallel.errors import ConfigError
 from parallel.layers.dropout import ATTENTION, CROSS_ATTENTION, Dropping, head_masks
@@ -116,13 +116,13 @@ class Probed:
         """What is hidden from a sequence's queries, or what is added to their scores."""
         if self._added is None:
             queries, keys = like_QC.shape
-            return _distance(torch.arange(keys, device=like_QC.device), queries) > 0, None
+            return distance(torch.arange(keys, device=like_QC.device), queries) > 0, None
         added = self._added[sequence]
         return None, added if added.shape[0] == 1 else added[list(spec.head_ids)]
 
     def _distance(self, sequence: int, num_keys: int, device: torch.device) -> Tensor:
         places = torch.arange(num_keys, device=device) if self._places is None else self._places[sequence]
-        return _distance(places, self._lengths[sequence])
+        return distance(places, self._lengths[sequence])
 
 
 class Encoded:
@@ -171,11 +171,6 @@ class Encoded:
             weights.append(_steered(weights_NQC, factors, self._asked, spec))
             outputs.append(mixed(weights[-1], v_CNH, q_QNH))
         return _finished(spec.layer, outputs, weights, self._asked, self.kept, q_TNH)
-
-
-def _distance(places_C: Tensor, queries: int) -> Tensor:
-    """[Q, C]: key place minus query place, the queries being the last."""
-    return places_C[None, :] - places_C[len(places_C) - queries :, None]
 
 
 def _steered(weights_NQC: Tensor, factors_NQC: Tensor | None, asked: Asked, spec: AttentionSpec) -> Tensor:

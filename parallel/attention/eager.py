@@ -56,7 +56,7 @@ def attend(
     spec: AttentionSpec, q_QNH: Tensor, k_CKH: Tensor, v_CKH: Tensor, factors_NQC: Tensor | None = None
 ) -> Tensor:
     """The last Q tokens of one sequence against all C of it; probabilities are multiplied by the factors."""
-    distance_QC = distance(len(q_QNH), len(k_CKH), q_QNH.device)
+    distance_QC = distance(torch.arange(len(k_CKH), device=q_QNH.device), len(q_QNH))
     weights_NQC = probabilities(spec, q_QNH, k_CKH, distance_QC > 0, distance_QC)
     if factors_NQC is not None:
         weights_NQC = weights_NQC * factors_NQC.to(weights_NQC)
@@ -91,16 +91,6 @@ def mixed(weights_NQC: Tensor, v_CNH: Tensor, q_QNH: Tensor) -> Tensor:
     return o_QNH.to(q_QNH.dtype).contiguous()
 
 
-def distance(queries: int, context: int, device: torch.device) -> Tensor:
-    """[Q, C]: key position minus query position, the queries being the last of the context."""
-    positions = torch.arange(context, device=device)
-    return positions[None, :] - positions[context - queries :, None]
-
-
-def alibi_bias(slopes_N: Tensor, queries: int, context: int) -> Tensor:
-    return slopes_N[:, None, None] * distance(queries, context, slopes_N.device).to(slopes_N.dtype)
-
-
-def hidden(queries: int, context: int, device: torch.device) -> Tensor:
-    """True where a key lies after the query."""
-    return distance(queries, context, device) > 0
+def distance(places_C: Tensor, queries: int) -> Tensor:
+    """[Q, C]: key place minus query place, the queries being the last."""
+    return places_C[None, :] - places_C[len(places_C) - queries :, None]

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from parallel.attention.eager import alibi_bias, hidden
+from parallel.attention.eager import distance
 from parallel.attention.kv_cache import KVCache
 from parallel.attention.metadata import AttentionMeta, AttentionSpec, Packed
 from parallel.layers.dropout import HeadMasks
@@ -61,12 +61,11 @@ def _attend(spec: AttentionSpec, q_QNH: Tensor, k_CKH: Tensor, v_CKH: Tensor) ->
     queries, context = len(q_QNH), len(k_CKH)
     mask = None
     if spec.slopes is not None:
-        mask = alibi_bias(spec.slopes, queries, context).masked_fill(
-            hidden(queries, context, q_QNH.device), float("-inf")
-        )
-        mask = mask.to(q_QNH.dtype)[None]
+        distance_QC = distance(torch.arange(context, device=q_QNH.device), queries)
+        bias_NQC = spec.slopes[:, None, None] * distance_QC.to(spec.slopes.dtype)
+        mask = bias_NQC.masked_fill(distance_QC > 0, float("-inf")).to(q_QNH.dtype)[None]
     elif 1 < queries < context:
-        mask = ~hidden(queries, context, q_QNH.device)
+        mask = distance(torch.arange(context, device=q_QNH.device), queries) <= 0
     q, k, v = (x.transpose(0, 1)[None] for x in (q_QNH, *(spec.by_head(kv, q_QNH.shape[1]) for kv in (k_CKH, v_CKH))))
     o = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None and queries > 1, scale=spec.scale

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from parallel.native.library import library
+from parallel.native.library import entry
 from parallel.native.operands import apart, refused, succeeded, words, written
 
 
@@ -79,7 +80,5 @@ def _contiguous(name: str, given: Tensor, shape: tuple[int, ...], dtype: torch.d
 
 
 @cache
-def _function() -> ctypes._CFuncPtr:  # type: ignore[name-defined]
-    function = library().adamw_update
-    function.argtypes, function.restype = (ctypes.c_void_p,), ctypes.c_int
-    return function
+def _function() -> Callable[..., int]:
+    return entry("adamw_update", (ctypes.c_void_p,), ctypes.c_int)

@@ -8,6 +8,7 @@ here (parallel/attention/cpu.py), no choice of backend; caches must come from KV
 import ctypes
 import math
 import struct
+from collections.abc import Callable
 from functools import cache
 from typing import Protocol
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from parallel.errors import ConfigError
-from parallel.native.library import library
+from parallel.native.library import entry
 from parallel.native.operands import checked, number, refused, succeeded, words, written
 
 RUN = 16  # keys stored together, dimension by dimension; block sizes are a multiple of it
@@ -274,22 +275,15 @@ def _address(x: Tensor | None) -> int | None:
 
 
 @cache
-def _check_step() -> ctypes._CFuncPtr:  # type: ignore[name-defined]
-    function = library().attn_check_step
-    function.argtypes, function.restype = (_P,), _I
-    return function
+def _check_step() -> Callable[..., int]:
+    return entry("attn_check_step", (_P,), _I)
 
 
 @cache
-def _forward() -> ctypes._CFuncPtr:  # type: ignore[name-defined]
-    function = library().attn_forward
-    function.argtypes, function.restype = (ctypes.c_char_p,), _I
-    return function
+def _forward() -> Callable[..., int]:
+    return entry("attn_forward", (ctypes.c_char_p,), _I)
 
 
 @cache
-def _backward() -> ctypes._CFuncPtr:  # type: ignore[name-defined]
-    function = library().attn_backward
-    function.argtypes = (_P, _L, _L, _I, _P, _P, _P, _P, _I, _I, _I, _F, _P, _P, _I, _I, _I)
-    function.restype = _I
-    return function
+def _backward() -> Callable[..., int]:
+    return entry("attn_backward", (_P, _L, _L, _I, _P, _P, _P, _P, _I, _I, _I, _F, _P, _P, _I, _I, _I), _I)

@@ -6,13 +6,14 @@ No autograd and no choice of keys here (parallel/layers/dropout.py).
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from functools import cache
 
 import torch
 from torch import Tensor
 
 from parallel.errors import ConfigError
-from parallel.native.library import library
+from parallel.native.library import entry
 from parallel.native.operands import checked, number, refused, succeeded, words
 
 
@@ -46,9 +47,6 @@ def drop_rows(x_TD: Tensor, keys_T: Tensor, first_column: int, threshold: int, s
 
 
 @cache
-def _rows() -> ctypes._CFuncPtr:  # type: ignore[name-defined]
-    function = library().dropout_rows
+def _rows() -> Callable[..., int]:
     pointer, size = ctypes.c_void_p, ctypes.c_int64
-    function.argtypes = (ctypes.c_int, size, size, pointer, pointer, size, Chance, pointer)
-    function.restype = ctypes.c_int
-    return function
+    return entry("dropout_rows", (ctypes.c_int, size, size, pointer, pointer, size, Chance, pointer), ctypes.c_int)
