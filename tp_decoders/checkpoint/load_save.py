@@ -23,7 +23,8 @@ from parallel.ranks.gather_parameter import full_tensor
 from parallel.ranks.group import Group
 from parallel.sharding.rules import full_shape_of, rule_of
 from tp_decoders.checkpoint.downcast import Lost
-from tp_decoders.checkpoint.folder_writer import FolderWriter, TensorPlan
+from tp_decoders.checkpoint.folder_writer import FolderWriter
+from tp_decoders.checkpoint.slice_writer import TensorPlan
 from tp_decoders.checkpoint.tensor_matching import Sources, match_tensors, shown, stored_dtype, warn_of_different_twins
 from tp_decoders.families.family import AUTO
 from tp_decoders.files.tensor_files import Checkpoint, TensorFile, open_checkpoint

@@ -1,4 +1,4 @@
-"""Safetensors files that several ranks fill at once, each with its own slices.
+"""Safetensors files that one process fills a tensor at a time, or several ranks at once, each with its own slices.
 
 The head fixes where every tensor lies, so rank 0 lays the files out at full length (which is where a full disk
 shows) and every rank then writes the pieces that its sharding rules name, in place. Nobody gathers anything.
@@ -11,7 +11,10 @@ import json
 import mmap
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,15 +22,57 @@ from torch import Tensor
 
 from parallel.errors import CheckpointError
 from parallel.sharding.rules import Index, Replicated, full_shape_of, rule_of
-from tp_decoders.checkpoint.folder_writer import TensorPlan, divide, header
 
+DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 CHUNK = 1 << 22
 """Elements that are written at once."""
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+@dataclass(frozen=True)
+class TensorPlan:
+    """A tensor that will be written: its name, full shape and type."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+def divide(plans: Sequence[TensorPlan], max_bytes: int) -> list[list[TensorPlan]]:
+    """Consecutive tensors in files of at most max_bytes, at least one in each."""
+    files: list[list[TensorPlan]] = []
+    room = 0
+    for plan in plans:
+        if not files or plan.nbytes > room:
+            files.append([])
+            room = max_bytes
+        files[-1].append(plan)
+        room -= plan.nbytes
+    return files
+
+
+def header(plans: Sequence[TensorPlan]) -> bytes:
+    """The head of a safetensors file: its length, then names, types, shapes and offsets as JSON."""
+    table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for plan in plans:
+        table[plan.name] = {
+            "dtype": DTYPE_NAMES[plan.dtype],
+            "shape": list(plan.shape),
+            "data_offsets": [start, start + plan.nbytes],
+        }
+        start += plan.nbytes
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
 class SliceFiles:
-    """The files of one checkpoint: `lay_out` once, `write` from every rank, then `sync`."""
+    """The files of one checkpoint: `lay_out` once, `write` from every rank (or `write_whole` from one), then `sync`."""
 
     def __init__(self, folder: Path, stem: str, plans: Sequence[TensorPlan], max_bytes: int) -> None:
         self.folder = folder
@@ -83,6 +128,18 @@ class SliceFiles:
         except OSError as error:
             raise CheckpointError(f"cannot write {name} to {path}: {error}") from error
 
+    def write_whole(self, name: str, tensor: Tensor) -> None:
+        """A full tensor at once, of the planned shape and type."""
+        number, start, plan = self._places[name]
+        assert (plan.shape, plan.dtype) == (tuple(tensor.shape), tensor.dtype), "tensors come as planned"
+        path = self.folder / self.names[number]
+        try:
+            with path.open("r+b") as file:
+                file.seek(start)
+                file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        except OSError as error:
+            raise CheckpointError(f"cannot write {name} to {path}: {error}") from error
+
     def sync(self) -> None:
         """Brings what this rank wrote to the disk."""
         for name in self.names:
@@ -98,7 +155,7 @@ class SliceFiles:
             stem = self.names[0].split("-00001-of-")[0]
             table = {"metadata": {"total_size": self.total_bytes}, "weight_map": self.weight_map}
             (self.folder / f"{stem}.safetensors.index.json").write_text(
-                json.dumps(table, indent=2) + "\n", encoding="utf-8"
+                json.dumps(table, indent=2, sort_keys=True) + "\n", encoding="utf-8"
             )
 
 

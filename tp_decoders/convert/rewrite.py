@@ -20,8 +20,9 @@ from torch import Tensor
 from parallel.errors import CheckpointError
 from parallel.sharding.rules import full_shape_of
 from tp_decoders.checkpoint.downcast import Lost
-from tp_decoders.checkpoint.folder_writer import FolderWriter, TensorPlan
+from tp_decoders.checkpoint.folder_writer import FolderWriter
 from tp_decoders.checkpoint.load_save import MAX_SHARD_SIZE, build
+from tp_decoders.checkpoint.slice_writer import TensorPlan
 from tp_decoders.checkpoint.tensor_matching import match_tensors, shown, stored_dtype, warn_of_different_twins
 from tp_decoders.families.family import AUTO
 from tp_decoders.files.companion_files import companions, copy_files

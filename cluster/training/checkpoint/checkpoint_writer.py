@@ -34,8 +34,7 @@ from parallel.sharding.rules import full_shape_of
 from tp_decoders.adapters.peft_files import CONFIG as ADAPTER_CONFIG
 from tp_decoders.adapters.peft_files import adapter_config, adapter_tensors
 from tp_decoders.checkpoint.config_writer import config_to_write
-from tp_decoders.checkpoint.folder_writer import TensorPlan
-from tp_decoders.checkpoint.slice_writer import SliceFiles, owned_pieces
+from tp_decoders.checkpoint.slice_writer import SliceFiles, TensorPlan, owned_pieces
 from tp_decoders.files.companion_files import companions, copy_files
 from tp_decoders.model.decoder import Decoder
 from tp_decoders.model.tensor_names import Name

@@ -16,8 +16,8 @@ from parallel.errors import CheckpointError
 from parallel.ranks.group import Group
 from tests.tp_decoders.checkpoint.test_load import MODELS, assert_same, full, write
 from tp_decoders import build, initialise, load, save
-from tp_decoders.checkpoint.folder_writer import TensorPlan, divide
 from tp_decoders.checkpoint.load_save import full_tensor
+from tp_decoders.checkpoint.slice_writer import SliceFiles, TensorPlan, divide
 from tp_decoders.registry import FAMILIES, config_from_hf
 
 # importing transformers' GPT-BigCode warns
@@ -108,21 +108,19 @@ def test_a_disk_error_reaches_every_rank_and_leaves_nothing(ranks: Callable[...,
 
 def full_disk(group: Group, source: str, target: str) -> str:
     """As `attempt`, on a disk that fills up after the first tensors."""
-    from tp_decoders.checkpoint import folder_writer
+    write_whole, left = SliceFiles.write_whole, [3]
 
-    append, left = folder_writer.FolderWriter._append, [3]
-
-    def failing(self: folder_writer.FolderWriter, name: str, tensor: torch.Tensor) -> None:
+    def failing(self: SliceFiles, name: str, tensor: torch.Tensor) -> None:
         left[0] -= 1
         if left[0] < 0:
-            raise OSError(28, "No space left on device")
-        append(self, name, tensor)
+            raise CheckpointError(f"cannot write {name}: No space left on device")
+        write_whole(self, name, tensor)
 
-    folder_writer.FolderWriter._append = failing  # type: ignore[method-assign]
+    SliceFiles.write_whole = failing  # type: ignore[method-assign]
     try:
         return attempt(group, source, target)
     finally:
-        folder_writer.FolderWriter._append = append  # type: ignore[method-assign]
+        SliceFiles.write_whole = write_whole  # type: ignore[method-assign]
 
 
 def fresh(group: Group, hf: dict[str, object], seed: int) -> dict[str, torch.Tensor | None]:
