@@ -92,6 +92,15 @@ def read_secret(path: str, what: str) -> bytes:
     return data
 
 
+def file_version(path: str) -> tuple[int, ...]:
+    """What differs once a file was written or replaced; nothing where there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return ()
+    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
 def is_loopback(host: str) -> bool:
     """Whether only this machine can reach a server that listens there; all addresses of a name must be such."""
     try:

@@ -18,7 +18,6 @@ import enum
 import hashlib
 import hmac
 import logging
-import os
 import re
 import tomllib
 from collections.abc import Mapping
@@ -26,7 +25,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from cluster.access.access_config import read_secret
+from cluster.access.access_config import file_version, read_secret
 from parallel.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -93,7 +92,7 @@ class TokenFile:
 
     def __init__(self, path: str) -> None:
         self._path = path
-        self._seen = _version(path)
+        self._seen = file_version(path)
         self._grants = read_grants(path)
 
     def find(self, token: str) -> Grant | None:
@@ -101,7 +100,7 @@ class TokenFile:
 
     def grants(self) -> tuple[Grant, ...]:
         """One `stat`, and the file again where that differs."""
-        version = _version(self._path)
+        version = file_version(self._path)
         if version != self._seen:
             self._seen = version
             try:
@@ -110,14 +109,6 @@ class TokenFile:
             except ConfigError as error:
                 log.error("the tokens stay as they were: %s", error)
         return self._grants
-
-
-def _version(path: str) -> tuple[int, ...]:
-    try:
-        found = os.stat(path)
-    except OSError:
-        return ()
-    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def read_grants(path: str) -> tuple[Grant, ...]:

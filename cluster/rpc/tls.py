@@ -7,13 +7,12 @@ the two is already new) leave the certificate as it was until they do.
 from __future__ import annotations
 
 import logging
-import os
 import ssl
 from typing import Any
 
 import grpc
 
-from cluster.access.access_config import Access, TlsConfig, is_loopback, read_file, read_secret
+from cluster.access.access_config import Access, TlsConfig, file_version, is_loopback, read_file, read_secret
 from cluster.rpc.proxies import proxy_of
 from parallel.errors import ConfigError
 
@@ -56,15 +55,7 @@ class ServerCertificates:
 
     def _version(self) -> tuple[object, ...]:
         paths = (self._config.cert, self._config.key, self._config.client_ca)
-        return tuple(_stat(path) for path in paths if path is not None)
-
-
-def _stat(path: str) -> tuple[int, ...]:
-    try:
-        found = os.stat(path)
-    except OSError:
-        return ()
-    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+        return tuple(file_version(path) for path in paths if path is not None)
 
 
 def _check(config: TlsConfig) -> None:

@@ -183,7 +183,7 @@ def _name_the_odd(
         parts = "; ".join(f"rank {rank} issued {_listed(span.kinds)}" for rank, span in spans.items())
         return Verdict((), number, f"the ranks fell out of step in {command}, and nothing tells which: {parts}")
     nodes = {one.rank: one.node for one in ranks}
-    model = _expected([span for rank, span in spans.items() if rank not in odd], spans[odd[0]], usual)
+    model = _expected([span for rank, span in spans.items() if rank not in odd], usual)
     said = [f"rank {rank} on {nodes[rank]} fell out of step in {command}: {_how(spans[rank], model)}" for rank in odd]
     return Verdict(tuple(odd), number, "; ".join(said))
 
@@ -201,7 +201,7 @@ def _minority(spans: Mapping[int, Span]) -> list[int]:
     return [rank for rank, span in spans.items() if tuple(span.kinds) != most] if 2 * count > len(spans) else []
 
 
-def _expected(others: Sequence[Span], odd: Span, usual: Counter[tuple[str, ...]]) -> tuple[str, ...]:
+def _expected(others: Sequence[Span], usual: Counter[tuple[str, ...]]) -> tuple[str, ...]:
     """What the odd rank should have issued: what this command's like did before and the others do now."""
     longest = max((tuple(span.kinds) for span in others), key=len, default=())
     like = [kinds for kinds, _ in usual.most_common() if kinds[: len(longest)] == longest]

@@ -15,13 +15,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
-from importlib import metadata
 from pathlib import Path
 
 from cluster.actors.group.detached_actors import DetachedRanks, Keep
 from cluster.actors.group.detached_group import DetachedGroup
 from cluster.actors.programs.serve_spec import FlightSpec, ServeSpec
 from cluster.frontend.journal.request_journal import Ledger
+from cluster.rpc.services.control_service import software_version
 from launch.paths import full_path
 from launch.serving.rank_specs import spec_of
 from launch.serving.serve_config import ServeConfig
@@ -137,11 +137,4 @@ def identity_of(spec: ServeSpec, *more: str) -> str:
         for path in sorted(folder.iterdir())
         if path.is_file()
     ]
-    return sha256(repr((plain, files, _version(), *more)).encode()).hexdigest()
-
-
-def _version() -> str:
-    try:
-        return metadata.version("tp-decoders")
-    except metadata.PackageNotFoundError:
-        return "unpackaged"
+    return sha256(repr((plain, files, software_version(), *more)).encode()).hexdigest()

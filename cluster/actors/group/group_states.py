@@ -81,7 +81,6 @@ class GroupState:
     def __init__(self) -> None:
         self.stage = Stage.NEW
         self.fault: str | None = None
-        self.rebuilds = 0  # attempts
         self._lock = threading.Lock()
         self._faulted = threading.Event()
 
@@ -92,7 +91,6 @@ class GroupState:
             if after is None:
                 raise WorkerError(f"a group that is {before.value} takes no order to {event.value}")
             self.stage = after
-            self.rebuilds += event is Event.REBUILD
             if after is Stage.FAILED and before is not Stage.FAILED:
                 self.fault = self.fault or cause
                 self._faulted.set()

@@ -60,11 +60,6 @@ class Shares:
         return self._clock() - next(reversed(self._idle.values())).left < RECENT_SECONDS
 
     @property
-    def num_remembered(self) -> int:
-        """Flows that are known without a request."""
-        return len(self._idle)
-
-    @property
     def flows(self) -> list[Flow[Sequence]]:
         """Those with requests."""
         return list(self._flows.values())

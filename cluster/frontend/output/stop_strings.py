@@ -86,9 +86,8 @@ class StopStrings:
 class StopMatcher:
     """Holds back the longest tail of the text that is the beginning of some stop string."""
 
-    def __init__(self, stops: Sequence[str] | StopStrings, include: bool = False, hidden: Collection[str] = ()) -> None:
-        self._stops = stops if isinstance(stops, StopStrings) else StopStrings(stops, hidden)
-        self._include = include
+    def __init__(self, stops: StopStrings, include: bool = False) -> None:
+        self._stops, self._include = stops, include
         self._held = ""
         self._shown: list[bool] = []  # by character of what is held
         self._plain: dict[int, int] = {}

@@ -86,8 +86,8 @@ def shown(bound: Bound) -> str:
     return f"2^{power:.0f} - 1" if power == int(power) and 2 ** int(power) - 1 == bound else f"{bound:.12g}"
 
 
-def number(low: Bound, high: Bound, why: str = "", also: tuple[float, ...] = ()) -> Range:
-    return Range(low=low, high=high, why=why, also=also)
+def number(low: Bound, high: Bound, why: str = "") -> Range:
+    return Range(low=low, high=high, why=why)
 
 
 def text(high: Bound, low: Bound = 0, why: str = "") -> Range:

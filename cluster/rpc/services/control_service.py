@@ -80,7 +80,7 @@ class Control(ControlServicer):
         info, config = self._info, self._frontend.config
         serving = self._frontend.state is State.SERVING
         return control.ServerInfo(
-            server_version=_version(),
+            server_version=software_version(),
             api_version=API_VERSION,
             state=STATES[self._frontend.state],
             parallelism=control.ParallelismInfo(
@@ -189,7 +189,7 @@ def load_message(load: EngineLoad, open_requests: int) -> control.Load:
     return control.Load(**{**plain, **nested}, open_requests=open_requests)
 
 
-def _version() -> str:
+def software_version() -> str:
     try:
         return metadata.version("tp-decoders")
     except metadata.PackageNotFoundError:

@@ -292,7 +292,7 @@ def test_callers_that_left_are_forgotten_by_number() -> None:
     for i in range(3 * MAX_REMEMBERED):
         shares.leave(shares.join(Share("address", str(i))))
         shares.leave(shares.join(Share(f"name {i}")))
-    assert shares.num_remembered == MAX_REMEMBERED and not shares.flows
+    assert len(shares._idle) == MAX_REMEMBERED and not shares.flows
 
 
 def test_the_pace_is_that_of_the_shortest_step_and_learns_of_larger_ones() -> None:

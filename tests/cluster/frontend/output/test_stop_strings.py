@@ -10,7 +10,7 @@ import pytest
 
 from cluster.engine.request import StoppingCriteria
 from cluster.frontend.output.output_text import SampleText
-from cluster.frontend.output.stop_strings import StopMatcher
+from cluster.frontend.output.stop_strings import StopMatcher, StopStrings
 from tests.cluster.frontend.fakes import CODEC, PIECES, PieceDetokenizer
 
 
@@ -25,7 +25,7 @@ def brute_force(text: str, stops: list[str], include: bool) -> tuple[str, str | 
 
 
 def stream(text: str, stops: list[str], include: bool, rng: random.Random) -> tuple[str, str | None, list[str]]:
-    matcher, shown = StopMatcher(stops, include), []
+    matcher, shown = StopMatcher(StopStrings(stops), include), []
     while text:
         size = rng.randint(1, 4)
         released = matcher.push(text[:size])
@@ -58,7 +58,7 @@ def test_no_more_is_held_back_than_could_become_a_stop_string() -> None:
     rng = random.Random(2)
     for _ in range(3_000):
         text, stops, _ = random_case(rng)
-        matcher, seen, shown = StopMatcher(stops), "", ""
+        matcher, seen, shown = StopMatcher(StopStrings(stops)), "", ""
         for character in text:
             released = matcher.push(character)
             seen, shown = seen + character, shown + released.text
@@ -118,7 +118,7 @@ def test_stop_strings_that_name_hidden_parts_equal_brute_force_for_every_cut() -
     rng, named, plain = random.Random(3), 0, 0
     for _ in range(10_000):
         parts, stops, include = parts_of(rng)
-        matcher, shown, stop = StopMatcher(stops, include, HIDDEN), "", None
+        matcher, shown, stop = StopMatcher(StopStrings(stops, HIDDEN), include), "", None
         for text, hidden in parts:
             pieces = [text] if hidden or rng.random() < 0.5 else list(text)
             for piece in pieces:
