@@ -141,14 +141,6 @@ def build_server(
     return Server(server, frontend, address, certificates, readiness)
 
 
-def check_security(security: Security) -> None:
-    """Reads the files once, so that what is wrong with them is said before a model is loaded."""
-    if security.token_file is not None:
-        TokenFile(security.token_file)
-    if security.tls is not None:
-        ServerCertificates(security.tls)
-
-
 def _reflects(limits: ServerLimits, address: str) -> bool:
     if limits.reflection is not None:
         return limits.reflection

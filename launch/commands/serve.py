@@ -1,19 +1,17 @@
 """`tp-decoders serve`: a worker group on Ray and a gRPC server in front of it, until told to stop.
 
-Reads the command line and presets, then hands over to launch.serving.run_server. Every setting of a preset can be given
-as a dotted override; the flags are short names of the commonest.
+Reads the command line and presets, has launch.serving.resolve_serve check them, and hands over to
+launch.serving.run_server. Every setting of a preset can be given as a dotted override; the flags are short names of
+the commonest.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-from dataclasses import replace
 from typing import Any
 
-from cluster.access.access_config import check_exposure
 from launch.observe import log_setup
-from launch.paths import full_path
 from launch.presets import Layer, build, find, overrides, read
 from launch.ray.private_ray import own_ray
 from launch.ray.ray_config import ENVIRONMENT
@@ -114,7 +112,6 @@ def configuration(args: argparse.Namespace) -> ServeConfig:
         layers.append(read(find(args.cluster, "cluster")))
     config = build(ServeConfig, [*layers, _flags(args), overrides(args.overrides)])
     assert isinstance(config, ServeConfig), "build makes what it was asked for"
-    check_exposure(config.server.host, config.server.security, config.server.insecure_listen_anywhere)
     return config
 
 
@@ -124,14 +121,12 @@ def run(args: argparse.Namespace) -> int:
     for name, value in ENVIRONMENT.items():  # before Ray is imported, which reads some of them then
         os.environ.setdefault(name, value)
     with prompt_end() as leaving, own_ray(config.ray.address):
-        from launch.serving.run_server import serve  # brings in Ray, gRPC and torch
-        from tp_decoders.hub.repository import locate
-        from tp_decoders.hub.snapshot_cache import ADAPTER
+        from launch.serving.resolve_serve import resolve_serve
 
-        model = full_path(locate(config.model))
-        if config.adapter is not None:
-            config = replace(config, adapter=str(locate(config.adapter, ADAPTER)))
-        return serve(config, model, level, leaving)
+        server = resolve_serve(config, level)
+        from launch.serving.run_server import serve  # brings in Ray, gRPC and torch
+
+        return serve(server, leaving)
 
 
 def _flags(args: argparse.Namespace) -> Layer:

@@ -45,17 +45,13 @@ def check_host(host: str, security: Security, insecure: bool) -> None:
 
 
 class MetricsServer:
-    """An HTTP port that answers /metrics, until `close`."""
+    """An HTTP port that answers /metrics, until `close`. Others than this machine may be let in: see `check_host`."""
 
-    def __init__(
-        self, collector: Collector, host: str, port: int, security: Security | None = None, insecure: bool = False
-    ) -> None:
-        security = security or Security()
-        check_host(host, security, insecure)
+    def __init__(self, collector: Collector, host: str, port: int, security: Security | None = None) -> None:
         registry = CollectorRegistry(auto_describe=False)
         registry.register(collector)
         try:
-            self._server = _Server(host, port, registry, security)
+            self._server = _Server(host, port, registry, security or Security())
         except OSError as error:
             reason = error.strerror or str(error)
             where = shown_address(host, port)

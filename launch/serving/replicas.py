@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 from cluster.actors.group.detached_group import DetachedGroup
+from cluster.actors.group.placement import PlacementConfig
 from cluster.actors.group.resource_shares import ResourceShares, await_room
 from cluster.actors.group.worker import Ready
 from cluster.actors.group.worker_group import WorkerGroup
@@ -22,9 +23,7 @@ from cluster.actors.programs.serve_program import ServeProgram
 from cluster.frontend.frontend import Frontend
 from cluster.link.socket_link import SocketLink
 from launch.serving.healing import Healer
-from launch.serving.rank_specs import spec_of
 from launch.serving.ray_loss import first_of
-from launch.serving.serve_config import ServeConfig
 from launch.serving.state_file import Left, StateFile
 from parallel.errors import TpError, WorkerError
 
@@ -34,13 +33,13 @@ log = logging.getLogger(__name__)
 class Replicas:
     """`start` once; `close` ends everything, also what is still starting."""
 
-    def __init__(self, config: ServeConfig, model: Path, log_level: int, standing: StateFile | None = None) -> None:
-        self._parallel = config.parallel
-        self._standing = standing
-        self._placement = replace(config.placement, log_level=log_level)
+    def __init__(
+        self, program: ServeProgram, count: int, placement: PlacementConfig, state: StateFile | None = None
+    ) -> None:
+        self._parallel, self._placement, self._state = program.parallel, placement, state
         self._closing = threading.Event()
-        self._specs = [spec_of(config, model) for _ in range(config.parallel.dp)]
-        self._left = standing.left() if standing else None
+        self._specs = [_of_its_own(program) for _ in range(count)]
+        self._left = state.left() if state else None
         self._make_groups(self._left)
 
     def _make_groups(self, left: Sequence[Left] | None) -> None:
@@ -52,16 +51,16 @@ class Replicas:
 
     def _group(self, index: int, spec: ServeProgram) -> WorkerGroup:
         size, device, share = self._parallel.tp, self._parallel.device, partial(self._roster.share, index)
-        if self._standing is None:
+        if self._state is None:
             return WorkerGroup(spec, size, device, self._placement, share)
-        keep = self._standing.keep(index)
+        keep = self._state.keep(index)
         return DetachedGroup(spec, size, device, self._placement, share, keep=keep, moved=self._moved)
 
     def _moved(self) -> None:
         """A group has started, or was rebuilt: once all are there, the next command is told where."""
         groups = [group for group in self._groups if isinstance(group, DetachedGroup) and group.found]
-        if self._standing is not None and len(groups) == len(self._groups):
-            self._standing.write(groups, self._specs)
+        if self._state is not None and len(groups) == len(self._groups):
+            self._state.write(groups, self._specs)
 
     async def start(self) -> list[list[Ready]]:
         """What the ranks of each replica report: those that a command before this one left, if all of them go on, else
@@ -70,8 +69,8 @@ class Replicas:
             return ready
         if len(self._groups) > 1:
             room = partial(await_room, closing=self._closing)
-            parallel = self._parallel
-            await asyncio.to_thread(room, parallel.dp, parallel.tp, parallel.device, self._placement)
+            tp, device = self._parallel.tp, self._parallel.device
+            await asyncio.to_thread(room, len(self._groups), tp, device, self._placement)
         starts = [asyncio.create_task(asyncio.to_thread(group.start)) for group in self._groups]
         await asyncio.wait(starts, return_when=asyncio.FIRST_EXCEPTION)
         failed = [(index, task.exception()) for index, task in enumerate(starts) if task.done() and task.exception()]
@@ -114,8 +113,8 @@ class Replicas:
                 group.abandon()
         else:
             await asyncio.gather(*closing)
-        if self._standing is not None:
-            self._standing.clear()
+        if self._state is not None:
+            self._state.clear()
 
     def connect(self, ready: Sequence[Sequence[Ready]]) -> list[SocketLink]:
         """A link to each replica's engine."""
@@ -128,6 +127,12 @@ class Replicas:
         """What keeps an engine in each replica's place."""
         parts = zip(self._groups, self._specs, ready, strict=True)
         return [Healer(group, frontend, spec, ranks, index) for index, (group, spec, ranks) in enumerate(parts)]
+
+
+def _of_its_own(program: ServeProgram) -> ServeProgram:
+    """With a key and a flight recorder of its own."""
+    flight = replace(program.flight, group=secrets.token_hex(4))
+    return replace(program, authkey=secrets.token_bytes(32), flight=flight)
 
 
 def _named(index: int, error: BaseException, count: int) -> BaseException:

@@ -1,22 +1,19 @@
-"""What `serve` does once its configuration is read: Ray, a worker group, front-end, gRPC server, and an orderly end.
+"""What `serve` does once its configuration is resolved: Ray, worker groups, front-end, gRPC server, an orderly end.
 
 One asyncio loop in this process holds front-end and server; the engine runs on rank 0. A signal drains: nothing new is
 admitted, open requests may end within `server.drain_seconds`, a second signal ends them at once. A lost rank is a
 pause (launch.serving.healing), and only where that is one too many the end, with the cause. What runs the ranks of each
-replica is launch.serving.replicas.
+replica is launch.serving.replicas. Each part is given its own part of launch.serving.resolve_serve's value.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import signal
-import socket
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,31 +23,28 @@ from cluster.actors.group.worker import Ready
 from cluster.actors.host.load_progress import NUMBER_BYTES, over_budget
 from cluster.actors.host.ray_head import Head
 from cluster.actors.host.ray_session import ray_session
+from cluster.actors.programs.serve_program import ServeProgram
 from cluster.actors.programs.serve_spec import RankFacts
 from cluster.frontend.frontend import Frontend
+from cluster.frontend.journal.request_journal import Ledger
 from cluster.frontend.output.output_text import codec_of
 from cluster.frontend.readiness import Readiness
 from cluster.frontend.requests.call import FrontendConfig
-from cluster.rpc.server import build_server, check_security
+from cluster.rpc.server import build_server
 from cluster.rpc.services.control_service import ServiceInfo
 from cluster.supervision import kept_up
-from cluster.training.checkpoint.state_folder import StateFolder
-from launch.observe.metrics_server import MetricsServer, check_host
+from launch.observe.metrics_server import MetricsServer
 from launch.observe.prometheus_metrics import ServeMetrics
-from launch.observe.trace_export import check_traces, open_traces
-from launch.serving.rank_specs import trained_dtype
+from launch.observe.trace_export import open_traces
 from launch.serving.ray_loss import Leaving, RayWatch, first_of
 from launch.serving.replicas import Replicas
+from launch.serving.resolve_serve import Endpoint, ResolvedServe
 from launch.serving.rolling_restart import ReplicaHealers
-from launch.serving.serve_config import ServeConfig
 from launch.serving.signals import Signals, end_undisturbed
 from launch.serving.state_file import State, saved_state
-from parallel.errors import ConfigError, TpError, WorkerError
-from tp_decoders.adapters.peft_files import read_adapter_config
+from parallel.errors import TpError, WorkerError
 from tp_decoders.hub.repository import shown_name
 from tp_decoders.model.task_config import CAUSAL
-from tp_decoders.registry import read_config
-from tp_decoders.tasks.task_settings import check_task, task_of
 from tp_decoders.text.tokenizer import check_vocabulary, load_tokenizer
 
 log = logging.getLogger(__name__)
@@ -58,76 +52,41 @@ CLOSE_GRACE_S = 2.0
 THREADS = 16
 
 
-def serve(config: ServeConfig, model: Path, log_level: int, leaving: Leaving) -> int:
+def serve(server: ResolvedServe, leaving: Leaving) -> int:
     """Serves until a signal, a Drain call or a fault; the exit status."""
-    # what is wrong with the checkpoint's description is said before anything starts
-    check_checkpoint(config.task, model, config.mpt_reference)
-    if config.adapter is not None:
-        read_adapter_config(config.adapter)
-    check_port(config.server.host, config.server.port)
-    check_security(config.server.security)
-    check_traces(config.observe)
-    if config.observe.metrics_port is not None:
-        check_host(config.observe.metrics_host, config.server.security, config.server.insecure_listen_anywhere)
-        check_port(config.observe.metrics_host, config.observe.metrics_port)
-    if config.training.enabled:
-        dtype = trained_dtype(model, config.parallel.dtype)
-        config = replace(config, parallel=replace(config.parallel, dtype=dtype))
-    config.ray.check_room(config.parallel.dp, config.parallel.tp, config.parallel.device, config.placement.strategy)
-    if config.training.save_root is not None:
-        StateFolder(Path(config.training.save_root).expanduser())
-    cores = config.ray.cores(config.parallel.tp * config.parallel.dp)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the loop takes over
     head = Head()
+    saved = saved_state(server.state, server.program, server.replicas, server.placement)
     try:
-        with saved_state(config, model) as state, ray_session(config.ray.address, cores, head=head):
+        with saved as state, ray_session(server.ray_address, server.cores, head=head):
             try:
-                return asyncio.run(_serve(config, model, log_level, state, head))
+                return asyncio.run(_serve(server, state, head))
             finally:
                 end_undisturbed()
     finally:
         leaving.behind = bool(head.lost)
 
 
-def check_checkpoint(task: str, model: Path, mpt_reference: str = "auto") -> None:
-    """Refuses a checkpoint whose description is wrong, or a task that it cannot have."""
-    described = read_config(model, mpt_reference=mpt_reference)
-    check_task(task, described.model_type)
-    made_for = task_of(described.hf)
-    if task == CAUSAL and made_for != CAUSAL:
-        raise ConfigError(f"{model} was made for {made_for} and holds that head; add --task {made_for}")
-
-
-def check_port(host: str, port: int) -> None:
-    """Refuses an address nobody can listen on, before a model is loaded for it."""
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        with socket.socket(family) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((host, port))
-    except OSError as error:
-        reason = error.strerror or str(error)
-        where = shown_address(host, port)
-        raise ConfigError(f"cannot listen on {where}: {reason}; choose another port or host") from error
-
-
-async def _serve(config: ServeConfig, model: Path, log_level: int, state: State, head: Head) -> int:
+async def _serve(server: ResolvedServe, state: State, head: Head) -> int:
     loop = asyncio.get_running_loop()
     ray = RayWatch(head, loop)
     # a replica that starts or is watched holds a thread for as long as that takes
-    loop.set_default_executor(ThreadPoolExecutor(THREADS + 4 * config.parallel.dp, "serve"))
+    loop.set_default_executor(ThreadPoolExecutor(THREADS + 4 * server.replicas, "serve"))
     signals = Signals(loop)
-    replicas = Replicas(config, model, log_level, state.standing)
+    replicas = Replicas(server.program, server.replicas, server.placement, state.file)
     async with AsyncExitStack() as stack:
         stack.callback(ray.let_threads_go)
         stack.push_async_callback(replicas.close, ray.gone)
         ready = await _started(replicas, signals, ray)
         if ready is None:
             return 0
-        frontend, upkeep, port, watched = await _open(config, model, replicas, ready, stack, state)
-        signals.restart = partial(upkeep.restart, config.server.drain_seconds)
-        print(ready_line(config, model, ready, port) + watched, flush=True)
-        await _run(frontend, signals, upkeep, config.server.drain_seconds, ray)
+        _report(ready)
+        frontend = await _open(server.program.model, server.frontend, state.ledger, replicas, ready, stack)
+        upkeep = ReplicaHealers(frontend, replicas.healers(frontend, ready))
+        line = await _listen(server, frontend, upkeep, ready, stack)
+        signals.restart = partial(upkeep.restart, server.drain_seconds)
+        print(line, flush=True)
+        await _run(frontend, signals, upkeep, server.drain_seconds, ray)
     return 0
 
 
@@ -150,58 +109,67 @@ async def _started(replicas: Replicas, signals: Signals, ray: RayWatch) -> list[
         raise
 
 
-async def _open(
-    config: ServeConfig,
-    model: Path,
-    replicas: Replicas,
-    ready: Sequence[Sequence[Ready]],
-    stack: AsyncExitStack,
-    state: State,
-) -> tuple[Frontend, ReplicaHealers, int, str]:
-    """Front-end and server over the replicas' engines, its port, and where its metrics are; the stack closes them."""
+def _report(ready: Sequence[Sequence[Ready]]) -> None:
     for rank in (rank for ranks in ready for rank in ranks):
         log.info("%s", start_line(rank))
         for line in slow_parts(rank):
             log.warning("%s", line)
+
+
+async def _open(
+    model: str,
+    config: FrontendConfig,
+    ledger: Ledger | None,
+    replicas: Replicas,
+    ready: Sequence[Sequence[Ready]],
+    stack: AsyncExitStack,
+) -> Frontend:
+    """The front-end over the replicas' engines; the stack closes it."""
     links = await asyncio.to_thread(replicas.connect, ready)
     tokenizer = await asyncio.to_thread(load_tokenizer, model)
-    frontend = Frontend(links, codec=codec_of(tokenizer), config=_patience(config), ledger=state.ledger)
+    frontend = Frontend(links, codec=codec_of(tokenizer), config=config, ledger=ledger)
     stack.push_async_callback(frontend.close)
     check_vocabulary(tokenizer, frontend.limits.vocab_size, model)
-    upkeep = ReplicaHealers(frontend, replicas.healers(frontend, ready))
-    info = _service_info(config, model, ready[0][0].facts)
-    observe = config.observe
+    return frontend
+
+
+async def _listen(
+    server: ResolvedServe,
+    frontend: Frontend,
+    upkeep: ReplicaHealers,
+    ready: Sequence[Sequence[Ready]],
+    stack: AsyncExitStack,
+) -> str:
+    """The gRPC server, started once a canary came back, and the metrics; the ready line. The stack closes them."""
+    observe, security = server.observe, server.endpoint.security
+    info = _service_info(server.program, server.replicas, ready[0][0].facts)
     readiness = Readiness(frontend, observe.canary_every_s, observe.canary_timeout_s, upkeep.condemn)
-    address = shown_address(config.server.host, config.server.port)
-    tracer, security = None, config.server.security
-    if traces := open_traces(config.observe):
+    tracer = None
+    if traces := open_traces(observe):
         stack.push_async_callback(asyncio.to_thread, traces.close)
         tracer = traces.tracer
-    server = build_server(frontend, address, config.limits, info, security, readiness, upkeep.restart, tracer)
+    address = shown_address(server.endpoint.host, server.endpoint.port)
+    grpc = build_server(frontend, address, server.limits, info, security, readiness, upkeep.restart, tracer)
     frontend.start()
-    watched = await _observe(config, frontend, readiness, info, stack)
-    await server.start()
-    stack.push_async_callback(server.stop, CLOSE_GRACE_S)
-    return frontend, upkeep, server.port, watched
-
-
-async def _observe(
-    config: ServeConfig, frontend: Frontend, readiness: Readiness, info: ServiceInfo, stack: AsyncExitStack
-) -> str:
-    """The first canary, those to come, and the metrics; what the ready line says of them."""
     await readiness.prove()
     canaries = asyncio.create_task(kept_up("canaries", readiness.run))
     stack.callback(canaries.cancel)
-    observe, server = config.observe, config.server
-    if observe.metrics_port is None:
-        return ""
+    watched = "" if server.metrics is None else _give_metrics(server.metrics, frontend, readiness, info, stack)
+    await grpc.start()
+    stack.push_async_callback(grpc.stop, CLOSE_GRACE_S)
+    address = shown_address(server.endpoint.host, grpc.port)
+    return ready_line(server.program, ready, address) + _protection(security) + watched
+
+
+def _give_metrics(
+    endpoint: Endpoint, frontend: Frontend, readiness: Readiness, info: ServiceInfo, stack: AsyncExitStack
+) -> str:
+    """What the ready line says of them."""
     labels = {name: str(value) for name, value in vars(info).items()}
-    metrics = MetricsServer(
-        ServeMetrics(frontend, readiness, asyncio.get_running_loop(), labels),
-        observe.metrics_host, observe.metrics_port, server.security, server.insecure_listen_anywhere,
-    )  # fmt: skip
+    numbers = ServeMetrics(frontend, readiness, asyncio.get_running_loop(), labels)
+    metrics = MetricsServer(numbers, endpoint.host, endpoint.port, endpoint.security)
     stack.push_async_callback(asyncio.to_thread, metrics.close)
-    return f"  metrics {shown_address(observe.metrics_host, metrics.port)}"
+    return f"  metrics {shown_address(endpoint.host, metrics.port)}"
 
 
 async def _run(frontend: Frontend, signals: Signals, upkeep: ReplicaHealers, drain_s: float, ray: RayWatch) -> None:
@@ -227,25 +195,18 @@ async def _run(frontend: Frontend, signals: Signals, upkeep: ReplicaHealers, dra
         healing.cancel()
 
 
-def _patience(config: ServeConfig) -> FrontendConfig:
-    """Open requests wait for a new engine as long as one may come, if nothing else was asked for."""
-    waits = math.inf if config.placement.max_restarts > 0 else 0.0
-    return replace(config.frontend, recovery_seconds=config.frontend.recovery_seconds or waits)
-
-
-def ready_line(config: ServeConfig, model: Path, ready: Sequence[Sequence[Ready]], port: int) -> str:
+def ready_line(program: ServeProgram, ready: Sequence[Sequence[Ready]], address: str) -> str:
     """The one line that says what is served where; of replicas the cache of the first."""
     facts: RankFacts = ready[0][0].facts
-    tokens = facts.kv_blocks * facts.block_size
+    parallel, tokens = program.parallel, facts.kv_blocks * facts.block_size
     size = sum(rank.facts.kv_bytes for rank in ready[0]) / 1e6
     dp = f"dp={len(ready)} " if len(ready) > 1 else ""
     return (
-        f"ready: {shown_address(config.server.host, port)}  model {shown_name(model)} ({facts.family}, {facts.dtype})  "
-        + (f"{config.task}  " if config.task != CAUSAL else "")
-        + f"tp={config.parallel.tp} {dp}on {config.parallel.device} ({facts.transport}, attention {facts.attention})  "
+        f"ready: {address}  model {shown_name(Path(program.model))} ({facts.family}, {facts.dtype})  "
+        + (f"{program.task}  " if program.task != CAUSAL else "")
+        + f"tp={parallel.tp} {dp}on {parallel.device} ({facts.transport}, attention {facts.attention})  "
         f"KV cache {tokens} tokens ({facts.kv_blocks} blocks of {facts.block_size}, {size:.1f} MB)"
-        + ("  training on" if config.training.enabled else "")
-        + _protection(config.server.security)
+        + ("  training on" if program.training.enabled else "")
     )
 
 
@@ -273,15 +234,15 @@ def start_line(rank: Ready) -> str:
     return f"{rank.place}: {facts.parameters / 1e6:.2f} M parameters, {where}, {facts.threads} thread(s); {phases}"
 
 
-def _service_info(config: ServeConfig, model: Path, facts: RankFacts) -> ServiceInfo:
+def _service_info(program: ServeProgram, replicas: int, facts: RankFacts) -> ServiceInfo:
     return ServiceInfo(
-        model_id=shown_name(model),
+        model_id=shown_name(Path(program.model)),
         family=facts.family,
         dtype=facts.dtype,
-        device=config.parallel.device,
-        numerics=config.parallel.numerics,
-        tensor_parallel_size=config.parallel.tp,
-        data_parallel_size=config.parallel.dp,
+        device=program.parallel.device,
+        numerics=program.parallel.numerics,
+        tensor_parallel_size=program.parallel.tp,
+        data_parallel_size=replicas,
     )
 
 

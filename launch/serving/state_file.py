@@ -19,12 +19,12 @@ from pathlib import Path
 
 from cluster.actors.group.detached_actors import DetachedRanks, Keep
 from cluster.actors.group.detached_group import DetachedGroup
+from cluster.actors.group.placement import PlacementConfig
+from cluster.actors.programs.serve_program import ServeProgram
 from cluster.actors.programs.serve_spec import FlightSpec, ServeSpec
 from cluster.frontend.journal.request_journal import Ledger
 from cluster.rpc.services.control_service import software_version
-from launch.paths import full_path
-from launch.serving.rank_specs import spec_of
-from launch.serving.serve_config import ServeConfig
+from launch.serving.resolve_serve import StateConfig
 
 log = logging.getLogger(__name__)
 FILE = "ranks.json"
@@ -35,23 +35,20 @@ class State:
     """What of a server outlives its process; nothing without a state folder."""
 
     ledger: Ledger | None = None
-    standing: StateFile | None = None
+    file: StateFile | None = None
 
 
 @contextmanager
-def saved_state(config: ServeConfig, model: Path) -> Iterator[State]:
-    """The folder is this command's for as long as the block lasts. Ranks outlive it where the Ray cluster does, unless
-    they train: what they have learned is known to this process alone.
-    """
-    if config.server.state_dir is None:
+def saved_state(
+    config: StateConfig | None, program: ServeProgram, replicas: int, placement: PlacementConfig
+) -> Iterator[State]:
+    """The folder is this command's for as long as the block lasts."""
+    if config is None:
         yield State()
         return
-    folder = full_path(config.server.state_dir)
-    spec = spec_of(config, model)
-    ledger = Ledger(folder, identity_of(spec), config.ledger)
+    ledger = Ledger(config.folder, identity_of(program), config.ledger)
     try:
-        outlive = config.ray.address is not None and not config.training.enabled
-        yield State(ledger, StateFile(folder, config, spec) if outlive else None)
+        yield State(ledger, StateFile(config.folder, program, replicas, placement) if config.ranks else None)
     finally:
         ledger.close()
 
@@ -67,11 +64,11 @@ class Left:
 class StateFile:
     """Ranks that outlive the command. From any thread."""
 
-    def __init__(self, folder: Path, config: ServeConfig, spec: ServeSpec) -> None:
+    def __init__(self, folder: Path, program: ServeProgram, replicas: int, placement: PlacementConfig) -> None:
         self._path = folder / FILE
-        self._identity = identity_of(spec, str(config.placement.strategy), str(config.parallel.dp))
-        self._timeout_s = config.placement.orphan_timeout_s
-        self._replicas = config.parallel.dp
+        self._identity = identity_of(program, str(placement.strategy), str(replicas))
+        self._timeout_s = placement.orphan_timeout_s
+        self._replicas = replicas
         place = f"{socket.gethostname()}:{folder}"  # found again by the next command even without the file
         self._name = f"tp-decoders-{sha256(place.encode()).hexdigest()[:12]}"
         self._lock = threading.Lock()
@@ -127,10 +124,10 @@ def _left(values: dict[str, dict[str, list[str]]]) -> Left:
     return Left(bytes.fromhex(str(values["authkey"])), whereabouts)
 
 
-def identity_of(spec: ServeSpec, *more: str) -> str:
+def identity_of(program: ServeProgram, *more: str) -> str:
     """A digest of all that decides on answers: settings, the checkpoint's files as they are now, this package."""
-    plain = replace(spec, authkey=b"", flight=FlightSpec(), restore=None)
-    folders = [Path(spec.model), *([Path(spec.adapter)] if spec.adapter else [])]
+    plain = replace(program, flight=FlightSpec())
+    folders = [Path(folder) for folder in (program.model, program.adapter) if folder]
     files = [
         (path.name, path.stat().st_size, path.stat().st_mtime_ns)
         for folder in folders

@@ -42,7 +42,7 @@ from launch.paths import full_path
 from launch.presets import Layer, build, find, read
 from launch.ray.ray_config import RayConfig
 from launch.serving.healing import Restarts
-from launch.serving.rank_specs import trained_dtype
+from launch.serving.resolve_serve import trained_dtype
 from launch.training.first_weights import copy_tokenizer, write_random
 from launch.training.run_progress import header, watch
 from launch.training.train_metrics import TrainMetrics

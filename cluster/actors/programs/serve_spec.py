@@ -87,10 +87,11 @@ class FlightSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class ServeSpec:
-    """A model served by one group. `authkey` is what a front-end must prove it knows."""
+    """A model served by one group. `authkey` is what a front-end must prove it knows; each group's own, made when it
+    starts."""
 
     model: str
-    authkey: bytes = field(repr=False)
+    authkey: bytes = field(default=b"", repr=False)
     task: str = "causal-lm"
     mpt_reference: MptReference = "auto"
     adapter: str | None = None  # a PEFT adapter's folder, merged into the weights as they are loaded

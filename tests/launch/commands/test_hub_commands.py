@@ -16,7 +16,7 @@ import torch
 
 from launch.main import main
 from launch.presets import Layer
-from launch.serving.serve_config import ServeConfig
+from launch.serving.resolve_serve import ResolvedServe
 from launch.training import run_training
 from tests.tp_decoders.hub.local_hub import LocalHub
 from tests.tp_decoders.hub.test_repository import TOKENIZER_FOLDER, use
@@ -99,14 +99,13 @@ def test_serve_finds_model_and_adapter_before_it_starts(
 ) -> None:
     begun = []
 
-    def serve(config: ServeConfig, model: Path, *_: object) -> int:
-        begun.append((config, model))
+    def serve(server: ResolvedServe, *_: object) -> int:
+        begun.append(server.program)
         return 0
 
     monkeypatch.setattr("launch.serving.run_server.serve", serve)
-    assert main(["serve", "--model", "org/model", "--adapter", "org/lora"]) == 0
-    config, model = begun[0]
-    found = [cached_of(model), cached_of(str(config.adapter))]
+    assert main(["serve", "--model", "org/model", "--adapter", "org/lora", "--port", "0"]) == 0
+    found = [cached_of(begun[0].model), cached_of(str(begun[0].adapter))]
     assert [cached and cached.repo for cached in found] == ["org/model", "org/lora"]
     assert main(["serve", "--model", "org/model@v9"]) == 2
     assert "org/model on" in (text := capsys.readouterr().err) and "has no revision 'v9'" in text

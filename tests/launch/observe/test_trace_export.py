@@ -240,7 +240,7 @@ def test_what_cannot_be_is_said_before_anything_starts(tmp_path: Path, monkeypat
         ObserveConfig(trace_ratio=0.0)
     monkeypatch.setattr(launch.observe.trace_export, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="grpc is not installed; pip install 'tp-decoders.otel.'") as refused:
-        open_traces(ObserveConfig(traces="http://127.0.0.1:4317"))
+        launch.observe.trace_export.check_traces(ObserveConfig(traces="http://127.0.0.1:4317"))
     assert str(refused.value).count("\n") == 0
 
 

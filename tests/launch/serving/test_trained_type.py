@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from launch.main import main
-from launch.serving.rank_specs import trained_dtype
+from launch.serving.resolve_serve import trained_dtype
 from parallel.errors import ConfigError
 from tests.tp_decoders.checkpoint.test_load import write
 
