@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import tokenize
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import MISSING, Field, fields, is_dataclass
 from importlib import import_module
 from typing import Any, get_args, get_type_hints
@@ -56,19 +56,18 @@ Exit status 0: done; 1: failed; 2: bad input; 130: interrupted.
 
 def settings() -> str:
     """Every setting of both commands: name, type, default, what it is."""
-    from cluster.actors.programs.train_spec import TrainSpec
     from launch.serving.serve_config import ServeConfig
-    from launch.training.run_training import TrainConfig
+    from launch.training.train_config import TrainConfig
 
     parts = [SETTINGS, "\n## tp-decoders serve\n", *_sections(ServeConfig, "")]
-    parts += ["\n## tp-decoders train\n", *_sections(TrainConfig, "", _comments(TrainSpec))]
+    parts += ["\n## tp-decoders train\n", *_sections(TrainConfig, "")]
     rows = "\n".join(f"| `*{suffix}` | {kind} | {APPLIES[kind]} |" for suffix, kind in KINDS.items())
     return "\n".join(parts) + CORPUS.format(rows=rows)
 
 
-def _sections(kind: type[Any], prefix: str, more: Mapping[str, str] | None = None) -> Iterator[str]:
-    """A table of a dataclass's own settings, then one for each that is nested in it. `more`: notes it has not."""
-    hints, notes = get_type_hints(kind), {**(more or {}), **_comments(kind)}
+def _sections(kind: type[Any], prefix: str) -> Iterator[str]:
+    """A table of a dataclass's own settings, then one for each that is nested in it."""
+    hints, notes = get_type_hints(kind), _comments(kind)
     inner = {field.name: found for field in fields(kind) if (found := _nested(hints[field.name])) is not None}
     own = [field for field in fields(kind) if field.name not in inner]
     if own:

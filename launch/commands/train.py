@@ -1,6 +1,6 @@
 """`tp-decoders train`: a run on a text, from a preset; the same command goes on where it was stopped or killed.
 
-Reads the command line and hands over to launch.training.run_training, which brings in torch and Ray.
+Reads the command line, has launch.training.resolve_train check it, and hands over to launch.training.run_training.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import argparse
 import os
 
 from launch.observe import log_setup
-from launch.presets import Layer, find, overrides, read
+from launch.presets import Layer, build, find, overrides, read
 from launch.ray.private_ray import own_ray
 from launch.ray.ray_config import ENVIRONMENT
 
@@ -29,8 +29,12 @@ def run(args: argparse.Namespace) -> int:
         layers.append(Layer("command line", {"placement": {"log_json": True}}))
     for name, value in ENVIRONMENT.items():  # before Ray is imported, which reads some of them then
         os.environ.setdefault(name, value)
-    from launch.training.run_training import configuration, prepare, train
+    from launch.training.resolve_train import resolve_train  # brings in torch
+    from launch.training.train_config import TrainConfig
 
-    config = configuration(layers)
+    config: TrainConfig = build(TrainConfig, layers)
     with own_ray(config.ray.address):
-        return train(config, prepare(config), level)
+        resolved = resolve_train(config, level)
+        from launch.training.run_training import train  # brings in Ray
+
+        return train(resolved)

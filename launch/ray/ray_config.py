@@ -41,17 +41,17 @@ class RayConfig:
                 "own cores: leave it out (ray.num_cpus=null)"
             )
 
-    def check_room(self, replicas: int, tp: int, device: str, strategy: Strategy) -> None:
-        """Refuses before anything starts what this machine cannot hold; a standing cluster is asked once joined."""
+    def room(self, replicas: int, tp: int, device: str, strategy: Strategy) -> int | None:
+        """How many cores a local cluster is told to have; None: what Ray finds. Refuses before anything starts what
+        this machine cannot hold; a standing cluster is asked once joined.
+        """
         if self.address is not None:
-            return
-        found = {"CPU": self.cores(replicas * tp) or os.cpu_count() or 1}
+            return None
+        cores = max(replicas * tp, len(os.sched_getaffinity(0))) if self.oversubscribe else self.num_cpus
+        found = {"CPU": cores or os.cpu_count() or 1}
         if device == "cuda":
             from torch import cuda
 
             found["GPU"] = cuda.device_count()
         check_replicas([{"Alive": True, "Resources": found}], replicas, tp, device, strategy)
-
-    def cores(self, ranks: int) -> int | None:
-        """What a local cluster is told to have; None: what Ray finds."""
-        return max(ranks, len(os.sched_getaffinity(0))) if self.oversubscribe else self.num_cpus
+        return cores

@@ -84,13 +84,13 @@ def resolve_serve(config: ServeConfig, log_level: int) -> ResolvedServe:
         check_host(metrics.host, security, insecure)
         check_port(metrics)
     dtype = trained_dtype(model, parallel.dtype) if config.training.enabled else parallel.dtype
-    config.ray.check_room(parallel.dp, parallel.tp, parallel.device, config.placement.strategy)
+    cores = config.ray.room(parallel.dp, parallel.tp, parallel.device, config.placement.strategy)
     return ResolvedServe(
         program=_program(config, model, adapter, dtype),
         replicas=parallel.dp,
         placement=replace(config.placement, log_level=log_level),
         ray_address=config.ray.address,
-        cores=config.ray.cores(parallel.tp * parallel.dp),
+        cores=cores,
         state=_state(config),
         frontend=_frontend(config.frontend, config.placement),
         limits=config.limits,

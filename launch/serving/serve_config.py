@@ -1,4 +1,4 @@
-"""Everything about one server, as a preset and the command line say it: checked here, handed on in parts."""
+"""Everything about one server, as a preset and the command line say it; launch.serving.resolve_serve checks it."""
 
 from __future__ import annotations
 

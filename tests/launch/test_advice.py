@@ -12,7 +12,7 @@ from typing import Any, get_args, get_type_hints
 import pytest
 
 from launch.serving.serve_config import ServeConfig
-from launch.training.run_training import TrainConfig
+from launch.training.train_config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("parallel", "tp_decoders", "cluster", "launch")

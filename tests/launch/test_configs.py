@@ -8,7 +8,7 @@ import pytest
 
 from launch.presets import CONFIGS, Layer, build, read
 from launch.serving.serve_config import ServeConfig
-from launch.training.run_training import TrainConfig
+from launch.training.train_config import TrainConfig
 from tp_decoders.registry import FAMILIES, config_from_hf
 
 PRESETS = sorted([*CONFIGS.glob("engine/*.yaml"), *CONFIGS.glob("cluster/*.yaml")])

@@ -43,18 +43,13 @@ from tp_decoders.model.decoder import Decoder
 from tp_decoders.text.tokenizer import default_new_tokens, eos_token_ids, load_tokenizer
 
 
-def on_this_node(spec: ServeSpec) -> ServeSpec:
-    """With folders of this node for what came from the hub; the front-end's node may have another cache."""
-    adapter = None if spec.adapter is None else str(here(spec.adapter, ADAPTER))
-    return replace(spec, model=str(here(spec.model)), adapter=adapter)
-
-
 class ServeRank:
     """One rank of a serving group."""
 
     def __init__(self, spec: ServeSpec, place: Place, phases: Phases) -> None:
         self._spec, self._place, self._phases = spec, place, phases
         self._device = torch.device("cuda", 0) if spec.parallel.device == "cuda" else torch.device("cpu")
+        self._folder = spec.model
         self._groups: Groups | None = None
         self._model: Decoder | None = None
         self._cores: tuple[int, ...] = ()
@@ -69,8 +64,11 @@ class ServeRank:
     def start(self) -> RankFacts:
         parallel, phases = self._spec.parallel, self._phases
         self._cores = claim_cores(self._place, parallel.threads, parallel.device)
-        with phases("finding the model"):
-            self._spec = on_this_node(self._spec)
+        with phases(
+            "finding the model"
+        ):  # what came from the hub, on this node: the front-end's may have another cache
+            given = self._spec.adapter
+            self._folder, adapter = str(here(self._spec.model)), None if given is None else here(given, ADAPTER)
         with phases("building the kernels"):  # a minute, once per machine and version
             library.available()
         with phases("meeting the other ranks"):
@@ -78,15 +76,15 @@ class ServeRank:
         with phases("reading weights"):
             dtype = getattr(torch, parallel.dtype) if parallel.dtype else None
             model = self._load(dtype, self._groups)
-            if self._spec.adapter is not None:
-                load_merged(model, self._spec.adapter)
+            if adapter is not None:
+                load_merged(model, adapter)
         return self._assemble(model, self._groups)
 
     def _load(self, dtype: torch.dtype | None, groups: Groups) -> Decoder:
         spec = self._spec
-        cache, told = reading(self._place, spec.model, spec.weights_cache)
+        cache, told = reading(self._place, self._folder, spec.weights_cache)
         return load(
-            spec.model, spec.task, groups.tp, dtype, self._device, mpt_reference=spec.mpt_reference, cache=cache,
+            self._folder, spec.task, groups.tp, dtype, self._device, mpt_reference=spec.mpt_reference, cache=cache,
             progress=told,
         )  # fmt: skip
 
@@ -94,7 +92,7 @@ class ServeRank:
         """With new peers: the model as it is, now connected to them; the ranks' collectives are those of a start."""
         assert isinstance(make, ServeSpec), "a serving rank is made by its spec"
         assert self._groups is not None and self._model is not None, "a rank that was ready has both"
-        self._spec, self._place, self._phases = on_this_node(make), place, phases
+        self._spec, self._place, self._phases = make, place, phases
         os.sched_setaffinity(0, self._all_cores)
         self._cores = claim_cores(place, make.parallel.threads, make.parallel.device)
         with phases("meeting the other ranks"):
@@ -208,12 +206,12 @@ class ServeRank:
         return TrainWorker(runner, groups, config, SaveConfig(root=root, timeout_s=training.save_timeout_s))
 
     def _serve_engine(self, runner: ModelRunner, commands: Commands) -> None:
-        ends = eos_token_ids(self._spec.model)
+        ends = eos_token_ids(self._folder)
         if not ends:  # then the tokenizer may name the token that ends a text
-            tokenizer = load_tokenizer(self._spec.model)
+            tokenizer = load_tokenizer(self._folder)
             ends = tokenizer.eos_token_ids if tokenizer else ()
         others = commands if self._place.world > 1 else None
-        new_tokens = default_new_tokens(self._spec.model)
+        new_tokens = default_new_tokens(self._folder)
         self._engine = build_engine(runner, self._spec.engine, ends, others, new_tokens)
         changed, idle = self._engine.weights_changed, self._spec.training.session_idle_s
         lead = TrainCoordinator(self._training, commands, changed, idle) if self._training else None

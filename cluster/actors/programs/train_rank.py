@@ -67,7 +67,7 @@ class TrainRank:
     def __init__(self, spec: TrainSpec, place: Place, phases: Phases) -> None:
         self._spec, self._place, self._phases = spec, place, phases
         self._device = torch.device("cuda", 0) if spec.parallel.device == "cuda" else torch.device("cpu")
-        self._out = Path(spec.out)
+        self._out, self._folder = Path(spec.out), spec.model
         self._stop = threading.Event()
         self._groups: Groups | None = None
         self._lock: IO[str] | None = None
@@ -75,7 +75,7 @@ class TrainRank:
         self._notes: tuple[str, ...] = ()
 
     def start(self) -> TrainFacts:
-        self._spec = replace(self._spec, model=str(here(self._spec.model)))  # a snapshot of the hub's, on this node
+        self._folder = str(here(self._spec.model))  # a snapshot of the hub's, on this node
         spec, phases = self._spec, self._phases
         claim_cores(self._place, spec.parallel.threads, spec.parallel.device)
         with phases("waiting for the run's folder"):
@@ -169,9 +169,9 @@ class TrainRank:
         return word
 
     def _tokenizer(self) -> Tokenizer:
-        tokenizer = load_tokenizer(self._spec.model)
+        tokenizer = load_tokenizer(self._folder)
         if tokenizer is None:
-            raise ConfigError(f"{self._spec.model} has no tokenizer; put its files beside the weights")
+            raise ConfigError(f"{self._folder} has no tokenizer; put its files beside the weights")
         return tokenizer
 
     def _tokens(self, tokenizer: Tokenizer) -> Store:
@@ -189,7 +189,7 @@ class TrainRank:
     def _tokenized(self, tokenizer: Tokenizer, folder: Path) -> Store:
         corpus = self._spec.corpus
         if self._spec.task != CAUSAL:
-            hf = read_config(self._spec.model, unread="ignore").hf
+            hf = read_config(self._folder, unread="ignore").hf
             known = label_names(Fields(hf, "config.json")) if task_of(hf) == self._spec.task else ()
             labels = replace(self._spec.labels, names=self._spec.labels.names or known)
             return store_labelled(Path(corpus.path), labels, tokenizer, folder)
@@ -248,15 +248,15 @@ class TrainRank:
         """The model and its optimiser, as a checkpoint or the first weights have them."""
         spec = self._spec
         dtype = getattr(torch, spec.parallel.dtype) if spec.parallel.dtype else None
-        whole = saved.folder if saved and spec.lora is None else spec.model  # an adapter's checkpoints hold no base
+        whole = saved.folder if saved and spec.lora is None else self._folder  # an adapter's checkpoints hold no base
         problem = None if labels is None else SINGLE_LABEL
-        kept = spec.weights_cache if str(whole) == spec.model else None  # a run's own checkpoints are read but once
+        kept = spec.weights_cache if str(whole) == self._folder else None  # a run's own checkpoints are read but once
         cache, told = reading(self._place, str(whole), kept)
         model = load(
             whole, spec.task, groups.tp, dtype, self._device, labels=labels, problem=problem,
             mpt_reference=spec.mpt_reference, cache=cache, progress=told,
         )  # fmt: skip
-        model.source = Path(spec.model)  # whose tokenizer goes into every checkpoint: the newest will be pruned
+        model.source = Path(self._folder)  # whose tokenizer goes into every checkpoint: the newest will be pruned
         if spec.lora is not None and saved is not None:
             load_adapter(model, saved.folder, trainable=True)
         elif spec.lora is not None:

@@ -6,10 +6,10 @@ Values that pickle and check themselves; the command line and presets fill them 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any, get_args
 
-from cluster.actors.programs.serve_spec import Device, Dtype, MptReference, Numerics, ParallelConfig, Transport
+from cluster.actors.programs.serve_spec import Dtype, MptReference, ParallelConfig
 from cluster.engine.request import SamplingParams
 from cluster.training.data.batches.eval_split import SplitRule
 from cluster.training.data.batches.labelled_texts import LabelConfig
@@ -81,26 +81,18 @@ class SampleConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainParallel:
+class TrainParallel(ParallelConfig):
     """How a model is spread, `tp` ranks to a replica and `dp` replicas, and in what type it computes (None: the
     checkpoint's own).
     """
 
-    tp: int = 1  # ranks of one replica
     dp: int = 1  # replicas, which share a batch
     sequence_parallel: bool = False  # divide activations between the sharded layers by tokens
-    device: Device = "cpu"  # of the ranks
     dtype: Dtype | None = None  # of what is computed; masters are float32
-    numerics: Numerics = "invariant"  # invariant: the same bits at every layout
-    transport: Transport = "auto"  # between ranks of one host: auto takes shared memory on CPUs
-    threads: int | None = None  # per rank; None: the node's cores, shared out among its ranks
     collective_timeout_s: float = 60.0  # a rank that waits longer for the others gives them up
 
     def __post_init__(self) -> None:
-        shared = {f.name for f in fields(ParallelConfig)} - {"dp"}
-        ParallelConfig(**{name: getattr(self, name) for name in shared})  # the same rules
-        if self.dp < 1:
-            raise ConfigError(f"parallel.dp is {self.dp}; it must be at least 1")
+        super().__post_init__()
         if self.dtype == "float16":
             raise ConfigError("parallel.dtype is 'float16', whose gradients underflow; choose 'bfloat16' or 'float32'")
 
@@ -110,11 +102,9 @@ class TrainParallel:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainSpec:
-    """One run. `origin` says which weights it starts from, wherever `model` lies."""
+class RunConfig:
+    """What a run learns, and how: what a preset says of it and its ranks are told."""
 
-    model: str  # a checkpoint
-    origin: str
     out: str  # the run's folder
     corpus: CorpusConfig
     schedule: Schedule
@@ -136,8 +126,6 @@ class TrainSpec:
     peak_flops: float | None = None  # of one rank, that utilisation is relative to; None: measured at the start
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     parallel: TrainParallel = field(default_factory=TrainParallel)
-    start_timeout_s: float = 600.0
-    weights_cache: str | None = None  # a folder of each node for copies of the weights it starts from
     on_nonfinite: OnNonFinite = "stop"  # a batch whose loss or gradient is not finite: end the run, or leave it out
     max_skipped_in_a_row: int = 3  # more end the run
     max_skipped: int = 20  # of the whole run
@@ -195,6 +183,16 @@ class TrainSpec:
             unfit |= {f"corpus.{name}": getattr(self.corpus, name) for name in READING}
             for name in (name for name, value in unfit.items() if value):
                 raise ConfigError(f"{name} is not for task {self.task}; leave it out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSpec(RunConfig):
+    """One run, as its ranks know it. `origin` says which weights it starts from, wherever `model` lies."""
+
+    model: str  # a checkpoint
+    origin: str
+    start_timeout_s: float = 600.0
+    weights_cache: str | None = None  # a folder of each node for copies of the weights it starts from
 
     def run(self) -> dict[str, Any]:
         """Everything that decides the run's numbers but how long it goes on and how it is spread over ranks."""

@@ -4,20 +4,24 @@ hub on this machine.
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from launch.main import main
 from launch.presets import Layer
+from launch.presets import build as build_settings
 from launch.serving.resolve_serve import ResolvedServe
-from launch.training import run_training
+from launch.training.resolve_train import ResolvedTrain, resolve_train
+from launch.training.train_config import TrainConfig
 from tests.tp_decoders.hub.local_hub import LocalHub
 from tests.tp_decoders.hub.test_repository import TOKENIZER_FOLDER, use
 from tp_decoders import build, initialise, load, save
@@ -75,23 +79,24 @@ def test_plan_and_init_take_names(hub: LocalHub, tmp_path: Path, capsys: pytest.
     assert "org/none is no folder here and no repository on" in capsys.readouterr().err
 
 
+def resolved(settings: dict[str, Any]) -> ResolvedTrain:
+    return resolve_train(build_settings(TrainConfig, [Layer("test", settings)]), logging.WARNING)
+
+
 def test_a_training_run_begins_from_a_commit_of_the_hub(hub: LocalHub, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("some words to train on " * 20)
-    settings = {
+    settings: dict[str, Any] = {
         "out": str(tmp_path / "run"), "model": "org/model", "steps": 1,
         "corpus": {"path": str(tmp_path / "text.txt"), "tokens_per_sample": 8, "batch_size": 1},
         "schedule": {"learning_rate": 0.001, "kind": "constant"},
     }  # fmt: skip
-    spec = run_training.prepare(run_training.configuration([Layer("test", settings)]))
-    cached = cached_of(spec.model)
+    cached = cached_of(resolved(settings).program.model)
     assert cached is not None and (cached.repo, cached.commit) == ("org/model", hub.refs["org/model"]["main"])
     scratch = {"preset": str(tmp_path / "shape.yaml"), "tokenizer": "org/model"}
     (tmp_path / "shape.yaml").write_text("".join(f"{name}: {value}\n" for name, value in SHAPE.items()))
     more = {name: value for name, value in settings.items() if name != "model"}
-    spec = run_training.prepare(
-        run_training.configuration([Layer("test", more | {"out": str(tmp_path / "other"), "scratch": scratch})])
-    )
-    assert (Path(spec.model) / "tokenizer.json").is_file()
+    program = resolved(more | {"out": str(tmp_path / "other"), "scratch": scratch}).program
+    assert (Path(program.model) / "tokenizer.json").is_file()
 
 
 def test_serve_finds_model_and_adapter_before_it_starts(

@@ -13,7 +13,7 @@ from launch.commands.plan import parse_memory
 from launch.main import main
 from launch.presets import CONFIGS, Layer, build, read
 from launch.serving.serve_config import ServeConfig
-from launch.training.run_training import TrainConfig
+from launch.training.train_config import TrainConfig
 from parallel.errors import ConfigError
 
 SMALL = ["--sequence", "128", "--batch-size", "8"]

@@ -12,7 +12,7 @@ import torch
 from cluster.training.memory.estimate import Layout, Setup, training_memory
 from cluster.training.step.flops import num_parameters
 from launch.presets import CONFIGS, Layer, build, find, read
-from launch.training.run_training import TrainConfig
+from launch.training.train_config import TrainConfig
 from tp_decoders import build as build_model
 from tp_decoders.model.config import DecoderConfig
 from tp_decoders.registry import config_from_hf
