@@ -19,7 +19,7 @@ from tp_decoders.model.config import DecoderConfig, check_sizes
 
 log = logging.getLogger(__name__)
 
-Unread = Literal["warn", "refuse", "ignore"]
+UnknownKeys = Literal["warn", "refuse", "ignore"]
 """Of the keys of a config that nobody asked for: one warning names them, they are errors, or nothing is said."""
 
 FAMILIES: dict[str, Family] = {
@@ -50,7 +50,7 @@ def model_type_of(hf: Mapping[str, Any]) -> Any:
     return next((name for name, family in FAMILIES.items() if family.types[name].casefold() == begins), None)
 
 
-def config_from_hf(hf: Mapping[str, Any], *, unread: Unread = "warn", **choices: str) -> DecoderConfig:
+def config_from_hf(hf: Mapping[str, Any], *, unread: UnknownKeys = "warn", **choices: str) -> DecoderConfig:
     """Reads the contents of a config.json. `unread`: what becomes of keys that no family's model depends on;
     `choices` are options that the caller decides whatever the file says, where the family has them (`Family.choices`).
     """
@@ -80,7 +80,7 @@ def _check_choices(choices: Mapping[str, str]) -> None:
             raise ConfigError(f"{key} is {shown(value)}; choose one of {', '.join(known[key])}")
 
 
-def read_config(folder: str | Path, *, unread: Unread = "warn", **choices: str) -> DecoderConfig:
+def read_config(folder: str | Path, *, unread: UnknownKeys = "warn", **choices: str) -> DecoderConfig:
     """Reads a checkpoint folder's config.json."""
     hf = read_json_object(Path(folder) / "config.json")
     return config_from_hf(hf, unread=unread, **choices)

@@ -32,7 +32,7 @@ from cluster.frontend.requests.admission import Admission
 from cluster.frontend.requests.call import Call, FrontendConfig
 from cluster.frontend.requests.call_costs import check_answer
 from cluster.frontend.requests.content_hash import ContentKeys
-from cluster.frontend.requests.offload import Beside
+from cluster.frontend.requests.offload import FairThreadPool
 from cluster.frontend.requests.quarantine import Death, Quarantine
 from cluster.frontend.training.train_requests import TrainRequests, check, with_loss
 from cluster.frontend.training.weight_state import WeightState
@@ -83,7 +83,7 @@ class Frontend:
         self._delivery = RequestLifecycle(self._journal, self._loop, self.fleet, self.quarantine)
         self._opener = RequestBuilder(codec, self._delivery.leave)
         self._recall = None if ledger is None else Replay(ledger, self._journal, self._delivery, self._opener)
-        self.beside = Beside()
+        self.pool = FairThreadPool()
         self._training = TrainRequests(self.meters.train, self.quarantine, self._delivery.trials)
         self.drained = asyncio.Event()
         """Set when a drain has ended: whoever runs the server may stop it then."""
@@ -292,12 +292,12 @@ class Frontend:
         self._cancel_recovery()
         self._delivery.end(list(self._journal), FinishReason.ABORTED)
         await self.fleet.close(timeout)
-        self.beside.close()
+        self.pool.close()
 
     # ------------------------------------------------------------ admission
 
     def _admission(self) -> Admission:
-        return Admission(limits=self.limits, config=self.config, codec=self.codec, beside=self.beside)
+        return Admission(limits=self.limits, config=self.config, codec=self.codec, pool=self.pool)
 
     def _check_open(self) -> None:
         if self.state in (State.DRAINING, State.CLOSED):

@@ -127,7 +127,7 @@ def build_server(
     tokens = None if security.token_file is None else TokenFile(security.token_file)
     certificates = None if security.tls is None else ServerCertificates(security.tls)
     server = make_server(
-        interceptors=[Interceptor(Gate(tokens), limits, tracer, frontend.config, frontend.beside)],
+        interceptors=[Interceptor(Gate(tokens), limits, tracer, frontend.config, frontend.pool)],
         options=limits.options(),
         maximum_concurrent_rpcs=limits.max_concurrent_rpcs,
     )

@@ -20,7 +20,7 @@ from cluster.safe_text import visible
 from parallel.errors import TpError
 
 if TYPE_CHECKING:
-    from cluster.actors.host.ray_head import Head
+    from cluster.actors.host.ray_head import RayHead
 
 log = logging.getLogger(__name__)
 SIGNAL_S = 1.0
@@ -36,7 +36,7 @@ class Leaving:
 class RayWatch:
     """In the event loop: `gone` is set when Ray's own processes have ended before their time; `words` say which."""
 
-    def __init__(self, head: Head, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, head: RayHead, loop: asyncio.AbstractEventLoop) -> None:
         self._head, self._loop = head, loop
         self.gone = asyncio.Event()
         head.observe(self._hear)

@@ -53,8 +53,8 @@ class Replicas:
         size, device, share = self._parallel.tp, self._parallel.device, partial(self._roster.share, index)
         if self._state is None:
             return WorkerGroup(spec, size, device, self._placement, share)
-        keep = self._state.keep(index)
-        return DetachedGroup(spec, size, device, self._placement, share, keep=keep, moved=self._moved)
+        detached = self._state.detached(index)
+        return DetachedGroup(spec, size, device, self._placement, share, detached=detached, moved=self._moved)
 
     def _moved(self) -> None:
         """A group has started, or was rebuilt: once all are there, the next command is told where."""

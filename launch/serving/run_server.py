@@ -21,7 +21,7 @@ from typing import Any
 from cluster.access.access_config import Security, shown_address
 from cluster.actors.group.worker import Ready
 from cluster.actors.host.load_progress import NUMBER_BYTES, over_budget
-from cluster.actors.host.ray_head import Head
+from cluster.actors.host.ray_head import RayHead
 from cluster.actors.host.ray_session import ray_session
 from cluster.actors.programs.serve_program import ServeProgram
 from cluster.actors.programs.serve_spec import RankFacts
@@ -55,7 +55,7 @@ THREADS = 16
 def serve(server: ResolvedServe, leaving: Leaving) -> int:
     """Serves until a signal, a Drain call or a fault; the exit status."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the loop takes over
-    head = Head()
+    head = RayHead()
     saved = saved_state(server.state, server.program, server.replicas, server.placement)
     try:
         with saved as state, ray_session(server.ray_address, server.cores, head=head):
@@ -67,7 +67,7 @@ def serve(server: ResolvedServe, leaving: Leaving) -> int:
         leaving.behind = bool(head.lost)
 
 
-async def _serve(server: ResolvedServe, state: State, head: Head) -> int:
+async def _serve(server: ResolvedServe, state: State, head: RayHead) -> int:
     loop = asyncio.get_running_loop()
     ray = RayWatch(head, loop)
     # a replica that starts or is watched holds a thread for as long as that takes

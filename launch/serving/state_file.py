@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 
-from cluster.actors.group.detached_actors import DetachedRanks, Keep
+from cluster.actors.group.detached_actors import DetachedOptions, DetachedRanks
 from cluster.actors.group.detached_group import DetachedGroup
 from cluster.actors.group.placement import PlacementConfig
 from cluster.actors.programs.serve_program import ServeProgram
@@ -73,8 +73,8 @@ class StateFile:
         self._name = f"tp-decoders-{sha256(place.encode()).hexdigest()[:12]}"
         self._lock = threading.Lock()
 
-    def keep(self, replica: int) -> Keep:
-        return Keep(name=f"{self._name}-{replica}", orphan_timeout_s=self._timeout_s)
+    def detached(self, replica: int) -> DetachedOptions:
+        return DetachedOptions(name=f"{self._name}-{replica}", orphan_timeout_s=self._timeout_s)
 
     def left(self) -> list[Left] | None:
         """What an earlier command left of every replica; None where there is none, or it was another server."""

@@ -34,7 +34,7 @@ from tp_decoders.model.adapted_layers import whole_parameters
 from tp_decoders.model.config import DecoderConfig
 from tp_decoders.model.decoder import Decoder
 from tp_decoders.model.place import Place
-from tp_decoders.registry import Unread, family_of, read_config
+from tp_decoders.registry import UnknownKeys, family_of, read_config
 from tp_decoders.tasks.task_settings import check_task, with_task
 
 log = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ def load(
     group = group or Group.single()
     check_task(task)
     folder = locate_together(path, group)
-    unread: Unread = "warn" if group.rank == 0 else "ignore"
+    unread: UnknownKeys = "warn" if group.rank == 0 else "ignore"
     config = with_task(read_config(folder, mpt_reference=mpt_reference, unread=unread), task, labels, problem)
     names = family_of(config.model_type).names
     with open_checkpoint(folder, cache) as checkpoint:

@@ -21,7 +21,7 @@ NAMESPACE = "tp-decoders"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Keep:
+class DetachedOptions:
     """That a group is to outlive its owner, under which name, and for how long without one."""
 
     name: str

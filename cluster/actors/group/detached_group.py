@@ -14,7 +14,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from cluster.actors.group.detached_actors import NAMESPACE, DetachedRanks, Keep, end_leftovers
+from cluster.actors.group.detached_actors import NAMESPACE, DetachedOptions, DetachedRanks, end_leftovers
 from cluster.actors.group.placement import PlacementConfig, Share
 from cluster.actors.group.placement_group import Bundles, Tell
 from cluster.actors.group.root_cause import describe
@@ -38,20 +38,20 @@ class DetachedGroup(WorkerGroup):
         config: PlacementConfig | None = None,
         share: Share | None = None,
         *,
-        keep: Keep,
+        detached: DetachedOptions,
         moved: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__(make, size, device, config, share)
-        self._keep = keep
+        self._detached = detached
         self._moved = moved  # called when `whereabouts` has changed
         self.found = False
         """Whether there are ranks to be found."""
         self._names = [""] * size
-        self._bundles = Bundles(size, device, self.config, self._closing, keep.name)
+        self._bundles = Bundles(size, device, self.config, self._closing, detached.name)
 
     def start(self, on_fault: Callable[[str], None] | None = None) -> list[Ready]:
         """Anew; what is left of an earlier group of this name is ended first."""
-        end_leftovers(self._keep.name)
+        end_leftovers(self._detached.name)
         self._begin_renewing()
         return self._told(super().start(on_fault))
 
@@ -98,16 +98,16 @@ class DetachedGroup(WorkerGroup):
         return None
 
     def _terms(self, rank: int) -> tuple[dict[str, Any], Lease | None]:
-        name = f"{self._keep.name}/{rank}-{secrets.token_hex(4)}"  # Ray frees a name some time after its actor's end
+        name = f"{self._detached.name}/{rank}-{secrets.token_hex(4)}"  # Ray frees a name only after its actor's end
         self._names[rank] = name
-        return self._keep.options(name), self._keep.lease(self._bundles.placement)
+        return self._detached.options(name), self._detached.lease(self._bundles.placement)
 
     def _begin_renewing(self) -> None:
         supervised("worker-group-leases", self._renew, lambda error: self._fail(f"leases are not renewed: {error!r}"))
 
     def _renew(self) -> None:
         """While this process lives, whatever else it waits for. What Ray cannot do now it is asked again next time."""
-        while not self._closing.wait(min(self._keep.orphan_timeout_s / 5, MOST_RENEW_S)):
+        while not self._closing.wait(min(self._detached.orphan_timeout_s / 5, MOST_RENEW_S)):
             for actor in list(self._actors):
                 try:
                     actor.renew.remote()

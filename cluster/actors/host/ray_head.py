@@ -79,7 +79,7 @@ def on_loopback() -> Iterator[None]:
         constants.ENABLE_RAY_CLUSTER = before
 
 
-class Head:
+class RayHead:
     """The local cluster's processes, if it is local: `lost` says which of them ended, and how."""
 
     def __init__(self) -> None:

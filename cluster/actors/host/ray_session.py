@@ -19,7 +19,7 @@ import ray
 
 from cluster.actors.host.rank_output import show_rank_output
 from cluster.actors.host.ray_address import own_address
-from cluster.actors.host.ray_head import Head, on_loopback, own_sessions
+from cluster.actors.host.ray_head import RayHead, on_loopback, own_sessions
 from cluster.actors.host.start_signals import interruptible
 from parallel.errors import ConfigError, WorkerError
 
@@ -37,8 +37,8 @@ TOO_SLOW = ("timed out during startup", "Timed out waiting for file")
 
 @contextmanager
 def ray_session(
-    address: str | None = None, num_cpus: int | None = None, log_to_driver: bool = True, head: Head | None = None
-) -> Iterator[Head]:
+    address: str | None = None, num_cpus: int | None = None, log_to_driver: bool = True, head: RayHead | None = None
+) -> Iterator[RayHead]:
     """Connected to `address`, or to a cluster of this machine alone that ends with the block; its own processes.
 
     A SIGINT or SIGTERM that comes while it starts or joins is a KeyboardInterrupt.
@@ -54,7 +54,7 @@ def ray_session(
     options: dict[str, Any] = {"log_to_driver": log_to_driver, "logging_level": logging.ERROR}
     if address is None:
         options |= {"num_cpus": num_cpus, "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
-    head = head or Head()
+    head = head or RayHead()
     try:
         alone = address is None or only_on_loopback(address)
         with interruptible(), own_sessions(), on_loopback() if alone else nullcontext():

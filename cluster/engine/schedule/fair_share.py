@@ -31,7 +31,7 @@ MAX_REMEMBERED = 1024
 """Flows without a request whose counters are kept."""
 
 
-class Shares:
+class FairQueue:
     """Every flow's queue and counters. `max_burst`: prompt tokens of one step."""
 
     def __init__(self, max_burst: int, clock: Callable[[], float] = time.monotonic) -> None:

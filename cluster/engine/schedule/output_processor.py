@@ -16,7 +16,7 @@ from cluster.engine.kv_cache.beam_tables import BeamTables
 from cluster.engine.kv_cache.kv_cache_manager import KVCacheManager
 from cluster.engine.request import FinishReason, TokenEvent, TokenLogprobs
 from cluster.engine.sample.pooling import Rows
-from cluster.engine.schedule.fair_share import Shares
+from cluster.engine.schedule.fair_share import FairQueue
 from cluster.engine.schedule.step_plan import PromptScore, StepPlan, StepResult
 from cluster.engine.sequences.fault_isolation import GROUP_FAULTS, reason
 from cluster.engine.sequences.sequence import Answer, BeamGroup, Sequence
@@ -43,7 +43,7 @@ class Scheduling(Protocol):
     counters: Counters
     clock: Callable[[], float]
     residents: KVCacheManager
-    shares: Shares
+    queue: FairQueue
     tables: BeamTables
     beams: dict[str, BeamGroup]  # by request
 
@@ -165,7 +165,7 @@ class OutputProcessor:
         scheduler, leader = self._scheduler, group.leader
         answer, reason = leader.answer, events[0].finish_reason
         scheduler.tables.release(group)
-        scheduler.shares.discard(leader)
+        scheduler.queue.discard(leader)
         for seq in group.sequences:
             seq.done = True
         answer.live.clear()
@@ -231,7 +231,7 @@ class OutputProcessor:
             return
         forks = seq.forks
         scheduler.residents.release(seq)
-        scheduler.shares.discard(seq)
+        scheduler.queue.discard(seq)
         seq.done, seq.forks = True, []
         del answer.live[seq.index]
         self._events.append(
@@ -258,14 +258,14 @@ class OutputProcessor:
         heir = forks[0]
         heir.forks = forks[1:]
         heir.scores = seq.scores and not seq.answer.prompt_sent
-        self._scheduler.shares.push(heir)
+        self._scheduler.queue.push(heir)
 
     def _spread(self, seq: Sequence) -> None:
         """The prompt is computed: its other samples run on from here, or wait where no block is left to copy into."""
         forks, seq.forks = seq.forks, []
         for fork in forks:
             if not self._scheduler.residents.fork(seq, fork):
-                self._scheduler.shares.push(fork)
+                self._scheduler.queue.push(fork)
 
     def _scored(self, score: PromptScore, values: list[TokenLogprobs] | str) -> None:
         """Log-probabilities of some of the prompt's tokens; for a request that is only scored, perhaps its end."""

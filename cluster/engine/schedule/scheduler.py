@@ -17,7 +17,7 @@ from cluster.engine.kv_cache.block_pool import BlockPool
 from cluster.engine.kv_cache.kv_cache_manager import KVCacheManager
 from cluster.engine.request import EngineLoad, FinishReason, ModelLimits, Request, TokenEvent
 from cluster.engine.request_validation import resolve, validate
-from cluster.engine.schedule.fair_share import Shares
+from cluster.engine.schedule.fair_share import FairQueue
 from cluster.engine.schedule.output_processor import Counters, OutputProcessor
 from cluster.engine.schedule.step_plan import PlanBuilder, StepPlan, StepResult
 from cluster.engine.schedule.step_planner import Planner
@@ -36,12 +36,12 @@ class Scheduler:
     ) -> None:
         self.config, self.limits, self.clock = config, limits, clock
         self.residents = KVCacheManager(pool, config.max_sequences, config.prefix_caching, config.guest_slots)
-        self.shares = Shares(config.max_step_tokens, clock)
+        self.queue = FairQueue(config.max_step_tokens, clock)
         self.beams: dict[str, BeamGroup] = {}  # by request
         self.answers: dict[str, Answer] = {}
         self.counters = Counters()
         self.pace = StepTime(config.share_stretch, config.max_step_tokens, clock)
-        self.planner = Planner(config, self.residents, self.shares, self.counters, self.pace, self._started)
+        self.planner = Planner(config, self.residents, self.queue, self.counters, self.pace, self._started)
         self.tables = self.planner.tables
         self._outcomes = OutputProcessor(self)
         self._deadlines: list[tuple[float, int, str]] = []
@@ -59,14 +59,14 @@ class Scheduler:
             raise RequestError(
                 f"request_id {request.request_id!r} is in use by a request that has not ended; choose another"
             )
-        if len(self.shares) >= self.config.max_queue:
+        if len(self.queue) >= self.config.max_queue:
             raise QueueFull(
-                f"{len(self.shares)} sequences are waiting and engine.max_queue is {self.config.max_queue}; try later"
+                f"{len(self.queue)} sequences are waiting and engine.max_queue is {self.config.max_queue}; try later"
             )
         request = resolve(request, self.limits)
         now = self.clock()
         deadline = None if request.deadline is None else now + request.deadline
-        answer = Answer(request, self.shares.join(request.share), now, deadline)
+        answer = Answer(request, self.queue.join(request.share), now, deadline)
         self._submissions += 1
         if answer.deadline is not None:
             self._limit(answer.deadline, request.request_id)
@@ -108,7 +108,7 @@ class Scheduler:
         """Nothing of it is left; False where that is known already."""
         if self.answers.pop(answer.request.request_id, None) is None:
             return False
-        self.shares.leave(answer.flow)
+        self.queue.leave(answer.flow)
         return True
 
     def _enqueue_beams(self, answer: Answer, when: float, stop_ids: frozenset[int]) -> None:
@@ -120,7 +120,7 @@ class Scheduler:
         self.answers[request.request_id] = answer
         self.beams[request.request_id] = BeamGroup(beams, search_of(request, self.limits))
         answer.live = {0: beams[0]}
-        self.shares.push(beams[0])
+        self.queue.push(beams[0])
 
     def _share_prompt(self, samples: list[Sequence]) -> None:
         """Samples of a bare prompt fork from the first once it is computed; resumed ones go by themselves."""
@@ -128,7 +128,7 @@ class Scheduler:
             samples[0].forks = samples[1:]
             samples = samples[:1]
         for seq in samples:
-            self.shares.push(seq)
+            self.queue.push(seq)
 
     def abort(self, request_ids: Many[str]) -> None:
         """Ends requests; their blocks are free at once. Unknown ids (already ended) are no error."""
@@ -208,7 +208,7 @@ class Scheduler:
         """Takes in what the step computed; returns everything that happened since the last call."""
         block_size = self.residents.pool.block_size if self.config.prefix_caching else 1 << 62
         for seq, count in zip(plan.sequences, plan.query_lens, strict=True):
-            self.shares.charge(seq, seq.computed, seq.computed + count)
+            self.queue.charge(seq, seq.computed, seq.computed + count)
             seq.computed += count
             if not seq.done and seq.computed >= (seq.chained + 1) * block_size:
                 self.residents.remember(seq)
@@ -223,7 +223,7 @@ class Scheduler:
         pool, counters = self.residents.pool, self.counters
         return EngineLoad(
             running=len(self.residents.running),
-            waiting=len(self.shares),
+            waiting=len(self.queue),
             kv_blocks_total=pool.num_blocks,
             kv_blocks_free=pool.num_free,
             kv_blocks_cached=pool.num_remembered,

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from cluster.engine.engine_config import EngineConfig
 from cluster.engine.kv_cache.beam_tables import BeamTables
 from cluster.engine.kv_cache.kv_cache_manager import KVCacheManager
-from cluster.engine.schedule.fair_share import Shares
+from cluster.engine.schedule.fair_share import FairQueue
 from cluster.engine.schedule.output_processor import Counters
 from cluster.engine.schedule.preemption import CallerUsage
 from cluster.engine.schedule.step_time import StepTime
@@ -37,10 +37,10 @@ class Planner:
     """Fills one step after another. `on_start` is told of each sequence that begins, or begins again."""
 
     def __init__(
-        self, config: EngineConfig, residents: KVCacheManager, shares: Shares, counters: Counters, pace: StepTime,
+        self, config: EngineConfig, residents: KVCacheManager, queue: FairQueue, counters: Counters, pace: StepTime,
         on_start: Callable[[Sequence], None],
     ) -> None:  # fmt: skip
-        self._config, self._residents, self._shares, self._counters = config, residents, shares, counters
+        self._config, self._residents, self._queue, self._counters = config, residents, queue, counters
         self._pace, self._on_start = pace, on_start
         self.tables = BeamTables(residents, self._make_room)
         self._chosen: dict[Sequence, int] = {}
@@ -52,11 +52,11 @@ class Planner:
     def choose(self) -> Mapping[Sequence, int]:
         """The sequences of the next step, and how many tokens of each."""
         self._chosen, self._scored, self._holdings = {}, self._config.max_scored_tokens, None
-        self._limited = self._shares.lately_several
+        self._limited = self._queue.lately_several
         if self._limited:  # whole rows of logits cost more than prompt tokens do
             self._scored = max(1, self._scored // SCORED_SHARE)
         rows = [seq for seq in self._residents.running if _decodes(seq)]
-        if self._shares.several:
+        if self._queue.several:
             rows = self._in_turn(rows)
         self._tokens = self._config.max_step_tokens - len(rows)
         self._decode(rows)
@@ -99,7 +99,7 @@ class Planner:
             if seq.flow.caller not in others and not _decodes(seq) and seq.target - seq.computed <= BEGINNING:
                 yield seq.flow
         if self._residents.num_free_slots or self._residents.num_guest_slots:
-            for flow in self._shares.waiting():
+            for flow in self._queue.waiting():
                 head = flow.queue.head()
                 if flow.caller not in others and head is not None and head.target <= BEGINNING:
                     yield flow
@@ -112,10 +112,10 @@ class Planner:
 
     def _share_prompts(self, rows: int, reading: list[Sequence]) -> None:
         """Each flow that has something to read gets its part of this step's prompt tokens."""
-        wanting = {*self._shares.waiting(), *(seq.flow for seq in reading)}
+        wanting = {*self._queue.waiting(), *(seq.flow for seq in reading)}
         if wanting:
             self._most_each = max(LEAST_CHUNK, self._pace.burst(rows) // len(wanting))
-            self._shares.refill(self._pace.prompt_tokens(rows), wanting)
+            self._queue.refill(self._pace.prompt_tokens(rows), wanting)
             reading.sort(key=lambda seq: (seq.flow.caller.served, seq.flow.served, seq.order))
 
     def _read(self, seq: Sequence) -> None:
@@ -165,7 +165,7 @@ class Planner:
         return True
 
     def _loser(self) -> Sequence:
-        return CallerUsage(self._residents).loser() if self._shares.several else self._residents.running[-1]
+        return CallerUsage(self._residents).loser() if self._queue.several else self._residents.running[-1]
 
     def set_aside(self, seq: Sequence) -> None:
         """Takes back what a running sequence holds; it waits, at its own place, to be computed again."""
@@ -176,7 +176,7 @@ class Planner:
             seq = seq.beam.leader
         self._chosen.pop(seq, None)
         self._residents.release(seq)
-        self._shares.push(seq)
+        self._queue.push(seq)
         self._holdings = None
         self._counters.preemptions += 1
         seq.answer.preempted += 1
@@ -187,9 +187,9 @@ class Planner:
         """From the heads of the queues, one of each flow at a time. A head that does not fit lets others by, but not
         for ever."""
         misfits: list[Flow[Sequence]] = []
-        while self._tokens > 0 and len(self._shares):
+        while self._tokens > 0 and len(self._queue):
             started = False
-            for flow in self._shares.first(self._now):
+            for flow in self._queue.first(self._now):
                 head = flow.queue.head()
                 if flow in misfits or head is None or not self._has_budget(head):
                     continue
@@ -219,7 +219,7 @@ class Planner:
         )
         if not fits:
             return False
-        self._shares.start(seq)
+        self._queue.start(seq)
         if self._holdings is not None:
             self._holdings.started(seq)
         self._on_start(seq)
@@ -228,11 +228,11 @@ class Planner:
 
     def _is_guest(self, seq: Sequence) -> bool:
         """Whether it may have a slot that is kept for those who come while another has all."""
-        return self._shares.several and not seq.forks and self._now().runs_nothing(seq.flow.caller)
+        return self._queue.several and not seq.forks and self._now().runs_nothing(seq.flow.caller)
 
     def _make_way(self, seq: Sequence, spare: int) -> bool:
         """Sets aside what others hold beyond their part, if that lets the sequence start."""
-        if not self._shares.several:
+        if not self._queue.several:
             return False
         pool = self._residents.pool
         blocks = pool.blocks_for(seq.target)

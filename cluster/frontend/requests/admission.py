@@ -17,7 +17,7 @@ from cluster.frontend.output.output_text import TextCodec
 from cluster.frontend.requests.call import Call, FillInMiddle, FrontendConfig, Prompt
 from cluster.frontend.requests.call_costs import ID_BYTES, TEXT_BYTES, check_converted, check_lists
 from cluster.frontend.requests.classify_embed import Reading, check_task, matters, pooling_of
-from cluster.frontend.requests.offload import Beside
+from cluster.frontend.requests.offload import FairThreadPool
 from cluster.frontend.requests.parameter_rules import token_ids, violations
 from cluster.request_errors import DoesNotFit, InvalidRequest, NoTokenizer, Violation
 from parallel.errors import RequestError
@@ -34,7 +34,7 @@ class Admission:
     limits: ModelLimits
     config: FrontendConfig
     codec: TextCodec | None
-    beside: Beside = field(default_factory=Beside)
+    pool: FairThreadPool = field(default_factory=FairThreadPool)
 
     def check(self, call: Call) -> None:
         """Raise what is wrong with the call as a whole."""
@@ -55,7 +55,7 @@ class Admission:
     async def requests(self, call: Call) -> list[Request | RequestError]:
         """One request per prompt, or what is wrong with that prompt. Long texts are tokenized beside the event loop."""
         caller, words = call.share.caller, call.bad_words
-        banned = await self.beside.run(caller, self._banned, words) if words else ()
+        banned = await self.pool.run(caller, self._banned, words) if words else ()
         sampling = replace(call.sampling, bad_words=call.sampling.bad_words + banned)
         made: list[Request | RequestError] = []
         for index, prompt in enumerate(call.prompts):
@@ -89,7 +89,7 @@ class Admission:
             raise NoTokenizer(f"{field}: {NO_TOKENIZER}")
         self._check_length(text, field)
         if len(text) > self.config.inline_chars:
-            return await self.beside.run(caller, self.encode, text, whole)
+            return await self.pool.run(caller, self.encode, text, whole)
         if len(text) > self.config.inline_chars // TURN:  # many such are long together
             await asyncio.sleep(0)
         return self.encode(text, whole)
@@ -124,7 +124,7 @@ class Admission:
             return [self.decode(ids, f"sequences[{i}]") for i, ids in enumerate(sequences)]
 
         few = sum(map(len, sequences)) <= self.config.inline_chars
-        return texts() if few else await self.beside.run(caller, texts)
+        return texts() if few else await self.pool.run(caller, texts)
 
     def _check_count(self, field: str, count: int) -> None:
         most = self.config.max_prompts_per_call

@@ -17,11 +17,11 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class Beside:
+class FairThreadPool:
     """Used from one event loop."""
 
     def __init__(self, threads: int = 2) -> None:
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="beside")
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="fair-pool")
         self._last: dict[str, asyncio.Future[object]] = {}
 
     async def run(self, caller: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

@@ -14,7 +14,7 @@ from parallel.errors import WorkerError
 
 
 @dataclass(frozen=True)
-class Stand:
+class WeightVersion:
     """Where training stood at a moment: after how many steps, and by which weight_version its weights are known."""
 
     step: int = 0
@@ -25,8 +25,8 @@ class WeightState:
     """Follows the answers of one engine after another."""
 
     def __init__(self) -> None:
-        self._now = Stand()
-        self._saved: tuple[str, Stand] | None = None
+        self._now = WeightVersion()
+        self._saved: tuple[str, WeightVersion] | None = None
         self._gradients = False
         self._rebuilt = ""
         self._lost = False
@@ -40,14 +40,14 @@ class WeightState:
             return
         self.seen(answer)
         if call.kind in (Kind.SAVE, Kind.LOAD):
-            self._saved = call.name, Stand(answer.step, answer.weight_version)
+            self._saved = call.name, WeightVersion(answer.step, answer.weight_version)
         over = call.kind.changes_weights or answer.dropped > 0
         self._gradients = call.kind is Kind.FORWARD_BACKWARD or (self._gradients and not over)
 
     def seen(self, answer: TrainAnswer) -> None:
         """Where an engine says that it stands. What it was asked before an answer to another may be told after it."""
         if answer.weight_version > self._now.version:
-            self._now = Stand(answer.step, answer.weight_version)
+            self._now = WeightVersion(answer.step, answer.weight_version)
 
     def restore_point(self) -> RestorePoint | None:
         """What a new engine's weights have to be; None where they are the checkpoint's, as when it first started.
@@ -76,7 +76,7 @@ class WeightState:
             name, saved = self._saved
             if saved.version != self._now.version:
                 lost = f"back at the state {name!r}, step {saved.step}: what was done to step {self._now.step} is lost"
-            self._now = Stand(saved.step, point.weight_version)
+            self._now = WeightVersion(saved.step, point.weight_version)
             self._saved = name, self._now
         if self._gradients:
             lost = f"{lost or 'the weights are as they were'}; gradients that waited are lost"

@@ -103,7 +103,7 @@ class Inference(InferenceServicer):
         def make() -> bytes:
             return joined(parts(*args, **kwargs))
 
-        return self._sendable(make() if size <= LARGE_ANSWER else await self._frontend.beside.run(_caller(), make))
+        return self._sendable(make() if size <= LARGE_ANSWER else await self._frontend.pool.run(_caller(), make))
 
     async def _write(self, context: grpc.aio.ServicerContext, chunk: inference.GenerateChunk) -> None:
         limit = self._limits.write_seconds

@@ -24,7 +24,7 @@ from cluster.access.caller_limits import CALLER, TERMS, WHO, Account, OpenCalls,
 from cluster.access.roles import Gate
 from cluster.engine.request import Share
 from cluster.frontend.requests.call import FrontendConfig
-from cluster.frontend.requests.offload import Beside
+from cluster.frontend.requests.offload import FairThreadPool
 from cluster.request_errors import SlowReader
 from cluster.rpc.codec.error_status import row_of, status_of
 from cluster.rpc.codec.range_check import RangeCheck
@@ -32,7 +32,7 @@ from cluster.rpc.codec.strict_parsing import parse
 from cluster.rpc.proto import control_pb2, inference_pb2, training_pb2
 from cluster.rpc.services.call_span import traced
 from cluster.rpc.services.connection_limits import ServerLimits
-from cluster.rpc.services.unsent_answers import Bounds, Unread
+from cluster.rpc.services.unsent_answers import Bounds, UnsentAnswers
 from parallel.errors import RequestError, TpError
 
 log = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ class Interceptor(grpc.aio.ServerInterceptor):
         limits: ServerLimits | None = None,
         tracer: Tracer | None = None,
         config: FrontendConfig | None = None,
-        beside: Beside | None = None,
+        pool: FairThreadPool | None = None,
     ) -> None:
         limits = limits or ServerLimits()
         self._tracer = tracer
@@ -71,8 +71,8 @@ class Interceptor(grpc.aio.ServerInterceptor):
         self._open = OpenCalls(limits.max_calls_per_client, limits.max_concurrent_rpcs - for_health)
         self._open_to_all = OpenCalls(limits.max_health_calls_per_client, max(1, for_health))
         bounds = limits.max_message_bytes, limits.max_unread_bytes_per_client, limits.max_unread_bytes
-        self._unread = Unread(Bounds(*bounds, limits.write_seconds))
-        self._beside = beside or Beside()
+        self._unsent = UnsentAnswers(Bounds(*bounds, limits.write_seconds))
+        self._pool = pool or FairThreadPool()
         self._receive_seconds = limits.receive_seconds
 
     async def intercept_service(
@@ -93,7 +93,7 @@ class Interceptor(grpc.aio.ServerInterceptor):
         if kind is None:
             function = self._among_open(_function(handler), account)
             return _handler(handler.request_streaming, handler, function, handler.request_deserializer)
-        inner = received(bounded(_function(handler), kind, self._ranges, self._beside), self._receive_seconds)
+        inner = received(bounded(_function(handler), kind, self._ranges, self._pool), self._receive_seconds)
         inner = traced(inner, self._tracer, method, handler_call_details.invocation_metadata)
         inner = inner if handler.response_streaming else serialized(inner)
         method_of_bytes: Any = self._counted(inner, account)
@@ -114,7 +114,7 @@ class Interceptor(grpc.aio.ServerInterceptor):
                     held.enter_context(self._open.one_of(client, None if account is None else account.grant.calls))
                     answer = await inner(request, context)
                     if answer is not None:
-                        await self._unread.send(context, client, answer, held)
+                        await self._unsent.send(context, client, answer, held)
             except SlowReader as error:
                 with suppress(grpc.aio.InternalError):  # stuck behind what is not read until the client goes
                     await fail(context, error)
@@ -223,7 +223,7 @@ def received(method: Call, seconds: float) -> Call:
 
 
 def bounded(
-    method: Any, kind: type[Message], ranges: RangeCheck, beside: Beside
+    method: Any, kind: type[Message], ranges: RangeCheck, pool: FairThreadPool
 ) -> Callable[[bytes, grpc.aio.ServicerContext], Awaitable[Any]]:
     """The method over raw bytes, whose fields are in their ranges, with every error turned into a status."""
 
@@ -235,7 +235,7 @@ def bounded(
 
         try:
             large = len(data) > LARGE_MESSAGE_BYTES
-            message = await beside.run((TERMS.get() or Terms()).share.caller, read) if large else read()
+            message = await pool.run((TERMS.get() or Terms()).share.caller, read) if large else read()
             return await method(message, context)
         except Exception as error:  # noqa: BLE001 (the boundary: everything becomes a status)
             await fail(context, error)

@@ -37,7 +37,7 @@ class Bounds:
     write_seconds: float
 
 
-class Unread:
+class UnsentAnswers:
     """What clients have not read yet. In one event loop only."""
 
     def __init__(self, bounds: Bounds) -> None:

@@ -57,7 +57,7 @@ class Held:
         self.nbytes -= self.calls.popitem(last=False)[1].nbytes
 
 
-class Answered:
+class IdempotencyCache:
     """What rank 0 remembers."""
 
     def __init__(self) -> None:

@@ -23,7 +23,7 @@ from cluster.engine.run.command_stream import Commands
 from cluster.training.checkpoint.checkpointer import verify
 from cluster.training.checkpoint.state_folder import StateFolder, folder_size, in_thread
 from cluster.training.service.gradient_sessions import APPLIED, GradientSessions
-from cluster.training.service.idempotency import Answered
+from cluster.training.service.idempotency import IdempotencyCache
 from cluster.training.service.train_worker import DROP_SAVE, MORE, STOP_CALL, TRAIN, TrainWorker
 from cluster.training.train_calls import (
     InParts,
@@ -66,7 +66,7 @@ class TrainCoordinator:
     ) -> None:
         self._side, self._commands, self._weights_changed = side, commands, weights_changed
         self._states = StateFolder(side.saves.root) if side.saves.root is not None else None
-        self._answered, self._sessions = Answered(), GradientSessions(session_idle_s)
+        self._idempotency, self._sessions = IdempotencyCache(), GradientSessions(session_idle_s)
         self._saving: _Saving | None = None
         self._incarnation = time.time_ns() // 1_000_000
 
@@ -128,7 +128,7 @@ class TrainCoordinator:
         if call.kind.changes_weights:
             self._sessions.over(APPLIED if call.kind.applies_step else "as LoadState went back to a saved state")
             self._weights_changed()
-        return self._answered.remember(call, self._stamped(answer), gradient)
+        return self._idempotency.remember(call, self._stamped(answer), gradient)
 
     def _stamped(self, answer: TrainAnswer) -> TrainAnswer:
         return replace(answer, incarnation=self._incarnation)
@@ -136,9 +136,9 @@ class TrainCoordinator:
     def _replayed(self, call: TrainCall) -> TrainAnswer | None:
         """The stored answer to the same call; what waits is said as it is now."""
         try:
-            stored = self._answered.find(call)
+            stored = self._idempotency.find(call)
         except NotApplied:
-            gradient = self._answered.gradient_of(call)
+            gradient = self._idempotency.gradient_of(call)
             assert gradient is not None, "a gradient was dropped"
             self._sessions.told(gradient)
             raise
@@ -186,7 +186,7 @@ class TrainCoordinator:
         self._check_not_saving()
         answer = self._execute(call)
         assert isinstance(answer, TrainAnswer), "a load has one part"
-        self._answered.forget_all_but(call)
+        self._idempotency.forget_all_but(call)
         return answer
 
     def _save(self, call: TrainCall) -> TrainAnswer | Later:
@@ -217,8 +217,8 @@ class TrainCoordinator:
             log.error("the state %r was not saved: %s", saving.call.name, error)
             self._commands.issue(DROP_SAVE)
             raise
-        stored = self._answered.find(saving.call)
-        return stored or self._answered.remember(saving.call, replace(saving.answer, size=folder_size(folder)))
+        stored = self._idempotency.find(saving.call)
+        return stored or self._idempotency.remember(saving.call, replace(saving.answer, size=folder_size(folder)))
 
     def _root(self) -> StateFolder:
         if self._states is None:

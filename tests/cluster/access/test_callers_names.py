@@ -11,7 +11,7 @@ from cluster.access.access_config import Security
 from cluster.rpc.client.client import AsyncClient
 from cluster.rpc.proto import training_pb2 as pb
 from cluster.rpc.proto.training_pb2_grpc import TrainingStub
-from cluster.training.service.idempotency import CALLER_KEYS, CALLERS, Answered
+from cluster.training.service.idempotency import CALLER_KEYS, CALLERS, IdempotencyCache
 from cluster.training.train_calls import Kind, StepConflict, TrainAnswer, TrainCall
 from tests.cluster.access.token_files import access, entry, secret_file
 from tests.cluster.engine.tiny_models import save_tiny
@@ -92,30 +92,30 @@ def answer(step: int) -> TrainAnswer:
 
 
 def test_one_callers_many_keys_push_out_none_of_anothers() -> None:
-    answered = Answered()
-    answered.remember(call("alice", "a"), answer(1))
+    cache = IdempotencyCache()
+    cache.remember(call("alice", "a"), answer(1))
     for number in range(2 * CALLER_KEYS):
-        answered.remember(call("bob", str(number)), answer(number))
-    found = answered.find(call("alice", "a"))
+        cache.remember(call("bob", str(number)), answer(number))
+    found = cache.find(call("alice", "a"))
     assert found is not None and found.step == 1 and found.replayed
-    assert answered.find(call("bob", "a")) is None and answered.find(call("bob", "0")) is None
-    assert answered.find(call("bob", str(2 * CALLER_KEYS - 1))) is not None
+    assert cache.find(call("bob", "a")) is None and cache.find(call("bob", "0")) is None
+    assert cache.find(call("bob", str(2 * CALLER_KEYS - 1))) is not None
 
 
 def test_callers_are_bounded_and_those_without_a_key_are_not_remembered() -> None:
-    answered = Answered()
+    cache = IdempotencyCache()
     for number in range(CALLERS + 1):
-        answered.remember(call(f"caller {number}", "a"), answer(number))
-        answered.remember(call(f"caller {number}", ""), answer(number))
-    assert answered.find(call("caller 0", "a")) is None
-    assert answered.find(call(f"caller {CALLERS}", "a")) is not None and answered.find(call("caller 1", "")) is None
+        cache.remember(call(f"caller {number}", "a"), answer(number))
+        cache.remember(call(f"caller {number}", ""), answer(number))
+    assert cache.find(call("caller 0", "a")) is None
+    assert cache.find(call(f"caller {CALLERS}", "a")) is not None and cache.find(call("caller 1", "")) is None
 
 
 def test_what_was_undone_is_forgotten_for_all_callers_but_the_call_that_undid_it() -> None:
-    answered = Answered()
+    cache = IdempotencyCache()
     for caller in ("alice", "bob"):
-        answered.remember(call(caller, "a"), answer(1))
-    answered.forget_all_but(call("bob", "a"))
-    assert answered.find(call("alice", "a")) is None and answered.find(call("bob", "a")) is not None
+        cache.remember(call(caller, "a"), answer(1))
+    cache.forget_all_but(call("bob", "a"))
+    assert cache.find(call("alice", "a")) is None and cache.find(call("bob", "a")) is not None
     with pytest.raises(StepConflict, match="'a' was used for another call"):
-        answered.find(call("bob", "a", name="other"))
+        cache.find(call("bob", "a", name="other"))

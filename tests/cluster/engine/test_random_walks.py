@@ -126,7 +126,7 @@ class Walk:
         assert self.engine.idle, "the engine does not come to an end"
         load = self.engine.load()
         assert (load.kv_blocks_free, load.running, load.waiting) == (self.num_blocks, 0, 0)
-        assert not self.engine.scheduler.shares._flows, "a caller without requests is still there"
+        assert not self.engine.scheduler.queue._flows, "a caller without requests is still there"
         for request in self.asked.values():
             self.check(request)
 

@@ -7,7 +7,7 @@ import sys
 import time
 from dataclasses import asdict
 
-from cluster.actors.group.detached_actors import Keep
+from cluster.actors.group.detached_actors import DetachedOptions
 from cluster.actors.group.detached_group import DetachedGroup
 from cluster.actors.host.ray_session import ray_session
 from tests.cluster.actors.group.lasting_program import MakeLasting
@@ -15,7 +15,7 @@ from tests.cluster.actors.group.lasting_program import MakeLasting
 
 def main(address: str, name: str, folder: str, timeout_s: float) -> None:
     with ray_session(address, log_to_driver=False):
-        group = DetachedGroup(MakeLasting(folder), 2, keep=Keep(name=name, orphan_timeout_s=timeout_s))
+        group = DetachedGroup(MakeLasting(folder), 2, detached=DetachedOptions(name=name, orphan_timeout_s=timeout_s))
         pids = [ready.pid for ready in group.start()]
         print(json.dumps({"where": asdict(group.whereabouts), "pids": pids}), flush=True)
         time.sleep(600)

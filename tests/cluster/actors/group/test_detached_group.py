@@ -18,7 +18,7 @@ import pytest
 import ray
 from ray.util.placement_group import placement_group_table
 
-from cluster.actors.group.detached_actors import DetachedRanks, Keep, end_leftovers
+from cluster.actors.group.detached_actors import DetachedOptions, DetachedRanks, end_leftovers
 from cluster.actors.group.detached_group import DetachedGroup
 from cluster.actors.group.worker import Lease, Worker
 from parallel.errors import WorkerError
@@ -63,7 +63,7 @@ def owner(name: str, folder: Path, timeout_s: float) -> Iterator[tuple[DetachedR
 
 
 def kept(name: str, folder: Path, timeout_s: float = 300.0) -> DetachedGroup:
-    return DetachedGroup(MakeLasting(str(folder)), 2, keep=Keep(name=name, orphan_timeout_s=timeout_s))
+    return DetachedGroup(MakeLasting(str(folder)), 2, detached=DetachedOptions(name=name, orphan_timeout_s=timeout_s))
 
 
 def within(seconds: float, condition: Callable[[], Any]) -> bool:

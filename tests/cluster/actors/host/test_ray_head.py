@@ -10,10 +10,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from cluster.actors.host.ray_head import Head
+from cluster.actors.host.ray_head import RayHead
 
 
-class Watched(Head):
+class Watched(RayHead):
     """Over a raylet and a GCS that sleep."""
 
     def watch(self) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from cluster.engine.engine import Engine, generate
 from cluster.engine.request import BeamParams, Request, SamplingParams, Share, StoppingCriteria
-from cluster.engine.schedule.fair_share import MAX_REMEMBERED, Shares
+from cluster.engine.schedule.fair_share import MAX_REMEMBERED, FairQueue
 from cluster.engine.schedule.preemption import LEAST_QUANTUM, QUANTUM
 from cluster.engine.schedule.step_planner import divided
 from cluster.engine.schedule.step_time import StepTime
@@ -273,7 +273,7 @@ def test_what_one_flow_does_not_want_goes_to_the_others() -> None:
 
 
 def test_nobody_saves_up_by_being_idle() -> None:
-    shares, clock = Shares(16, Clock()), Clock()
+    queue, clock = FairQueue(16, Clock()), Clock()
     assert clock() == 0.0
     engine, _ = fake_engine(num_blocks=400, max_sequences=1)
     for i in range(6):
@@ -282,17 +282,17 @@ def test_nobody_saves_up_by_being_idle() -> None:
         engine.step()
     engine.submit(ask("g", GOOD, new=2))
     good = engine.scheduler.answers["g"].flow.caller
-    evil = next(flow.caller for flow in engine.scheduler.shares._flows.values() if flow.caller.name == "evil")
+    evil = next(flow.caller for flow in engine.scheduler.queue._flows.values() if flow.caller.name == "evil")
     assert 0 < good.served <= evil.served, "who comes late joins where the others are"
-    assert len(shares) == 0
+    assert len(queue) == 0
 
 
 def test_callers_that_left_are_forgotten_by_number() -> None:
-    shares = Shares(16, Clock())
+    queue = FairQueue(16, Clock())
     for i in range(3 * MAX_REMEMBERED):
-        shares.leave(shares.join(Share("address", str(i))))
-        shares.leave(shares.join(Share(f"name {i}")))
-    assert len(shares._idle) == MAX_REMEMBERED and not shares._flows
+        queue.leave(queue.join(Share("address", str(i))))
+        queue.leave(queue.join(Share(f"name {i}")))
+    assert len(queue._idle) == MAX_REMEMBERED and not queue._flows
 
 
 def test_the_pace_is_that_of_the_shortest_step_and_learns_of_larger_ones() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from cluster.frontend.requests.classify_embed import Span, best_spans, softmax
-from cluster.frontend.requests.offload import Beside
+from cluster.frontend.requests.offload import FairThreadPool
 from cluster.link.engine_loop import EngineLoop
 from tests.cluster.frontend.fakes import FakeEngine
 from tests.cluster.frontend.harness import run
@@ -23,7 +23,7 @@ TOKENIZERS = Path(__file__).parents[3] / "data/tokenizers"
 
 def test_one_caller_has_one_piece_at_a_time_and_holds_up_nobody_else() -> None:
     async def main() -> None:
-        beside, running, most = Beside(), 0, 0
+        pool, running, most = FairThreadPool(), 0, 0
         gate = threading.Event()
 
         def piece() -> None:
@@ -33,19 +33,19 @@ def test_one_caller_has_one_piece_at_a_time_and_holds_up_nobody_else() -> None:
             gate.wait(60)
             running -= 1
 
-        mine = [asyncio.create_task(beside.run("many", piece)) for _ in range(20)]
+        mine = [asyncio.create_task(pool.run("many", piece)) for _ in range(20)]
         await asyncio.sleep(0.05)
-        assert await beside.run("one", lambda: "done") == "done", "the second thread is for others"
+        assert await pool.run("one", lambda: "done") == "done", "the second thread is for others"
         for task in mine[:10]:
             task.cancel()
         await asyncio.sleep(0.05)
         assert running == 1, "a piece that nobody waits for any more still counts"
         gate.set()
         await asyncio.gather(*mine, return_exceptions=True)
-        assert most == 1 and not beside._last
+        assert most == 1 and not pool._last
         with pytest.raises(ZeroDivisionError):
-            await beside.run("one", lambda: 1 // 0)
-        beside.close()
+            await pool.run("one", lambda: 1 // 0)
+        pool.close()
 
     run(main())
 

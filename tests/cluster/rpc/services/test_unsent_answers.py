@@ -15,7 +15,7 @@ from cluster.access.token_file import Role
 from cluster.rpc.client.client import AsyncClient
 from cluster.rpc.proto import inference_pb2 as pb
 from cluster.rpc.services.connection_limits import ServerLimits
-from cluster.rpc.services.unsent_answers import ALWAYS_BYTES, Bounds, Unread, hang_up
+from cluster.rpc.services.unsent_answers import ALWAYS_BYTES, Bounds, UnsentAnswers, hang_up
 from tests.cluster.access.token_files import TOKENS, access, security
 from tests.cluster.frontend.harness import run, until
 from tests.cluster.rpc.harness import INFERENCE, service
@@ -93,13 +93,13 @@ class Stuck:
 
 def test_bytes_are_bounded_for_each_client_and_for_all_of_them() -> None:
     async def main() -> None:
-        unread = Unread(Bounds(100 * MB, 10 * MB, 25 * MB, 60.0))
+        unsent = UnsentAnswers(Bounds(100 * MB, 10 * MB, 25 * MB, 60.0))
         stuck, tasks = Stuck(), []
 
         def send(client: str, size: int) -> asyncio.Task[None]:
             async def sent() -> None:
                 with ExitStack() as held:
-                    await unread.send(stuck, client, bytes(size), held)
+                    await unsent.send(stuck, client, bytes(size), held)
 
             tasks.append(asyncio.create_task(sent()))
             return tasks[-1]
@@ -114,10 +114,10 @@ def test_bytes_are_bounded_for_each_client_and_for_all_of_them() -> None:
             await send("c", 6 * MB)
         send("c", ALWAYS_BYTES)
         await asyncio.sleep(0)
-        assert unread.num_bytes == 24 * MB
+        assert unsent.num_bytes == 24 * MB
         stuck.sent.set()
         done = await asyncio.gather(*tasks, return_exceptions=True)
-        assert unread.num_bytes == 0 and sum(isinstance(item, AnswersUnread) for item in done) == 2
+        assert unsent.num_bytes == 0 and sum(isinstance(item, AnswersUnread) for item in done) == 2
 
     run(main())
 

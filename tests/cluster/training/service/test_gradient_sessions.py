@@ -10,7 +10,7 @@ import torch
 
 from cluster.engine.run.command_stream import Commands
 from cluster.training.service.gradient_sessions import GradientSessions
-from cluster.training.service.idempotency import ALL_BYTES, CALLER_BYTES, CALLER_KEYS, Answered
+from cluster.training.service.idempotency import ALL_BYTES, CALLER_BYTES, CALLER_KEYS, IdempotencyCache
 from cluster.training.service.train_coordinator import TrainCoordinator
 from cluster.training.service.train_worker import SaveConfig, TrainWorker
 from cluster.training.train_calls import (
@@ -127,7 +127,7 @@ def test_what_began_before_a_rebuild_is_not_applied_in_part_after_it(lead: Train
     """One of two gradients is lost with the ranks; somebody of the same name has asked where training stands since."""
     meant = ask(lead, Kind.FORWARD_BACKWARD, "a", "first", expected_incarnation=lead._incarnation).incarnation
     ask(lead, Kind.DROP, "a")
-    lead._incarnation, lead._answered = meant + 1, Answered()  # as of new ranks
+    lead._incarnation, lead._idempotency = meant + 1, IdempotencyCache()  # as of new ranks
     ask(lead, Kind.FORWARD_BACKWARD, "a", "second", expected_step=0)  # says nothing of what it belongs to
     weights = [p.detach().clone() for p in lead._side._runner.model.parameters()]
     for kind in (Kind.TRAIN_STEP, Kind.FORWARD_BACKWARD, Kind.OPTIM_STEP, Kind.EVALUATE, Kind.SAVE, Kind.LOAD):
@@ -157,33 +157,33 @@ def large(step: int, count: int = 131072) -> TrainAnswer:
 
 
 def test_answers_are_bounded_in_bytes_and_one_that_went_is_not_given_as_unknown() -> None:
-    answered, answer = Answered(), large(3)
-    answered.remember(keyed("alice", "mine"), large(1, 10))
+    cache, answer = IdempotencyCache(), large(3)
+    cache.remember(keyed("alice", "mine"), large(1, 10))
     for number in range(40):
-        answered.remember(keyed("bob", str(number)), answer)
-    held = answered._of["bob"]
+        cache.remember(keyed("bob", str(number)), answer)
+    held = cache._of["bob"]
     assert held.nbytes <= CALLER_BYTES and len(held.calls) == 40
     with pytest.raises(AnswerDropped, match="was applied .the step was 3 after it.*not applied again"):
-        answered.find(keyed("bob", "0"))
-    last = answered.find(keyed("bob", "39"))
+        cache.find(keyed("bob", "0"))
+    last = cache.find(keyed("bob", "39"))
     assert last is not None and last.logprobs == answer.logprobs and last.replayed
-    mine = answered.find(keyed("alice", "mine"))
+    mine = cache.find(keyed("alice", "mine"))
     assert mine is not None and mine.logprobs == large(1, 10).logprobs, "another's answers push out none of mine"
 
 
 def test_all_callers_together_are_bounded_and_the_largest_gives_way() -> None:
-    answered, answer = Answered(), large(3)
-    answered.remember(keyed("small", "a"), large(1, 1000))
+    cache, answer = IdempotencyCache(), large(3)
+    cache.remember(keyed("small", "a"), large(1, 1000))
     for caller in range(12):
         for number in range(16):
-            answered.remember(keyed(f"caller {caller}", str(number)), answer)
-    assert answered.nbytes <= ALL_BYTES
-    found = answered.find(keyed("small", "a"))
+            cache.remember(keyed(f"caller {caller}", str(number)), answer)
+    assert cache.nbytes <= ALL_BYTES
+    found = cache.find(keyed("small", "a"))
     assert found is not None and len(found.logprobs[0]) == 1000
 
 
 def test_keys_are_known_longer_than_answers_and_bounded_too() -> None:
-    answered = Answered()
+    cache = IdempotencyCache()
     for number in range(CALLER_KEYS + 1):
-        answered.remember(keyed("bob", str(number)), large(number, 1))
-    assert answered.find(keyed("bob", "0")) is None and answered.find(keyed("bob", "1")) is not None
+        cache.remember(keyed("bob", str(number)), large(number, 1))
+    assert cache.find(keyed("bob", "0")) is None and cache.find(keyed("bob", "1")) is not None
