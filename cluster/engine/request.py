@@ -1,18 +1,21 @@
 """What the engine is asked and what it answers: token ids in, token events out.
 
-Plain frozen dataclasses that pickle; text, stop strings and protobuf messages live above. Validation against a
-model's limits is `cluster.engine.request_validation.validate`; the defaults are a Hugging Face user's.
+Plain frozen values that travel by their types (cluster/link/wire.py); text, stop strings and protobuf messages live
+above. Validation against a model's limits is `cluster.engine.request_validation.validate`; the defaults are a Hugging
+Face user's.
 """
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-if TYPE_CHECKING:
-    from tp_decoders.model.task_config import TaskConfig
+from msgspec import Struct
+
+from cluster.engine.top_logprobs import NO_ALTERNATIVES, Alternatives
+from tp_decoders.model.task_config import TaskConfig
 
 
 class FinishReason(enum.Enum):
@@ -154,7 +157,7 @@ class TokenLogprobs:
 
     token_id: int
     logprob: float
-    top: Sequence[tuple[int, float]] = ()
+    top: Alternatives = NO_ALTERNATIVES
 
 
 @dataclass(frozen=True)
@@ -184,8 +187,7 @@ class StepReport:
         return {name: value for name, value in vars(self).items() if name not in ("seconds", "preempted")}
 
 
-@dataclass(frozen=True, kw_only=True)
-class TokenEvent:
+class TokenEvent(Struct, frozen=True, kw_only=True, array_like=True, tag=0):
     """Something that happened to one sample of one request: new tokens, the prompt's log-probabilities, or its end."""
 
     request_id: str

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Protocol
+
+from msgspec import Struct
 
 from cluster.engine.request import EngineLoad, ModelLimits, Request, TokenEvent
 from cluster.training.train_calls import TrainAnswer, TrainCall
 from parallel.errors import TpError
 
 
-@dataclass(frozen=True)
-class Rejected:
+class Rejected(Struct, frozen=True, array_like=True, tag=1):
     """The engine refused a request at submission; nothing of it will run."""
 
     request_id: str

@@ -1,8 +1,8 @@
 """Rank 0's side of a SocketLink: an engine served to one front-end at a time.
 
-A thread accepts and reads; the engine's loop runs in the thread that calls `serve` and never waits for the network.
-When a front-end goes away its requests are ended and the next one may connect. Whoever has not proved the key within
-a few seconds is hung up on. What happened in a step has left this process before the next step begins, so that a
+A thread accepts, another one reads; the engine's loop runs in the thread that calls `serve` and never waits for the
+network. When a front-end goes away its requests are ended and the next one is served. Whoever has not proved the key
+within a few seconds is hung up on. What happened in a step has left this process before the next step begins, so that a
 front-end knows how far each request was when a step ends this process.
 """
 
@@ -14,15 +14,11 @@ import socket
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
-from contextlib import suppress
-from functools import partial
-from multiprocessing.connection import Connection
 
 from cluster.engine.request import EngineLoad
 from cluster.link.engine_link import LinkEvent, Rejected
 from cluster.link.engine_loop import EngineLoop, EngineSurface, TrainFunction, describe_fault
 from cluster.link.wire import (
-    NOT_GREETED,
     Abort,
     AskLoad,
     Bye,
@@ -35,20 +31,19 @@ from cluster.link.wire import (
     Submit,
     Train,
     Trained,
+    TrainingRefused,
     Wire,
-    accept,
     set_limit,
 )
+from cluster.safe_text import for_terminal
 from cluster.supervision import supervised
 from cluster.training.train_calls import TrainAnswer, TrainFuture, TrainingCancelled
 from parallel.errors import TpError
-from parallel.ranks.rendezvous_store import family_of
+from parallel.keyed_listener import KeyedListener
 
 log = logging.getLogger(__name__)
 
-HANDSHAKE_SECONDS = 5.0
-MAX_GREETING = 16
-"""Connections that have not proved the key yet."""
+JOIN_SECONDS = 5.0
 FLUSH_SECONDS = 0.25
 """How long a step waits for the news of the one before to be written; for a front-end that does not read, no more."""
 FRONTEND_SILENCE_SECONDS = 30.0  # one that has ended is seen at once; this is for hosts that vanish
@@ -66,14 +61,12 @@ class EngineServer:
         training: TrainFunction | None = None,
     ) -> None:
         self._limits = engine.limits
-        self._authkey = authkey
         self._loop = EngineLoop(engine, self._send_events, training=training)
-        self._listener = socket.create_server((host, 0), family=family_of(host), backlog=8)
+        self._known: queue.SimpleQueue[tuple[socket.socket, str] | None] = queue.SimpleQueue()
+        self._listener = KeyedListener(host, 0, authkey, lambda peer, name: self._known.put((peer, name)))
         self._wire: Wire | None = None
         self._open: dict[str, set[int]] = {}  # samples of the present front-end that have not ended
         self._trainings: dict[int, TrainFuture] = {}
-        self._greeting: dict[str, socket.socket] = {}  # whose handshake is under way, the oldest first
-        self._known: queue.SimpleQueue[tuple[Connection, str]] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._stopping = threading.Event()
         self._written = threading.Event()
@@ -81,73 +74,45 @@ class EngineServer:
 
     @property
     def address(self) -> tuple[str, int]:
-        host, port = self._listener.getsockname()[:2]
-        return host, port
+        return self._listener.address
 
     def serve(self) -> None:
         """Until `stop`, or until the engine fails: the front-end is told the cause, and it is raised here too."""
-        thread = supervised("engine-server", self._accept, self._loop.fail)
+        supervised("engine-server-listener", self._listener.run, self._loop.fail)
+        thread = supervised("engine-server", self._serve_peers, self._loop.fail)
         try:
             self._loop.run()
         except Exception as error:
-            self._send(Fault(describe_fault(error, 0, socket.gethostname())))
+            self._send(Fault(for_terminal(describe_fault(error, 0, socket.gethostname()))))
             raise
         finally:
             self.stop()
             wire = self._wire
             if wire is not None:
                 wire.close()
-            thread.join(HANDSHAKE_SECONDS)
+            self._listener.close()
+            self._known.put(None)
+            thread.join(JOIN_SECONDS)
 
     def stop(self) -> None:
         """End `serve` after the step it is in. From any thread."""
         self._stopping.set()
         self._loop.stop()
 
-    # ------------------------------------------------------------ in the listener's thread
+    # ------------------------------------------------------------ in the front-ends' thread
 
-    def _accept(self) -> None:
-        with self._listener:
-            while not self._stopping.is_set():
-                self._listener.settimeout(0.05 if self._greeting else 0.2)
-                try:
-                    sock, peer = self._listener.accept()
-                except TimeoutError:
-                    pass
-                except OSError as error:  # no file descriptor is left, say
-                    log.error("no connection can be accepted: %s", error)
-                    self._stopping.wait(1.0)
-                else:
-                    self._greet(sock, f"{peer[0]}:{peer[1]}")
-                if not self._known.empty():
-                    self._serve_peer(*self._known.get())
+    def _serve_peers(self) -> None:
+        """One front-end after the other."""
+        while (known := self._known.get()) is not None:
+            self._serve_peer(*known)
 
-    def _greet(self, sock: socket.socket, peer: str) -> None:
-        """In a thread of its own, so that a stranger who says nothing keeps nobody out. The oldest of too many goes."""
-        waiting = list(self._greeting)
-        for oldest in waiting[: max(0, len(waiting) + 1 - MAX_GREETING)]:
-            if (stranger := self._greeting.pop(oldest, None)) is not None:
-                with stranger, suppress(OSError):  # gone by itself
-                    stranger.shutdown(socket.SHUT_RDWR)
-        self._greeting[peer] = sock.dup()  # the handshake closes its own
-        supervised("engine-server-hello", partial(self._shake_hands, sock, peer), lambda _: None)
-
-    def _shake_hands(self, sock: socket.socket, peer: str) -> None:
-        try:
-            self._known.put((accept(sock, self._authkey, HANDSHAKE_SECONDS), peer))
-        except NOT_GREETED as error:
-            log.warning("refused a connection from %s: %s: %s", peer, type(error).__name__, error)
-        finally:
-            if (mine := self._greeting.pop(peer, None)) is not None:
-                mine.close()
-
-    def _serve_peer(self, connection: Connection, peer: str) -> None:
+    def _serve_peer(self, connection: socket.socket, peer: str) -> None:
         set_limit(connection, FRONTEND_SILENCE_SECONDS)
         wire = Wire(connection, "engine-server")
         wire.send(Hello(self._limits, socket.gethostname()))
         self._wire = wire
         try:
-            while not isinstance(message := wire.receive(), Bye):
+            while not self._stopping.is_set() and not isinstance(message := wire.receive(), Bye):
                 self._take(message)
         except (EOFError, OSError) as error:
             if not self._stopping.is_set():
@@ -228,7 +193,7 @@ class EngineServer:
         if error is None:
             asker.send(Trained(tag, done.result()))
         elif isinstance(error, TpError):
-            asker.send(Trained(tag, error))
+            asker.send(TrainingRefused(tag, error))
 
     def _send(self, message: Message) -> None:
         wire = self._wire

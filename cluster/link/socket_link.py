@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
 
+from msgspec import MsgspecError
+
 from cluster.engine.request import EngineLoad, ModelLimits, Request
 from cluster.link.engine_link import EventSink, FaultSink, SampleId
 from cluster.link.wire import (
@@ -30,12 +32,13 @@ from cluster.link.wire import (
     Submit,
     Train,
     Trained,
+    TrainingRefused,
     Wire,
     connect,
     set_limit,
 )
 from cluster.training.train_calls import TrainAnswer, TrainCall
-from parallel.errors import TpError, WorkerError
+from parallel.errors import WorkerError
 
 log = logging.getLogger(__name__)
 
@@ -45,10 +48,10 @@ class SocketLink:
 
     def __init__(self, address: tuple[str, int], authkey: bytes, timeout: float = 10.0) -> None:
         self._where = f"{address[0]}:{address[1]}"
-        connection = connect(address, authkey, timeout)
-        self._wire = Wire(connection, "engine-link")
+        peer = connect(address, authkey, timeout)
+        self._wire = Wire(peer, "engine-link")
         hello = self._greeting(timeout)
-        set_limit(connection, SILENCE_SECONDS)
+        set_limit(peer, SILENCE_SECONDS)
         self._limits, self._node = hello.limits, hello.node
         self._closing = False
         self._tags = itertools.count()
@@ -100,16 +103,16 @@ class SocketLink:
     def _greeting(self, timeout: float) -> Hello:
         try:
             hello = self._wire.receive()
+            if isinstance(hello, Hello):
+                return hello
+            text = f"the engine at {self._where} began with {type(hello).__name__}: another version runs there"
+            raise WorkerError(text)
         except (EOFError, OSError) as error:
-            self._wire.close()
             text = f"the engine at {self._where} said nothing within {timeout:g} s ({type(error).__name__})"
             raise WorkerError(text) from error
-        if not isinstance(hello, Hello):
-            self._wire.close()
-            raise WorkerError(
-                f"the engine at {self._where} began with {type(hello).__name__}: another version runs there"
-            )
-        return hello
+        except (MsgspecError, ValueError) as error:
+            text = f"the engine at {self._where} began with what is no message ({error}): another version runs there"
+            raise WorkerError(text) from error
 
     def _read(self, events: EventSink, fault: FaultSink) -> None:
         cause = self._read_until_lost(events)
@@ -145,17 +148,14 @@ class SocketLink:
             answer = self._loads.get(message.tag)
             if answer is not None and not answer.done():
                 answer.set_result(message.load)
-        elif isinstance(message, Trained):
-            self._finish_training(message)
-
-    def _finish_training(self, message: Trained) -> None:
-        trained = self._trainings.get(message.tag)
-        if trained is None or not trained.set_running_or_notify_cancel():
-            return
-        if isinstance(message.answer, TpError):
-            trained.set_exception(message.answer)
-        else:
-            trained.set_result(message.answer)
+        elif isinstance(message, Trained | TrainingRefused):
+            trained = self._trainings.get(message.tag)
+            if trained is None or not trained.set_running_or_notify_cancel():
+                return
+            if isinstance(message, Trained):
+                trained.set_result(message.answer)
+            else:
+                trained.set_exception(message.error)
 
 
 class _Asked(Future[TrainAnswer]):

@@ -1,36 +1,26 @@
 """Where ranks meet: a key-value store on rank 0 that listens on one address and answers who proves the group's key.
 
-torch's TCPStore listens on every interface and believes everybody. Here both sides prove the key first (HMAC-SHA256
-over a nonce of each, RFC 2104), within a few seconds and before anything else is read; a value, a key and the whole
-store are bounded. What is exchanged then is plain: addresses and names of shared memory, no weights and no prompts.
-`KeyedStore` is a torch.distributed Store, for process groups and for `share`, until it is closed.
+torch's TCPStore listens on every interface and believes everybody. Here both sides prove the key first
+(parallel/keyed_listener.py); a value, a key and the whole store are bounded. What is exchanged then is plain: addresses
+and names of shared memory, no weights and no prompts. `KeyedStore` is a torch.distributed Store, for process groups and
+for `share`, until it is closed.
 """
 
 from __future__ import annotations
 
-import hmac
-import logging
-import secrets
 import socket
 import struct
 import threading
 import time
 from collections.abc import Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from datetime import timedelta
 
 import torch.distributed as dist
 
 from parallel.errors import CollectiveError
+from parallel.keyed_listener import PROOF_S, KeyedListener, connected, exactly, shut_down
 
-log = logging.getLogger(__name__)
-NONCE = 32
-PROOF_S = 5.0
-"""For both proofs, in all."""
-MOST_STRANGERS = 16
-"""Connections that have not proved the key yet. With one more, the oldest of them goes."""
-POLITE_S = 0.05
-"""So long a further one waits for that: a rank's proof takes a moment, and its peers may all come at once."""
 MOST_BYTES = 1 << 20
 """Of a key, of a value."""
 STORE_BYTES = 64 << 20
@@ -48,79 +38,35 @@ class StoreServer:
     """Rank 0's side, in threads of its own until `close`."""
 
     def __init__(self, host: str, port: int, key: bytes) -> None:
-        self._key = key
         self._values: dict[bytes, bytes] = {}
         self._size = 0
         self._changed = threading.Condition()
-        self._room = threading.BoundedSemaphore(MOST_STRANGERS)
-        self._strangers: dict[socket.socket, None] = {}  # the oldest first
-        self._listener = socket.create_server((host, port), family=family_of(host), backlog=128)
         self._known: set[socket.socket] = set()
         self._closed = False
-        threading.Thread(target=self._accept, name="store", daemon=True).start()
-
-    @property
-    def port(self) -> int:
-        return int(self._listener.getsockname()[1])
+        self._listener = KeyedListener(host, port, key, self._serve)
+        self.port = self._listener.address[1]
+        threading.Thread(target=self._listener.run, name="store", daemon=True).start()
 
     def close(self) -> None:
+        self._listener.close()
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-            for each in (self._listener, *self._strangers, *self._known):
-                _shut_down(each)  # its thread closes it
-        self._listener.close()
+            for each in self._known:
+                shut_down(each)  # its thread closes it
 
-    def _accept(self) -> None:
-        while not self._closed:
-            try:
-                peer, where = self._listener.accept()
-            except OSError as error:
-                if self._closed:
-                    return
-                log.warning("the ranks' store: %s", error)  # out of file handles, say: those that are here go on
-                time.sleep(0.1)
-                continue
-            while not self._room.acquire(timeout=POLITE_S):
-                self._hang_up_on_the_oldest()
-            with self._changed:
-                self._strangers[peer] = None
-            threading.Thread(target=self._talk, args=(peer, where), name="store", daemon=True).start()
-
-    def _hang_up_on_the_oldest(self) -> None:
-        with self._changed:
-            oldest = next(iter(self._strangers), None)
-            if oldest is not None:
-                del self._strangers[oldest]
-                _shut_down(oldest)  # under the lock: not closed yet, so the number is still its own
-
-    def _talk(self, peer: socket.socket, where: object) -> None:
+    def _serve(self, peer: socket.socket, _: str) -> None:
         with closing(peer):
-            try:
-                proof = _challenged(peer, self._key)
-            except (OSError, EOFError) as error:  # a wrong proof is a PermissionError, which is an OSError
-                log.info("the ranks' store hung up on %s, which did not prove the key: %s", where, error)
-                proof = None
             with self._changed:
-                if proof is not None and peer in self._strangers:
-                    self._known.add(peer)
-                self._strangers.pop(peer, None)
-            self._room.release()
+                self._known.add(peer)
             try:
-                self._serve(peer, proof)
+                while not self._closed:
+                    peer.sendall(_message(*self._answer(*_read(peer))))
             except (OSError, EOFError, ValueError, struct.error):
                 pass  # the rank is gone, or sends what it should not
             finally:
                 with self._changed:
                     self._known.discard(peer)
-
-    def _serve(self, peer: socket.socket, proof: bytes | None) -> None:
-        if peer not in self._known or proof is None:
-            return
-        peer.sendall(proof)
-        peer.settimeout(None)
-        while not self._closed:
-            peer.sendall(_message(*self._answer(*_read(peer))))
 
     def _answer(self, what: int, key: bytes, value: bytes) -> tuple[int, bytes, bytes]:
         with self._changed:
@@ -259,52 +205,13 @@ def _connected(address: tuple[str, int], key: bytes, limit_s: float) -> socket.s
     deadline = time.monotonic() + limit_s
     while True:
         try:
-            peer = socket.create_connection(address, max(0.1, min(limit_s, deadline - time.monotonic())))
-            try:
-                _prove(peer, key)
-            except BaseException:
-                peer.close()
-                raise
+            return connected(address, key, max(0.1, min(limit_s, deadline - time.monotonic())))
         except PermissionError as error:
             raise CollectiveError(f"who answers at {address[0]}:{address[1]} has another key") from error
         except (OSError, EOFError) as error:
             if time.monotonic() >= deadline:
                 raise CollectiveError(f"{address[0]}:{address[1]} was not reached: {error}") from error
             time.sleep(0.05)
-        else:
-            peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            return peer
-
-
-def _prove(peer: socket.socket, key: bytes) -> None:
-    """A rank's side: its own proof, then the server's. Each is over both nonces, its own first, and says whose it is,
-    so that none serves in the other's place. PermissionError where the server's is wrong.
-    """
-    deadline, mine = time.monotonic() + PROOF_S, secrets.token_bytes(NONCE)
-    peer.settimeout(PROOF_S)
-    peer.sendall(mine)
-    theirs = _exactly(peer, NONCE, deadline)
-    peer.sendall(_proof(key, b"client", mine + theirs))
-    if not hmac.compare_digest(_exactly(peer, NONCE, deadline), _proof(key, b"server", theirs + mine)):
-        raise PermissionError("the proof is wrong")
-    peer.settimeout(None)
-
-
-def _challenged(peer: socket.socket, key: bytes) -> bytes:
-    """Rank 0's side, up to its own proof, which is returned; PermissionError where the rank's is wrong."""
-    deadline, mine = time.monotonic() + PROOF_S, secrets.token_bytes(NONCE)
-    peer.settimeout(PROOF_S)
-    peer.sendall(mine)
-    theirs = _exactly(peer, NONCE, deadline)
-    given = _exactly(peer, NONCE, deadline)
-    if not hmac.compare_digest(given, _proof(key, b"client", theirs + mine)):
-        peer.sendall(bytes(NONCE))  # which tells a rank why
-        raise PermissionError("the proof is wrong")
-    return _proof(key, b"server", mine + theirs)
-
-
-def _proof(key: bytes, side: bytes, nonces: bytes) -> bytes:
-    return hmac.digest(key, side + nonces, "sha256")
 
 
 def _message(what: int, key: bytes, value: bytes) -> bytes:
@@ -312,29 +219,7 @@ def _message(what: int, key: bytes, value: bytes) -> bytes:
 
 
 def _read(peer: socket.socket) -> tuple[int, bytes, bytes]:
-    what, key, value = HEAD.unpack(_exactly(peer, HEAD.size))
+    what, key, value = HEAD.unpack(exactly(peer, HEAD.size))
     if key > MOST_BYTES or value > MOST_BYTES:
         raise ValueError(f"a key of {key} or a value of {value} bytes; at most {MOST_BYTES}")
-    return what, _exactly(peer, key), _exactly(peer, value)
-
-
-def _exactly(peer: socket.socket, count: int, deadline: float | None = None) -> bytes:
-    parts = b""
-    while len(parts) < count:
-        if deadline is not None:
-            peer.settimeout(max(0.001, deadline - time.monotonic()))
-        part = peer.recv(count - len(parts))
-        if not part:
-            raise EOFError("the connection was closed")
-        parts += part
-    return parts
-
-
-def _shut_down(peer: socket.socket) -> None:
-    """Wakes whoever reads there."""
-    with suppress(OSError):
-        peer.shutdown(socket.SHUT_RDWR)
-
-
-def family_of(host: str) -> socket.AddressFamily:
-    return socket.AF_INET6 if ":" in host else socket.AF_INET
+    return what, exactly(peer, key), exactly(peer, value)

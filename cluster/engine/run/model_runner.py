@@ -115,7 +115,7 @@ class ModelRunner:
         if scores is not None:
             values = iter(scores.tolist())
             result.plain_scores = [
-                _whole([checked(token, next(values), ()) for token in score.targets]) for score in plan.plain_scores
+                _whole([checked(token, next(values)) for token in score.targets]) for score in plan.plain_scores
             ]
         return result
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from cluster.engine.beams.beam_search import Candidate, Row
 from cluster.engine.request import TokenLogprobs
 from cluster.engine.sample.logits_processors import NEVER, adjustments_of
-from cluster.engine.sample.top_logprobs import Alternatives, Pair
 from cluster.engine.sequences.sequence import Sequence
+from cluster.engine.top_logprobs import Alternatives, Pair
 from parallel.vocabulary.top_tokens import row_top
 
 MOST_RANKED_STOPS = 128
@@ -89,7 +89,7 @@ class WholeRow:
 def _candidates(seq: Sequence, kept: Iterable[tuple[int, float, float]], top: list[Pair]) -> Iterator[Candidate]:
     """From (token, value, the model's log-probability); what cannot happen is left out."""
     wanted = seq.top_logprobs
-    shown = Alternatives.of(top[:wanted]) if wanted else ()
+    shown = Alternatives.of(top[: wanted or 0])
     for token, value, log_prob in kept:
         if value != float("-inf"):
             yield Candidate(token, value, None if wanted is None else TokenLogprobs(token, log_prob, shown))

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from cluster.engine.request import TokenLogprobs
-from cluster.engine.sample.top_logprobs import Alternatives, Pair
 from cluster.engine.sequences.fault_isolation import each_alone
+from cluster.engine.top_logprobs import NO_ALTERNATIVES, Alternatives
 from parallel.vocabulary.top_tokens import row_top
 
 
@@ -51,7 +51,7 @@ def _token_logprobs(head: Normaliser, logits_RV: Tensor, asked: Many[Asked]) -> 
     chosen = (scaled.gather(1, targets[:, None])[:, 0] - normaliser).tolist()
     most = max(question.top for question in asked)
     if not most:
-        return [checked(question.token, value, ()) for question, value in zip(asked, chosen, strict=True)]
+        return [checked(question.token, value) for question, value in zip(asked, chosen, strict=True)]
     logits, ids = row_top(scaled, most)
     tops = _alternatives(ids, logits - normaliser[:, None], [question.top for question in asked])
     return [checked(question.token, value, top) for question, value, top in zip(asked, chosen, tops, strict=True)]
@@ -76,7 +76,7 @@ def at_temperatures(logits_RV: Tensor, temperatures: Many[float] | None) -> Tens
     return logits_RV / torch.tensor(temperatures, dtype=torch.float32, device=logits_RV.device)[:, None]
 
 
-def checked(token: int, value: float, top: Many[Pair]) -> TokenLogprobs | str:
+def checked(token: int, value: float, top: Alternatives = NO_ALTERNATIVES) -> TokenLogprobs | str:
     """NaN means that the row had no finite log-sum-exp."""
     if value != value:
         return (

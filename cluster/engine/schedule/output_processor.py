@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
+
+from msgspec.structs import replace
 
 from cluster.engine.beams.beam_search import Hypothesis, Row
 from cluster.engine.kv_cache.beam_tables import BeamTables

@@ -9,9 +9,11 @@ from __future__ import annotations
 import enum
 import io
 import pickle
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any
+
+from msgspec import structs
 
 from cluster.engine.request import (
     BeamParams,
@@ -26,7 +28,7 @@ from cluster.engine.request import (
     TokenEvent,
     TokenLogprobs,
 )
-from cluster.engine.sample.top_logprobs import Alternatives
+from cluster.engine.top_logprobs import Alternatives
 from cluster.frontend.output.streams import Stream
 from cluster.frontend.requests.call import Call
 from cluster.request_errors import DoesNotFit, InvalidRequest, NoTokenizer, Quarantined, Violation
@@ -42,7 +44,7 @@ KNOWN = {
 }  # fmt: skip
 """All that a record may hold beside plain values: a file makes nothing else come into being."""
 UNREADABLE = (pickle.UnpicklingError, TypeError, ValueError, AttributeError, EOFError, LookupError)
-NAMES = {f.name: f.default for f in fields(TokenEvent) if f.name not in ("request_id", "sample_index")}
+NAMES = {f.name: f.default for f in structs.fields(TokenEvent) if f.name not in ("request_id", "sample_index")}
 GROWING = ("token_ids", "logprobs")
 
 Key = tuple[str, str]

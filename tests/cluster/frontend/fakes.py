@@ -22,6 +22,7 @@ from cluster.engine.request import (
     TokenLogprobs,
 )
 from cluster.engine.request_validation import validate
+from cluster.engine.top_logprobs import Alternatives
 from cluster.frontend.output.output_text import TextCodec
 from parallel.errors import CapacityError
 
@@ -211,7 +212,7 @@ class FakeEngine:
             request_id=request.request_id,
             sample_index=index,
             token_ids=tuple(new),
-            logprobs=tuple(TokenLogprobs(t, -float(t) - 0.5, ((t, -0.5),)) for t in new) if wanted else (),
+            logprobs=tuple(TokenLogprobs(t, -float(t) - 0.5, Alternatives.of([(t, -0.5)])) for t in new if wanted),
             prompt_logprobs=prompt_logprobs,
             finish_reason=FinishReason.LENGTH if done else None,
             weight_version=7,
@@ -228,5 +229,6 @@ class FakeEngine:
 
 def scores_of(prompt: Sequence[int]) -> tuple[TokenLogprobs, ...]:
     return tuple(
-        TokenLogprobs(token, -0.25 * place, ((token, -0.25 * place),)) for place, token in enumerate(prompt[1:], 1)
+        TokenLogprobs(token, -0.25 * place, Alternatives.of([(token, -0.25 * place)]))
+        for place, token in enumerate(prompt[1:], 1)
     )

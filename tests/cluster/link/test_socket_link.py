@@ -5,23 +5,27 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import pickle
+import random
 import signal
 import socket
 import struct
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
+from msgspec import msgpack
 
 from cluster.engine.request import Request, ResponseOptions, StoppingCriteria, TokenEvent
 from cluster.frontend.frontend import Frontend, State
 from cluster.link import socket_link
 from cluster.link.engine_server import EngineServer
 from cluster.link.socket_link import SocketLink
-from cluster.link.wire import Submit, Wire, connect
+from cluster.link.wire import MAX_MESSAGE_BYTES, Events, Submit, Wire, connect, encode
 from parallel.errors import WorkerError
+from parallel.keyed_listener import NONCE
 from tests.cluster.frontend.fakes import CODEC, ENDLESS, LASTING, LIMITS, FakeEngine, tokens_of
 from tests.cluster.frontend.harness import answer, call, run, until
 from tests.cluster.link.engine_process import engine_process
@@ -80,7 +84,7 @@ def test_a_front_end_that_goes_away_ends_its_requests_and_the_next_one_is_served
 
 def test_a_wrong_key_is_refused_and_the_server_serves_on() -> None:
     with ServedEngine(FakeEngine()) as served:
-        with pytest.raises(WorkerError, match="AuthenticationError"):
+        with pytest.raises(WorkerError, match="PermissionError.*the key is wrong"):
             served.link(b"w" * 32)
         served.link().close()
 
@@ -88,7 +92,7 @@ def test_a_wrong_key_is_refused_and_the_server_serves_on() -> None:
 def test_a_stranger_that_says_nothing_is_hung_up_on_and_holds_nobody_up_for_long(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("cluster.link.engine_server.HANDSHAKE_SECONDS", 2.0)
+    monkeypatch.setattr("parallel.keyed_listener.PROOF_S", 2.0)
     with ServedEngine(FakeEngine()) as served:
         with socket.create_connection(served.server.address) as silent:
             served.link().close()
@@ -185,8 +189,7 @@ def test_a_front_end_that_reads_nothing_is_dropped_and_never_holds_up_the_engine
     monkeypatch.setattr("cluster.link.engine_server.FRONTEND_SILENCE_SECONDS", 1.0)
     with ServedEngine(FakeEngine(limits=ENDLESS, tokens_per_step=2048)) as served:
         connection = connect(served.server.address, KEY, 60.0)
-        with socket.socket(fileno=socket.dup(connection.fileno())) as sock:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         wire = Wire(connection, "deaf")
         stopping = StoppingCriteria(max_new_tokens=LASTING)
         asked = Request(request_id="x", token_ids=(1,), stopping=stopping, response=ResponseOptions(logprobs=1))
@@ -223,13 +226,6 @@ def test_strangers_who_say_little_or_nothing_keep_no_front_end_out() -> None:
             raise AssertionError("a handshake may take as long as it likes")
 
 
-class Unreadable(Exception):
-    """Its pickle does not load: TypeError where it is read."""
-
-    def __init__(self, a: str, b: str) -> None:
-        super().__init__(a)
-
-
 @pytest.mark.parametrize("where", ["at the front-end", "at rank 0"])
 def test_a_message_that_cannot_be_taken_is_a_fault_and_nobody_waits_for_ever(where: str) -> None:
     async def main() -> None:
@@ -239,9 +235,9 @@ def test_a_message_that_cannot_be_taken_is_a_fault_and_nobody_waits_for_ever(whe
             await frontend.open(call([1], stopping=StoppingCriteria(max_new_tokens=LASTING)))
             link = frontend.fleet.replicas[0].link
             if where == "at rank 0":
-                link._wire.send(Unreadable("x", "y"))  # type: ignore[attr-defined]
+                link._wire.send(Submit(("no request",)))  # type: ignore[attr-defined, arg-type]
             else:
-                served.server._send(Unreadable("x", "y"))  # type: ignore[arg-type]
+                served.server._send(Events(("no event",)))  # type: ignore[arg-type]
             await until(lambda: frontend.state is State.FAILED)
             assert "could not be taken" in frontend.fault_cause or "was lost" in frontend.fault_cause
             await frontend.close()
@@ -282,8 +278,66 @@ def test_the_news_of_a_step_have_left_before_the_next_one_begins() -> None:
     assert engine.steps >= 200 and engine.late <= 2, "but for a machine that stands still"
 
 
-def test_the_acceptor_ends_the_engine_rather_than_leave_it_deaf(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("thread", ["run", "_serve_peers"])
+def test_a_thread_that_fails_ends_the_engine_rather_than_leave_it_deaf(
+    thread: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     server = EngineServer(FakeEngine(), KEY)
-    monkeypatch.setattr(server, "_accept", lambda: 1 / 0)
+    monkeypatch.setattr(server._listener if thread == "run" else server, thread, lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         server.serve()
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["a stranger", "who has the key"])
+def test_hostile_bytes_are_refused_and_logged_once_and_disturb_nothing(
+    known: bool, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    draw = random.Random(5)
+    good = bytes(encode(Submit((Request(request_id="x", token_ids=tuple(range(1, 9))),))))
+    bad = {
+        "random": [behind_a_length(draw.randbytes(draw.randrange(1, 300))) for _ in range(60)],
+        "truncated": [behind_a_length(good[4 : 4 + draw.randrange(len(good) - 5)]) for _ in range(20)],
+        "wrong types": [behind_a_length(msgpack.encode(value)) for value in WRONG],
+        "oversized": [b"\xff\xff\xff\xff", struct.pack("!I", MAX_MESSAGE_BYTES + 1) + good, *HUGE],
+        "a pickle": [behind_a_length(pickle.dumps(Planted(tmp_path / "planted")))],
+    }
+    with ServedEngine(FakeEngine()) as served:
+        for name, messages in bad.items():
+            for said in messages:
+                caplog.clear()
+                connect_as = partial(connect, authkey=KEY) if known else socket.create_connection
+                peer = connect_as(served.server.address, timeout=60.0)
+                with peer, contextlib.suppress(ConnectionError):
+                    peer.settimeout(60.0)
+                    peer.sendall(said + bytes(0 if known else 3 * NONCE))
+                    while peer.recv(4096):
+                        pass
+                wait_for(lambda: bool(caplog.records))
+                time.sleep(0.01)
+                assert len(caplog.records) == 1, (name, said[:40], [record.message for record in caplog.records])
+        assert not served.engine.submitted and served.engine.steps == 0
+        link = served.link()
+        link.start(lambda events: None, lambda cause: None)
+        assert link.load(60.0).steps == 0
+        link.close()
+    assert not list(tmp_path.iterdir())
+
+
+WRONG: tuple[object, ...] = (
+    None, 7, "Beat", [], {}, ["Nothing"], ["Submit"], ["Submit", 7], ["Submit", [7]], ["Submit", [{"token_ids": "x"}]],
+    ["Abort", [1]], ["AskLoad", "x"], ["Train", 1, {"kind": "Nothing"}], ["Train", 1, {}], ["CancelTrain", 1.5],
+    ["Trained", 1, {}], ["TrainingRefused", 1, ["SystemExit", "x"]], ["TrainingRefused", 1, [[], "x"]],
+    ["Events", [[1, "x", ["Exception", "x"]]]], ["Events", [[2, "x"]]],
+)  # fmt: skip
+
+
+def behind_a_length(body: bytes) -> bytes:
+    return struct.pack("!I", len(body)) + body
+
+
+HUGE = [
+    behind_a_length(msgpack.encode(["Submit"])[:-8] + b"\x92\xa6Submit" + claim + b"\x01")
+    for claim in (b"\xdd\xff\xff\xff\xff", b"\xdf\xff\xff\xff\xff", b"\xdb\xff\xff\xff\xff", b"\xc6\xff\xff\xff\xff")
+]
+"""Arrays, maps, text and bytes that claim four thousand million entries, and a nest of arrays."""
+HUGE.append(behind_a_length(b"\x91" * 1_000_000))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Iterator
-from multiprocessing.connection import Connection
 
 import pytest
 
@@ -17,7 +16,7 @@ def ends() -> Iterator[tuple[Wire, Wire]]:
     """Two wires of one connection; the second one's kernel buffers are small."""
     mine, theirs = socket.socketpair()
     theirs.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    wires = Wire(Connection(mine.detach()), "mine"), Wire(Connection(theirs.detach()), "theirs")
+    wires = Wire(mine, "mine"), Wire(theirs, "theirs")
     yield wires
     for wire in wires:
         wire.close()

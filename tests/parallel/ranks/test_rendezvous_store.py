@@ -15,9 +15,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from parallel import keyed_listener
 from parallel.errors import CollectiveError
+from parallel.keyed_listener import NONCE, exactly
 from parallel.ranks import rendezvous_store
-from parallel.ranks.rendezvous_store import HEAD, NONCE, KeyedStore
+from parallel.ranks.rendezvous_store import HEAD, KeyedStore
 
 HOST, KEY, LIMIT = "127.0.0.1", b"a key", timedelta(seconds=20)
 
@@ -127,9 +129,9 @@ def test_strangers_change_nothing(server: KeyedStore, junk: bytes) -> None:
 
 
 def test_strangers_who_say_nothing_hold_up_nobody(server: KeyedStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rendezvous_store, "PROOF_S", 600.0)  # the oldest go before their time
-    monkeypatch.setattr(rendezvous_store, "POLITE_S", 0.01)
-    idle = [socket.create_connection((HOST, port_of(server)), 20.0) for _ in range(5 * rendezvous_store.MOST_STRANGERS)]
+    monkeypatch.setattr(keyed_listener, "PROOF_S", 600.0)  # the oldest go before their time
+    monkeypatch.setattr(keyed_listener, "POLITE_S", 0.01)
+    idle = [socket.create_connection((HOST, port_of(server)), 20.0) for _ in range(5 * keyed_listener.MOST_STRANGERS)]
     store = KeyedStore(HOST, port_of(server), KEY, LIMIT)
     store.set("a", "1")
     assert store.get("a") == b"1"
@@ -155,7 +157,7 @@ def test_a_store_that_is_gone_is_said(server: KeyedStore, store: KeyedStore) -> 
 
 def stranger_at(server: KeyedStore) -> tuple[socket.socket, bytes]:
     peer = socket.create_connection((HOST, port_of(server)), 20.0)
-    return peer, rendezvous_store._exactly(peer, NONCE)
+    return peer, exactly(peer, NONCE)
 
 
 def answer_to(peer: socket.socket, said: bytes) -> bytes:
@@ -177,10 +179,10 @@ def test_what_a_rank_once_proved_is_no_proof_again(server: KeyedStore) -> None:
         def between() -> None:
             rank, real = way.accept()[0], socket.create_connection((HOST, port_of(server)), 20.0)
             with rank, real:
-                rank.sendall(rendezvous_store._exactly(real, NONCE))
-                heard.append(rendezvous_store._exactly(rank, 2 * NONCE))
+                rank.sendall(exactly(real, NONCE))
+                heard.append(exactly(rank, 2 * NONCE))
                 real.sendall(heard[0])
-                rank.sendall(rendezvous_store._exactly(real, NONCE))
+                rank.sendall(exactly(real, NONCE))
 
         thread = threading.Thread(target=between)
         thread.start()
@@ -202,7 +204,7 @@ def test_the_servers_own_words_open_nothing(server: KeyedStore) -> None:
 def test_a_stranger_who_speaks_byte_by_byte_has_one_limit_for_all(
     server: KeyedStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rendezvous_store, "PROOF_S", 0.3)
+    monkeypatch.setattr(keyed_listener, "PROOF_S", 0.3)
     peer, _ = stranger_at(server)
     sent = 0
     with peer, suppress(OSError):

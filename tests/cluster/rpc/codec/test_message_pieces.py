@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from cluster.engine.request import FinishReason, ResponseOptions, Timings, TokenLogprobs
-from cluster.engine.sample.top_logprobs import Alternatives
+from cluster.engine.top_logprobs import Alternatives
 from cluster.frontend.output.streams import Chunk, Result
 from cluster.rpc.codec.encode import PIECE, Encoder, texts, token_lists
 from cluster.rpc.codec.message_pieces import joined, nested

@@ -10,7 +10,7 @@ import torch
 
 from cluster.engine.request import TokenLogprobs
 from cluster.engine.sample.logprobs import Asked, token_logprobs
-from cluster.engine.sample.top_logprobs import Alternatives
+from cluster.engine.top_logprobs import Alternatives
 from cluster.frontend.journal import journal_records
 from parallel.ranks.group import Group
 from parallel.vocabulary.vocab_parallel import VocabHead
@@ -32,7 +32,7 @@ def test_they_travel_and_are_remembered_as_they_are() -> None:
     entry = TokenLogprobs(5, -1.0, Alternatives.of(PAIRS))
     assert pickle.loads(pickle.dumps(entry)) == entry
     assert journal_records.loads(journal_records.dumps(entry)) == entry
-    old = TokenLogprobs(5, -1.0, PAIRS)  # as an earlier version wrote it
+    old = TokenLogprobs(5, -1.0, PAIRS)  # type: ignore[arg-type]  # as an earlier version wrote it
     assert journal_records.loads(journal_records.dumps(old)) == old
 
 

@@ -17,13 +17,19 @@ class Alternatives(Sequence[Pair]):
     __slots__ = ("_data",)
 
     def __init__(self, data: bytes) -> None:
-        """All ids, then all log-probabilities, as this machine writes them."""
+        """All ids, then all log-probabilities, as this machine writes them. ValueError where those are not as many."""
+        if len(data) % (2 * SIZE):
+            raise ValueError(f"{len(data)} bytes are no pairs of {SIZE} bytes each")
         self._data = data
 
     @classmethod
     def of(cls, pairs: Iterable[Pair]) -> Alternatives:
         pairs = list(pairs)
         return cls(array("I", [i for i, _ in pairs]).tobytes() + array("f", [v for _, v in pairs]).tobytes())
+
+    @property
+    def data(self) -> bytes:
+        return self._data
 
     @property
     def ids(self) -> array[int]:
@@ -63,3 +69,6 @@ class Alternatives(Sequence[Pair]):
 
     def __reduce__(self) -> tuple[type[Alternatives], tuple[bytes]]:
         return Alternatives, (self._data,)
+
+
+NO_ALTERNATIVES = Alternatives(b"")
