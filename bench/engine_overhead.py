@@ -11,13 +11,14 @@ both times (step_seconds and forward_seconds). Prints microseconds per decode st
 from __future__ import annotations
 
 import argparse
-import pickle
 import statistics
 import time
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import torch
+from msgspec import msgpack
 
 from cluster.engine.engine_builder import build_engine, build_runner
 from cluster.engine.engine_config import EngineConfig
@@ -68,7 +69,7 @@ def _one(scheduler: Scheduler, times: dict[str, list[float]]) -> None:
     plan = scheduler.schedule()
     assert plan is not None, "the batch ended before the measurement"
     scheduled = clock()
-    StepPlan.from_wire(pickle.loads(pickle.dumps(("step", plan.wire()), protocol=5))[1])
+    StepPlan.from_wire(msgpack.decode(msgpack.encode(("step", plan.wire())), type=tuple[str, Any])[1])
     sent = clock()
     scheduler.commit(plan, StepResult([1] * len(plan.sampled)))
     done = clock()

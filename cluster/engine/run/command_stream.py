@@ -4,17 +4,18 @@
     (STOP,)         the end of the stream  (CANARY,)        a decode that proves every rank (see canary.py)
     (name, ...)     whatever else the group was taught (training, saving, ...)
 
-Commands are plain tuples, pickled by rank 0, which is trusted: the transport is the group's own collective, never an
-open socket. While idle rank 0 sends a keep-alive every second; a follower that hears nothing for `silence_s` fails,
-naming rank 0.
+A command travels as msgpack by the group's own collective: a name, then plain values (what was a tuple arrives as a
+list). A handler that takes more makes it of them by its type, so bytes make nothing else come into being. While idle
+rank 0 sends a keep-alive every second; a follower that hears nothing for `silence_s` fails, naming rank 0.
 """
 
 from __future__ import annotations
 
-import pickle
 import time
 from collections.abc import Callable
 from typing import Any
+
+from msgspec import msgpack
 
 from parallel.errors import CollectiveError
 from parallel.ranks.comm import Comm
@@ -41,7 +42,7 @@ class Commands:
     def issue(self, *command: Any) -> None:
         """Rank 0: the next command for all other ranks."""
         self._last = self.clock()
-        payload = b"" if self.comm is None else pickle.dumps(command, protocol=5)
+        payload = b"" if self.comm is None else msgpack.encode(command)
         self._note(command[0], len(payload))
         if self.comm is not None:
             self.comm.broadcast_bytes(payload, self.silence_s)
@@ -62,7 +63,7 @@ class Commands:
                 f"rank {self.comm.rank} waited for a command from rank 0, which sends one at least every "
                 f"{KEEP_ALIVE_S:g} s and is given up after {self.silence_s:g} s: {error}"
             ) from error
-        command: Command = pickle.loads(payload)
+        command: Command = msgpack.decode(payload, type=tuple[Any, ...])
         self._note(command[0], len(payload))
         return command
 

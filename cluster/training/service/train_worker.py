@@ -20,6 +20,8 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+from msgspec import convert
+
 from cluster.engine.run.model_runner import ModelRunner
 from cluster.training.checkpoint import restore
 from cluster.training.checkpoint.checkpointer import Checkpointer
@@ -105,8 +107,9 @@ class TrainWorker:
 
     # ------------------------------------------------------------ followers
 
-    def follow(self, call: TrainCall) -> None:
-        """A follower's handler of the command."""
+    def follow(self, values: object) -> None:
+        """A follower's handler of the command, which is a TrainCall in plain values."""
+        call = convert(values, TrainCall)
         try:
             if call.kind.writes:
                 self.save(call)

@@ -6,10 +6,12 @@ is used twice changes the tokens that come out. `reference` says what must come 
 
 from __future__ import annotations
 
-import pickle
 import zlib
 from array import array
 from collections.abc import Sequence as Many
+from typing import Any
+
+from msgspec import msgpack
 
 from cluster.engine.engine import Engine
 from cluster.engine.engine_config import EngineConfig
@@ -55,7 +57,7 @@ class FakeExecutor:
         self.keep_alives = 0
 
     def execute(self, plan: StepPlan) -> StepResult:
-        seen = StepPlan.from_wire(pickle.loads(pickle.dumps(plan.wire())))
+        seen = StepPlan.from_wire(msgpack.decode(msgpack.encode(plan.wire()), type=tuple[Any, ...]))
         self.plans.append(seen)
         self._follow(seen)
         contexts = self._contexts(seen)

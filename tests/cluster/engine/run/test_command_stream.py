@@ -36,7 +36,7 @@ def stream(group: Group, commands_of_rank_0: list[tuple[Any, ...]]) -> list[tupl
 
 
 def test_every_rank_hears_the_same_commands_in_the_same_order(ranks: Callable[..., list[Any]]) -> None:
-    sent = [("step", ([1, 2], 3.5)), (KEEP_ALIVE,), ("save", "x" * 100_000), (STOP,)]
+    sent = [("step", [[1, 2], 3.5]), (KEEP_ALIVE,), ("save", "x" * 100_000), (STOP,)]
     assert ranks(3, stream, sent)[1:] == [sent, sent]
 
 
