@@ -25,8 +25,8 @@ from typing import Any
 
 from cluster.engine.request import EngineLoad, ModelLimits, Request, StoppingCriteria, TokenEvent
 from cluster.link.engine_server import EngineServer
+from cluster.link.messages import Events, Submit, decode, encode
 from cluster.link.socket_link import SocketLink
-from cluster.link.wire import Events, Submit, decode, encode
 
 LIMITS = ModelLimits(vocab_size=50304, max_context=4096, kv_capacity_tokens=1 << 20)
 BATCH = 256

@@ -36,7 +36,8 @@ class KeyedListener:
         self._strangers: dict[socket.socket, None] = {}  # the oldest first
         self._lock = threading.Lock()
         self._closed = threading.Event()
-        self._listener = socket.create_server((host, port), family=family_of(host), backlog=128)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._listener = socket.create_server((host, port), family=family, backlog=128)
 
     @property
     def address(self) -> tuple[str, int]:
@@ -158,7 +159,3 @@ def shut_down(peer: socket.socket) -> None:
     """Wakes whoever reads or writes there."""
     with suppress(OSError):
         peer.shutdown(socket.SHUT_RDWR)
-
-
-def family_of(host: str) -> socket.AddressFamily:
-    return socket.AF_INET6 if ":" in host else socket.AF_INET

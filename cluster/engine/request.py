@@ -1,6 +1,6 @@
 """What the engine is asked and what it answers: token ids in, token events out.
 
-Plain frozen values that travel by their types (cluster/link/wire.py); text, stop strings and protobuf messages live
+Plain frozen values that travel by their types (cluster/link/messages.py); text, stop strings and protobuf messages live
 above. Validation against a model's limits is `cluster.engine.request_validation.validate`; the defaults are a Hugging
 Face user's.
 """

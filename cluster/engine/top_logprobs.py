@@ -14,13 +14,13 @@ SIZE = 4
 class Alternatives(Sequence[Pair]):
     """Token ids and log-probabilities in float32, best first. Compares and reads as a tuple of pairs."""
 
-    __slots__ = ("_data",)
+    __slots__ = ("data",)
 
     def __init__(self, data: bytes) -> None:
         """All ids, then all log-probabilities, as this machine writes them. ValueError where those are not as many."""
         if len(data) % (2 * SIZE):
             raise ValueError(f"{len(data)} bytes are no pairs of {SIZE} bytes each")
-        self._data = data
+        self.data = data
 
     @classmethod
     def of(cls, pairs: Iterable[Pair]) -> Alternatives:
@@ -28,19 +28,15 @@ class Alternatives(Sequence[Pair]):
         return cls(array("I", [i for i, _ in pairs]).tobytes() + array("f", [v for _, v in pairs]).tobytes())
 
     @property
-    def data(self) -> bytes:
-        return self._data
-
-    @property
     def ids(self) -> array[int]:
-        return array("I", self._data[: len(self._data) // 2])
+        return array("I", self.data[: len(self.data) // 2])
 
     @property
     def logprobs(self) -> array[float]:
-        return array("f", self._data[len(self._data) // 2 :])
+        return array("f", self.data[len(self.data) // 2 :])
 
     def __len__(self) -> int:
-        return len(self._data) // (2 * SIZE)
+        return len(self.data) // (2 * SIZE)
 
     def __iter__(self) -> Iterator[Pair]:
         return zip(self.ids, self.logprobs, strict=True)
@@ -58,17 +54,17 @@ class Alternatives(Sequence[Pair]):
 
     def __eq__(self, other: object) -> bool:
         if isinstance(other, Alternatives):
-            return self._data == other._data
+            return self.data == other.data
         return isinstance(other, tuple) and tuple(self) == other
 
     def __hash__(self) -> int:
-        return hash(self._data)
+        return hash(self.data)
 
     def __repr__(self) -> str:
         return repr(tuple(self))
 
     def __reduce__(self) -> tuple[type[Alternatives], tuple[bytes]]:
-        return Alternatives, (self._data,)
+        return Alternatives, (self.data,)
 
 
 NO_ALTERNATIVES = Alternatives(b"")

@@ -16,25 +16,10 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 
 from cluster.engine.request import EngineLoad
+from cluster.link import messages
 from cluster.link.engine_link import LinkEvent, Rejected
 from cluster.link.engine_loop import EngineLoop, EngineSurface, TrainFunction, describe_fault
-from cluster.link.wire import (
-    Abort,
-    AskLoad,
-    Bye,
-    CancelTrain,
-    Events,
-    Fault,
-    Hello,
-    LoadAnswer,
-    Message,
-    Submit,
-    Train,
-    Trained,
-    TrainingRefused,
-    Wire,
-    set_limit,
-)
+from cluster.link.wire import Wire, set_limit
 from cluster.safe_text import for_terminal
 from cluster.supervision import supervised
 from cluster.training.train_calls import TrainAnswer, TrainFuture, TrainingCancelled
@@ -83,7 +68,7 @@ class EngineServer:
         try:
             self._loop.run()
         except Exception as error:
-            self._send(Fault(for_terminal(describe_fault(error, 0, socket.gethostname()))))
+            self._send(messages.Fault(for_terminal(describe_fault(error, 0, socket.gethostname()))))
             raise
         finally:
             self.stop()
@@ -109,10 +94,10 @@ class EngineServer:
     def _serve_peer(self, connection: socket.socket, peer: str) -> None:
         set_limit(connection, FRONTEND_SILENCE_SECONDS)
         wire = Wire(connection, "engine-server")
-        wire.send(Hello(self._limits, socket.gethostname()))
+        wire.send(messages.Hello(self._limits, socket.gethostname()))
         self._wire = wire
         try:
-            while not self._stopping.is_set() and not isinstance(message := wire.receive(), Bye):
+            while not self._stopping.is_set() and not isinstance(message := wire.receive(), messages.Bye):
                 self._take(message)
         except (EOFError, OSError) as error:
             if not self._stopping.is_set():
@@ -122,23 +107,23 @@ class EngineServer:
         finally:
             self._drop(wire)
 
-    def _take(self, message: Message) -> None:
-        if isinstance(message, Submit):
+    def _take(self, message: messages.Message) -> None:
+        if isinstance(message, messages.Submit):
             with self._lock:
                 for request in message.requests:
                     self._open[request.request_id] = set(range(request.sampling.num_samples)) - set(
                         request.finished_samples
                     )
             self._loop.submit(message.requests)
-        elif isinstance(message, Abort):
+        elif isinstance(message, messages.Abort):
             self._loop.abort(message.request_ids, message.samples)
-        elif isinstance(message, AskLoad):
+        elif isinstance(message, messages.AskLoad):
             self._loop.ask_load(message.prove).add_done_callback(lambda done: self._answer_load(message.tag, done))
-        elif isinstance(message, Train):
+        elif isinstance(message, messages.Train):
             self._trainings[message.tag] = future = self._loop.train(message.call)
             asker = self._wire  # a tag means nothing to the next front-end
             future.add_done_callback(lambda done: self._answer_training(asker, message.tag, done))
-        elif isinstance(message, CancelTrain) and (begun := self._trainings.get(message.tag)) is not None:
+        elif isinstance(message, messages.CancelTrain) and (begun := self._trainings.get(message.tag)) is not None:
             begun.cancel()  # one that runs is given up after the part it is in
 
     def _drop(self, wire: Wire) -> None:
@@ -167,7 +152,7 @@ class EngineServer:
             for event in events:
                 self._note_end(event)
         wire = self._wire
-        if wire is not None and not wire.send_now(Events(events)) and self._written.is_set():
+        if wire is not None and not wire.send_now(messages.Events(events)) and self._written.is_set():
             self._written = wire.flush()  # where that one is not set the front-end does not read: no step waits for it
             self._written.wait(FLUSH_SECONDS)
 
@@ -183,7 +168,7 @@ class EngineServer:
 
     def _answer_load(self, tag: int, done: Future[EngineLoad]) -> None:
         if done.exception() is None:
-            self._send(LoadAnswer(tag, done.result()))
+            self._send(messages.LoadAnswer(tag, done.result()))
 
     def _answer_training(self, asker: Wire | None, tag: int, done: Future[TrainAnswer]) -> None:
         self._trainings.pop(tag, None)
@@ -191,11 +176,11 @@ class EngineServer:
             return
         error = TrainingCancelled("cancelled before its turn") if done.cancelled() else done.exception()
         if error is None:
-            asker.send(Trained(tag, done.result()))
+            asker.send(messages.Trained(tag, done.result()))
         elif isinstance(error, TpError):
-            asker.send(TrainingRefused(tag, error))
+            asker.send(messages.TrainingRefused(tag, error))
 
-    def _send(self, message: Message) -> None:
+    def _send(self, message: messages.Message) -> None:
         wire = self._wire
         if wire is not None:
             wire.send(message)

@@ -17,26 +17,9 @@ from functools import partial
 from msgspec import MsgspecError
 
 from cluster.engine.request import EngineLoad, ModelLimits, Request
+from cluster.link import messages
 from cluster.link.engine_link import EventSink, FaultSink, SampleId
-from cluster.link.wire import (
-    SILENCE_SECONDS,
-    Abort,
-    AskLoad,
-    Bye,
-    CancelTrain,
-    Events,
-    Fault,
-    Hello,
-    LoadAnswer,
-    Message,
-    Submit,
-    Train,
-    Trained,
-    TrainingRefused,
-    Wire,
-    connect,
-    set_limit,
-)
+from cluster.link.wire import SILENCE_SECONDS, Wire, connect, set_limit
 from cluster.training.train_calls import TrainAnswer, TrainCall
 from parallel.errors import WorkerError
 
@@ -68,24 +51,24 @@ class SocketLink:
         self._reader.start()
 
     def submit(self, requests: Sequence[Request]) -> None:
-        self._wire.send(Submit(tuple(requests)))
+        self._wire.send(messages.Submit(tuple(requests)))
 
     def abort(self, request_ids: Sequence[str], samples: Sequence[SampleId] = ()) -> None:
-        self._wire.send(Abort(tuple(request_ids), tuple(samples)))
+        self._wire.send(messages.Abort(tuple(request_ids), tuple(samples)))
 
     def train(self, call: TrainCall) -> Future[TrainAnswer]:
         """Of a connection that is lost before the answer, the fault is the answer."""
         tag = next(self._tags)
-        self._trainings[tag] = answer = _Asked(partial(self._wire.send, CancelTrain(tag)))
+        self._trainings[tag] = answer = _Asked(partial(self._wire.send, messages.CancelTrain(tag)))
         answer.add_done_callback(lambda done: self._trainings.pop(tag, None))
-        self._wire.send(Train(tag, call))
+        self._wire.send(messages.Train(tag, call))
         return answer
 
     def load(self, timeout: float = 5.0, prove: bool = False) -> EngineLoad:
         """Raises WorkerError where the engine does not answer in time."""
         tag, answer = next(self._tags), Future[EngineLoad]()
         self._loads[tag] = answer
-        self._wire.send(AskLoad(tag, prove))
+        self._wire.send(messages.AskLoad(tag, prove))
         try:
             return answer.result(timeout)
         except TimeoutError as error:
@@ -95,15 +78,15 @@ class SocketLink:
 
     def close(self, timeout: float = 10.0) -> None:
         self._closing = True
-        self._wire.send(Bye())
+        self._wire.send(messages.Bye())
         self._wire.close(timeout / 2)
         if self._reader is not None:
             self._reader.join(timeout / 2)
 
-    def _greeting(self, timeout: float) -> Hello:
+    def _greeting(self, timeout: float) -> messages.Hello:
         try:
             hello = self._wire.receive()
-            if isinstance(hello, Hello):
+            if isinstance(hello, messages.Hello):
                 return hello
             text = f"the engine at {self._where} began with {type(hello).__name__}: another version runs there"
             raise WorkerError(text)
@@ -129,7 +112,7 @@ class SocketLink:
         try:
             while True:
                 message = self._wire.receive()
-                if isinstance(message, Fault):
+                if isinstance(message, messages.Fault):
                     return message.cause
                 self._take(message, events)
         except BlockingIOError:
@@ -141,18 +124,18 @@ class SocketLink:
             log.exception("the engine's messages could not be taken")
             return f"rank 0 on {self._node}: a message from {self._where} could not be taken ({error!r})"
 
-    def _take(self, message: Message, events: EventSink) -> None:
-        if isinstance(message, Events):
+    def _take(self, message: messages.Message, events: EventSink) -> None:
+        if isinstance(message, messages.Events):
             events(message.events)
-        elif isinstance(message, LoadAnswer):
+        elif isinstance(message, messages.LoadAnswer):
             answer = self._loads.get(message.tag)
             if answer is not None and not answer.done():
                 answer.set_result(message.load)
-        elif isinstance(message, Trained | TrainingRefused):
+        elif isinstance(message, messages.Trained | messages.TrainingRefused):
             trained = self._trainings.get(message.tag)
             if trained is None or not trained.set_running_or_notify_cancel():
                 return
-            if isinstance(message, Trained):
+            if isinstance(message, messages.Trained):
                 trained.set_result(message.answer)
             else:
                 trained.set_exception(message.error)

@@ -42,4 +42,4 @@ def test_those_of_an_engine_take_eight_bytes_each() -> None:
         VocabHead(1003, 4, group=Group.single()), logits, [Asked(i, 5, 64, 1.0) for i in (0, 1, 2)]
     ):
         assert isinstance(entry, TokenLogprobs) and isinstance(entry.top, Alternatives) and len(entry.top) == 64
-        assert sys.getsizeof(entry.top._data) < 64 * 8 + 64
+        assert sys.getsizeof(entry.top.data) < 64 * 8 + 64

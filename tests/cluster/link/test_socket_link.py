@@ -22,8 +22,9 @@ from cluster.engine.request import Request, ResponseOptions, StoppingCriteria, T
 from cluster.frontend.frontend import Frontend, State
 from cluster.link import socket_link
 from cluster.link.engine_server import EngineServer
+from cluster.link.messages import MAX_BYTES, Events, Submit, encode
 from cluster.link.socket_link import SocketLink
-from cluster.link.wire import MAX_MESSAGE_BYTES, Events, Submit, Wire, connect, encode
+from cluster.link.wire import Wire, connect
 from parallel.errors import WorkerError
 from parallel.keyed_listener import NONCE
 from tests.cluster.frontend.fakes import CODEC, ENDLESS, LASTING, LIMITS, FakeEngine, tokens_of
@@ -298,7 +299,7 @@ def test_hostile_bytes_are_refused_and_logged_once_and_disturb_nothing(
         "random": [behind_a_length(draw.randbytes(draw.randrange(1, 300))) for _ in range(60)],
         "truncated": [behind_a_length(good[4 : 4 + draw.randrange(len(good) - 5)]) for _ in range(20)],
         "wrong types": [behind_a_length(msgpack.encode(value)) for value in WRONG],
-        "oversized": [b"\xff\xff\xff\xff", struct.pack("!I", MAX_MESSAGE_BYTES + 1) + good, *HUGE],
+        "oversized": [b"\xff\xff\xff\xff", struct.pack("!I", MAX_BYTES + 1) + good, *HUGE],
         "a pickle": [behind_a_length(pickle.dumps(Planted(tmp_path / "planted")))],
     }
     with ServedEngine(FakeEngine()) as served:

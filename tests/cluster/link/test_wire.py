@@ -8,7 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from cluster.link.wire import Fault, Wire
+from cluster.link.messages import Fault
+from cluster.link.wire import Wire
 
 
 @pytest.fixture
