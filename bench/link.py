@@ -1,6 +1,6 @@
 """What the link between front-end and engine costs: a message, a round trip, many events, and what a death loses.
 
-    python bench/engine_link.py [--seconds 3] [--deaths 100] [--zeromq]
+    python bench/link.py [--seconds 3] [--deaths 100] [--zeromq]
 
 The engine is a stub in a second process that answers each request with one token, or, for throughput, gives 256
 sequences a token each step. A death: a process hands one message over and is killed (SIGKILL) at once, or after some
