@@ -1,3 +1,3 @@
-"""Between clients and engines: the front-end itself, readiness and traces; calls, answers, the journal, the
+"""Between clients and engines: the front-end itself, readiness and traces; calls, answers, the ledger, the
 fleet and training have rooms. No ray, no grpc.
 """

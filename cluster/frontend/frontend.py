@@ -25,7 +25,7 @@ from cluster.frontend.fleet.replay import Replay
 from cluster.frontend.fleet.request_builder import RequestBuilder
 from cluster.frontend.fleet.request_lifecycle import RequestLifecycle
 from cluster.frontend.fleet.request_metrics import RequestMetrics
-from cluster.frontend.journal.request_journal import Ledger
+from cluster.frontend.ledger.request_ledger import Ledger
 from cluster.frontend.output.output_text import TextCodec
 from cluster.frontend.output.streams import Stream
 from cluster.frontend.requests.admission import Admission

@@ -9,7 +9,7 @@ from cluster.access.access_config import Security, TlsConfig
 from cluster.actors.group.placement import PlacementConfig
 from cluster.actors.programs.serve_spec import MptReference, ParallelConfig, TrainingConfig
 from cluster.engine.engine_config import EngineConfig
-from cluster.frontend.journal.request_journal import LedgerConfig
+from cluster.frontend.ledger.request_ledger import LedgerConfig
 from cluster.frontend.requests.call import FrontendConfig
 from cluster.rpc.services.connection_limits import ServerLimits
 from launch.observe.observe_config import ObserveConfig

@@ -22,7 +22,7 @@ from cluster.actors.group.detached_group import DetachedGroup
 from cluster.actors.group.placement import PlacementConfig
 from cluster.actors.programs.serve_program import ServeProgram
 from cluster.actors.programs.serve_spec import FlightSpec, ServeSpec
-from cluster.frontend.journal.request_journal import Ledger
+from cluster.frontend.ledger.request_ledger import Ledger
 from cluster.rpc.services.control_service import software_version
 from launch.serving.resolve_serve import StateConfig
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from cluster.engine.request import FinishReason, Request, Timings, TokenEvent
 from cluster.frontend.call_traces import PromptTrace
-from cluster.frontend.journal.journal_records import Record
+from cluster.frontend.ledger.ledger_records import Record
 from cluster.frontend.output.best_of_filter import BestOf
 from cluster.frontend.output.output_text import SampleText
 from cluster.frontend.output.streams import Chunk, PromptInfo, Stream

@@ -21,8 +21,8 @@ from cluster.engine.request import Request
 from cluster.frontend.fleet.open_requests import Entry, OpenRequests
 from cluster.frontend.fleet.request_builder import RequestBuilder
 from cluster.frontend.fleet.request_lifecycle import RequestLifecycle
-from cluster.frontend.journal.journal_records import Progress, Record, digest_of
-from cluster.frontend.journal.request_journal import Ledger
+from cluster.frontend.ledger.ledger_records import Progress, Record, digest_of
+from cluster.frontend.ledger.request_ledger import Ledger
 from cluster.frontend.output.streams import Stream
 from cluster.frontend.requests.call import Call
 from cluster.frontend.requests.content_hash import ContentKeys

@@ -16,7 +16,7 @@ from cluster.frontend.fleet.fleet import Fleet
 from cluster.frontend.fleet.open_requests import AttachedEngine, Entry, OpenRequests
 from cluster.frontend.fleet.request_metrics import RequestMetrics
 from cluster.frontend.fleet.suspect_trials import SuspectTrials
-from cluster.frontend.journal.request_journal import Ledger
+from cluster.frontend.ledger.request_ledger import Ledger
 from cluster.frontend.output.streams import Stream
 from cluster.frontend.requests.quarantine import Quarantine
 from cluster.link.engine_link import LinkEvent, Rejected

@@ -11,7 +11,7 @@ import torch
 from cluster.engine.request import TokenLogprobs
 from cluster.engine.sample.logprobs import Asked, token_logprobs
 from cluster.engine.top_logprobs import Alternatives
-from cluster.frontend.journal import journal_records
+from cluster.frontend.ledger import ledger_records
 from parallel.ranks.group import Group
 from parallel.vocabulary.vocab_parallel import VocabHead
 
@@ -31,9 +31,9 @@ def test_they_are_a_sequence_of_pairs_by_value() -> None:
 def test_they_travel_and_are_remembered_as_they_are() -> None:
     entry = TokenLogprobs(5, -1.0, Alternatives.of(PAIRS))
     assert pickle.loads(pickle.dumps(entry)) == entry
-    assert journal_records.loads(journal_records.dumps(entry)) == entry
+    assert ledger_records.loads(ledger_records.dumps(entry)) == entry
     old = TokenLogprobs(5, -1.0, PAIRS)  # type: ignore[arg-type]  # as an earlier version wrote it
-    assert journal_records.loads(journal_records.dumps(old)) == old
+    assert ledger_records.loads(ledger_records.dumps(old)) == old
 
 
 def test_those_of_an_engine_take_eight_bytes_each() -> None:

@@ -61,7 +61,7 @@ def slow(files: Any) -> None:
 
 PATCHES: dict[str, Callable[[Any], None]] = {
     "cluster.engine.run.model_runner": poison, "launch.serving.healing": refusing,
-    "cluster.frontend.journal.journal_files": slow,
+    "cluster.frontend.ledger.ledger_files": slow,
 }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from cluster.engine.request import FinishReason, ResponseOptions, SamplingParams, StoppingCriteria
 from cluster.frontend.frontend import Frontend
-from cluster.frontend.journal.request_journal import Ledger, LedgerConfig
+from cluster.frontend.ledger.request_ledger import Ledger, LedgerConfig
 from cluster.frontend.output.streams import Result, Stream, collect
 from cluster.frontend.requests.call import Call, FrontendConfig
 from cluster.link.local_link import LocalLink

@@ -12,7 +12,7 @@ import pytest
 from cluster.actors.group.placement import PlacementConfig
 from cluster.engine.request import Pooling, Request, SamplingParams, StoppingCriteria, TokenEvent
 from cluster.frontend.frontend import Frontend, State
-from cluster.frontend.journal.request_journal import Ledger
+from cluster.frontend.ledger.request_ledger import Ledger
 from cluster.frontend.readiness import Readiness
 from cluster.frontend.requests import content_hash
 from cluster.frontend.requests.call import FrontendConfig

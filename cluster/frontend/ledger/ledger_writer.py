@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from functools import partial
 
-from cluster.frontend.journal.journal_files import LedgerFolder
+from cluster.frontend.ledger.ledger_files import LedgerFolder
 from cluster.supervision import supervised
 
 log = logging.getLogger(__name__)

@@ -1,6 +1,6 @@
 """What a server's own death must not lose: calls that came with a client's request_id, and what was answered.
 
-Each call's requests, the engine's events and the ends are written down (journal_files.py), so that after a restart open
+Each call's requests, the engine's events and the ends are written down (ledger_files.py), so that after a restart open
 calls go on, and a retry of the same (caller, request_id) gets the same answer from its first token. Answers are kept in
 memory, too, within `retain_seconds` and `retain_bytes`. How events become text is the front-end's business: they are
 replayed through the very code that took them the first time.
@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from cluster.engine.request import FinishReason, Request, TokenEvent
-from cluster.frontend.journal.journal_files import LedgerFolder
-from cluster.frontend.journal.journal_records import (
+from cluster.frontend.ledger.ledger_files import LedgerFolder
+from cluster.frontend.ledger.ledger_records import (
     NAMES,
     UNREADABLE,
     Content,
@@ -34,7 +34,7 @@ from cluster.frontend.journal.journal_records import (
     pack,
     take,
 )
-from cluster.frontend.journal.journal_writer import LedgerWriter
+from cluster.frontend.ledger.ledger_writer import LedgerWriter
 from cluster.frontend.requests.quarantine import Count
 from cluster.request_errors import RequestIdReused
 from parallel.errors import RequestError

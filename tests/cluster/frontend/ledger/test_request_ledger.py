@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 
 from cluster.engine.request import FinishReason, Request, SamplingParams, TokenEvent, TokenLogprobs
-from cluster.frontend.journal import journal_files, journal_writer
-from cluster.frontend.journal.journal_files import MAGIC, framed
-from cluster.frontend.journal.journal_records import Progress, Record, digest_of
-from cluster.frontend.journal.request_journal import Ledger, LedgerConfig
+from cluster.frontend.ledger import ledger_files, ledger_writer
+from cluster.frontend.ledger.ledger_files import MAGIC, framed
+from cluster.frontend.ledger.ledger_records import Progress, Record, digest_of
+from cluster.frontend.ledger.request_ledger import Ledger, LedgerConfig
 from cluster.request_errors import RequestIdReused
 from parallel.errors import ConfigError
 from tests.cluster.frontend.harness import call
@@ -29,7 +29,7 @@ ALICE, BOB = ("alice", "one"), ("bob", "one")
 @pytest.fixture(autouse=True)
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A busy machine's disk is not a slow one."""
-    monkeypatch.setattr(journal_writer, "PATIENCE_S", 60.0)
+    monkeypatch.setattr(ledger_writer, "PATIENCE_S", 60.0)
 
 
 def ledger_at(folder: Path, origin: str = "model", clock: Callable[[], float] | None = None, **config: float) -> Ledger:
@@ -254,7 +254,7 @@ def test_a_full_disk_is_said_once_and_written_down_when_there_is_room_again(
     ledger = ledger_at(tmp_path / "state")
     base_written(ledger)
     record = begun(ledger)
-    real, full = journal_files._write_all, [True]
+    real, full = ledger_files._write_all, [True]
 
     def write(file: int, data: bytes) -> int:
         if full[0]:
@@ -262,11 +262,11 @@ def test_a_full_disk_is_said_once_and_written_down_when_there_is_room_again(
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(file, data)
 
-    monkeypatch.setattr(journal_files, "_write_all", write)
+    monkeypatch.setattr(ledger_files, "_write_all", write)
     for token in range(5):
         step(ledger, record, token)
     assert caplog.text.count("cannot be written") == 1 and ledger.failures == 1
-    monkeypatch.setattr(journal_files, "RETRY_S", 0.0)
+    monkeypatch.setattr(ledger_files, "RETRY_S", 0.0)
     ledger._folder._retry_at = 0.0
     full[0] = False
     step(ledger, record, 5)
@@ -295,15 +295,15 @@ def test_a_record_makes_nothing_but_what_a_ledger_holds(tmp_path: Path, caplog: 
 def test_a_slow_disk_holds_no_stream_up_is_said_and_has_everything_once_it_answers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(journal_writer, "PATIENCE_S", 0.05)
+    monkeypatch.setattr(ledger_writer, "PATIENCE_S", 0.05)
     ledger = ledger_at(tmp_path / "state")
-    record, gate, real = begun(ledger), threading.Event(), journal_files._write_all
+    record, gate, real = begun(ledger), threading.Event(), ledger_files._write_all
 
     def slow(file: int, data: bytes) -> int:
         assert gate.wait(60)
         return real(file, data)
 
-    monkeypatch.setattr(journal_files, "_write_all", slow)
+    monkeypatch.setattr(ledger_files, "_write_all", slow)
     began = time.monotonic()
     for token in range(200):
         step(ledger, record, token)
@@ -318,11 +318,11 @@ def test_a_slow_disk_holds_no_stream_up_is_said_and_has_everything_once_it_answe
 def test_what_waits_for_a_disk_is_bounded_and_then_everything_is_written_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(journal_writer, "PATIENCE_S", 0.01)
-    monkeypatch.setattr(journal_writer, "MOST_BEHIND_BYTES", 4096)
+    monkeypatch.setattr(ledger_writer, "PATIENCE_S", 0.01)
+    monkeypatch.setattr(ledger_writer, "MOST_BEHIND_BYTES", 4096)
     ledger = ledger_at(tmp_path / "state")
-    record, gate, real = begun(ledger), threading.Event(), journal_files._write_all
-    monkeypatch.setattr(journal_files, "_write_all", lambda file, data: gate.wait(60) and real(file, data))
+    record, gate, real = begun(ledger), threading.Event(), ledger_files._write_all
+    monkeypatch.setattr(ledger_files, "_write_all", lambda file, data: gate.wait(60) and real(file, data))
     for token in range(400):
         step(ledger, record, token)
     assert ledger.behind_bytes <= 4096 and ledger.failures == 1
@@ -330,7 +330,7 @@ def test_what_waits_for_a_disk_is_bounded_and_then_everything_is_written_anew(
     end = time.monotonic() + 60
     while ledger.behind_bytes and time.monotonic() < end:
         time.sleep(0.01)
-    monkeypatch.setattr(journal_writer, "PATIENCE_S", 60.0)
+    monkeypatch.setattr(ledger_writer, "PATIENCE_S", 60.0)
     step(ledger, record, 400)  # with it a new base
     step(ledger, record, 401)
     ledger.close()
@@ -342,7 +342,7 @@ def test_what_no_disk_should_do_ends_the_remembering_and_nothing_else(
 ) -> None:
     ledger = ledger_at(tmp_path / "state")
     record = begun(ledger)
-    monkeypatch.setattr(journal_files, "_write_all", lambda file, data: 1 // 0)
+    monkeypatch.setattr(ledger_files, "_write_all", lambda file, data: 1 // 0)
     for token in range(3):
         step(ledger, record, token)
     assert ledger.failures in (1, 2) and tokens_of(record) == (0, 1, 2)  # a second write may be under way
