@@ -125,9 +125,10 @@ class ServeMetrics(Collector):
         total = frontend.quarantine.total
         yield counter("quarantined", "Requests that are not run again: engines died while they were running.", total)
         if (ledger := frontend.ledger) is not None:
-            yield counter("ledger_failures", "Writes to the state folder that failed.", ledger.failures)
-            yield gauge("ledger_behind_seconds", "How old its oldest write is that waits.", ledger.behind_seconds)
-            yield gauge("ledger_behind_bytes", "What waits to be written to it.", ledger.behind_bytes)
+            yield counter("ledger_failures", "Writes to the state folder that failed.", ledger.folder.failures)
+            writer = ledger.writer
+            yield gauge("ledger_behind_seconds", "How old its oldest write is that waits.", writer.behind_seconds)
+            yield gauge("ledger_behind_bytes", "What waits to be written to it.", writer.behind_bytes)
 
 
 def replica_metrics(fleet: Fleet, answered: Container[int]) -> Iterator[Metric]:

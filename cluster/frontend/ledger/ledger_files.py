@@ -12,7 +12,6 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
-import re
 import struct
 import threading
 import time
@@ -30,7 +29,6 @@ MAGIC = b"\xa7tpL"
 HEAD = struct.Struct("<4sII")
 RETRY_S = 30.0
 """How long after a write that failed the next one is tried."""
-FULL = "answers are given as ever, but a restart would not know of them"
 
 
 def framed(payload: bytes) -> bytes:
@@ -39,17 +37,22 @@ def framed(payload: bytes) -> bytes:
 
 def read_payloads(path: Path, torn: bool = False) -> Iterator[bytes]:
     """Every whole record of a file; what is not whole is reported, unless it is the `torn` end of the last log."""
-    data, at = path.read_bytes(), 0
-    while at < len(data):
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        log.error("%s cannot be read (%s): it is left out", path, error)
+        return
+    at = whole = 0  # all before `whole` was read
+    while 0 <= at < len(data):
         payload = _whole(data, at)
-        if payload is not None:
-            yield payload
-            at += HEAD.size + len(payload)
+        if payload is None:
+            at = data.find(MAGIC, at + 1)
             continue
-        after = _next_whole(data, at)
-        if after < len(data) or not torn:
-            log.error("%s is damaged at offset %d: %d bytes are left out", path, at, after - at)
-        at = after
+        _report(path, whole, at)
+        yield payload
+        at = whole = at + HEAD.size + len(payload)
+    if not torn:
+        _report(path, whole, len(data))
 
 
 def _whole(data: bytes, at: int) -> bytes | None:
@@ -60,11 +63,9 @@ def _whole(data: bytes, at: int) -> bytes | None:
     return payload if magic == MAGIC and len(payload) == length and zlib.crc32(payload) == crc else None
 
 
-def _next_whole(data: bytes, at: int) -> int:
-    while (at := data.find(MAGIC, at + 1)) >= 0:
-        if _whole(data, at) is not None:
-            return at
-    return len(data)
+def _report(path: Path, start: int, end: int) -> None:
+    if start < end:
+        log.error("%s is damaged at offset %d: %d bytes are left out", path, start, end - start)
 
 
 class LedgerFolder:
@@ -72,10 +73,9 @@ class LedgerFolder:
 
     def __init__(self, folder: Path, segment_bytes: int, fsync: bool = False) -> None:
         self._folder, self._segment_bytes, self._fsync = folder, segment_bytes, fsync
-        _make_private(folder)
-        self._lock = _lock(folder)
+        self._lock = _claim(folder)
         self._log: int | None = None
-        self._index = max(self._numbers(), default=0)
+        self._index = max(self._numbers("*"), default=0)
         self._written = self._base_bytes = 0
         self._retry_at: float | None = None
         self._base_writer: threading.Thread | None = None
@@ -85,10 +85,9 @@ class LedgerFolder:
     def read(self) -> Iterator[bytes]:
         """All payloads that count, oldest first."""
         bases = self._numbers("base")
-        first = max(bases, default=0)
-        if bases:
-            yield from read_payloads(self._path(first, "base"))
-        logs = [number for number in self._numbers("log") if number >= first]
+        for number in bases[-1:]:
+            yield from read_payloads(self._path(number, "base"))
+        logs = [number for number in self._numbers("log") if number >= max(bases, default=0)]
         for number in logs:
             yield from read_payloads(self._path(number, "log"), torn=number == logs[-1])
 
@@ -122,15 +121,15 @@ class LedgerFolder:
     def begin(self, base: Callable[[], Iterable[bytes]]) -> None:
         """A new log. `base` gives what counts at this moment, and is called in a thread of its own."""
         self._close_log()
-        self._index += 1
+        self._index, self._written = self._index + 1, 0
         try:
-            self._log = _create(self._path(self._index, "log"))
+            self._log = _open(self._path(self._index, "log"), os.O_WRONLY | os.O_TRUNC)
         except OSError as error:
             self._fail(error)
             return
-        self._written = 0
-        failed = partial(self._base_failed, self._path(self._index, "base"))
-        self._base_writer = supervised("ledger-base", partial(self._write_base, self._index, base), failed)
+        path = self._path(self._index, "base")
+        write, failed = partial(self._write_base, path, base), partial(self._base_failed, path)
+        self._base_writer = supervised("ledger-base", write, failed)
 
     def close(self, timeout: float | None = None) -> None:
         """Waits for a base that is being written, and lets the next server in."""
@@ -139,20 +138,18 @@ class LedgerFolder:
         self._close_log()
         os.close(self._lock)
 
-    def _write_base(self, index: int, base: Callable[[], Iterable[bytes]]) -> None:
+    def _write_base(self, path: Path, base: Callable[[], Iterable[bytes]]) -> None:
         """Under its name once it is complete; then what came before it can go."""
-        path = self._path(index, "base")
         draft = path.with_suffix(".part")
         try:
-            file = _create(draft)
-            try:
-                self._base_bytes = sum(_write_all(file, framed(payload)) for payload in base())
-            finally:
-                os.close(file)
+            with open(draft, "wb", opener=_open) as file:
+                self._base_bytes = sum(file.write(framed(payload)) for payload in base())
+                if self._fsync:
+                    file.flush()
+                    os.fsync(file.fileno())
             draft.replace(path)
-            for old in self._folder.iterdir():
-                number = _number(old)
-                if number is not None and number < index:
+            for old in self._files("*"):
+                if int(old.stem) < int(path.stem):
                     old.unlink()
         except OSError as error:
             self._base_failed(path, error)
@@ -164,7 +161,7 @@ class LedgerFolder:
     def _fail(self, error: OSError) -> None:
         self.failures += 1
         if self._retry_at is None:
-            log.error("the ledger in %s cannot be written (%s); %s", self._folder, error, FULL)
+            log.error("the ledger in %s cannot be written (%s); answers go on without it", self._folder, error)
         self._retry_at = time.monotonic() + RETRY_S
         self._close_log()
 
@@ -173,31 +170,28 @@ class LedgerFolder:
             os.close(self._log)
             self._log = None
 
-    def _numbers(self, suffix: str = "") -> list[int]:
-        found = ((path, _number(path)) for path in self._folder.iterdir())
-        return sorted(number for path, number in found if number is not None and path.name.endswith(suffix))
+    def _files(self, suffix: str) -> list[Path]:
+        return [path for path in self._folder.glob(f"*.{suffix}") if path.stem.isdecimal()]
+
+    def _numbers(self, suffix: str) -> list[int]:
+        return sorted(int(path.stem) for path in self._files(suffix))
 
     def _path(self, number: int, suffix: str) -> Path:
         return self._folder / f"{number:06d}.{suffix}"
 
 
-def _number(path: Path) -> int | None:
-    found = re.fullmatch(r"(\d{6,})\.(log|base|part)", path.name)
-    return int(found.group(1)) if found else None
-
-
-def _write_all(file: int, data: bytes) -> int:
+def _write_all(file: int, data: bytes) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(file, view) :]
-    return len(data)
 
 
-def _create(path: Path) -> int:
-    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+def _open(path: Path | str, flags: int) -> int:
+    return os.open(path, flags | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
 
 
-def _make_private(folder: Path) -> None:
+def _claim(folder: Path) -> int:
+    """Its lock, held until it is closed or this process ends in whatever way."""
     if folder.is_dir() and (mode := folder.stat().st_mode) & 0o077:  # closing it would break whoever opened it
         raise ConfigError(
             f"server.state_dir {folder} can be entered by others (mode {mode & 0o777:o}); it holds prompts, "
@@ -207,11 +201,7 @@ def _make_private(folder: Path) -> None:
         own_folder(folder)
     except OSError as error:
         raise ConfigError(f"server.state_dir {folder} will not do: {error}; give a folder of your own") from error
-
-
-def _lock(folder: Path) -> int:
-    """Held until it is closed, or this process ends in whatever way."""
-    file = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    file = _open(folder / "lock", os.O_RDWR)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

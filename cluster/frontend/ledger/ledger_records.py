@@ -1,56 +1,40 @@
-"""What a ledger holds of one call, and how that becomes bytes and is read again.
+"""What a ledger holds of one call, and the lines of its files: MessagePack, of which reading makes nothing else.
 
-A record's events are put together as they come: of each sample one growing event is kept. Bytes are pickles, read by an
-unpickler that knows the few kinds below and makes nothing else. Writes nothing anywhere.
+A record's events are put together as they come: of each sample one growing event is kept, in plain values. What the
+engine was asked and what it said becomes requests, errors and events again, by their types. Writes nothing anywhere.
 """
 
 from __future__ import annotations
 
 import enum
-import io
-import pickle
-from dataclasses import dataclass, field
+from dataclasses import fields, replace
 from hashlib import sha256
 from typing import Any
 
-from msgspec import structs
+import msgspec
 
-from cluster.engine.request import (
-    BeamParams,
-    FinishReason,
-    Pooling,
-    Request,
-    ResponseOptions,
-    SamplingParams,
-    Share,
-    StoppingCriteria,
-    Timings,
-    TokenEvent,
-    TokenLogprobs,
-)
+from cluster.engine.request import Request, TokenEvent, TokenLogprobs
 from cluster.engine.top_logprobs import Alternatives
 from cluster.frontend.output.streams import Stream
 from cluster.frontend.requests.call import Call
+from cluster.frontend.requests.quarantine import Count
 from cluster.request_errors import DoesNotFit, InvalidRequest, NoTokenizer, Quarantined, Violation
 from parallel.errors import CapacityError, RequestError
 
-KNOWN = {
-    (kind.__module__, kind.__qualname__): kind
-    for kind in (
-        Alternatives, BeamParams, FinishReason, Pooling, Request, ResponseOptions, SamplingParams, Share,
-        StoppingCriteria, Timings,
-        TokenLogprobs, CapacityError, DoesNotFit, InvalidRequest, NoTokenizer, Quarantined, RequestError, Violation,
-    )
-}  # fmt: skip
-"""All that a record may hold beside plain values: a file makes nothing else come into being."""
-UNREADABLE = (pickle.UnpicklingError, TypeError, ValueError, AttributeError, EOFError, LookupError)
-NAMES = {f.name: f.default for f in structs.fields(TokenEvent) if f.name not in ("request_id", "sample_index")}
+REFUSALS = (CapacityError, DoesNotFit, InvalidRequest, NoTokenizer, Quarantined, RequestError)
+FACTS = {"violations": tuple[Violation, ...], "deaths": int, "causes": tuple[str, ...]}
+"""What they say beside their message."""
+SCORED = ("logprobs", "prompt_logprobs")
+DEFAULTS = {f.name: f.default for f in fields(TokenEvent) if f.name not in ("request_id", "sample_index")}
 GROWING = ("token_ids", "logprobs")
+UNREADABLE = (msgspec.MsgspecError, TypeError, ValueError, LookupError)
 
 Key = tuple[str, str]
 """Caller and request_id."""
 Heard = dict[str, Any]
-"""All events of one sample put together, by field; what has its default is left out."""
+"""All events of one sample put together, by field, in plain values; what has its default is left out."""
+Item = tuple[int, int, int, int, Heard]
+"""Of which record, which of its events (a gap is seen), of which prompt and sample."""
 
 
 class Progress(enum.Enum):
@@ -61,49 +45,98 @@ class Progress(enum.Enum):
     ENDED = "ended"
 
 
-@dataclass(kw_only=True)
-class Content:
+class Content(msgspec.Struct, array_like=True):
     """A call as the engine was asked, one request or refusal per prompt, and what was heard of each sample."""
 
     requests: tuple[Request | RequestError, ...]
     shown: int  # samples that the reader gets of each prompt
-    heard: dict[tuple[int, int], Heard] = field(default_factory=dict)
+    heard: dict[tuple[int, int], Heard] = {}  # by prompt and sample
 
     def events(self, prompt_index: int) -> list[TokenEvent]:
         """What was heard of a prompt, as one event per sample."""
-        found = [(sample, heard) for (prompt, sample), heard in self.heard.items() if prompt == prompt_index]
-        grown = [(sample, {**h, **{name: tuple(h[name]) for name in GROWING if name in h}}) for sample, h in found]
-        return [TokenEvent(request_id="", sample_index=sample, **values) for sample, values in grown]
+        return [_event(sample, heard) for (prompt, sample), heard in self.heard.items() if prompt == prompt_index]
 
 
-@dataclass(kw_only=True, eq=False)
-class Record:
-    """One call. `content` while it is open, `packed` once it is over."""
+class Origin(msgspec.Struct, array_like=True, tag="O"):
+    """What gave the answers that follow."""
+
+    name: str
+
+
+class Record(msgspec.Struct, array_like=True, kw_only=True, eq=False, dict=True, tag="R"):
+    """One call. Its fields are written; the rest is of this process. `content` while it is open, `packed` once it is
+    over, and in what is written.
+    """
 
     number: int
     key: Key
     digest: bytes
     admitted: float  # of the clock on the wall, as `over`
-    content: Content | None = None
-    packed: bytes | None = None
     progress: Progress = Progress.RUNNING
     over: float = 0.0
     items: int = 0  # events heard
-    open_prompts: int = 0
-    interrupted: bool = False
-    orphan: Stream | None = None  # of a call that goes on without its reader
+    packed: bytes = b""
+
+    def __post_init__(self) -> None:
+        self.content: Content | None = None
+        self.open_prompts, self.interrupted = 0, False
+        self.orphan: Stream | None = None  # of a call that goes on without its reader
 
     def unpacked(self) -> Content:
-        if self.content is not None:
-            return self.content
-        assert self.packed is not None, "a record has its content in one form or the other"
-        requests, shown, heard = loads(self.packed)
-        return Content(requests=requests, shown=shown, heard=heard)
+        return self.content or unpack(self.packed)
 
-    def facts(self) -> tuple[Any, ...]:
-        packed = self.packed or pack(self.unpacked())
-        over = (self.progress.value, self.over, self.items)
-        return (self.number, self.key, self.digest, self.admitted, *over, packed)
+    def open(self) -> None:
+        self.content, self.packed = self.unpacked(), b""
+
+    def pack(self) -> None:
+        self.packed, self.content = self.packed or dumps(self.unpacked()), None
+
+    def line(self) -> Record:
+        """As it is now."""
+        return msgspec.structs.replace(self, packed=self.packed or dumps(self.unpacked()))
+
+    def take(self, item: Item) -> None:
+        """One event more. One that is known (a base has what its log's first lines have) is left out, and so is what
+        comes after one that is missing.
+        """
+        assert self.content is not None, "what is heard belongs to an open record"
+        _, index, prompt_index, sample_index, values = item
+        if index != self.items:
+            self.interrupted |= index > self.items
+            return
+        self.items += 1
+        heard = self.content.heard.setdefault((prompt_index, sample_index), {})
+        for name, value in values.items():
+            if name in GROWING:
+                heard.setdefault(name, []).extend(value)
+            elif name == "weight_version":
+                heard[name] = max(heard.get(name, 0), value)
+            else:
+                heard[name] = value
+
+
+class Steps(msgspec.Struct, array_like=True, tag="S"):
+    """Everything that was heard in a step."""
+
+    items: list[Item]
+
+
+class Over(msgspec.Struct, array_like=True, tag="E"):
+    """A call that ended, was parked or runs again; None: nothing of it is kept."""
+
+    number: int
+    progress: Progress | None
+    over: float = 0.0
+
+
+class Deaths(msgspec.Struct, array_like=True, tag="Q"):
+    """Content that was running when engines died, or (None) is no suspect any more."""
+
+    key: bytes
+    count: Count | None
+
+
+Line = Origin | Record | Steps | Over | Deaths
 
 
 def digest_of(call: Call) -> bytes:
@@ -115,37 +148,47 @@ def digest_of(call: Call) -> bytes:
     return sha256(repr(values).encode()).digest()
 
 
-def take(record: Record, prompt_index: int, sample_index: int, values: Heard) -> None:
-    """One event more."""
-    assert record.content is not None, "what is heard belongs to an open record"
-    record.items += 1
-    heard = record.content.heard.setdefault((prompt_index, sample_index), {})
-    for name, value in values.items():
-        if name in GROWING:
-            heard.setdefault(name, []).extend(value)
-        elif name == "weight_version":
-            heard[name] = max(heard.get(name, 0), value)
-        else:
-            heard[name] = value
+def values_of(event: TokenEvent) -> Heard:
+    """What it says, in plain values."""
+    values = {name: value for name, default in DEFAULTS.items() if (value := getattr(event, name)) != default}
+    plain: Heard = msgspec.to_builtins(values, builtin_types=(bytes,), enc_hook=_plain)
+    return plain
 
 
-def pack(content: Content) -> bytes:
-    return dumps((content.requests, content.shown, content.heard))
+def _event(sample_index: int, heard: Heard) -> TokenEvent:
+    scored = {name: tuple(map(_scored, heard[name])) for name in SCORED if name in heard}
+    values = {**heard, **dict.fromkeys(scored, ()), "request_id": "", "sample_index": sample_index}
+    return replace(msgspec.convert(values, TokenEvent), **scored)  # type: ignore[arg-type]
 
 
-def dumps(value: object) -> bytes:
-    return pickle.dumps(value, protocol=pickle.HIGHEST_PROTOCOL)
+def _scored(values: dict[str, Any]) -> TokenLogprobs:
+    top = values["top"]
+    return TokenLogprobs(**{**values, "top": Alternatives(top) if isinstance(top, bytes) else tuple(map(tuple, top))})
 
 
-class _Reader(pickle.Unpickler):
-    """Plain values and the kinds above, nothing else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in KNOWN:
-            raise pickle.UnpicklingError(f"{module}.{name} has no place in a ledger")
-        return KNOWN[module, name]
+def unpack(data: bytes) -> Content:
+    """Raises one of UNREADABLE where it cannot be, as `loads`."""
+    requests, shown, heard = msgspec.msgpack.decode(data)
+    return Content(tuple(map(_asked, requests)), shown, heard)
 
 
-def loads(data: bytes) -> Any:
-    """Raises one of UNREADABLE where it cannot be."""
-    return _Reader(io.BytesIO(data)).load()
+def _asked(values: Any) -> Request | RequestError:
+    if isinstance(values, dict):
+        return msgspec.convert(values, Request)
+    name, message, facts = values
+    error = {kind.__name__: kind for kind in REFUSALS}[name](message)
+    vars(error).update({name: msgspec.convert(value, FACTS[name]) for name, value in facts.items()})
+    return error
+
+
+def _plain(value: object) -> object:
+    """Of what MessagePack does not know."""
+    if isinstance(value, Alternatives):
+        return value.ids.tobytes() + value.logprobs.tobytes()
+    assert isinstance(value, RequestError), f"a ledger has no place for {type(value).__name__}"
+    kind = next(kind for kind in type(value).__mro__ if kind in REFUSALS)
+    return kind.__name__, str(value), {name: fact for name, fact in vars(value).items() if name in FACTS}
+
+
+dumps = msgspec.msgpack.Encoder(enc_hook=_plain).encode
+loads = msgspec.msgpack.Decoder(Line).decode

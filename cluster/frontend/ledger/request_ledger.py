@@ -12,27 +12,28 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from cluster.engine.request import FinishReason, Request, TokenEvent
 from cluster.frontend.ledger.ledger_files import LedgerFolder
 from cluster.frontend.ledger.ledger_records import (
-    NAMES,
     UNREADABLE,
     Content,
-    Heard,
+    Deaths,
+    Item,
     Key,
+    Line,
+    Origin,
+    Over,
     Progress,
     Record,
+    Steps,
     dumps,
     loads,
-    pack,
-    take,
+    values_of,
 )
 from cluster.frontend.ledger.ledger_writer import LedgerWriter
 from cluster.frontend.requests.quarantine import Count
@@ -43,8 +44,6 @@ from parallel.options import check_above_zero
 log = logging.getLogger(__name__)
 INTERRUPTED = (FinishReason.ABORTED, FinishReason.DEADLINE)
 """Ends that are no answer: a retry goes on from there."""
-
-
 LOOKED_AT = 64
 """Of a caller's oldest records, to find one that is not short."""
 
@@ -81,12 +80,11 @@ class Ledger:
         self._begun = -math.inf  # when the present base was
         self._forgotten = False  # whether there is something on the disk that counts no more
         self._last = 0
-        self._closed = False
-        self._items: list[tuple[int, int, int, int, Heard]] = []
+        self._items: list[Item] = []
         self.deaths: dict[bytes, Count] = {}
         """What was running when engines died, by content: quarantine.py's."""
-        self._folder = LedgerFolder(folder, self.config.segment_bytes, self.config.fsync)
-        self._writer = LedgerWriter(self._folder)
+        self.folder = LedgerFolder(folder, self.config.segment_bytes, self.config.fsync)
+        self.writer = LedgerWriter(self.folder)
         self._recover()
         self._prune()
         self._begin()
@@ -100,27 +98,10 @@ class Ledger:
 
     def tidy(self) -> None:
         """To be called at times: what has expired leaves the memory, and the disk with the next base."""
-        if self._closed:
-            return
         self._prune()
         due = self._begun + self.config.rewrite_seconds
-        if self._forgotten and not self._folder.writes_base and self._clock() >= due:
+        if self._forgotten and not self.folder.writes_base and self._clock() >= due:
             self._begin()
-
-    @property
-    def failures(self) -> int:
-        """Writes that failed since the start."""
-        return self._folder.failures + self._writer.drops
-
-    @property
-    def behind_seconds(self) -> float:
-        """How old the oldest write is that waits for the disk."""
-        return self._writer.behind_seconds
-
-    @property
-    def behind_bytes(self) -> int:
-        """What waits for the disk."""
-        return self._writer.behind_bytes
 
     def find(self, key: Key, digest: bytes) -> Record | None:
         """The record of an earlier call of this caller and id, which must have asked the same."""
@@ -139,33 +120,34 @@ class Ledger:
     def admit(self, key: Key, digest: bytes, requests: Sequence[Request | RequestError], shown: int) -> Record:
         """A call that begins; written at once."""
         self._last += 1
-        content = Content(requests=tuple(requests), shown=shown)
-        record = Record(number=self._last, key=key, digest=digest, admitted=self._clock(), content=content)
+        record = Record(number=self._last, key=key, digest=digest, admitted=self._clock())
+        record.content = Content(tuple(requests), shown)
         self._add(record)
-        self._write(b"R" + dumps(record.facts()))
+        self._write(record.line())
         return record
 
     def reopen(self, record: Record) -> None:
         """The engine is, or will be, at it again."""
-        record.content, record.packed, record.interrupted = record.unpacked(), None, False
         self._unretain(record)
+        record.open()
+        record.interrupted = False
         self._note(record, Progress.RUNNING)
 
     def heard(self, record: Record, prompt_index: int, event: TokenEvent) -> None:
         """An event of the engine's; `flush` writes it."""
-        values = {name: value for name, default in NAMES.items() if (value := getattr(event, name)) != default}
+        values = values_of(event)
         if event.finish_reason in INTERRUPTED:
             record.interrupted = True
             values.pop("finish_reason"), values.pop("timings", None)
         if values:
             self._items.append((record.number, record.items, prompt_index, event.sample_index, values))
-            take(record, prompt_index, event.sample_index, values)
+            record.take(self._items[-1])
 
     def flush(self) -> None:
         """One write for everything that was heard in a step."""
         if self._items:
             items, self._items = self._items, []
-            self._write(b"S" + dumps(items))
+            self._write(Steps(items))
 
     def prompt_over(self, record: Record, complete: bool) -> None:
         """A prompt has ended, `complete` if with its whole answer; with the last one the call is over."""
@@ -180,36 +162,32 @@ class Ledger:
 
     def drop(self, record: Record) -> None:
         """Nothing of it is kept: a retry is a new call."""
-        if self._by_number.pop(record.number, None) is not None:
-            self._unretain(record)
-            del self._records[record.key]
-            self._forgotten = True
-            self._write(b"D" + dumps(record.number))
+        if record.number in self._by_number:
+            self._forget(record)
+            self._write(Over(record.number, None))
 
     def note_deaths(self, key: bytes, count: Count | None) -> None:
         """Content that was running when an engine died, or (None) is no suspect any more; written at once."""
-        self._write(_deaths(key, count))
+        self._write(Deaths(key, count))
 
     def close(self) -> None:
-        self._closed = True
         self.flush()
-        self._writer.close()
+        self.writer.close()
 
     # ------------------------------------------------------------ what is kept
 
     def _add(self, record: Record) -> None:
         if (old := self._records.get(record.key)) is not None:
-            self._by_number.pop(old.number)
-            self._unretain(old)
+            self._forget(old)
         self._records[record.key] = self._by_number[record.number] = record
         self._last = max(self._last, record.number)
 
     def _note(self, record: Record, progress: Progress) -> None:
         record.progress, record.over = progress, self._clock()
-        self._write(b"E" + dumps((record.number, progress.value, record.over)))
+        self._write(Over(record.number, progress, record.over))
 
     def _retain(self, record: Record) -> None:
-        record.packed, record.content = record.packed or pack(record.unpacked()), None
+        record.pack()
         self._retained[record.number] = record
         self._retained_of.setdefault(record.key[0], {})[record.number] = record
         self._bytes_of[record.key[0]] += len(record.packed)
@@ -218,7 +196,7 @@ class Ledger:
         if (kept := self._retained.pop(record.number, None)) is not None:
             caller, own = kept.key[0], self._retained_of[kept.key[0]]
             del own[record.number]
-            self._bytes_of[caller] -= len(kept.packed or b"")
+            self._bytes_of[caller] -= len(kept.packed)
             if not own:
                 del self._retained_of[caller], self._bytes_of[caller]
 
@@ -237,7 +215,7 @@ class Ledger:
         """The oldest of a caller's records, but for short ones among them: long answers push out long ones first."""
         own = self._retained_of[caller]
         oldest = list(islice(own.values(), LOOKED_AT))
-        return next((record for record in oldest if 2 * len(record.packed or b"") * len(own) >= nbytes), oldest[0])
+        return next((record for record in oldest if 2 * len(record.packed) * len(own) >= nbytes), oldest[0])
 
     def _forget(self, record: Record) -> None:
         self._unretain(record)
@@ -246,70 +224,53 @@ class Ledger:
 
     # ------------------------------------------------------------ the folder
 
-    def _write(self, payload: bytes) -> None:
-        self._writer.append(payload)
-        if self._writer.wants_base:
+    def _write(self, line: Line) -> None:
+        self.writer.append(dumps(line))
+        if self.writer.wants_base:
             self._begin()
 
     def _begin(self) -> None:
         self._begun, self._forgotten = self._clock(), False
-        if self._items:  # they are in the base, too, but that may not be completed
-            self._writer.append(b"S" + dumps(self._items))
-            self._items = []
-        facts = [record.facts() for record in self._records.values()]
-        self._writer.begin(partial(_base, self._origin, facts, dict(self.deaths)))
+        deaths = [Deaths(key, count) for key, count in self.deaths.items()]
+        lines = [Origin(self._origin), *deaths, *(record.line() for record in self._records.values())]
+        self.writer.begin(lambda: map(dumps, lines))
 
     def _recover(self) -> None:
         """Everything that can be read. Of a record of which something is missing what comes later is left out, too."""
-        ours = True
-        for payload in self._folder.read():
+        ours, unreadable = True, []
+        for payload in self.folder.read():
             try:
-                kind, value = payload[:1], loads(payload[1:])
-                if kind == b"O":
-                    ours = value == self._origin
+                line = loads(payload)
+                if isinstance(line, Origin):
+                    ours = line.name == self._origin
                 elif ours:
-                    self._replay(kind, value)
+                    self._replay(line)
             except UNREADABLE as error:
-                log.error("a record of the ledger cannot be used (%s: %s)", type(error).__name__, error)
+                unreadable.append(error)
+        if unreadable:
+            log.error("%d records of the ledger are left out; the first: %s", len(unreadable), unreadable[0])
         for record in self._records.values():
             if record.progress is not Progress.RUNNING:
                 self._retain(record)
         if self._records:
             log.warning("the ledger holds %d calls, %d of them open", len(self._records), len(self.unfinished()))
 
-    def _replay(self, kind: bytes, value: Any) -> None:
-        if kind == b"R":
-            number, key, digest, admitted, progress, over, items, packed = value
-            record = Record(number=number, key=tuple(key), digest=digest, admitted=admitted, packed=packed)
-            record.progress, record.over, record.items = Progress(progress), over, items
-            record.content, record.packed = record.unpacked(), None
-            self._add(record)
-        elif kind == b"S":
-            for number, item, prompt_index, sample_index, values in value:
-                known = self._by_number.get(number)
-                if known is not None and known.items == item:
-                    take(known, prompt_index, sample_index, values)
-                elif known is not None:
-                    known.interrupted = True
-        elif kind == b"E" and (known := self._by_number.get(value[0])) is not None:
-            known.progress, known.over = Progress(value[1]), value[2]
+    def _replay(self, line: Line) -> None:
+        if isinstance(line, Record):
+            line.open()
+            self._add(line)
+        elif isinstance(line, Steps):
+            for item in line.items:
+                if (known := self._by_number.get(item[0])) is not None:
+                    known.take(item)
+        elif isinstance(line, Deaths):
+            self.deaths.pop(line.key, None)
+            if line.count is not None:
+                self.deaths[line.key] = line.count
+        elif isinstance(line, Over) and (known := self._by_number.get(line.number)) is not None:
+            if line.progress is None:
+                self._forget(known)
+                return
+            known.progress, known.over = line.progress, line.over
             if known.interrupted and known.progress is Progress.ENDED:
                 known.progress = Progress.PARKED
-        elif kind == b"Q" and value[1] is None:
-            self.deaths.pop(value[0], None)
-        elif kind == b"Q":
-            self.deaths[value[0]] = Count(*value[1])
-        elif kind == b"D" and (known := self._by_number.pop(value, None)) is not None:
-            del self._records[known.key]
-
-
-def _base(origin: str, facts: Sequence[tuple[Any, ...]], deaths: Mapping[bytes, Count]) -> Iterator[bytes]:
-    yield b"O" + dumps(origin)
-    for key, count in deaths.items():
-        yield _deaths(key, count)
-    for one in facts:
-        yield b"R" + dumps(one)
-
-
-def _deaths(key: bytes, count: Count | None) -> bytes:
-    return b"Q" + dumps((key, count and (count.causes, count.guilty, count.when)))

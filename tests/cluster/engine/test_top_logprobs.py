@@ -8,10 +8,10 @@ import sys
 import pytest
 import torch
 
-from cluster.engine.request import TokenLogprobs
+from cluster.engine.request import TokenEvent, TokenLogprobs
 from cluster.engine.sample.logprobs import Asked, token_logprobs
 from cluster.engine.top_logprobs import Alternatives
-from cluster.frontend.ledger import ledger_records
+from cluster.frontend.ledger.ledger_records import Content, dumps, unpack, values_of
 from parallel.ranks.group import Group
 from parallel.vocabulary.vocab_parallel import VocabHead
 
@@ -31,9 +31,10 @@ def test_they_are_a_sequence_of_pairs_by_value() -> None:
 def test_they_travel_and_are_remembered_as_they_are() -> None:
     entry = TokenLogprobs(5, -1.0, Alternatives.of(PAIRS))
     assert pickle.loads(pickle.dumps(entry)) == entry
-    assert ledger_records.loads(ledger_records.dumps(entry)) == entry
-    old = TokenLogprobs(5, -1.0, PAIRS)  # type: ignore[arg-type]  # as an earlier version wrote it
-    assert ledger_records.loads(ledger_records.dumps(old)) == old
+    for each in (entry, TokenLogprobs(5, -1.0, PAIRS), TokenLogprobs(5, -1.0)):
+        heard = values_of(TokenEvent(request_id="x", logprobs=(each,)))
+        (event,) = unpack(dumps(Content((), 1, {(0, 0): heard}))).events(0)
+        assert event.logprobs == (each,) and type(event.logprobs[0].top) is type(each.top)
 
 
 def test_those_of_an_engine_take_eight_bytes_each() -> None:

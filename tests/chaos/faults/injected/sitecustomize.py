@@ -51,10 +51,10 @@ def refusing(healing: Any) -> None:
 def slow(files: Any) -> None:
     write = files._write_all
 
-    def slowly(file: int, data: bytes) -> int:
+    def slowly(file: int, data: bytes) -> None:
         with suppress(OSError, ValueError):  # without its switch it is quick
             time.sleep(float((SWITCHES / "slow-disk").read_text()))
-        return int(write(file, data))
+        write(file, data)
 
     files._write_all = slowly
 
