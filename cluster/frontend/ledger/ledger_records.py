@@ -102,7 +102,6 @@ class Record(msgspec.Struct, array_like=True, kw_only=True, eq=False, dict=True,
         assert self.content is not None, "what is heard belongs to an open record"
         _, index, prompt_index, sample_index, values = item
         if index != self.items:
-            self.interrupted |= index > self.items
             return
         self.items += 1
         heard = self.content.heard.setdefault((prompt_index, sample_index), {})
@@ -127,6 +126,7 @@ class Over(msgspec.Struct, array_like=True, tag="E"):
     number: int
     progress: Progress | None
     over: float = 0.0
+    items: int = 0  # that it had by then
 
 
 class Deaths(msgspec.Struct, array_like=True, tag="Q"):

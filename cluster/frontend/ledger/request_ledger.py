@@ -184,7 +184,7 @@ class Ledger:
 
     def _note(self, record: Record, progress: Progress) -> None:
         record.progress, record.over = progress, self._clock()
-        self._write(Over(record.number, progress, record.over))
+        self._write(Over(record.number, progress, record.over, record.items))
 
     def _retain(self, record: Record) -> None:
         record.pack()
@@ -272,5 +272,5 @@ class Ledger:
                 self._forget(known)
                 return
             known.progress, known.over = line.progress, line.over
-            if known.interrupted and known.progress is Progress.ENDED:
+            if known.items != line.items and known.progress is Progress.ENDED:
                 known.progress = Progress.PARKED
