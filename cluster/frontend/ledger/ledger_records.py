@@ -26,6 +26,7 @@ FACTS = {"violations": tuple[Violation, ...], "deaths": int, "causes": tuple[str
 """What they say beside their message."""
 SCORED = ("logprobs", "prompt_logprobs")
 DEFAULTS = {f.name: f.default for f in fields(TokenEvent) if f.name not in ("request_id", "sample_index")}
+PLAIN = {"token_ids", "weight_version"}
 GROWING = ("token_ids", "logprobs")
 UNREADABLE = (msgspec.MsgspecError, TypeError, ValueError, LookupError)
 
@@ -151,6 +152,8 @@ def digest_of(call: Call) -> bytes:
 def values_of(event: TokenEvent) -> Heard:
     """What it says, in plain values."""
     values = {name: value for name, default in DEFAULTS.items() if (value := getattr(event, name)) != default}
+    if values.keys() <= PLAIN:  # as those of nearly every step
+        return values
     plain: Heard = msgspec.to_builtins(values, builtin_types=(bytes,), enc_hook=_plain)
     return plain
 
