@@ -38,11 +38,11 @@ class SqliteFolder:
     """What `Ledger` needs of `LedgerFolder`, over SQLite in WAL mode: a table of records with a CRC-32 each.
 
     A write is a transaction, a new base replaces all rows in one. What cannot be read as a table is read row by row.
-    After `checkpoint_every` writes SQLite's own log is brought into the table and emptied: damage in it costs all that
-    follows there.
+    After `checkpoint_every` writes (0: when SQLite itself does, after 1000 pages) its own log is brought into the table
+    and emptied: damage in it costs all that follows there.
     """
 
-    checkpoint_every, synchronous = 1000, "NORMAL"
+    checkpoint_every, synchronous = 0, "NORMAL"
 
     def __init__(self, folder: Path, segment_bytes: int, fsync: bool = False) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -106,7 +106,7 @@ class SqliteFolder:
             self._db.execute("COMMIT")
             self._written += sum(map(len, payloads))
             self._writes += 1
-            if self._writes % self.checkpoint_every == 0:
+            if self.checkpoint_every and self._writes % self.checkpoint_every == 0:
                 self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
         except sqlite3.Error as error:
             self.failures, self._retry_at = self.failures + 1, time.monotonic() + 30.0
@@ -191,43 +191,55 @@ def states(ledger: Ledger, known: dict[str, tuple[bool, list[int]]]) -> dict[str
 
 
 def flips(folder: Path, trials: int) -> None:
-    ledger, rng, known = Ledger(folder / "state", "bench", ROOMY), random.Random(0), {}
+    """Of folders as kills at four moments leave them."""
+    ledger, rng = Ledger(folder / "state", "bench", ROOMY), random.Random(0)
+    known: dict[str, tuple[bool, list[int]]] = {}
+    hurt, forgotten, silent = [], [], 0
+    said = Counting()
+    logging.getLogger().addHandler(said)
     for start in range(0, 400, 20):
         records = [begun(ledger, str(i)) for i in range(start, start + 20)]
         for token in range(40):
             step(ledger, records[token % 2 :: 2], rng, end=token >= 38)
         for record in records:
-            got = [token for event in record.unpacked().events(0) for token in event.token_ids]
-            known[record.key[1]] = (start < 360, got)
-            if start < 360:
+            heard = [token for event in record.unpacked().events(0) for token in event.token_ids]
+            known[record.key[1]] = (start % 50 != 0, heard)
+            if start % 50:
                 ledger.prompt_over(record, complete=True)
-    time.sleep(0.5)
-    killed = folder / "killed"
-    shutil.copytree(folder / "state", killed, ignore=shutil.ignore_patterns("*-shm", "*.part"))
+        if start % 50:
+            continue
+        time.sleep(0.3)
+        killed = folder / f"killed-{start}"
+        shutil.copytree(folder / "state", killed, ignore=shutil.ignore_patterns("*-shm", "*.part"))
+        for _ in range(trials // 4):
+            found = after_a_flip(killed, known, said, rng)
+            hurt.append(sum(state != WHOLE for state in found.values()))
+            forgotten.append(sum(state == LOST for state in found.values()))
+            silent += bool(hurt[-1] and not said.errors)
     ledger.close()
-    hurt, forgotten, silent = [], [], 0
-    said = Counting()
-    logging.getLogger().addHandler(said)
-    for _ in range(trials):
-        copy = folder / "copy"
-        shutil.copytree(killed, copy)
-        flip(copy, rng)
-        said.errors = 0
-        try:
-            again = Ledger(copy, "bench", ROOMY)
-        except sqlite3.Error as error:  # the file would be set aside
-            said.errors, found = 1, dict.fromkeys(known, f"{LOST}: {error}")
-        else:
-            found = states(again, known)
-            again.close()
-        hurt.append(sum(state != WHOLE for state in found.values()))
-        forgotten.append(sum(state.startswith(LOST) for state in found.values()))
-        silent += bool(hurt[-1] and not said.errors)
-        shutil.rmtree(copy)
     print(
-        f"{trials} flips of one bit, {len(known)} calls: {statistics.mean(hurt):.1f} hurt on average ({max(hurt)} at "
-        f"most), {statistics.mean(forgotten):.1f} forgotten ({max(forgotten)} at most); {silent} times in silence"
+        f"{len(hurt)} flips of one bit, of up to 320 calls: {statistics.mean(hurt):.1f} hurt on average "
+        f"({max(hurt)} at most), {statistics.mean(forgotten):.1f} forgotten ({max(forgotten)} at most); "
+        f"{silent} times in silence"
     )
+
+
+def after_a_flip(
+    killed: Path, known: dict[str, tuple[bool, list[int]]], said: Counting, rng: random.Random
+) -> dict[str, str]:
+    copy = killed.with_name("copy")
+    shutil.copytree(killed, copy)
+    flip(copy, rng)
+    said.errors = 0
+    try:
+        again = Ledger(copy, "bench", ROOMY)
+    except sqlite3.Error:  # the file would be set aside
+        said.errors, found = 1, dict.fromkeys(known, LOST)
+    else:
+        found = states(again, known)
+        again.close()
+    shutil.rmtree(copy)
+    return found
 
 
 class Counting(logging.Handler):
@@ -251,7 +263,7 @@ def flip(folder: Path, rng: random.Random) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--store", choices=("files", "sqlite"), default="files")
-    parser.add_argument("--checkpoint-every", type=int, default=1000, help="writes, of SQLite's log into its table")
+    parser.add_argument("--checkpoint-every", type=int, default=0, help="writes, of SQLite's log into its table")
     parser.add_argument("--synchronous", default="NORMAL", help="of SQLite")
     parser.add_argument("--folder", default=None, help="on the disk to measure (default: a temporary one)")
     parser.add_argument("--steps", type=int, default=1000)
