@@ -89,9 +89,6 @@ class Record(msgspec.Struct, array_like=True, kw_only=True, eq=False, dict=True,
     def open(self) -> None:
         self.content, self.packed = self.unpacked(), b""
 
-    def pack(self) -> None:
-        self.packed, self.content = self.packed or dumps(self.unpacked()), None
-
     def line(self) -> Record:
         """As it is now."""
         return msgspec.structs.replace(self, packed=self.packed or dumps(self.unpacked()))
@@ -154,8 +151,7 @@ def values_of(event: TokenEvent) -> Heard:
     values = {name: value for name, default in DEFAULTS.items() if (value := getattr(event, name)) != default}
     if values.keys() <= PLAIN:  # as those of nearly every step
         return values
-    plain: Heard = msgspec.to_builtins(values, builtin_types=(bytes,), enc_hook=_plain)
-    return plain
+    return msgspec.to_builtins(values, builtin_types=(bytes,), enc_hook=_plain)
 
 
 def _event(sample_index: int, heard: Heard) -> TokenEvent:

@@ -96,9 +96,9 @@ class LedgerWriter:
         while batch := self._next():
             if batch[0]:
                 self._folder.append(batch)
-            elif self._base is not None:
-                self._folder.begin(self._base)
-                self._base = None
+            elif (base := self._base) is not None:
+                self._folder.begin(base)
+                self._base = None if self._base is base else self._base
             with self._changed:
                 for payload in batch:
                     self._waiting.popleft()

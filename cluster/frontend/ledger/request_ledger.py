@@ -13,7 +13,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
 
@@ -60,8 +60,7 @@ class LedgerConfig:
     fsync: bool = False  # each write down to the disk: for hosts that lose power
 
     def __post_init__(self) -> None:
-        names = ("retain_seconds", "retain_bytes", "rewrite_seconds", "segment_bytes", "orphan_seconds")
-        check_above_zero("ledger", self, names)
+        check_above_zero("ledger", self, [each.name for each in fields(self) if each.name != "fsync"])
 
 
 class Ledger:
@@ -187,7 +186,7 @@ class Ledger:
         self._write(Over(record.number, progress, record.over, record.items))
 
     def _retain(self, record: Record) -> None:
-        record.pack()
+        record.packed, record.content = record.packed or dumps(record.unpacked()), None
         self._retained[record.number] = record
         self._retained_of.setdefault(record.key[0], {})[record.number] = record
         self._bytes_of[record.key[0]] += len(record.packed)
