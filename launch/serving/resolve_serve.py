@@ -18,7 +18,7 @@ from cluster.access.token_file import TokenFile
 from cluster.actors.group.placement import PlacementConfig
 from cluster.actors.programs.serve_program import ServeProgram
 from cluster.actors.programs.serve_spec import Dtype, FlightSpec, TrainingConfig
-from cluster.frontend.journal.request_journal import LedgerConfig
+from cluster.frontend.ledger.request_ledger import LedgerConfig
 from cluster.frontend.requests.call import FrontendConfig
 from cluster.rpc.services.connection_limits import ServerLimits
 from cluster.training.checkpoint.state_folder import StateFolder

@@ -26,7 +26,7 @@ from cluster.actors.host.ray_session import ray_session
 from cluster.actors.programs.serve_program import ServeProgram
 from cluster.actors.programs.serve_spec import RankFacts
 from cluster.frontend.frontend import Frontend
-from cluster.frontend.journal.request_journal import Ledger
+from cluster.frontend.ledger.request_ledger import Ledger
 from cluster.frontend.output.output_text import codec_of
 from cluster.frontend.readiness import Readiness
 from cluster.frontend.requests.call import FrontendConfig

@@ -7,13 +7,13 @@ engine was asked and what it said becomes requests, errors and events again, by 
 from __future__ import annotations
 
 import enum
-from dataclasses import fields, replace
 from hashlib import sha256
 from typing import Any
 
 import msgspec
+from msgspec import structs
 
-from cluster.engine.request import Request, TokenEvent, TokenLogprobs
+from cluster.engine.request import Request, TokenEvent
 from cluster.engine.top_logprobs import Alternatives
 from cluster.frontend.output.streams import Stream
 from cluster.frontend.requests.call import Call
@@ -24,8 +24,7 @@ from parallel.errors import CapacityError, RequestError
 REFUSALS = (CapacityError, DoesNotFit, InvalidRequest, NoTokenizer, Quarantined, RequestError)
 FACTS = {"violations": tuple[Violation, ...], "deaths": int, "causes": tuple[str, ...]}
 """What they say beside their message."""
-SCORED = ("logprobs", "prompt_logprobs")
-DEFAULTS = {f.name: f.default for f in fields(TokenEvent) if f.name not in ("request_id", "sample_index")}
+FIELDS = {f.name: f for f in structs.fields(TokenEvent) if f.name not in ("request_id", "sample_index")}
 PLAIN = {"token_ids", "weight_version"}
 GROWING = ("token_ids", "logprobs")
 UNREADABLE = (msgspec.MsgspecError, TypeError, ValueError, LookupError)
@@ -91,7 +90,7 @@ class Record(msgspec.Struct, array_like=True, kw_only=True, eq=False, dict=True,
 
     def line(self) -> Record:
         """As it is now."""
-        return msgspec.structs.replace(self, packed=self.packed or dumps(self.unpacked()))
+        return structs.replace(self, packed=self.packed or dumps(self.unpacked()))
 
     def take(self, item: Item) -> None:
         """One event more. One that is known (a base has what its log's first lines have) is left out, and so is what
@@ -148,21 +147,21 @@ def digest_of(call: Call) -> bytes:
 
 def values_of(event: TokenEvent) -> Heard:
     """What it says, in plain values."""
-    values = {name: value for name, default in DEFAULTS.items() if (value := getattr(event, name)) != default}
+    values = {name: value for name, field in FIELDS.items() if (value := getattr(event, name)) != field.default}
     if values.keys() <= PLAIN:  # as those of nearly every step
         return values
     return msgspec.to_builtins(values, builtin_types=(bytes,), enc_hook=_plain)
 
 
 def _event(sample_index: int, heard: Heard) -> TokenEvent:
-    scored = {name: tuple(map(_scored, heard[name])) for name in SCORED if name in heard}
-    values = {**heard, **dict.fromkeys(scored, ()), "request_id": "", "sample_index": sample_index}
-    return replace(msgspec.convert(values, TokenEvent), **scored)  # type: ignore[arg-type]
+    values = {name: msgspec.convert(value, FIELDS[name].type, dec_hook=_typed) for name, value in heard.items()}
+    return TokenEvent(request_id="", sample_index=sample_index, **values)
 
 
-def _scored(values: dict[str, Any]) -> TokenLogprobs:
-    top = values["top"]
-    return TokenLogprobs(**{**values, "top": Alternatives(top) if isinstance(top, bytes) else tuple(map(tuple, top))})
+def _typed(kind: type, value: object) -> object:
+    if kind is Alternatives and isinstance(value, bytes):
+        return Alternatives(value)
+    raise ValueError(f"no {kind.__name__}")
 
 
 def unpack(data: bytes) -> Content:
@@ -183,7 +182,7 @@ def _asked(values: Any) -> Request | RequestError:
 def _plain(value: object) -> object:
     """Of what MessagePack does not know."""
     if isinstance(value, Alternatives):
-        return value.ids.tobytes() + value.logprobs.tobytes()
+        return value.data
     assert isinstance(value, RequestError), f"a ledger has no place for {type(value).__name__}"
     kind = next(kind for kind in type(value).__mro__ if kind in REFUSALS)
     return kind.__name__, str(value), {name: fact for name, fact in vars(value).items() if name in FACTS}

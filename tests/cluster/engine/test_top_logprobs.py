@@ -31,7 +31,7 @@ def test_they_are_a_sequence_of_pairs_by_value() -> None:
 def test_they_travel_and_are_remembered_as_they_are() -> None:
     entry = TokenLogprobs(5, -1.0, Alternatives.of(PAIRS))
     assert pickle.loads(pickle.dumps(entry)) == entry
-    for each in (entry, TokenLogprobs(5, -1.0, PAIRS), TokenLogprobs(5, -1.0)):
+    for each in (entry, TokenLogprobs(5, -1.0)):
         heard = values_of(TokenEvent(request_id="x", logprobs=(each,)))
         (event,) = unpack(dumps(Content((), 1, {(0, 0): heard}))).events(0)
         assert event.logprobs == (each,) and type(event.logprobs[0].top) is type(each.top)

@@ -18,7 +18,7 @@ from cluster.engine.request import (
     TokenEvent,
     TokenLogprobs,
 )
-from cluster.engine.sample.top_logprobs import Alternatives
+from cluster.engine.top_logprobs import Alternatives
 from cluster.frontend.ledger.ledger_records import (
     UNREADABLE,
     Content,
