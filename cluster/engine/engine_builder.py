@@ -19,7 +19,7 @@ from cluster.engine.run.canary import Canary
 from cluster.engine.run.command_stream import Commands
 from cluster.engine.run.executors import GroupExecutor, LocalExecutor
 from cluster.engine.run.model_runner import ModelRunner
-from parallel.attention.attend import AttentionSpec, Backend, choose_backend
+from parallel.attention.attend import Backend, choose_backend
 from parallel.attention.kv_cache import KVCache, KVLayout
 from parallel.ranks.group import Group
 from tp_decoders.model.decoder import Decoder
@@ -49,15 +49,9 @@ def attention_for(model: Decoder, requested: str | None) -> Backend:
         requested,
         weight.device,
         weight.dtype,
-        alibi=uses_alibi(model),
+        alibi=model.config.positions == "alibi",
         head_dim=model.config.head_dim,
     )
-
-
-def uses_alibi(model: Decoder) -> bool:
-    """Whether any layer's attention has slopes."""
-    specs = (value for module in model.modules() for value in vars(module).values() if isinstance(value, AttentionSpec))
-    return any(spec.slopes is not None for spec in specs)
 
 
 def agreed_blocks(wanted: int, group: Group, device: torch.device | str) -> int:

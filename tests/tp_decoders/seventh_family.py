@@ -36,6 +36,7 @@ def from_hf(fields: Fields) -> DecoderConfig:
         d_ff=fields.integer("intermediate_size"),
         vocab_size=fields.integer("vocab_size"),
         max_positions=fields.integer("max_position_embeddings"),
+        positions="learned",
         activation=activation(fields, "hidden_act", "silu"),
         norm_eps=fields.number("rms_norm_eps", 1e-6, above=0.0),
         tie=True,
@@ -69,7 +70,7 @@ class Block(nn.Module):
 
 class Model(Decoder):
     def __init__(self, config: DecoderConfig, group: Group, place: Place) -> None:
-        parts = Parts(learned_positions=True, norm=RMSNorm)
+        parts = Parts(norm=RMSNorm)
         super().__init__(config, group, place, lambda layer: Block(config, layer, group, place), parts)
 
 

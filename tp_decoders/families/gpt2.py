@@ -24,7 +24,7 @@ from tp_decoders.families.family import Family
 from tp_decoders.files.json_fields import MOST_LAYERS, Fields
 from tp_decoders.model.config import DecoderConfig, Dropout, activation, head_size, probability
 from tp_decoders.model.cross_attention import CrossAttention
-from tp_decoders.model.decoder import Decoder, Parts, residual_std
+from tp_decoders.model.decoder import Decoder, residual_std
 from tp_decoders.model.place import Place
 from tp_decoders.model.pruning import pruned_from_hf
 from tp_decoders.model.task_config import TASKS
@@ -80,6 +80,7 @@ def gpt_from_hf(fields: Fields, default_activation: str) -> DecoderConfig:
         d_ff=fields.optional_integer("n_inner") or 4 * d_model,
         vocab_size=fields.integer("vocab_size", 50257),
         max_positions=fields.integer("n_positions", 1024, aliases=("max_position_embeddings",)),
+        positions="learned",
         activation=activation(fields, "activation_function", default_activation),
         norm_eps=fields.number("layer_norm_epsilon", 1e-5, above=0.0),
         tie=fields.flag("tie_word_embeddings", True),
@@ -141,8 +142,7 @@ class Model(Decoder):
     init_std = staticmethod(residual_std)
 
     def __init__(self, config: DecoderConfig, group: Group, place: Place) -> None:
-        parts = Parts(learned_positions=True)
-        super().__init__(config, group, place, lambda layer: Block(config, layer, group, place), parts)
+        super().__init__(config, group, place, lambda layer: Block(config, layer, group, place))
 
     def heads(self, layer: int) -> HeadLayout:
         return layout_of(self.config, layer, self.group)

@@ -25,7 +25,7 @@ from tp_decoders.families.gpt2 import SIZES, UNREAD, gpt_from_hf, gpt_names
 from tp_decoders.files.json_fields import Fields
 from tp_decoders.model.config import DecoderConfig
 from tp_decoders.model.cross_attention import CrossAttention
-from tp_decoders.model.decoder import Decoder, Parts, residual_std
+from tp_decoders.model.decoder import Decoder, residual_std
 from tp_decoders.model.place import Place
 from tp_decoders.model.tensor_names import NameMap
 
@@ -130,8 +130,7 @@ class Model(Decoder):
 
     def __init__(self, config: DecoderConfig, group: Group, place: Place) -> None:
         layout = HeadLayout.of(group, config.n_heads, config.n_kv_heads, config.head_dim)
-        parts = Parts(learned_positions=True)
-        super().__init__(config, group, place, lambda layer: Block(config, layer, layout, group, place), parts)
+        super().__init__(config, group, place, lambda layer: Block(config, layer, layout, group, place))
 
 
 FAMILY = Family(

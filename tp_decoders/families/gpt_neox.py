@@ -19,6 +19,7 @@ from parallel.attention.heads import HeadLayout
 from parallel.layers.dropout import ATTENDED, MLP, DropoutSite
 from parallel.layers.linear import ColumnLinear, Partial, RowLinear, reduce_sum
 from parallel.layers.norm import LayerNorm
+from parallel.layers.rotary import Rotation, rotated
 from parallel.ranks.group import Group
 from parallel.sharding.rules import VirtualShards
 from tp_decoders.families.family import Family
@@ -26,7 +27,7 @@ from tp_decoders.files.json_fields import MOST_LAYERS, Fields
 from tp_decoders.model.config import DecoderConfig, Dropout, activation, head_size, probability
 from tp_decoders.model.decoder import Decoder
 from tp_decoders.model.place import Place
-from tp_decoders.model.rotary import Rotary, RotaryConfig, Rotation, rotary_from_hf, rotated
+from tp_decoders.model.rotary_config import rotary_from_hf
 from tp_decoders.model.tensor_names import Name, NameMap, block_names
 
 EARLY_NAMES = ("attention_probs_dropout_prob", "hidden_dropout_prob")
@@ -35,7 +36,6 @@ EARLY_NAMES = ("attention_probs_dropout_prob", "hidden_dropout_prob")
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    rotary: RotaryConfig
     parallel_residual: bool
     attention_bias: bool
 
@@ -47,9 +47,8 @@ DEFAULTS = {
 
 
 def from_hf(fields: Fields) -> DecoderConfig:
-    config, rotary = neox_from_hf(fields, DEFAULTS, fields.integer("intermediate_size", 24576))
+    config = neox_from_hf(fields, DEFAULTS, fields.integer("intermediate_size", 24576))
     options = Options(
-        rotary=rotary,
         parallel_residual=fields.flag("use_parallel_residual", True),
         attention_bias=fields.flag("attention_bias", True),
     )
@@ -57,14 +56,14 @@ def from_hf(fields: Fields) -> DecoderConfig:
     return replace(config, dropout=replace(config.dropout, embedding=config.dropout.residual), options=options)
 
 
-def neox_from_hf(fields: Fields, defaults: Mapping[str, Any], d_ff: int) -> tuple[DecoderConfig, RotaryConfig]:
+def neox_from_hf(fields: Fields, defaults: Mapping[str, Any], d_ff: int) -> DecoderConfig:
     """What GPT-NeoX and GPT-NeoX-Japanese say in the same words; `options` are left out."""
     d_model = fields.integer("hidden_size", defaults["hidden_size"])
     n_heads = fields.integer("num_attention_heads", defaults["num_attention_heads"])
     head_dim = head_size(fields.where, d_model, n_heads)
     positions = fields.integer("max_position_embeddings", 2048)
     rotary = rotary_from_hf(fields, head_dim, positions, default_share=defaults["rotary_pct"])
-    config = DecoderConfig(
+    return DecoderConfig(
         model_type=str(fields.values["model_type"]),
         n_layers=fields.integer("num_hidden_layers", defaults["num_hidden_layers"], most=MOST_LAYERS),
         n_heads=n_heads,
@@ -74,6 +73,8 @@ def neox_from_hf(fields: Fields, defaults: Mapping[str, Any], d_ff: int) -> tupl
         d_ff=d_ff,
         vocab_size=fields.integer("vocab_size", defaults["vocab_size"]),
         max_positions=rotary.reach,
+        positions="rotary",
+        rotary=rotary,
         activation=activation(fields, "hidden_act", "gelu"),
         norm_eps=fields.number("layer_norm_eps", 1e-5, above=0.0),
         tie=fields.flag("tie_word_embeddings", defaults["tie_word_embeddings"]),
@@ -84,7 +85,6 @@ def neox_from_hf(fields: Fields, defaults: Mapping[str, Any], d_ff: int) -> tupl
         ),
         hf=fields.values,
     )
-    return config, rotary
 
 
 class Block(nn.Module):
@@ -130,10 +130,6 @@ class Model(Decoder):
     def __init__(self, config: DecoderConfig, group: Group, place: Place) -> None:
         layout = HeadLayout.of(group, config.n_heads, config.n_kv_heads, config.head_dim)
         super().__init__(config, group, place, lambda layer: Block(config, layer, layout, group, place))
-        self.rotary = Rotary(config.options.rotary)
-
-    def given(self, positions_T: Tensor) -> tuple[Rotation]:
-        return (self.rotary.at(positions_T),)
 
 
 NAMES = (

@@ -6,8 +6,6 @@ MLP is intermediate_multiple_size times as wide as the model. T tokens, D model,
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-
 from torch import Tensor, nn
 
 from parallel.attention.attend import Attend, AttentionSpec
@@ -15,6 +13,7 @@ from parallel.attention.heads import HeadLayout
 from parallel.layers.dropout import ATTENDED, MLP, DropoutSite
 from parallel.layers.linear import ColumnLinear, RowLinear
 from parallel.layers.norm import LayerNorm
+from parallel.layers.rotary import Rotation, rotated
 from parallel.ranks.group import Group
 from parallel.sharding.rules import VirtualShards
 from tp_decoders.families.family import Family
@@ -24,14 +23,7 @@ from tp_decoders.files.json_fields import MOST_RATIO, Fields
 from tp_decoders.model.config import DecoderConfig
 from tp_decoders.model.decoder import Decoder
 from tp_decoders.model.place import Place
-from tp_decoders.model.rotary import Rotary, RotaryConfig, Rotation, rotated
 from tp_decoders.model.tensor_names import Name, NameMap
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    rotary: RotaryConfig
-
 
 DEFAULTS = {
     "hidden_size": 2560, "num_attention_heads": 32, "num_hidden_layers": 32, "vocab_size": 32000, "rotary_pct": 1.0,
@@ -41,10 +33,9 @@ DEFAULTS = {
 
 def from_hf(fields: Fields) -> DecoderConfig:
     multiple = fields.number("intermediate_multiple_size", 4, above=0.0, within=(0.0, MOST_RATIO))
-    d_ff = int(fields.integer("hidden_size", DEFAULTS["hidden_size"]) * multiple)
-    config, rotary = neox_from_hf(fields, DEFAULTS, d_ff)
+    config = neox_from_hf(fields, DEFAULTS, int(fields.integer("hidden_size", DEFAULTS["hidden_size"]) * multiple))
     fields.finish()
-    return replace(config, options=Options(rotary=rotary))
+    return config
 
 
 class Block(nn.Module):
@@ -83,10 +74,6 @@ class Model(Decoder):
     def __init__(self, config: DecoderConfig, group: Group, place: Place) -> None:
         layout = HeadLayout.of(group, config.n_heads, config.n_kv_heads, config.head_dim)
         super().__init__(config, group, place, lambda layer: Block(config, layer, layout, group, place))
-        self.rotary = Rotary(config.options.rotary)
-
-    def given(self, positions_T: Tensor) -> tuple[Rotation]:
-        return (self.rotary.at(positions_T),)
 
 
 BIAS = "blocks.{i}.out.bias"

@@ -22,6 +22,7 @@ from parallel.attention.query_key_norm import QueryKeyNorm
 from parallel.errors import ConfigError
 from parallel.layers.linear import ColumnLinear, RowLinear, columns
 from parallel.layers.norm import RMSNorm
+from parallel.layers.rotary import Rotation, rotate
 from parallel.matmul.activation import gated
 from parallel.ranks.group import Group
 from parallel.sharding.rules import Part, VirtualShards
@@ -30,8 +31,8 @@ from tp_decoders.files.json_fields import MOST_LAYERS, Fields
 from tp_decoders.model.config import DecoderConfig, Dropout, activation, head_size, probability
 from tp_decoders.model.decoder import Decoder, Parts
 from tp_decoders.model.place import Place
-from tp_decoders.model.rotary import NAMES as ROTARY_NAMES
-from tp_decoders.model.rotary import Rotary, RotaryConfig, Rotation, rotary_from_hf, rotate
+from tp_decoders.model.rotary_config import NAMES as ROTARY_NAMES
+from tp_decoders.model.rotary_config import rotary_from_hf
 from tp_decoders.model.task_config import CAUSAL, SEQUENCES, TOKENS
 from tp_decoders.model.tensor_names import Name, NameMap, block_names
 
@@ -74,7 +75,6 @@ KINDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    rotary: RotaryConfig
     qkv_bias: bool
     out_bias: bool
     mlp_bias: bool
@@ -101,13 +101,14 @@ def from_hf(fields: Fields) -> DecoderConfig:
         d_ff=fields.integer("intermediate_size", kind.d_ff),
         vocab_size=fields.integer("vocab_size", kind.vocab_size),
         max_positions=rotary.reach,
+        positions="rotary",
+        rotary=rotary,
         activation=activation(fields, "hidden_act", "silu"),
         norm_eps=fields.number("rms_norm_eps", 1e-6, above=0.0),
         tie=fields.flag("tie_word_embeddings", False),
         initializer_range=fields.number("initializer_range", 0.02, within=(0.0, 1e6)),
         dropout=Dropout(attention=probability(fields, "attention_dropout", 0.0)),
         options=Options(
-            rotary=rotary,
             qkv_bias=_flag(fields, "attention_bias", kind.qkv_bias),
             out_bias=_flag(fields, "attention_bias", kind.out_bias),
             mlp_bias=_flag(fields, "mlp_bias", kind.mlp_bias),
@@ -220,10 +221,6 @@ class Model(Decoder):
         layout = HeadLayout.of(group, config.n_heads, config.n_kv_heads, config.head_dim)
         parts = Parts(norm=RMSNorm)
         super().__init__(config, group, place, lambda layer: Block(config, layer, layout, group, place), parts)
-        self.rotary = Rotary(config.options.rotary)
-
-    def given(self, positions_T: Tensor) -> tuple[Rotation]:
-        return (self.rotary.at(positions_T),)
 
 
 NAMES = (

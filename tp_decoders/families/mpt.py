@@ -109,11 +109,8 @@ class Model(Decoder):
 
     def __init__(self, config: DecoderConfig, group: Group, place: Place) -> None:
         layout = HeadLayout.of(group, config.n_heads, config.n_kv_heads, config.head_dim)
-        parts = Parts(
-            learned_positions=config.options.learned_positions,
-            norm=partial(LayerNorm, bias=config.options.bias),
-            logit_scale=config.options.logit_scale,
-        )
+        options = config.options
+        parts = Parts(norm=partial(LayerNorm, bias=options.bias), logit_scale=options.logit_scale)
         super().__init__(config, group, place, lambda layer: Block(config, layer, layout, group, place), parts)
 
 

@@ -67,7 +67,6 @@ class Options:
     """`alibi_bias_max` is None where ALiBi is off."""
 
     alibi_bias_max: float | None
-    learned_positions: bool
     bias: bool
     clip_qkv: float | None
     softmax_scale: float
@@ -129,7 +128,6 @@ def _as_transformers(fields: Fields) -> DecoderConfig:
     dropped = probability(attention, "attn_pdrop", 0.0)
     options = Options(
         alibi_bias_max=8.0,
-        learned_positions=False,
         bias=False,
         clip_qkv=_clip(attention),
         softmax_scale=_softmax_scale(attention, head_dim),
@@ -142,6 +140,7 @@ def _as_transformers(fields: Fields) -> DecoderConfig:
         model_type="mpt",
         **_shape(fields, d_model, n_heads, head_dim),
         n_kv_heads=n_heads,
+        positions="alibi",
         d_ff=4 * d_model,
         activation="gelu",
         norm_eps=fields.number("layer_norm_epsilon", 1e-5, above=0.0),
@@ -158,9 +157,9 @@ def _as_foundry(fields: Fields) -> DecoderConfig:
     d_model, n_heads, head_dim = _heads(fields)
     alibi = attention.flag("alibi", True)
     bias_max = attention.number("alibi_bias_max", 8, above=0.0)
+    learned = fields.flag("learned_pos_emb", True)
     options = Options(
         alibi_bias_max=bias_max if alibi else None,
-        learned_positions=fields.flag("learned_pos_emb", True) and not alibi,
         bias=not fields.flag("no_bias", True),
         clip_qkv=_clip(attention),
         softmax_scale=_softmax_scale(attention, head_dim),
@@ -171,6 +170,7 @@ def _as_foundry(fields: Fields) -> DecoderConfig:
         model_type="mpt",
         **_shape(fields, d_model, n_heads, head_dim),
         n_kv_heads=_kv_heads(attention, n_heads),
+        positions="alibi" if alibi else "learned" if learned else "none",
         **_mlp(fields, d_model),
         norm_eps=fields.number("norm_eps" if _given(fields, "norm_eps") else "layer_norm_epsilon", 1e-5, above=0.0),
         dropout=Dropout(

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from parallel.errors import ConfigError
 from parallel.matmul.activation import check_activation
 from tp_decoders.files.json_fields import MOST, Fields
+from tp_decoders.model.rotary_config import MOST_POSITIONS, RotaryConfig
 from tp_decoders.model.task_config import TaskConfig
 
-MOST_POSITIONS = 2**22
-"""Of a context: tables of rotations are made whole."""
+Positions = Literal["learned", "rotary", "alibi", "none"]
+"""How a model knows where a token stands: a table beside the embeddings, heads that turn, scores that fall with the
+distance, or not at all.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +39,9 @@ class Dropout:
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """One decoder. `options` is its family's own dataclass; `hf` the config.json it came from."""
+    """One decoder. `rotary` is there where `positions` are rotary; `options` is its family's own dataclass; `hf` the
+    config.json it came from.
+    """
 
     model_type: str
     n_layers: int
@@ -47,14 +52,24 @@ class DecoderConfig:
     d_ff: int
     vocab_size: int
     max_positions: int
+    positions: Positions
     activation: str
     norm_eps: float
     tie: bool
+    rotary: RotaryConfig | None = None
     initializer_range: float = 0.02
     dropout: Dropout = Dropout()
     task: TaskConfig | None = None  # None: a language model
     options: Any = None
     hf: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        assert (self.rotary is None) == (self.positions != "rotary"), "rotary positions have settings, others none"
+
+    @property
+    def takes_positions(self) -> bool:
+        """Whether positions may be said; else attention alone knows where tokens stand."""
+        return self.positions in ("learned", "rotary")
 
 
 def head_size(where: str, d_model: int, n_heads: int) -> int:

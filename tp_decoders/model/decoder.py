@@ -33,6 +33,7 @@ from tp_decoders.model.config import DecoderConfig
 from tp_decoders.model.lora_config import LoraConfig
 from tp_decoders.model.place import Place
 from tp_decoders.model.resize_embeddings import VocabularyTables
+from tp_decoders.model.rotary import Rotary
 from tp_decoders.model.task_heads import task_head
 
 
@@ -40,7 +41,6 @@ from tp_decoders.model.task_heads import task_head
 class Parts:
     """What a family has around its blocks besides what all have."""
 
-    learned_positions: bool = False
     norm: Callable[..., Norm] = LayerNorm
     logit_scale: float = 1.0
 
@@ -82,7 +82,9 @@ class Decoder(VocabularyTables):
         self.config, self.group = config, group
         vocab, d_model = config.vocab_size, config.d_model
         self.embed = VocabEmbedding(vocab, d_model, group=group, **place)
-        self.positions = PositionTable(config.max_positions, d_model, group, place) if parts.learned_positions else None
+        learned = config.positions == "learned"
+        self.positions = PositionTable(config.max_positions, d_model, group, place) if learned else None
+        self.rotary = None if config.rotary is None else Rotary(config.rotary)
         self.blocks = nn.ModuleList(block(layer) for layer in range(config.n_layers))
         self.norm = parts.norm(d_model, config.norm_eps, **place)
         self.drop = DropoutSite(config.dropout.embedding, EMBEDDED, EMBEDDING, group)
@@ -110,8 +112,8 @@ class Decoder(VocabularyTables):
         return self.through_blocks(self.embedded(tokens_T, positions_T), attend, *self.given(positions_T))
 
     def given(self, positions_T: Tensor) -> tuple[object, ...]:
-        """What every block is handed besides x, attend and tokens: a family's own."""
-        return ()
+        """What every block is handed besides x, attend and tokens."""
+        return () if self.rotary is None else (self.rotary.at(positions_T),)
 
     def logits(self, x_TD: Tensor, rows: Tensor | None) -> Tensor:
         """This rank's part of the logits of all tokens, or of the given rows."""

@@ -20,7 +20,8 @@ def of_four_axes(mask: Tensor | None) -> bool:
 
 def checked_matrix(model: Decoder, mask: Tensor, batch: int, time: int, past: int) -> Tensor:
     """What is added to the scores, float32; -inf where a column is hidden."""
-    heads = 1 if mask.shape[1] == 1 or _alibi(model) else model.config.n_heads
+    by_distance = not model.config.takes_positions  # the reference reads numbers as 0 and 1, and no mask by head
+    heads = 1 if mask.shape[1] == 1 or by_distance else model.config.n_heads
     shape = (batch, heads, time, past + time)
     if tuple(mask.shape) != shape:
         raise RequestError(
@@ -29,7 +30,7 @@ def checked_matrix(model: Decoder, mask: Tensor, batch: int, time: int, past: in
         )
     if mask.dtype is torch.bool:
         added = torch.zeros(shape, device=mask.device).masked_fill(~mask, float("-inf"))
-    elif mask.is_floating_point() and not _alibi(model):
+    elif mask.is_floating_point() and not by_distance:
         added = mask.to(torch.float32)
     else:
         raise RequestError(
@@ -39,8 +40,3 @@ def checked_matrix(model: Decoder, mask: Tensor, batch: int, time: int, past: in
     if bool((added == float("-inf")).all(-1).any()):
         raise RequestError("attention_mask hides every column from one of them; leave it at least one")
     return added
-
-
-def _alibi(model: Decoder) -> bool:
-    """The reference's MPT reads numbers of such a mask as 0 and 1, and takes none by head."""
-    return model.positions is None and not hasattr(model, "rotary")

@@ -88,7 +88,7 @@ class Call:
         shape = tuple(self.padding.new_BT.shape)
         if ids is None:
             positions_T = self.padding.positions()
-        elif self.model.positions is None and not hasattr(self.model, "rotary"):
+        elif not config.takes_positions:
             raise RequestError("position_ids for a model with ALiBi, whose attention goes by distance; leave them out")
         else:
             positions_T = self.padding.pack(checked_ids("position_ids", ids, shape, may_repeat=True))

@@ -166,8 +166,8 @@ class PaddedModel:
         call |= {"input_ids": input_ids} if embeds is None or columns else {"inputs_embeds": embeds}
         if isinstance(types, Tensor):
             call["token_type_ids"] = types[:, -new:]
-        takes_positions = self.model.positions is not None or hasattr(self.model, "rotary")
-        if isinstance(mask, Tensor) and mask.dim() == 2 and inputs.get("position_ids") is None and takes_positions:
+        counts = self.model.config.takes_positions and inputs.get("position_ids") is None
+        if counts and isinstance(mask, Tensor) and mask.dim() == 2:
             call["position_ids"] = (mask.long().cumsum(-1) - 1).masked_fill(mask == 0, 1)[:, -new:]
         return call
 

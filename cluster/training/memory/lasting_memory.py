@@ -76,8 +76,8 @@ def _update_bytes(model: Decoder, flats: Sequence[FlatBuffers], dp: Group, devic
 
 def weight_bytes(model: Decoder) -> int:
     """Parameters, and what is derived from the configuration alone: rotary tables and slopes."""
-    rotary = getattr(model, "rotary", None)
-    tables = vars(build_tables(rotary.config)) if rotary is not None else {}
+    rotary = model.config.rotary
+    tables = vars(build_tables(rotary)) if rotary is not None else {}
     specs = {id(v): v for m in model.modules() for v in vars(m).values() if isinstance(v, AttentionSpec)}
     slopes = sum(spec.slopes.nbytes for spec in specs.values() if spec.slopes is not None)
     return sum(p.nbytes for p in model.parameters()) + sum(table.nbytes for table in tables.values()) + slopes

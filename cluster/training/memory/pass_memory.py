@@ -21,6 +21,7 @@ from cluster.training.memory.kernel_shapes import ShapeAttend
 from cluster.training.memory.lasting_memory import packed_size
 from cluster.training.memory.live_tensors import LiveBytes
 from parallel.layers import norm
+from parallel.layers.rotary import rotate_
 from parallel.matmul import activation
 from parallel.matmul.grad_sum import ATTRIBUTE
 from parallel.native.memory import KEPT_SCRATCH, LINE
@@ -31,7 +32,6 @@ from parallel.vocabulary.cross_entropy import vocab_token_losses
 from tp_decoders.checkpoint.load_save import build
 from tp_decoders.model.config import DecoderConfig
 from tp_decoders.model.decoder import Decoder
-from tp_decoders.model.rotary import rotate_
 
 NATIVE_PIECES = (
     norm.torch_grads, norm.torch_rms_norm, activation.gate_values, activation.torch_gate_grad, logsumexp.softmax_grad,

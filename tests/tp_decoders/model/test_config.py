@@ -244,5 +244,5 @@ def test_learned_positions_and_alibi_of_mpt() -> None:
     def of(**attn: object) -> DecoderConfig:
         return config_from_hf({"model_type": "mpt", "attn_config": attn})
 
-    assert (of().options.alibi_bias_max, of().options.learned_positions) == (8.0, False)
-    assert (of(alibi=False).options.alibi_bias_max, of(alibi=False).options.learned_positions) == (None, True)
+    assert (of().options.alibi_bias_max, of().positions) == (8.0, "alibi")
+    assert (of(alibi=False).options.alibi_bias_max, of(alibi=False).positions) == (None, "learned")

@@ -13,10 +13,12 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from parallel.attention.attend import Causal
 from parallel.errors import ConfigError
+from parallel.layers.rotary import Rotation, rotate, rotated
 from parallel.matmul import products
 from tests.tp_decoders.families.parity import NEOX, hf
 from tp_decoders import load
-from tp_decoders.model.rotary import Rotary, RotaryConfig, Rotation, rotate, rotated
+from tp_decoders.model.rotary import Rotary
+from tp_decoders.model.rotary_config import RotaryConfig
 from tp_decoders.registry import config_from_hf
 
 
@@ -65,12 +67,14 @@ def test_tables_of_stretched_frequencies_are_those_of_transformers_bit_for_bit(s
     )
     positions = torch.tensor([5, 0, 1023, 17, 300])
     config = config_from_hf(json.loads(json.dumps(theirs.to_dict())))
-    table = Rotary(config.options.rotary).at(positions)
+    plain = config_from_hf({**theirs.to_dict(), "rope_scaling": None})
+    assert config.rotary is not None and plain.rotary is not None
+    table = Rotary(config.rotary).at(positions)
     cos, sin = LlamaRotaryEmbedding(theirs)(torch.zeros(1), positions[None])
     assert torch.equal(table.cos, cos[0, :, :32]) and torch.equal(table.sin, sin[0, :, :32])
     assert config.max_positions >= 1024
-    plain = config_from_hf({**theirs.to_dict(), "rope_scaling": None}).options.rotary
-    assert not torch.allclose(Rotary(plain).at(positions).cos, table.cos, atol=1e-2), "else it would scale nothing"
+    unscaled = Rotary(plain.rotary).at(positions)
+    assert not torch.allclose(unscaled.cos, table.cos, atol=1e-2), "else it would scale nothing"
 
 
 @pytest.mark.parametrize("position", [3, 63, 64, 100, 127])
@@ -154,7 +158,7 @@ def test_generation_beyond_the_trained_context_equals_transformers(tmp_path: obj
 
 def rotary_of(**hf: object) -> RotaryConfig:
     sizes = {"hidden_size": 64, "num_attention_heads": 2, "max_position_embeddings": 64}
-    rotary = config_from_hf({"model_type": "gpt_neox", **sizes, **hf}).options.rotary
+    rotary = config_from_hf({"model_type": "gpt_neox", **sizes, **hf}).rotary
     assert isinstance(rotary, RotaryConfig)
     return rotary
 
