@@ -1,12 +1,14 @@
 """Selective recomputation: cheap results are not kept for the backward but computed again from what is kept anyway.
 
-    y = norm(x);  cheap(y, lambda: norm(x))        whoever computes something cheap says how to get it again
-    with forgetting_cheap(): z = linear(y)         inside, a backward that needs y keeps the recipe in its place
+    recipes = Recipes()
+    with recipes.instead():                            what a backward needs is kept as a recipe, where there is one
+        y = cheap(norm(x), lambda: norm(x), recipes)   whoever computes something cheap says how to get it again
+        z = linear(y)
 
 What a layer norm and an activation function give is as large as what goes into them, and that is kept by their own
 backward: of a block's activations about half goes, for a norm and an activation more per block (output-discarding
 recomputation, as Megatron-Core does; the idea of Korthikanti et al., arXiv 2205.05198, for parts that are cheap). The
-same bits. Outside the scope `cheap` does nothing.
+same bits. Without recipes `cheap` does nothing.
 """
 
 from __future__ import annotations
@@ -14,41 +16,43 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 
 import torch
 from torch import Tensor
 
 Recipe = Callable[[], Tensor]
-_scope: ContextVar[dict[int, tuple[weakref.ref[Tensor], Recipe]] | None] = ContextVar("recipes", default=None)
 
 
-def cheap(y: Tensor, again: Recipe) -> Tensor:
-    """y itself; in a scope, `again` is remembered as the way to compute its values. No gradient flows through it."""
-    recipes = _scope.get()
-    if recipes is not None and y.numel():
-        recipes[_storage(y)] = weakref.ref(y), again
-    return y
+class Recipes:
+    """How to compute again what one block's forward computed cheaply."""
 
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[weakref.ref[Tensor], Recipe]] = {}
 
-@contextmanager
-def forgetting_cheap() -> Iterator[None]:
-    """The scope, over one block's forward."""
-    token = _scope.set({})
-    try:
-        with torch.autograd.graph.saved_tensors_hooks(_keep, _fetch):
+    def remember(self, y: Tensor, again: Recipe) -> None:
+        if y.numel():
+            self._known[_storage(y)] = weakref.ref(y), again
+
+    @contextmanager
+    def instead(self) -> Iterator[None]:
+        """Over the block's forward: recipes are kept instead of values. They are forgotten after it."""
+        with torch.autograd.graph.saved_tensors_hooks(self._keep, _fetch):
             yield
-    finally:
-        _scope.reset(token)
+        self._known.clear()
+
+    def _keep(self, saved: Tensor) -> Tensor | tuple[Recipe, torch.Size]:
+        known = self._known.get(_storage(saved))
+        if known is None or (source := known[0]()) is None:  # its storage may belong to another tensor by now
+            return saved
+        whole = saved.numel() == source.numel() and saved.is_contiguous() and saved.dtype is source.dtype
+        return (known[1], saved.shape) if whole else saved
 
 
-def _keep(saved: Tensor) -> Tensor | tuple[Recipe, torch.Size]:
-    recipes = _scope.get()
-    known = recipes.get(_storage(saved)) if recipes is not None else None
-    if known is None or (source := known[0]()) is None:  # its storage may belong to another tensor by now
-        return saved
-    whole = saved.numel() == source.numel() and saved.is_contiguous() and saved.dtype is source.dtype
-    return (known[1], saved.shape) if whole else saved
+def cheap(y: Tensor, again: Recipe, recipes: Recipes | None) -> Tensor:
+    """y itself; `again` is remembered as the way to compute its values. No gradient flows through it."""
+    if recipes is not None:
+        recipes.remember(y, again)
+    return y
 
 
 def _storage(tensor: Tensor) -> int:

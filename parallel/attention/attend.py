@@ -9,9 +9,8 @@ that adds up the gradient of kv heads that ranks share (parallel.attention.heads
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,57 +19,28 @@ from parallel.attention.kv_cache import KVCache
 from parallel.attention.metadata import AttentionMeta, AttentionSpec, Packed
 from parallel.attention.selector import BACKENDS, Backend, backend_named, choose_backend
 from parallel.errors import ConfigError
-from parallel.layers.dropout import Dropping, head_masks
+from parallel.layers.dropout import HeadMasks
 
 _log = logging.getLogger(__name__)
 
-__all__ = ["BACKENDS", "Attend", "AttentionMeta", "AttentionSpec", "Backend", "Cached", "Causal", "choose_backend"]
-
-
-class CrossAttend(Protocol):
-    """Attention of the same tokens to an encoder's states, of which `keys_values` makes keys and values [S, N, H]."""
-
-    def __call__(
-        self, spec: AttentionSpec, q_TNH: Tensor, keys_values: Callable[[Tensor], tuple[Tensor, Tensor]]
-    ) -> Tensor: ...
-
-
-class Attend(Protocol):
-    """What a model's forward is handed. `dropping` says whether, and by which masks, this pass drops activations;
-    `encoder` attends to an encoder's states where the pass has any (parallel.attention.attention_probes).
-    """
-
-    @property
-    def dropping(self) -> Dropping | None: ...
-
-    @property
-    def encoder(self) -> CrossAttend | None: ...
-
-    def __call__(self, spec: AttentionSpec, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor: ...
+__all__ = ["BACKENDS", "AttentionMeta", "AttentionSpec", "Backend", "Cached", "Causal", "choose_backend"]
 
 
 class Causal:
     """Sequences of the given lengths packed in one flat row, causal within each; differentiable wrt q, k and v.
 
     Without a backend the best one for the first call's device, dtype and heads is chosen, and a name that cannot work
-    with them is refused. With `dropping`, activations
-    are dropped by its masks; probabilities then too, by the eager backend where the chosen one cannot.
+    with them is refused. Probabilities are dropped by the eager backend where the chosen one cannot.
     """
 
-    encoder: CrossAttend | None = None
-
-    def __init__(
-        self, lengths: Sequence[int], backend: Backend | str | None = None, dropping: Dropping | None = None
-    ) -> None:
-        self._packed, self.dropping = Packed(lengths), dropping
-        if dropping is not None and len(dropping.keys_T) != self._packed.num_tokens:
-            raise ConfigError(
-                f"dropout keys of {len(dropping.keys_T)} tokens for sequences of {self._packed.num_tokens}; one each"
-            )
+    def __init__(self, lengths: Sequence[int], backend: Backend | str | None = None) -> None:
+        self._packed = Packed(lengths)
         self.backend = backend_named(backend) if isinstance(backend, str) else backend
         self._fits = self.backend is not None and not isinstance(backend, str)  # else the first call asks
 
-    def __call__(self, spec: AttentionSpec, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
+    def __call__(
+        self, spec: AttentionSpec, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, *, masks: HeadMasks | None = None
+    ) -> Tensor:
         _check_dimensions(q_TNH, k_TKH, v_TKH)
         _check_heads(spec, q_TNH, k_TKH, v_TKH, self._packed.num_tokens)
         if self.backend is None or not self._fits:
@@ -82,7 +52,6 @@ class Causal:
                 alibi=spec.slopes is not None,
                 head_dim=q_TNH.shape[2],
             )
-        masks = head_masks(self.dropping, spec.dropout, spec.layer, spec.head_ids)
         if masks is None:
             return self.backend.causal(spec, q_TNH, k_TKH, v_TKH, self._packed)
         backend = self.backend if self.backend.drops else _dropping_instead_of(self.backend.name)
@@ -97,9 +66,6 @@ def _dropping_instead_of(name: str) -> Backend:
 
 class Cached:
     """One step over a paged cache: writes the layer's new keys and values, then attends over it. Not differentiable."""
-
-    dropping: Dropping | None = None
-    encoder: CrossAttend | None = None
 
     def __init__(self, cache: KVCache, meta: AttentionMeta, backend: Backend | str | None = None) -> None:
         self._cache, self._meta = cache, meta
@@ -116,7 +82,10 @@ class Cached:
                 f"{cache.num_blocks} blocks of {cache.layout.block_size}; plan steps with the cache's own numbers"
             )
 
-    def __call__(self, spec: AttentionSpec, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
+    def __call__(
+        self, spec: AttentionSpec, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, *, masks: HeadMasks | None = None
+    ) -> Tensor:
+        assert masks is None, "serving drops nothing"
         layout, n_kv_heads = self._cache.layout, self._cache.layout.heads(spec.layer)
         _check_dimensions(q_TNH, k_TKH, v_TKH)
         _check_heads(spec, q_TNH, k_TKH, v_TKH, self._meta.num_tokens)

@@ -1,8 +1,8 @@
 """Attention that is looked into or steered: past keys and values handed in, new ones kept, heads masked, probabilities
 returned; and attention to an encoder's states.
 
-    Probed     sequences in a flat row, each behind its own past: an `attend` in place of `Causal`
-    Encoded    the same sequences, each against all states that its encoder gave: `attend.encoder`
+    Probed     sequences in a flat row, each behind its own past: a pass's `attend` in place of `Causal`
+    Encoded    the same sequences, each against all states that its encoder gave: a pass's `encoder`
 
 What only keeps keys and values goes through `Causal` and its backend; the rest is plain torch, one sequence at a time,
 differentiable. Probabilities are those that meet the values: after dropout and head masks. No collectives. T new
@@ -11,7 +11,7 @@ tokens, S encoder states, Q queries and C keys of one sequence, N local heads, K
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 
@@ -20,9 +20,10 @@ from torch import Tensor
 
 from parallel.attention.attend import Causal
 from parallel.attention.eager import distance, mixed, probabilities
+from parallel.attention.forward_pass import KeysValuesOf
 from parallel.attention.metadata import AttentionSpec
 from parallel.errors import ConfigError
-from parallel.layers.dropout import ATTENTION, CROSS_ATTENTION, Dropping, head_masks
+from parallel.layers.dropout import HeadMasks
 
 KeysValues = tuple[Tensor, Tensor]
 
@@ -66,27 +67,24 @@ class Probed:
         lengths: Sequence[int],
         asked: Asked,
         *,
-        dropping: Dropping | None = None,
         past: Past | None = None,
         places: Sequence[Tensor] | None = None,
-        encoder: Encoded | None = None,
         added: Sequence[Tensor] | None = None,
     ) -> None:
-        self.kept, self.encoder, self.dropping = Kept(), encoder, dropping
-        self._added = added
-        self._causal = Causal(lengths, dropping=dropping)
+        self.kept, self._added, self._causal = Kept(), added, Causal(lengths)
         self._asked, self._past, self._places = asked, past, places
         self._lengths = tuple(lengths)
         if past is not None and len(past.lengths) != len(self._lengths):
             raise ConfigError(f"a past of {len(past.lengths)} sequences for {len(self._lengths)}; one length for each")
 
-    def __call__(self, spec: AttentionSpec, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
+    def __call__(
+        self, spec: AttentionSpec, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, *, masks: HeadMasks | None = None
+    ) -> Tensor:
         if self._asked.keys_values:  # not the second time, when a block is computed again in the backward
             self.kept.keys_values.setdefault(spec.layer, (k_TKH, v_TKH))
         moved = spec.slopes is not None and self._places is not None
         if self._past is None and not moved and not self._asked.steers() and self._added is None:
-            return self._causal(spec, q_TNH, k_TKH, v_TKH)
-        masks = head_masks(self.dropping, spec.dropout, spec.layer, spec.head_ids, ATTENTION)
+            return self._causal(spec, q_TNH, k_TKH, v_TKH, masks=masks)
         outputs, weights, start = [], [], 0
         for s, (k_CNH, v_CNH) in enumerate(self._contexts(spec, k_TKH, v_TKH)):
             stop = start + self._lengths[s]
@@ -139,12 +137,11 @@ class Encoded:
         asked: Asked,
         *,
         hidden: Sequence[Tensor] | None = None,
-        dropping: Dropping | None = None,
         past: Sequence[KeysValues] | None = None,
     ) -> None:
         self.kept, self._states, self._asked = Kept(), states_SD, asked
         self._lengths, self._query_lengths = tuple(lengths), tuple(query_lengths)
-        self._hidden, self._dropping, self._past = hidden, dropping, past
+        self._hidden, self._past = hidden, past
         if len(self._lengths) != len(self._query_lengths) or sum(self._lengths) != len(states_SD):
             raise ConfigError(
                 f"{len(states_SD)} encoder states for sequences with {list(self._lengths)} of them, which bring "
@@ -152,13 +149,12 @@ class Encoded:
             )
 
     def __call__(
-        self, spec: AttentionSpec, q_TNH: Tensor, keys_values: Callable[[Tensor], tuple[Tensor, Tensor]]
+        self, spec: AttentionSpec, q_TNH: Tensor, keys_values: KeysValuesOf, *, masks: HeadMasks | None = None
     ) -> Tensor:
         """`keys_values` makes keys and values [S, N, H] of the states."""
         k_SNH, v_SNH = keys_values(self._states) if self._past is None else self._past[spec.layer]
         if self._asked.keys_values:
             self.kept.keys_values.setdefault(spec.layer, (k_SNH, v_SNH))
-        masks = head_masks(self._dropping, spec.dropout, spec.layer, spec.head_ids, CROSS_ATTENTION)
         outputs, weights = [], []
         spans = pairwise(accumulate(self._query_lengths, initial=0))
         for s, ((start, stop), k_CNH, v_CNH) in enumerate(

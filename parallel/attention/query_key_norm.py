@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from parallel.attention.heads import HeadLayout
+from parallel.layers.dropout import PLAIN, LayerPass
 from parallel.layers.norm import RMSNorm
 from parallel.matmul.products import leaf_tree
 from parallel.ranks.group import Group
@@ -34,13 +35,14 @@ class QueryKeyNorm(nn.Module):
         self.layout, self.group = layout, group
         self.q, self.k = (RMSNorm(layout.head_dim, eps, dtype=dtype, device=device) for _ in range(2))
 
-    def forward(self, q_TNH: Tensor, k_TKH: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, q_TNH: Tensor, k_TKH: Tensor, now: LayerPass = PLAIN) -> tuple[Tensor, Tensor]:
         """Of this rank's heads. A key head that several ranks hold brings each of them its whole gradient."""
         if torch.is_grad_enabled() and (
             any(x.requires_grad for x in (q_TNH, k_TKH)) or any(p.requires_grad for p in self.parameters())
         ):
             q, k = _QueryKeyNorm.apply(q_TNH, k_TKH, self.q.weight, self.k.weight, self)
-            return cheap(q, lambda: _by_row(self.q, q_TNH)), cheap(k, lambda: _by_row(self.k, k_TKH))
+            cheap(q, lambda: _by_row(self.q, q_TNH), now.recipes)
+            return q, cheap(k, lambda: _by_row(self.k, k_TKH), now.recipes)
         return _by_row(self.q, q_TNH), _by_row(self.k, k_TKH)
 
     def borders(self, count: int, num_tokens: int, shards: VirtualShards, first_held: int) -> tuple[int, ...]:

@@ -6,8 +6,8 @@
 
 A token's own key comes from the data: which sequence of the global batch, which place in it. So a mask is the same at
 every tensor- and data-parallel size, with tokens divided or not, in any micro-batch, and again when activations are
-recomputed; nothing is stored for the backward but keys. A pass that drops is handed a `Dropping`; without one nothing
-is dropped. The native kernels and the torch formula here give the same masks. No collectives. T tokens, D columns.
+recomputed; nothing is stored for the backward but keys. A pass that drops has a `Dropping`; without one nothing is
+dropped. The native kernels and the torch formula here give the same masks. No collectives. T tokens, D columns.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from parallel.errors import ConfigError
 from parallel.matmul.products import uses_native
 from parallel.native import dropout as native
 from parallel.ranks.group import Group
+from parallel.recompute import Recipes
 from parallel.sharding.rules import VirtualShards
 
 EMBEDDING, ATTENTION, ATTENDED, MLP, ADAPTER, HEAD, CROSS_ATTENTION, CROSS_ATTENDED = range(8)
@@ -82,6 +83,29 @@ class Dropping:
         return mix_keys(self.keys_T ^ _signed(salt))
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LayerPass:
+    """What layers need of a pass: by which masks activations are dropped, how the tokens are divided between sharded
+    layers (None: every rank has all), and where a block's forward notes what is cheap to compute again.
+    """
+
+    dropping: Dropping | None = None
+    tokens: VirtualShards | None = None
+    recipes: Recipes | None = None
+
+    def of(self, rows: Tensor | None) -> LayerPass:
+        """For some of the tokens, or for all, after the blocks: every rank has them."""
+        return PLAIN if self.dropping is None else LayerPass(dropping=self.dropping.of(rows))
+
+    def backward(self) -> LayerPass:
+        """What a backward needs of it: no tensor of the graph hangs on that, which would then keep itself."""
+        return LayerPass(dropping=self.dropping, tokens=self.tokens)
+
+
+PLAIN = LayerPass()
+"""A pass that drops nothing and divides nothing."""
+
+
 @dataclass(frozen=True)
 class Odds:
     """A probability p of dropping: what is below the threshold goes, the rest is scaled."""
@@ -113,18 +137,16 @@ class DropoutSite:
     def __init__(self, p: float, layer: int, kind: int, group: Group) -> None:
         self.odds, self.layer, self.kind, self.rank = Odds(p), layer, kind, group.rank
 
-    def active(self, dropping: Dropping | None) -> bool:
-        return dropping is not None and self.odds.p > 0.0
+    def active(self, now: LayerPass) -> bool:
+        return now.dropping is not None and self.odds.p > 0.0
 
-    def __call__(
-        self, x_TD: Tensor, dropping: Dropping | None, tokens: VirtualShards | None = None, first_column: int = 0
-    ) -> Tensor:
-        """With `tokens`, x holds this rank's tokens only; its first column is number `first_column` of the whole."""
-        if dropping is None or not self.active(dropping):
+    def __call__(self, x_TD: Tensor, now: LayerPass, first_column: int = 0) -> Tensor:
+        """Where tokens are divided, of this rank's; its first column is number `first_column` of the whole."""
+        if now.dropping is None or self.odds.p == 0.0:
             return x_TD
-        keys = dropping.site_keys(self.layer, self.kind)
-        if tokens is not None:
-            start, stop = tokens.range(self.rank)
+        keys = now.dropping.site_keys(self.layer, self.kind)
+        if now.tokens is not None:
+            start, stop = now.tokens.range(self.rank)
             keys = keys[start:stop]
         return _Drop.apply(x_TD, keys, first_column, self.odds)  # type: ignore[no-any-return]
 

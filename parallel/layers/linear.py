@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from parallel.errors import ConfigError
+from parallel.layers.dropout import PLAIN, LayerPass
 from parallel.layers.low_rank import ColumnAdapter, RowAdapter, active
 from parallel.matmul.activation import activate, is_native
 from parallel.matmul.grad_sum import weight_grad
@@ -58,19 +59,19 @@ class ColumnLinear(nn.Module):
     def forward(
         self,
         x_TK: Tensor,
+        now: LayerPass = PLAIN,
         activation: str | None = None,
         dtype: torch.dtype | None = None,
-        tokens: VirtualShards | None = None,
     ) -> Tensor:
         """[T, local outputs]; the activation is applied to the rounded sum, so fusing it changes no bit.
 
-        With `tokens`, x holds this rank's tokens only and the result all of them (sequence parallelism).
+        Where tokens are divided x holds this rank's, the result all of them (sequence parallelism).
         """
         branch = active(self.adapter)
         if torch.is_grad_enabled() and (x_TK.requires_grad or self.trains):
-            (y_TN,) = _Columns.apply(x_TK, (self,), dtype, tokens, *self.factors(branch))
-            return activate(y_TN, activation) if activation else y_TN
-        low_TR = branch.low(x_TK, branch.present_dropping()) if branch else None
+            (y_TN,) = _Columns.apply(x_TK, (self,), dtype, now, *self.factors(branch))
+            return activate(y_TN, activation, now.recipes) if activation else y_TN
+        low_TR = branch.low(x_TK, now) if branch else None
         if activation is None or is_native(x_TK, activation):
             return self.product(x_TK, activation, dtype, low_TR)
         return activate(self.product(x_TK, None, dtype, low_TR), activation)
@@ -107,12 +108,12 @@ class ColumnLinear(nn.Module):
         return self._backward
 
 
-def columns(x_TK: Tensor, *layers: ColumnLinear, tokens: VirtualShards | None = None) -> tuple[Tensor, ...]:
+def columns(x_TK: Tensor, now: LayerPass, *layers: ColumnLinear) -> tuple[Tensor, ...]:
     """Each layer's result of the same input. In the backward ONE reduction, however many layers there are."""
     if not (torch.is_grad_enabled() and (x_TK.requires_grad or any(layer.trains for layer in layers))):
-        return tuple(layer(x_TK) for layer in layers)
+        return tuple(layer(x_TK, now) for layer in layers)
     flat = [factor for layer in layers for factor in layer.factors(active(layer.adapter))]
-    return _Columns.apply(x_TK, layers, None, tokens, *flat)  # type: ignore[no-any-return]
+    return _Columns.apply(x_TK, layers, None, now, *flat)  # type: ignore[no-any-return]
 
 
 class _Columns(torch.autograd.Function):
@@ -124,22 +125,21 @@ class _Columns(torch.autograd.Function):
         x: Tensor,
         layers: tuple[ColumnLinear, ...],
         dtype: torch.dtype | None,
-        tokens: VirtualShards | None,
+        now: LayerPass,
         *flat: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        full = x if tokens is None else all_tokens(x, layers[0].group, tokens)
+        full = x if now.tokens is None else all_tokens(x, layers[0].group, now.tokens)
         branches = [layer.adapter if a is not None else None for layer, a in zip(layers, flat[2::4], strict=True)]
-        dropping = next((branch.present_dropping() for branch in branches if branch), None)
-        lows = [branch.low(full, dropping) if branch else None for branch in branches]
+        lows = [branch.low(full, now) if branch else None for branch in branches]
         keeps_x = any(ctx.needs_input_grad[4::4]) or any(ctx.needs_input_grad[6::4])
         ctx.save_for_backward(x if keeps_x else None, *lows)
-        ctx.layers, ctx.branches, ctx.dropping, ctx.tokens, ctx.dtype = layers, branches, dropping, tokens, x.dtype
+        ctx.layers, ctx.branches, ctx.now, ctx.dtype = layers, branches, now.backward(), x.dtype
         return tuple(layer.product(full, None, dtype, low) for layer, low in zip(layers, lows, strict=True))
 
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def,override]
         x, *lows = ctx.saved_tensors
-        layers, branches, tokens = ctx.layers, ctx.branches, ctx.tokens
+        layers, branches, now, tokens = ctx.layers, ctx.branches, ctx.now, ctx.now.tokens
         grads = tuple(grad.to(ctx.dtype).contiguous() for grad in grads)
         wants_x, *wants = ctx.needs_input_grad[0], *zip(*(ctx.needs_input_grad[i::4] for i in range(4, 8)), strict=True)
         low_grads = [
@@ -153,7 +153,7 @@ class _Columns(torch.autograd.Function):
             )
             for branch, low_grad in zip(branches, low_grads, strict=True):
                 if branch and low_grad is not None:
-                    grad_x = grad_x + branch.input_grad(low_grad, ctx.dropping)
+                    grad_x = grad_x + branch.input_grad(low_grad, now)
         if tokens is not None:
             x = None if x is None else all_tokens(x, layers[0].group, tokens)  # gathered again rather than kept
             grad_x = None if grad_x is None else own_tokens(grad_x, layers[0].group, tokens)
@@ -163,7 +163,7 @@ class _Columns(torch.autograd.Function):
         ):
             found.append(weight_grad(layer.weight, grad, x) if weight else None)
             found.append(column_sum(grad) if bias else None)
-            found.append(branch.down_grad(low_grad, x, ctx.dropping) if a else None)
+            found.append(branch.down_grad(low_grad, x, now) if a else None)
             found.append(outer_product(grad, low) if b else None)
         return tuple(found)
 
@@ -195,8 +195,8 @@ class RowLinear(nn.Module):
         """This layer's addend, not yet reduced."""
         return Partial(x_TK, self)
 
-    def forward(self, x_TK: Tensor, tokens: VirtualShards | None = None) -> Tensor:
-        return reduce_sum(self.partial(x_TK), tokens=tokens)
+    def forward(self, x_TK: Tensor, now: LayerPass = PLAIN) -> Tensor:
+        return reduce_sum(now, self.partial(x_TK))
 
     def term(self, x_TK: Tensor) -> Term:
         weight, operand = self.weight, self._operand
@@ -221,10 +221,10 @@ class Partial(NamedTuple):
     layer: RowLinear
 
 
-def reduce_sum(*partials: Partial, tokens: VirtualShards | None = None) -> Tensor:
+def reduce_sum(now: LayerPass, *partials: Partial) -> Tensor:
     """The sum of row-parallel layers over all ranks, [T, N]: ONE collective, however many layers are added in it.
 
-    With `tokens`, the result holds this rank's tokens only (sequence parallelism).
+    Where tokens are divided the result holds this rank's only (sequence parallelism).
     """
     layers = tuple(partial.layer for partial in partials)
     if len({layer.shards.num_leaves for layer in layers}) > 1:
@@ -241,16 +241,10 @@ def reduce_sum(*partials: Partial, tokens: VirtualShards | None = None) -> Tenso
         flat: list[Tensor | None] = []
         for p, branch in zip(partials, branches, strict=True):
             flat += [p.x, p.layer.weight, p.layer.bias, *((branch.a, branch.b) if branch else (None, None))]
-        return scatter_tokens(_RowSum.apply(layers, *flat), layers[0].group, tokens)
+        return scatter_tokens(_RowSum.apply(layers, now, *flat), layers[0].group, now.tokens)
     xs = [partial.x for partial in partials]
-    return _row_sum(
-        xs,
-        layers,
-        [
-            (branch, branch.lows(x, branch.present_dropping())) if branch else None
-            for x, branch in zip(xs, branches, strict=True)
-        ],
-    )
+    added = [(branch, branch.lows(x, now)) if branch else None for x, branch in zip(xs, branches, strict=True)]
+    return _row_sum(xs, layers, added)
 
 
 def _row_sum(
@@ -282,33 +276,34 @@ class _RowSum(torch.autograd.Function):
     """Each layer has five inputs: x, weight, bias, and its adapter's a and b."""
 
     @staticmethod
-    def forward(ctx, layers: tuple[RowLinear, ...], *flat: Tensor | None) -> Tensor:  # type: ignore[no-untyped-def,override]
+    def forward(  # type: ignore[no-untyped-def,override]
+        ctx, layers: tuple[RowLinear, ...], now: LayerPass, *flat: Tensor | None
+    ) -> Tensor:
         xs = [x for x in flat[0::5] if x is not None]
         branches = [layer.adapter if a is not None else None for layer, a in zip(layers, flat[3::5], strict=True)]
-        dropping = next((branch.present_dropping() for branch in branches if branch), None)
-        lows = [branch.lows(x, dropping) if branch else None for x, branch in zip(xs, branches, strict=True)]
+        lows = [branch.lows(x, now) if branch else None for x, branch in zip(xs, branches, strict=True)]
         wants = ctx.needs_input_grad
-        kept = [x if wants[2 + 5 * i] or wants[4 + 5 * i] else None for i, x in enumerate(xs)]
+        kept = [x if wants[3 + 5 * i] or wants[5 + 5 * i] else None for i, x in enumerate(xs)]
         ctx.save_for_backward(*kept, *lows)
-        ctx.layers, ctx.branches, ctx.dropping = layers, branches, dropping
+        ctx.layers, ctx.branches, ctx.now = layers, branches, now.backward()
         added = [(b, low) if b and low is not None else None for b, low in zip(branches, lows, strict=True)]
         return _row_sum(xs, layers, added)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def,override]
         grad = grad.contiguous()
-        grads: list[Tensor | None] = [None]
+        grads: list[Tensor | None] = [None, None]
         saved = ctx.saved_tensors  # asked for once: under recomputation they can be unpacked only once
         xs, lows = saved[: len(ctx.layers)], saved[len(ctx.layers) :]
         for i, (layer, branch, x, low) in enumerate(zip(ctx.layers, ctx.branches, xs, lows, strict=True)):
-            wants_x, wants_weight, wants_bias, wants_a, wants_b = ctx.needs_input_grad[1 + 5 * i : 6 + 5 * i]
+            wants_x, wants_weight, wants_bias, wants_a, wants_b = ctx.needs_input_grad[2 + 5 * i : 7 + 5 * i]
             low_grad = branch.low_grad(grad) if branch and (wants_x or wants_a) else None
             if wants_x and low_grad is not None:
-                grads.append(branch.input_grad(layer.back_term(grad), low_grad, ctx.dropping))
+                grads.append(branch.input_grad(layer.back_term(grad), low_grad, ctx.now))
             else:
                 grads.append(layer.input_grad(grad) if wants_x else None)
             grads.append(weight_grad(layer.weight, grad, x) if wants_weight else None)
             grads.append(column_sum(grad) if wants_bias else None)
-            grads.append(branch.down_grad(low_grad, x, ctx.dropping) if wants_a else None)
+            grads.append(branch.down_grad(low_grad, x, ctx.now) if wants_a else None)
             grads.append(outer_product(grad, branch.low(low, grad.dtype)) if wants_b else None)
         return tuple(grads)

@@ -9,39 +9,24 @@
 
 A row layer applies B leaf by leaf, before the reduction: a few columns more per leaf, and the layer (or several that
 share it) keeps its single collective. All sums run in the fixed tree, so no bit depends on the number of ranks. In a
-pass that drops (`dropping_branches`), x is dropped on its way into A, by masks that depend on no layout. Knows no name
-and no file. T tokens, K inputs, N outputs, R rank, L local leaves.
+pass that drops, x is dropped on its way into A, by masks that depend on no layout. Knows no name and no file. T tokens,
+K inputs, N outputs, R rank, L local leaves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from parallel.errors import ConfigError
-from parallel.layers.dropout import DropoutSite, Dropping
+from parallel.layers.dropout import PLAIN, DropoutSite, LayerPass
 from parallel.matmul.input_grad import DividedOutputs
 from parallel.matmul.products import Operand, Term, leaf_tree, nodes, outer_product, product
 from parallel.native.packed_weight import PackedMatrix
 from parallel.ranks.group import Group
 from parallel.sharding.rules import Part, Replicated, Split, VirtualShards, full_shape_of, rule_of, sharded
-
-_dropping: ContextVar[Dropping | None] = ContextVar("dropping", default=None)
-
-
-@contextmanager
-def dropping_branches(dropping: Dropping | None) -> Iterator[None]:
-    """The scope of a pass, or of a part of it that is computed again: all its tokens, in this order, go through."""
-    token = _dropping.set(dropping)
-    try:
-        yield
-    finally:
-        _dropping.reset(token)
 
 
 class Adapter(nn.Module):
@@ -72,25 +57,20 @@ class Adapter(nn.Module):
     def trains(self) -> bool:
         return self.a.requires_grad or self.b.requires_grad
 
-    def present_dropping(self) -> Dropping | None:
-        """The masks of the pass under way, where this branch drops anything in it."""
-        dropping = _dropping.get()
-        return dropping if self.site is not None and self.site.active(dropping) else None
-
-    def dropped(self, x_TK: Tensor, dropping: Dropping | None) -> Tensor:
-        """The branch's input, or its gradient, masked."""
-        if self.site is None or dropping is None:
+    def dropped(self, x_TK: Tensor, now: LayerPass) -> Tensor:
+        """The branch's input, or its gradient, masked. All tokens of the pass, on every rank."""
+        if self.site is None or now.dropping is None:
             return x_TK
-        if len(dropping.keys_T) != len(x_TK):
+        if len(now.dropping.keys_T) != len(x_TK):
             raise ConfigError(
-                f"masks for {len(dropping.keys_T)} tokens met {len(x_TK)} rows in a low-rank branch; dropout is only "
-                "for layers that every token of the pass goes through: set the adapter's dropout to 0"
+                f"masks for {len(now.dropping.keys_T)} tokens met {len(x_TK)} rows in a low-rank branch; dropout is "
+                "only for layers that every token of the pass goes through: set the adapter's dropout to 0"
             )
-        return self.site(x_TK, dropping, first_column=self.first_column)
+        return self.site(x_TK, now.of(None), self.first_column)
 
-    def down_grad(self, low_grad_TR: Tensor, x_TK: Tensor, dropping: Dropping | None) -> Tensor:
+    def down_grad(self, low_grad_TR: Tensor, x_TK: Tensor, now: LayerPass) -> Tensor:
         """A's gradient, [R, K]."""
-        return outer_product(low_grad_TR, self.dropped(x_TK, dropping))
+        return outer_product(low_grad_TR, self.dropped(x_TK, now))
 
     @torch.no_grad()
     def delta(self) -> Tensor:
@@ -129,10 +109,10 @@ class ColumnAdapter(Adapter):
         self.b = sharded((d_out, rank), rule_of(weight), group.rank, weight.dtype, weight.device)
         self._up_back: DividedOutputs | None = None
 
-    def low(self, x_TK: Tensor, dropping: Dropping | None) -> Tensor:
+    def low(self, x_TK: Tensor, now: LayerPass = PLAIN) -> Tensor:
         """[T, R], scaled."""
         down = self._operand("down", self.a, (0, self.a.shape[1]))
-        return product([Term(self.dropped(x_TK, dropping), down)]) * self.scale
+        return product([Term(self.dropped(x_TK, now), down)]) * self.scale
 
     def term(self, low_TR: Tensor) -> Term:
         """This branch's addend of the layer's product."""
@@ -144,8 +124,8 @@ class ColumnAdapter(Adapter):
             self._up_back = DividedOutputs(self.parts, self.b, self.group)
         return self._up_back.input_grad(grad_TN) * self.scale
 
-    def input_grad(self, low_grad_TR: Tensor, dropping: Dropping | None) -> Tensor:
-        return self.dropped(product([self._back_term(low_grad_TR)]), dropping)
+    def input_grad(self, low_grad_TR: Tensor, now: LayerPass) -> Tensor:
+        return self.dropped(product([self._back_term(low_grad_TR)]), now)
 
 
 class RowAdapter(Adapter):
@@ -168,9 +148,9 @@ class RowAdapter(Adapter):
         self.b = sharded((d_out, rank), Replicated(), group.rank, weight.dtype, weight.device)
         self._up: _RepeatedOperand | None = None
 
-    def lows(self, x_TK: Tensor, dropping: Dropping | None) -> Tensor:
+    def lows(self, x_TK: Tensor, now: LayerPass = PLAIN) -> Tensor:
         """[L, T, R] float32, scaled."""
-        term = Term(self.dropped(x_TK, dropping), self._operand("down", self.a, self.borders))
+        term = Term(self.dropped(x_TK, now), self._operand("down", self.a, self.borders))
         return nodes([term], [(leaf, leaf + 1) for leaf in range(self.num_leaves)]) * self.scale
 
     def term(self, lows_LTR: Tensor, dtype: torch.dtype) -> Term:
@@ -191,12 +171,12 @@ class RowAdapter(Adapter):
         up_back = self._operand("up back", self.b, (0, self.b.shape[0]), transposed=True)
         return product([Term(grad_TN, up_back)]) * self.scale
 
-    def input_grad(self, layer_term: Term, low_grad_TR: Tensor, dropping: Dropping | None) -> Tensor:
+    def input_grad(self, layer_term: Term, low_grad_TR: Tensor, now: LayerPass) -> Tensor:
         """The layer's input gradient and this branch's: one product, unless masks come between."""
         own = self._back_term(low_grad_TR)
-        if dropping is None:
+        if self.site is None or not self.site.active(now):
             return product([layer_term, own])
-        return product([layer_term]) + self.dropped(product([own]), dropping)
+        return product([layer_term]) + self.dropped(product([own]), now)
 
 
 AdapterT = TypeVar("AdapterT", bound=Adapter)

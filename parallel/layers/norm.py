@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from parallel.layers.dropout import PLAIN, LayerPass
 from parallel.matmul.products import leaf_tree, uses_native
 from parallel.native import elementwise
 from parallel.ranks.group import Group
@@ -41,11 +42,11 @@ class Norm(nn.Module, ABC):
         self.weight = sharded((size,), Replicated(), 0, dtype, device)
         self.bias = sharded((size,), Replicated(), 0, dtype, device) if bias else None
 
-    def forward(self, x_TD: Tensor, tokens: VirtualShards | None = None) -> Tensor:
-        """[T, D]; with `tokens`, x holds this rank's tokens only."""
+    def forward(self, x_TD: Tensor, now: LayerPass = PLAIN) -> Tensor:
+        """[T, D]; where tokens are divided, of this rank's."""
         if torch.is_grad_enabled() and (x_TD.requires_grad or self.weight.requires_grad):
-            y_TD = _Norm.apply(x_TD, self.weight, self.bias, self, tokens)
-            return cheap(y_TD, lambda: self.normalise(x_TD))
+            y_TD = _Norm.apply(x_TD, self.weight, self.bias, self, now.tokens)
+            return cheap(y_TD, lambda: self.normalise(x_TD), now.recipes)
         return self.normalise(x_TD)
 
     @abstractmethod

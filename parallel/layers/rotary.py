@@ -35,8 +35,9 @@ class Rotation:
         return self._spread[n_heads]
 
 
-def rotated(qkv_TN3H: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
+def rotated(qkv_TN3H: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
     """q and k rotated, and v: [T, N, H] each. Without gradients q and k turn in place, in one call."""
+    assert rotation is not None, "a pass through a model with rotary positions has one"
     if torch.is_grad_enabled() and qkv_TN3H.requires_grad:
         q_TNH, k_TNH, v_TNH = qkv_TN3H.unbind(2)
         return rotate(q_TNH, rotation), rotate(k_TNH, rotation), v_TNH
@@ -48,8 +49,9 @@ def rotated(qkv_TN3H: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tenso
     return rotate_(q_TNH, rotation), rotate_(k_TNH, rotation), v_TNH  # flattened, it would be a copy that turns
 
 
-def rotate(x_TNH: Tensor, rotation: Rotation) -> Tensor:
+def rotate(x_TNH: Tensor, rotation: Rotation | None) -> Tensor:
     """The rotated heads: in place where no gradient is wanted, a new tensor otherwise; the same bits both ways."""
+    assert rotation is not None, "a pass through a model with rotary positions has one"
     if torch.is_grad_enabled() and x_TNH.requires_grad:
         return _Rotate.apply(x_TNH, rotation)
     return rotate_(x_TNH, rotation)

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from parallel.errors import ConfigError
 from parallel.native import elementwise, library
-from parallel.recompute import cheap
+from parallel.recompute import Recipes, cheap
 
 LANES = 64
 
@@ -61,10 +61,10 @@ def is_native(x: Tensor, name: str) -> bool:
     return fits and name in elementwise.NAMES and library.available()
 
 
-def activate(x: Tensor, name: str) -> Tensor:
+def activate(x: Tensor, name: str, recipes: Recipes | None = None) -> Tensor:
     """The activation of every element; differentiable."""
     if torch.is_grad_enabled() and x.requires_grad:
-        return cheap(_activate(x, name), lambda: _activate(x, name))
+        return cheap(_activate(x, name), lambda: _activate(x, name), recipes)
     return _activate(x, name)
 
 
@@ -75,11 +75,11 @@ def _activate(x: Tensor, name: str) -> Tensor:
     return TORCH[name](functional.pad(x, (0, short)))[..., : x.shape[-1]] if short else TORCH[name](x)
 
 
-def gated(gate: Tensor, up: Tensor, name: str) -> Tensor:
+def gated(gate: Tensor, up: Tensor, name: str, recipes: Recipes | None = None) -> Tensor:
     """The activation of every element of `gate` times that of `up`; differentiable, and cheap to compute again."""
     if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
         y = _Gated.apply(gate, up, name)
-        return cheap(y, lambda: gate_values(gate, up, name))
+        return cheap(y, lambda: gate_values(gate, up, name), recipes)
     return gate_values(gate, up, name)
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from parallel.layers.dropout import PLAIN, LayerPass
 from parallel.layers.linear import ColumnLinear
 from parallel.matmul.products import leaf_tree
 from parallel.ranks.collectives import reduce_from
@@ -92,9 +93,9 @@ class VocabHead(nn.Module):
         """[V/p, D], by the name that an embedding has for its own."""
         return self.linear.weight
 
-    def forward(self, x_TD: Tensor) -> Tensor:
+    def forward(self, x_TD: Tensor, now: LayerPass = PLAIN) -> Tensor:
         """[T, V/p] float32 logits of this rank's part of the vocabulary."""
-        logits = self.linear(x_TD, dtype=torch.float32)
+        logits = self.linear(x_TD, now, dtype=torch.float32)
         return logits if self.scale == 1.0 else logits * self.scale
 
     def gather(self, logits_local: Tensor) -> Tensor:

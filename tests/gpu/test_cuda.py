@@ -16,7 +16,7 @@ from cluster.engine.engine import generate
 from cluster.engine.engine_builder import build_engine, build_runner
 from cluster.engine.engine_config import EngineConfig
 from cluster.engine.request import Request, SamplingParams, StoppingCriteria
-from parallel.attention.attend import Causal
+from parallel.attention.forward_pass import Pass
 from parallel.ranks import mesh
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -37,9 +37,8 @@ FAMILIES = sorted(tiny.CONFIGS)
 
 def _logits(folder: Path, tokens: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     model = tp_decoders.load(folder, dtype=dtype, device="cuda")
-    positions = torch.arange(len(tokens), device="cuda")
     with torch.no_grad():
-        return model(tokens.cuda(), positions, Causal([len(tokens)])).float().cpu()
+        return model(tokens.cuda(), Pass.packed([len(tokens)], device="cuda")).float().cpu()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from parallel.attention.attend import Attend, AttentionSpec
+from parallel.attention.attend import AttentionSpec
+from parallel.attention.forward_pass import Pass
 from parallel.attention.heads import HeadLayout
 from parallel.layers.linear import ColumnLinear, RowLinear, columns
 from parallel.layers.norm import RMSNorm
 from parallel.matmul.activation import gated
 from parallel.ranks.group import Group
-from parallel.sharding.rules import Part, VirtualShards
+from parallel.sharding.rules import Part
 from tp_decoders.families.family import Family
 from tp_decoders.files.json_fields import MOST_LAYERS, Fields
 from tp_decoders.model.config import DecoderConfig, activation, head_size
@@ -61,11 +62,11 @@ class Block(nn.Module):
         self.gate, self.up = (ColumnLinear(d, ffn, group=group, bias=False, **place) for _ in range(2))
         self.down = RowLinear(ffn, d, group=group, bias=False, **place)
 
-    def forward(self, x_TD: Tensor, attend: Attend, tokens: VirtualShards | None = None) -> Tensor:
-        q_TNH, k_TNH, v_TNH = self.qkv(self.ln1(x_TD, tokens), tokens=tokens).unflatten(1, self.heads).unbind(1)
-        h_TD = x_TD + self.out(attend(self.attention, q_TNH, k_TNH, v_TNH).flatten(1), tokens)
-        gate_TF, up_TF = columns(self.ln2(h_TD, tokens), self.gate, self.up, tokens=tokens)
-        return h_TD + self.down(gated(gate_TF, up_TF, self.activation), tokens)
+    def forward(self, x_TD: Tensor, now: Pass) -> Tensor:
+        q_TNH, k_TNH, v_TNH = self.qkv(self.ln1(x_TD, now), now).unflatten(1, self.heads).unbind(1)
+        h_TD = x_TD + self.out(now.attended(self.attention, q_TNH, k_TNH, v_TNH).flatten(1), now)
+        gate_TF, up_TF = columns(self.ln2(h_TD, now), now, self.gate, self.up)
+        return h_TD + self.down(gated(gate_TF, up_TF, self.activation, now.recipes), now)
 
 
 class Model(Decoder):

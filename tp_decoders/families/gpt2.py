@@ -13,13 +13,14 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from parallel.attention.attend import Attend, AttentionSpec
+from parallel.attention.attend import AttentionSpec
+from parallel.attention.forward_pass import Pass
 from parallel.attention.heads import HeadLayout
 from parallel.layers.dropout import ATTENDED, MLP, DropoutSite
 from parallel.layers.linear import ColumnLinear, RowLinear
 from parallel.layers.norm import LayerNorm
 from parallel.ranks.group import Group
-from parallel.sharding.rules import Part, VirtualShards
+from parallel.sharding.rules import Part
 from tp_decoders.families.family import Family
 from tp_decoders.files.json_fields import MOST_LAYERS, Fields
 from tp_decoders.model.config import DecoderConfig, Dropout, activation, head_size, probability
@@ -124,14 +125,14 @@ class Block(nn.Module):
         self.up = ColumnLinear(d, ffn, group=group, **place)
         self.down = RowLinear(ffn, d, group=group, **place)
 
-    def forward(self, x_TD: Tensor, attend: Attend, tokens: VirtualShards | None = None) -> Tensor:
-        q_TNH, k_TNH, v_TNH = self.qkv(self.ln1(x_TD, tokens), tokens=tokens).unflatten(1, self.heads).unbind(1)
-        attended = self.out(attend(self.attention, q_TNH, k_TNH, v_TNH).flatten(1), tokens)
-        h_TD = x_TD + self.drop_attended(attended, attend.dropping, tokens)
-        if self.cross is not None and attend.encoder is not None:
-            h_TD = h_TD + self.cross.drop(self.cross(h_TD, attend.encoder, tokens), attend.dropping, tokens)
-        mlp = self.down(self.up(self.ln2(h_TD, tokens), self.activation, tokens=tokens), tokens)
-        return h_TD + self.drop_mlp(mlp, attend.dropping, tokens)
+    def forward(self, x_TD: Tensor, now: Pass) -> Tensor:
+        q_TNH, k_TNH, v_TNH = self.qkv(self.ln1(x_TD, now), now).unflatten(1, self.heads).unbind(1)
+        attended = self.out(now.attended(self.attention, q_TNH, k_TNH, v_TNH).flatten(1), now)
+        h_TD = x_TD + self.drop_attended(attended, now)
+        if self.cross is not None and now.encoder is not None:
+            h_TD = h_TD + self.cross(h_TD, now)
+        mlp = self.down(self.up(self.ln2(h_TD, now), now, self.activation), now)
+        return h_TD + self.drop_mlp(mlp, now)
 
 
 class Model(Decoder):

@@ -12,14 +12,15 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from parallel.attention.attend import Attend, AttentionSpec
+from parallel.attention.attend import AttentionSpec
+from parallel.attention.forward_pass import Pass
 from parallel.attention.heads import HeadLayout
 from parallel.errors import ConfigError
 from parallel.layers.dropout import ATTENDED, MLP, DropoutSite
 from parallel.layers.linear import ColumnLinear, RowLinear
 from parallel.layers.norm import LayerNorm
 from parallel.ranks.group import Group
-from parallel.sharding.rules import Part, VirtualShards
+from parallel.sharding.rules import Part
 from tp_decoders.families.family import Family
 from tp_decoders.families.gpt2 import SIZES, UNREAD, gpt_from_hf, gpt_names
 from tp_decoders.files.json_fields import Fields
@@ -81,9 +82,9 @@ class Attention(nn.Module):
         self.qkv = ColumnLinear(d, parts, group=group, **place)
         self.out = RowLinear(heads, d, group=group, **place)
 
-    def forward(self, x_TD: Tensor, attend: Attend, tokens: VirtualShards | None = None) -> Tensor:
-        q_TNH, k_TKH, v_TKH = self.split(self.qkv(x_TD, tokens=tokens))
-        return self.out(attend(self.spec, q_TNH, k_TKH, v_TKH).flatten(1), tokens)
+    def forward(self, x_TD: Tensor, now: Pass) -> Tensor:
+        q_TNH, k_TKH, v_TKH = self.split(self.qkv(x_TD, now))
+        return self.out(now.attended(self.spec, q_TNH, k_TKH, v_TKH).flatten(1), now)
 
     def split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         n_local, head_dim = self.layout.n_local, self.layout.head_dim
@@ -113,13 +114,12 @@ class Block(nn.Module):
         self.drop_attended = DropoutSite(config.dropout.residual, layer, ATTENDED, group)
         self.drop_mlp = DropoutSite(config.dropout.residual, layer, MLP, group)
 
-    def forward(self, x_TD: Tensor, attend: Attend, tokens: VirtualShards | None = None) -> Tensor:
-        attended = self.attention(self.ln1(x_TD, tokens), attend, tokens)
-        h_TD = x_TD + self.drop_attended(attended, attend.dropping, tokens)
-        if self.cross is not None and attend.encoder is not None:
-            h_TD = h_TD + self.cross.drop(self.cross(h_TD, attend.encoder, tokens), attend.dropping, tokens)
-        mlp = self.down(self.up(self.ln2(h_TD, tokens), self.activation, tokens=tokens), tokens)
-        return h_TD + self.drop_mlp(mlp, attend.dropping, tokens)
+    def forward(self, x_TD: Tensor, now: Pass) -> Tensor:
+        h_TD = x_TD + self.drop_attended(self.attention(self.ln1(x_TD, now), now), now)
+        if self.cross is not None and now.encoder is not None:
+            h_TD = h_TD + self.cross(h_TD, now)
+        mlp = self.down(self.up(self.ln2(h_TD, now), now, self.activation), now)
+        return h_TD + self.drop_mlp(mlp, now)
 
 
 class Model(Decoder):

@@ -14,14 +14,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from parallel.attention.attend import Attend, AttentionSpec
+from parallel.attention.attend import AttentionSpec
+from parallel.attention.forward_pass import Pass
 from parallel.attention.heads import HeadLayout
 from parallel.layers.dropout import ATTENDED, MLP, DropoutSite
 from parallel.layers.linear import ColumnLinear, Partial, RowLinear, reduce_sum
 from parallel.layers.norm import LayerNorm
-from parallel.layers.rotary import Rotation, rotated
+from parallel.layers.rotary import rotated
 from parallel.ranks.group import Group
-from parallel.sharding.rules import VirtualShards
 from tp_decoders.families.family import Family
 from tp_decoders.files.json_fields import MOST_LAYERS, Fields
 from tp_decoders.model.config import DecoderConfig, Dropout, activation, head_size, probability
@@ -108,20 +108,18 @@ class Block(nn.Module):
         self.drop_attended = DropoutSite(config.dropout.residual, layer, ATTENDED, group)
         self.drop_mlp = DropoutSite(config.dropout.residual, layer, MLP, group)
 
-    def forward(self, x_TD: Tensor, attend: Attend, rotation: Rotation, tokens: VirtualShards | None = None) -> Tensor:
-        q_TNH, k_TNH, v_TNH = rotated(
-            self.qkv(self.ln1(x_TD, tokens), tokens=tokens).unflatten(1, self.heads), rotation
-        )
-        o_TNH = attend(self.attention, q_TNH, k_TNH, v_TNH)
-        attended, dropping = self.out.partial(o_TNH.flatten(1)), attend.dropping
-        if self.parallel_residual and not self.drop_mlp.active(dropping):
-            return x_TD + reduce_sum(attended, self.mlp(x_TD, tokens), tokens=tokens)
-        h_TD = x_TD + self.drop_attended(reduce_sum(attended, tokens=tokens), dropping, tokens)
-        mlp = reduce_sum(self.mlp(x_TD if self.parallel_residual else h_TD, tokens), tokens=tokens)
-        return h_TD + self.drop_mlp(mlp, dropping, tokens)
+    def forward(self, x_TD: Tensor, now: Pass) -> Tensor:
+        q_TNH, k_TNH, v_TNH = rotated(self.qkv(self.ln1(x_TD, now), now).unflatten(1, self.heads), now.rotation)
+        o_TNH = now.attended(self.attention, q_TNH, k_TNH, v_TNH)
+        attended = self.out.partial(o_TNH.flatten(1))
+        if self.parallel_residual and not self.drop_mlp.active(now):
+            return x_TD + reduce_sum(now, attended, self.mlp(x_TD, now))
+        h_TD = x_TD + self.drop_attended(reduce_sum(now, attended), now)
+        mlp = reduce_sum(now, self.mlp(x_TD if self.parallel_residual else h_TD, now))
+        return h_TD + self.drop_mlp(mlp, now)
 
-    def mlp(self, x_TD: Tensor, tokens: VirtualShards | None) -> Partial:
-        return self.down.partial(self.up(self.ln2(x_TD, tokens), self.activation, tokens=tokens))
+    def mlp(self, x_TD: Tensor, now: Pass) -> Partial:
+        return self.down.partial(self.up(self.ln2(x_TD, now), now, self.activation))
 
 
 class Model(Decoder):

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from parallel.attention.attend import Attend, AttentionSpec
+from parallel.attention.attend import AttentionSpec
+from parallel.attention.forward_pass import Pass
 from parallel.attention.heads import HeadLayout
 from parallel.layers.dropout import ATTENDED, MLP, DropoutSite
 from parallel.layers.linear import ColumnLinear, RowLinear
 from parallel.layers.norm import LayerNorm
-from parallel.layers.rotary import Rotation, rotated
+from parallel.layers.rotary import rotated
 from parallel.ranks.group import Group
-from parallel.sharding.rules import VirtualShards
 from tp_decoders.families.family import Family
 from tp_decoders.families.gpt_neox import NAMES as NEOX_NAMES
 from tp_decoders.families.gpt_neox import neox_from_hf
@@ -58,14 +58,12 @@ class Block(nn.Module):
         self.drop_attended = DropoutSite(config.dropout.residual, layer, ATTENDED, group)
         self.drop_mlp = DropoutSite(config.dropout.residual, layer, MLP, group)
 
-    def forward(self, x_TD: Tensor, attend: Attend, rotation: Rotation, tokens: VirtualShards | None = None) -> Tensor:
-        q_TNH, k_TNH, v_TNH = rotated(
-            self.qkv(self.ln1(x_TD, tokens), tokens=tokens).unflatten(1, self.heads), rotation
-        )
-        o_TNH = attend(self.attention, q_TNH, k_TNH, v_TNH)
-        h_TD = x_TD + self.drop_attended(self.out(o_TNH.flatten(1), tokens), attend.dropping, tokens)
-        mlp = self.down(self.up(self.ln2(h_TD, tokens), self.activation, tokens=tokens), tokens)
-        return h_TD + self.drop_mlp(mlp, attend.dropping, tokens)
+    def forward(self, x_TD: Tensor, now: Pass) -> Tensor:
+        q_TNH, k_TNH, v_TNH = rotated(self.qkv(self.ln1(x_TD, now), now).unflatten(1, self.heads), now.rotation)
+        o_TNH = now.attended(self.attention, q_TNH, k_TNH, v_TNH)
+        h_TD = x_TD + self.drop_attended(self.out(o_TNH.flatten(1), now), now)
+        mlp = self.down(self.up(self.ln2(h_TD, now), now, self.activation), now)
+        return h_TD + self.drop_mlp(mlp, now)
 
 
 class Model(Decoder):

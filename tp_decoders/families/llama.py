@@ -16,16 +16,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from parallel.attention.attend import Attend, AttentionSpec
+from parallel.attention.attend import AttentionSpec
+from parallel.attention.forward_pass import Pass
 from parallel.attention.heads import HeadLayout
 from parallel.attention.query_key_norm import QueryKeyNorm
 from parallel.errors import ConfigError
 from parallel.layers.linear import ColumnLinear, RowLinear, columns
 from parallel.layers.norm import RMSNorm
-from parallel.layers.rotary import Rotation, rotate
+from parallel.layers.rotary import rotate
 from parallel.matmul.activation import gated
 from parallel.ranks.group import Group
-from parallel.sharding.rules import Part, VirtualShards
+from parallel.sharding.rules import Part
 from tp_decoders.families.family import Family
 from tp_decoders.files.json_fields import MOST_LAYERS, Fields
 from tp_decoders.model.config import DecoderConfig, Dropout, activation, head_size, probability
@@ -185,14 +186,15 @@ class Attention(nn.Module):
         self.norm = QueryKeyNorm(layout, config.norm_eps, group=group, **place) if options.qk_norm else None
         self.out = RowLinear(heads, d, group=group, bias=options.out_bias, **place)
 
-    def forward(self, x_TD: Tensor, attend: Attend, rotation: Rotation, tokens: VirtualShards | None) -> Tensor:
+    def forward(self, x_TD: Tensor, now: Pass) -> Tensor:
         n_local, n_kv, head_dim = self.layout.n_local, self.layout.n_local_kv, self.layout.head_dim
-        q, k, v = columns(x_TD, self.q, self.k, self.v, tokens=tokens)
+        q, k, v = columns(x_TD, now, self.q, self.k, self.v)
         q_TNH, k_TKH = q.unflatten(1, (n_local, head_dim)), k.unflatten(1, (n_kv, head_dim))
         if self.norm is not None:
-            q_TNH, k_TKH = self.norm(q_TNH, k_TKH)
-        o_TNH = attend(self.spec, rotate(q_TNH, rotation), rotate(k_TKH, rotation), v.unflatten(1, (n_kv, head_dim)))
-        return self.out(o_TNH.flatten(1), tokens)  # type: ignore[no-any-return]
+            q_TNH, k_TKH = self.norm(q_TNH, k_TKH, now)
+        q_TNH, k_TKH = rotate(q_TNH, now.rotation), rotate(k_TKH, now.rotation)
+        o_TNH = now.attended(self.spec, q_TNH, k_TKH, v.unflatten(1, (n_kv, head_dim)))
+        return self.out(o_TNH.flatten(1), now)  # type: ignore[no-any-return]
 
 
 class Block(nn.Module):
@@ -208,10 +210,10 @@ class Block(nn.Module):
         self.gate, self.up = (ColumnLinear(d, ffn, group=group, bias=bias, **place) for _ in range(2))
         self.down = RowLinear(ffn, d, group=group, bias=bias, **place)
 
-    def forward(self, x_TD: Tensor, attend: Attend, rotation: Rotation, tokens: VirtualShards | None = None) -> Tensor:
-        h_TD = x_TD + self.attention(self.ln1(x_TD, tokens), attend, rotation, tokens)
-        gate_TF, up_TF = columns(self.ln2(h_TD, tokens), self.gate, self.up, tokens=tokens)
-        return h_TD + self.down(gated(gate_TF, up_TF, self.activation), tokens)  # type: ignore[no-any-return]
+    def forward(self, x_TD: Tensor, now: Pass) -> Tensor:
+        h_TD = x_TD + self.attention(self.ln1(x_TD, now), now)
+        gate_TF, up_TF = columns(self.ln2(h_TD, now), now, self.gate, self.up)
+        return h_TD + self.down(gated(gate_TF, up_TF, self.activation, now.recipes), now)  # type: ignore[no-any-return]
 
 
 class Model(Decoder):

@@ -11,14 +11,15 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from parallel.attention.attend import Attend, AttentionSpec
+from parallel.attention.attend import AttentionSpec
+from parallel.attention.forward_pass import Pass
 from parallel.attention.heads import HeadLayout, alibi_slopes
 from parallel.layers.dropout import ATTENDED, MLP, DropoutSite
 from parallel.layers.linear import ColumnLinear, RowLinear
 from parallel.layers.norm import LayerNorm
 from parallel.ranks.collectives import gather_from, scatter_to
 from parallel.ranks.group import Group
-from parallel.sharding.rules import Part, VirtualShards
+from parallel.sharding.rules import Part
 from tp_decoders.families.family import Family
 from tp_decoders.families.mpt_config import REFERENCE, REFERENCES, from_hf
 from tp_decoders.model.config import DecoderConfig
@@ -61,8 +62,8 @@ class Attention(nn.Module):
         self.norm = QueryKeyNorm(config, layout, group, place) if options.qk_norm else None
         self.out = RowLinear(layout.head_shards, d, group=group, bias=options.bias, **place)
 
-    def forward(self, x_TD: Tensor, attend: Attend, tokens: VirtualShards | None = None) -> Tensor:
-        qkv = self.qkv(x_TD, tokens=tokens)
+    def forward(self, x_TD: Tensor, now: Pass) -> Tensor:
+        qkv = self.qkv(x_TD, now)
         if self.clip is not None:
             qkv = qkv.clamp(-self.clip, self.clip)
         q, k, v = qkv.split(self.widths, 1)
@@ -71,7 +72,7 @@ class Attention(nn.Module):
         n_local, n_kv, head_dim = self.layout.n_local, self.layout.n_local_kv, self.layout.head_dim
         q_TNH = q.unflatten(1, (n_local, head_dim))
         k_TKH, v_TKH = k.unflatten(1, (n_kv, head_dim)), v.unflatten(1, (n_kv, head_dim))
-        return self.out(attend(self.spec, q_TNH, k_TKH, v_TKH).flatten(1), tokens)
+        return self.out(now.attended(self.spec, q_TNH, k_TKH, v_TKH).flatten(1), now)
 
 
 def _slopes(config: DecoderConfig, layout: HeadLayout, place: Place) -> Tensor | None:
@@ -97,11 +98,10 @@ class Block(nn.Module):
         self.drop_attended = DropoutSite(config.dropout.residual, layer, ATTENDED, group)
         self.drop_mlp = DropoutSite(config.dropout.residual, layer, MLP, group)
 
-    def forward(self, x_TD: Tensor, attend: Attend, tokens: VirtualShards | None = None) -> Tensor:
-        attended = self.attention(self.ln1(x_TD, tokens), attend, tokens)
-        h_TD = x_TD + self.drop_attended(attended, attend.dropping, tokens)
-        mlp = self.down(self.up(self.ln2(h_TD, tokens), self.activation, tokens=tokens), tokens)
-        return h_TD + self.drop_mlp(mlp, attend.dropping, tokens)
+    def forward(self, x_TD: Tensor, now: Pass) -> Tensor:
+        h_TD = x_TD + self.drop_attended(self.attention(self.ln1(x_TD, now), now), now)
+        mlp = self.down(self.up(self.ln2(h_TD, now), now, self.activation), now)
+        return h_TD + self.drop_mlp(mlp, now)
 
 
 class Model(Decoder):

@@ -1,8 +1,8 @@
 """Cross-attention of a block: queries of the decoder's tokens against keys and values of an encoder's states.
 
 Sharded by heads like self-attention: q and kv column-parallel, out row-parallel, one reduction in the forward and two
-in the backward (the tokens' and the encoder states' gradients). Whether a pass has encoder states is `attend.encoder`'s
-matter; without them the block leaves this out. T tokens, S encoder states, D model, N local heads, H head.
+in the backward (the tokens' and the encoder states' gradients). Whether a pass has encoder states is said by its
+`encoder`; without them the block leaves this out. T tokens, S encoder states, D model, N local heads, H head.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from parallel.attention.attend import AttentionSpec, CrossAttend
+from parallel.attention.attend import AttentionSpec
+from parallel.attention.forward_pass import Pass
 from parallel.attention.heads import HeadLayout
 from parallel.layers.dropout import CROSS_ATTENDED, DropoutSite
 from parallel.layers.linear import ColumnLinear, RowLinear
 from parallel.layers.norm import LayerNorm
 from parallel.ranks.group import Group
-from parallel.sharding.rules import Part, VirtualShards
+from parallel.sharding.rules import Part
 from tp_decoders.model.config import DecoderConfig
 from tp_decoders.model.place import Place
 
@@ -41,10 +42,11 @@ class CrossAttention(nn.Module):
         self.out = RowLinear(heads, d, group=group, **place)
         self.drop = DropoutSite(p.residual, layer, CROSS_ATTENDED, group)
 
-    def forward(self, x_TD: Tensor, encoder: CrossAttend, tokens: VirtualShards | None) -> Tensor:
-        """What the block adds, before its dropout."""
-        q_TNH = self.q(self.norm(x_TD, tokens), tokens=tokens).unflatten(1, self.heads)
-        return self.out(encoder(self.spec, q_TNH, self.keys_values).flatten(1), tokens)
+    def forward(self, x_TD: Tensor, now: Pass) -> Tensor:
+        """What the block adds."""
+        q_TNH = self.q(self.norm(x_TD, now), now).unflatten(1, self.heads)
+        o_TNH = now.cross_attended(self.spec, q_TNH, self.keys_values)
+        return self.drop(self.out(o_TNH.flatten(1), now), now)
 
     def keys_values(self, states_SD: Tensor) -> tuple[Tensor, Tensor]:
         """[S, N, H] each."""

@@ -2,14 +2,14 @@
 
 Also the layers that need no sharding knowledge of their own: the learned position table. A model's forward takes flat
 tokens,
-    model(tokens_T, positions_T, attend, rows=None) -> logits_local [T or len(rows), V/p]
+    model(tokens_T, now, rows=None) -> logits_local [T or len(rows), V/p]
 and nothing here runs a collective.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,16 +17,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from parallel.attention.attend import Attend
+from parallel.attention.forward_pass import Pass
 from parallel.attention.heads import HeadLayout
 from parallel.errors import ConfigError
-from parallel.layers.dropout import EMBEDDED, EMBEDDING, DropoutSite
-from parallel.layers.low_rank import dropping_branches
+from parallel.layers.dropout import EMBEDDED, EMBEDDING, PLAIN, DropoutSite, LayerPass
 from parallel.layers.norm import LayerNorm, Norm
 from parallel.options import Recompute
 from parallel.ranks.group import Group
 from parallel.ranks.sequence_parallel import gather_tokens, scatter_tokens, token_shards
-from parallel.recompute import forgetting_cheap
+from parallel.recompute import Recipes
 from parallel.sharding.rules import Replicated, sharded
 from parallel.vocabulary.vocab_parallel import VocabEmbedding, VocabHead
 from tp_decoders.model.config import DecoderConfig
@@ -58,7 +57,7 @@ def residual_std(config: DecoderConfig, name: str) -> float:
 
 class Decoder(VocabularyTables):
     """Base of the families' models. Made in eval mode, where gradients flow too; activations are dropped in passes
-    whose `attend` brings masks, whatever the mode.
+    that bring masks, whatever the mode.
     """
 
     recompute: Recompute = "none"  # what of its blocks is computed again in the backward instead of being kept
@@ -99,31 +98,23 @@ class Decoder(VocabularyTables):
         x_TD = self.embed(tokens_T)
         return x_TD if self.positions is None else x_TD + self.positions(positions_T)
 
-    def forward(self, tokens_T: Tensor, positions_T: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
+    def forward(self, tokens_T: Tensor, now: Pass, rows: Tensor | None = None) -> Tensor:
         """[T or len(rows), V/p] float32: this rank's part of the logits of all tokens, or of the given rows."""
-        x_TD = self.hidden(tokens_T, positions_T, attend)
-        if self.lora is None or attend.dropping is None:
-            return self.logits(x_TD, rows)
-        with dropping_branches(attend.dropping.of(rows)):
-            return self.logits(x_TD, rows)
+        return self.logits(self.hidden(tokens_T, now), rows, now)
 
-    def hidden(self, tokens_T: Tensor, positions_T: Tensor, attend: Attend) -> Tensor:
+    def hidden(self, tokens_T: Tensor, now: Pass) -> Tensor:
         """[T, D]: what the last block gives, on every rank."""
-        return self.through_blocks(self.embedded(tokens_T, positions_T), attend, *self.given(positions_T))
+        return self.through_blocks(self.embedded(tokens_T, now.positions_T), now)
 
-    def given(self, positions_T: Tensor) -> tuple[object, ...]:
-        """What every block is handed besides x, attend and tokens."""
-        return () if self.rotary is None else (self.rotary.at(positions_T),)
-
-    def logits(self, x_TD: Tensor, rows: Tensor | None) -> Tensor:
+    def logits(self, x_TD: Tensor, rows: Tensor | None, now: LayerPass = PLAIN) -> Tensor:
         """This rank's part of the logits of all tokens, or of the given rows."""
         if not self.has_vocabulary:
             raise ConfigError(f"a model loaded for {self.task} has no vocabulary head; load it with task='causal-lm'")
-        return self.head(self.final(x_TD, rows))  # type: ignore[no-any-return]
+        return self.head(self.final(x_TD, rows), now.of(rows))  # type: ignore[no-any-return]
 
-    def states(self, tokens_T: Tensor, positions_T: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
+    def states(self, tokens_T: Tensor, now: Pass, rows: Tensor | None = None) -> Tensor:
         """[T or len(rows), D]: what heads are computed from, on every rank: the last hidden states, normalised."""
-        return self.final(self.hidden(tokens_T, positions_T, attend), rows)
+        return self.final(self.hidden(tokens_T, now), rows)
 
     def final(self, x_TD: Tensor, rows: Tensor | None = None) -> Tensor:
         """The last block's output, normalised."""
@@ -138,37 +129,35 @@ class Decoder(VocabularyTables):
         """Whether a pass with masks drops anything."""
         return self.config.dropout.any or (self.lora is not None and self.lora.dropout > 0.0)
 
-    def through_blocks(self, x_TD: Tensor, attend: Attend, *given: object, seen: list[Tensor] | None = None) -> Tensor:
-        """The embeddings' dropout and all blocks in turn, which are handed (x, attend, *given, tokens). Divides the
-        tokens between them where asked for. What every block is given is added to `seen`.
+    def through_blocks(self, x_TD: Tensor, now: Pass, seen: list[Tensor] | None = None) -> Tensor:
+        """The embeddings' dropout and all blocks in turn. Divides the tokens between them where asked for. What every
+        block is given is added to `seen`.
         """
-        if self.training and attend.dropping is None and self.config.dropout.any:
+        if self.training and now.dropping is None and self.config.dropout.any:
             raise ConfigError(
                 f"train mode with {self.config.dropout}, but the pass says no masks: dropout is not left out silently; "
-                "hand over Causal(lengths, dropping=Dropping(seed, token_keys(...))), or call eval(), where gradients "
-                "flow too"
+                "hand over Pass.packed(lengths, dropping=Dropping(seed, token_keys(...))), or call eval(), where "
+                "gradients flow too"
             )
         tokens = token_shards(x_TD.shape[0], self.group)
-        x_TD = self.drop(scatter_tokens(x_TD, self.group, tokens), attend.dropping, tokens)
+        if tokens is not None or self.rotary is not None:
+            rotation = None if self.rotary is None else self.rotary.at(now.positions_T)
+            now = replace(now, tokens=tokens, rotation=rotation)
+        x_TD = self.drop(scatter_tokens(x_TD, self.group, tokens), now)
         for block in self.blocks:
             if seen is not None:
                 seen.append(gather_tokens(x_TD, self.group, tokens))
-            x_TD = self._through(block, x_TD, attend, *given, tokens)
+            x_TD = self._through(block, x_TD, now)
         return gather_tokens(x_TD, self.group, tokens)
 
-    def _through(self, block: nn.Module, x_TD: Tensor, attend: Attend, *rest: object) -> Tensor:
-        def in_scope(*given: object) -> Tensor:
-            with dropping_branches(attend.dropping):  # again when it is computed again, whichever thread that is in
-                return block(*given)  # type: ignore[no-any-return]
-
-        given = (x_TD, attend, *rest)
-        run = block if self.lora is None else in_scope
+    def _through(self, block: nn.Module, x_TD: Tensor, now: Pass) -> Tensor:
         if self.recompute == "none" or not torch.is_grad_enabled():
-            return run(*given)  # type: ignore[no-any-return]
+            return block(x_TD, now)  # type: ignore[no-any-return]
         if self.recompute == "full":
-            return checkpoint(run, *given, use_reentrant=False)  # type: ignore[no-any-return]
-        with forgetting_cheap():
-            return run(*given)  # type: ignore[no-any-return]
+            return checkpoint(block, x_TD, now, use_reentrant=False)  # type: ignore[no-any-return]
+        recipes = Recipes()
+        with recipes.instead():
+            return block(x_TD, replace(now, recipes=recipes))  # type: ignore[no-any-return]
 
 
 class PositionTable(nn.Module):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from parallel.layers.dropout import HEAD, DropoutSite, Dropping
+from parallel.layers.dropout import HEAD, PLAIN, DropoutSite, LayerPass
 from parallel.layers.linear import ColumnLinear
 from parallel.matmul.activation import activate
 from parallel.ranks.group import Group
@@ -34,10 +34,10 @@ class LabelHead(nn.Module):
         setattr(self, self.name, replicated_linear(config.d_model, task.num_labels, group, bias, place))
         self.drop = DropoutSite(task.dropout, config.n_layers, HEAD, group)
 
-    def forward(self, x_RD: Tensor, dropping: Dropping | None = None) -> Tensor:
-        """[R, C]; `dropping` holds the keys of these rows."""
+    def forward(self, x_RD: Tensor, now: LayerPass = PLAIN) -> Tensor:
+        """[R, C]; `now` is the pass of these rows alone."""
         layer: ColumnLinear = getattr(self, self.name)
-        return layer(self.drop(x_RD, dropping), dtype=torch.float32)  # type: ignore[no-any-return]
+        return layer(self.drop(x_RD, now), dtype=torch.float32)  # type: ignore[no-any-return]
 
 
 class SummaryHead(nn.Module):
@@ -51,11 +51,11 @@ class SummaryHead(nn.Module):
         self.first = DropoutSite(summary.first_dropout, config.n_layers, HEAD, group)
         self.last = DropoutSite(summary.last_dropout, config.n_layers + 1, HEAD, group)
 
-    def forward(self, x_RD: Tensor, dropping: Dropping | None = None) -> Tensor:
+    def forward(self, x_RD: Tensor, now: LayerPass = PLAIN) -> Tensor:
         """[R, 1], or [R, D] without a projection to labels."""
-        y = self.first(x_RD, dropping)
+        y = self.first(x_RD, now)
         y = y.float() if self.summary is None else self.summary(y, dtype=torch.float32)
-        return self.last(y if self.activation is None else activate(y, self.activation), dropping)
+        return self.last(y if self.activation is None else activate(y, self.activation), now)
 
 
 def replicated_linear(d_in: int, d_out: int, group: Group, bias: bool, place: Place) -> ColumnLinear:

@@ -24,10 +24,10 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
-from parallel.attention.attention_probes import Asked, Encoded, Past, Probed
+from parallel.attention.attention_probes import Asked, Encoded, Kept, Past, Probed
+from parallel.attention.forward_pass import Pass
 from parallel.errors import ConfigError, RequestError
 from parallel.layers.dropout import Dropping, token_keys
-from parallel.layers.low_rank import dropping_branches
 from parallel.ranks.collectives import gather_from
 from parallel.vocabulary.cross_entropy import IGNORE_INDEX, vocab_cross_entropy
 from parallel.vocabulary.vocab_parallel import VocabEmbedding, VocabHead
@@ -53,7 +53,9 @@ class FlatPass:
 
     call: Call
     states_TD: Tensor
-    attend: Probed
+    now: Pass
+    kept: Kept
+    kept_cross: Kept | None  # with an encoder
     before_blocks: list[Tensor] | None  # the states that every block was given
 
     @property
@@ -66,11 +68,11 @@ class FlatPass:
         return tuple(self.padding.pad(x_TD) for x_TD in (*self.before_blocks, self.states_TD))
 
     def attentions(self) -> tuple[Tensor, ...] | None:
-        weights = self.attend.kept.weights
+        weights = self.kept.weights
         return gathered_attentions(self.call.model, self.padding, weights) if weights else None
 
     def cross_attentions(self) -> tuple[Tensor, ...] | None:
-        weights = self.attend.encoder.kept.weights if self.attend.encoder else None
+        weights = self.kept_cross.weights if self.kept_cross else None
         if not weights or self.call.encoder is None:
             return None
         return gathered_cross_attentions(self.call.model, self.call.encoder, weights)
@@ -82,12 +84,12 @@ class FlatPass:
         return self.keys_values() if self.call.cache is None else self.call.cache.given
 
     def keys_values(self) -> KeyValues:
-        layers = padded_keys_values(self.padding, self.attend.kept.keys_values, self.call.past)
-        if self.attend.encoder is None or self.call.encoder is None:
+        layers = padded_keys_values(self.padding, self.kept.keys_values, self.call.past)
+        if self.kept_cross is None or self.call.encoder is None:
             return tuple(layers)
         if self.call.past is not None and len(self.call.past[0]) == 4:
             return tuple((*kv, *old[2:]) for kv, old in zip(layers, self.call.past, strict=True))
-        cross, pad = self.attend.encoder.kept.keys_values, self.call.encoder.pad
+        cross, pad = self.kept_cross.keys_values, self.call.encoder.pad
         return tuple((*kv, *(pad(x).transpose(1, 2) for x in cross[i])) for i, kv in enumerate(layers))
 
 
@@ -176,10 +178,16 @@ class PaddedModel:
         model, call = self.model, Call.of(self.model, input_ids, inputs)
         positions_T = call.positions()
         x_TD = call.embedded(positions_T)
-        attend = _attend(call, self._dropping(call.padding, inputs.get("seed")))
+        asked = Asked(keys_values=call.keeps, weights=call.asks("output_attentions"), head_mask_LN=call.head_mask())
+        probed, encoded = _probed(call, asked), _encoded(call, asked)
+        dropping = self._dropping(call.padding, inputs.get("seed"))
+        now = Pass(
+            positions_T=positions_T, lengths=tuple(call.padding.lengths), attend=probed, encoder=encoded,
+            dropping=dropping,
+        )  # fmt: skip
         seen: list[Tensor] | None = [] if call.asks("output_hidden_states") else None
-        x_TD = model.through_blocks(x_TD, attend, *model.given(positions_T), seen=seen)
-        flat = FlatPass(call, model.final(x_TD), attend, seen)
+        x_TD = model.through_blocks(x_TD, now, seen)
+        flat = FlatPass(call, model.final(x_TD), now, probed.kept, encoded.kept if encoded else None, seen)
         if call.cache is not None:
             call.cache.extend(flat.keys_values())
         return flat
@@ -198,8 +206,7 @@ class PaddedModel:
         time = new_BT.shape[1]
         if not 0 <= logits_to_keep <= time:
             raise RequestError(f"logits_to_keep = {logits_to_keep}; give 1 to {time} columns, or 0 for all")
-        with dropping_branches(flat.attend.dropping):
-            local = model.head(flat.states_TD)
+        local = model.head(flat.states_TD, flat.now)
         loss = None if targets_T is None else vocab_cross_entropy(local, targets_T, model.head.shards, model.group)
         first = time - logits_to_keep if logits_to_keep else 0
         kept = Padding(new_BT[:, first:], new_BT[:, :0])
@@ -218,32 +225,23 @@ def targets_of(labels_BT: Tensor, padding: Padding, vocab_size: int) -> Tensor:
     return padding.pack(targets_BT)
 
 
-def _attend(call: Call, dropping: Dropping | None) -> Probed:
+def _probed(call: Call, asked: Asked) -> Probed:
     padding, past = call.padding, call.past
-    asked = Asked(keys_values=call.keeps, weights=call.asks("output_attentions"), head_mask_LN=call.head_mask())
     behind = None
     if past is not None:
         flat = [(padding.pack_past(layer[0]), padding.pack_past(layer[1])) for layer in past]
         behind = Past(lengths=padding.past_lengths, keys_values=flat)
     places = padding.columns if padding.gaps else None
-    encoder = _encoded(call, asked, dropping)
     added = None if call.added is None else list(call.added)
-    return Probed(padding.lengths, asked, dropping=dropping, past=behind, places=places, encoder=encoder, added=added)
+    return Probed(padding.lengths, asked, past=behind, places=places, added=added)
 
 
-def _encoded(call: Call, asked: Asked, dropping: Dropping | None) -> Encoded | None:
+def _encoded(call: Call, asked: Asked) -> Encoded | None:
     encoder, states, past = call.encoder, call.given.get("encoder_hidden_states"), call.past
     if encoder is None or states is None:
         return None
     cached = None
     if past is not None and len(past[0]) == 4:
         cached = [(encoder.pack(k.transpose(1, 2)), encoder.pack(v.transpose(1, 2))) for _, _, k, v in past]
-    return Encoded(
-        encoder.pack(states),
-        encoder.lengths,
-        encoder.query_lengths,
-        asked,
-        hidden=encoder.hidden,
-        dropping=dropping,
-        past=cached,
-    )
+    lengths = encoder.lengths, encoder.query_lengths
+    return Encoded(encoder.pack(states), *lengths, asked, hidden=encoder.hidden, past=cached)

@@ -98,7 +98,7 @@ class PaddedTask:
         if self.task.name == SPANS:
             return self._spans(flat, start_positions, end_positions)
         marks = _last_tokens(self.task, flat, input_ids) if self.task.name == SEQUENCES else None
-        found = head_outputs(self.model, flat.states_TD, flat.attend, flat.padding.lengths, marks).logits
+        found = head_outputs(self.model, flat.states_TD, flat.now, marks).logits
         logits = found if self.task.name == SEQUENCES else flat.padding.pad(found)
         loss = None
         if labels is not None:
@@ -125,7 +125,7 @@ class PaddedTask:
         merged: dict[str, Any] = {k: _merged(value, axes) if k in BY_CHOICE else value for k, value in inputs.items()}
         flat = self._flat(None if input_ids is None else _merged(input_ids, axes), merged)
         marks = None if mc_token_ids is None else _places(mc_token_ids.flatten(), flat.padding, "mc_token_ids")
-        found = head_outputs(self.model, flat.states_TD, flat.attend, flat.padding.lengths, marks)
+        found = head_outputs(self.model, flat.states_TD, flat.now, marks)
         return self._choices(flat, found, axes, None if labels is None else _merged(labels, axes), mc_labels)
 
     def _flat(self, input_ids: Tensor | None, inputs: Any) -> FlatPass:
@@ -136,7 +136,7 @@ class PaddedTask:
 
     def _spans(self, flat: FlatPass, starts: Tensor | None, ends: Tensor | None) -> SpanOutput:
         padding = flat.padding
-        found = head_outputs(self.model, flat.states_TD, flat.attend, padding.lengths).logits
+        found = head_outputs(self.model, flat.states_TD, flat.now).logits
         nowhere = torch.where(padding.new_BT, 0.0, float("-inf"))[:, :, None]
         start_logits, end_logits = (padding.pad(found) + nowhere).unbind(2)
         loss = None

@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from parallel.attention.attend import Attend
+from parallel.attention.forward_pass import Pass
 from parallel.errors import ConfigError, RequestError
-from parallel.layers.dropout import Dropping
 from parallel.vocabulary.cross_entropy import vocab_cross_entropy, weighted_mean
 from tp_decoders.model.decoder import Decoder
 from tp_decoders.model.task_config import CHOICES, MULTI_LABEL, REGRESSION, SEQUENCES, SINGLE_LABEL, SPANS, TaskConfig
@@ -39,45 +38,34 @@ class TaskOutputs:
     choices: Tensor | None = None
 
 
-def task_outputs(
-    model: Decoder,
-    tokens_T: Tensor,
-    positions_T: Tensor,
-    attend: Attend,
-    lengths: Sequence[int],
-    marks_S: Tensor | None = None,
-) -> TaskOutputs:
+def task_outputs(model: Decoder, tokens_T: Tensor, now: Pass, marks_S: Tensor | None = None) -> TaskOutputs:
     """The head's outputs for packed sequences. `marks_S` (double heads, cls_index): the place in each sequence that
     stands for it; its last one if not given.
     """
     task, head = task_config(model), head_of(model)
-    if sum(lengths) != len(tokens_T) or min(lengths, default=0) < 1:
-        raise RequestError(f"lengths {list(lengths)} do not make up {len(tokens_T)} tokens; give each sequence's own")
-    x_TD = model.hidden(tokens_T, positions_T, attend)
+    if sum(now.lengths) != len(tokens_T) or not now.lengths:
+        given = f"lengths {list(now.lengths)} do not make up {len(tokens_T)} tokens"
+        raise RequestError(f"{given}; give each sequence's own")
+    x_TD = model.hidden(tokens_T, now)
     if task.name == SEQUENCES:
-        rows = last_rows(tokens_T, lengths, task.pad_token_id)
-        return TaskOutputs(head(model.final(x_TD, rows), _of(attend, rows)))
-    return head_outputs(model, model.final(x_TD), attend, lengths, marks_S)
+        rows = last_rows(tokens_T, now.lengths, task.pad_token_id)
+        return TaskOutputs(head(model.final(x_TD, rows), now.of(rows)))
+    return head_outputs(model, model.final(x_TD), now, marks_S)
 
 
-def head_outputs(
-    model: Decoder, states_TD: Tensor, attend: Attend, lengths: Sequence[int], marks_S: Tensor | None = None
-) -> TaskOutputs:
+def head_outputs(model: Decoder, states_TD: Tensor, now: Pass, marks_S: Tensor | None = None) -> TaskOutputs:
     """The head's outputs for normalised states, of every token or of each sequence's marked one (its last if not
     given).
     """
     task, head = task_config(model), head_of(model)
+    lengths = now.lengths
     rows = _starts(lengths, states_TD.device) + marks_of(lengths, marks_S, states_TD.device)
     if task.name == SEQUENCES:
-        return TaskOutputs(head(states_TD[rows], _of(attend, rows)))
+        return TaskOutputs(head(states_TD[rows], now.of(rows)))
     if task.name != CHOICES:
-        return TaskOutputs(head(states_TD, attend.dropping))
+        return TaskOutputs(head(states_TD, now))
     summary_SD = summaries(task, states_TD, lengths, rows)
-    return TaskOutputs(model.head(states_TD), head(summary_SD, _of(attend, rows)))
-
-
-def _of(attend: Attend, rows: Tensor) -> Dropping | None:
-    return attend.dropping.of(rows) if attend.dropping else None
+    return TaskOutputs(model.head(states_TD, now), head(summary_SD, now.of(rows)))
 
 
 def task_config(model: Decoder) -> TaskConfig:

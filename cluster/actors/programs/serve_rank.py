@@ -31,7 +31,7 @@ from cluster.training.service.train_coordinator import TrainCoordinator
 from cluster.training.service.train_worker import SaveConfig, TrainWorker
 from cluster.training.step.trainer import TrainerConfig
 from cluster.training.train_calls import RestorePoint
-from parallel.attention.attend import Causal
+from parallel.attention.forward_pass import Pass
 from parallel.errors import ConfigError
 from parallel.native import library
 from parallel.ranks.mesh import Groups, Wiring, init_groups
@@ -243,7 +243,7 @@ def warm_up(model: Decoder) -> None:
     """One forward of two tokens: weights are packed and kernels built before memory is counted and a client waits."""
     weight = next(model.parameters())
     tokens = torch.zeros(2, dtype=torch.long, device=weight.device)
-    x_TD = model.hidden(tokens, torch.arange(2, device=weight.device), Causal([2]))
+    x_TD = model.hidden(tokens, Pass.packed([2], device=weight.device))
     if model.has_vocabulary:
         model.logits(x_TD, None)
     if model.task_head is not None:

@@ -21,6 +21,7 @@ from cluster.engine.request import RankReport
 from cluster.engine.run.command_stream import CANARY, Commands
 from cluster.engine.run.model_runner import ModelRunner
 from parallel.attention.attend import AttentionMeta, Cached
+from parallel.attention.forward_pass import Pass
 from parallel.attention.kv_cache import KVCache
 from parallel.ranks.comm import waited
 
@@ -103,9 +104,9 @@ class Canary:
         runner, count = self._runner, len(tokens)
         device = runner.device
         meta = AttentionMeta.build([count], [start + count], [[0]], runner.cache.layout.block_size, device)
-        attend = Cached(self._cache, meta, runner.backend)
         positions = torch.arange(start, start + count, device=device)
-        x_TD = runner.model.hidden(torch.tensor(tokens, dtype=torch.long, device=device), positions, attend)
+        now = Pass(positions_T=positions, lengths=(count,), attend=Cached(self._cache, meta, runner.backend))
+        x_TD = runner.model.hidden(torch.tensor(tokens, dtype=torch.long, device=device), now)
         if not runner.model.has_vocabulary:
             return _finite(x_TD, 0)
         logits = runner.model.logits(x_TD, torch.tensor([count - 1], device=device))

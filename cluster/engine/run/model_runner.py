@@ -19,6 +19,7 @@ from cluster.engine.sample.pooling import Pooler
 from cluster.engine.sample.sampler import Sampler, bad_rows
 from cluster.engine.schedule.step_plan import StepPlan, StepResult
 from parallel.attention.attend import AttentionMeta, Backend, Cached
+from parallel.attention.forward_pass import Pass
 from parallel.attention.kv_cache import KVCache
 from parallel.vocabulary.top_tokens import Top, top_log_probs
 from parallel.vocabulary.vocab_parallel import Best
@@ -40,10 +41,10 @@ class ModelRunner:
     def run(self, plan: StepPlan) -> StepResult | None:
         """The plan's result on rank 0, None elsewhere."""
         self._follow_tables(plan)
-        inputs = self._inputs(plan)
+        tokens, now, rows = self._inputs(plan)
         started = time.perf_counter()
-        x_TD = self.model.hidden(*inputs[:3])
-        logits_local = self.model.logits(x_TD, inputs[3]) if plan.rows else None
+        x_TD = self.model.hidden(tokens, now)
+        logits_local = self.model.logits(x_TD, rows) if plan.rows else None
         forwarded = time.perf_counter()
         result = self._choose(plan, logits_local)
         if result is not None and plan.pools:
@@ -60,8 +61,8 @@ class ModelRunner:
         if plan.copies:
             self.cache.copy_blocks(plan.copies)
 
-    def _inputs(self, plan: StepPlan) -> tuple[Tensor, Tensor, Cached, Tensor]:
-        """The model's arguments: tokens, positions, attention over the cache, rows whose logits are wanted."""
+    def _inputs(self, plan: StepPlan) -> tuple[Tensor, Pass, Tensor]:
+        """The model's arguments: tokens, the pass, rows whose logits are wanted."""
         tables = self._tables
         meta = AttentionMeta.build(
             plan.query_lens,
@@ -73,7 +74,8 @@ class ModelRunner:
         tokens = torch.tensor(plan.tokens, dtype=torch.long, device=self.device)
         positions = torch.tensor(positions_of(plan), dtype=torch.long, device=self.device)
         rows = torch.tensor(plan.rows, dtype=torch.long, device=self.device)
-        return tokens, positions, Cached(self.cache, meta, self.backend), rows
+        attend = Cached(self.cache, meta, self.backend)
+        return tokens, Pass(positions_T=positions, lengths=meta.query_lens, attend=attend), rows
 
     def _choose(self, plan: StepPlan, logits_local: Tensor | None) -> StepResult | None:
         """The collectives that each group of rows needs, on every rank; the rest on rank 0."""

@@ -14,20 +14,20 @@ from torch import Tensor
 from parallel.attention.attend import AttentionSpec
 from parallel.attention.heads import KVHeads
 from parallel.attention.kv_cache import RUN
+from parallel.layers.dropout import HeadMasks
 
 Kernel = Literal["cpu", "flash"]
 
 
 class ShapeAttend:
-    """An `attend` for the meta device. Dropout takes nothing that lasts: masks are drawn again in the backward."""
-
-    dropping = None
-    encoder = None
+    """A pass's `attend` on the meta device. Dropout takes nothing that lasts: masks are drawn again in the backward."""
 
     def __init__(self, kernel: Kernel) -> None:
         self._kernel = kernel
 
-    def __call__(self, spec: AttentionSpec, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
+    def __call__(
+        self, spec: AttentionSpec, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, *, masks: HeadMasks | None = None
+    ) -> Tensor:
         if torch.is_grad_enabled() and q_TNH.requires_grad:
             if self._kernel == "flash" and spec.kv is not None and spec.kv.sums_leaves:
                 k_TKH, v_TKH = spec.kv.spread_both(k_TKH, v_TKH)

@@ -20,6 +20,7 @@ from cluster.training.memory.fake_comm import FakeComm
 from cluster.training.memory.kernel_shapes import ShapeAttend
 from cluster.training.memory.lasting_memory import packed_size
 from cluster.training.memory.live_tensors import LiveBytes
+from parallel.attention.forward_pass import Pass
 from parallel.layers import norm
 from parallel.layers.rotary import rotate_
 from parallel.matmul import activation
@@ -132,9 +133,9 @@ def run_pass(config: DecoderConfig, shape: PassShape, prepare: Prepare | None = 
     if products is not None:
         for parameter in trained:
             setattr(parameter, ATTRIBUTE, _SumOnPaper(live, products))
-    kernel = ShapeAttend("flash" if shape.device == "cuda" else "cpu")
+    now = _shape_pass(tokens_T, shape)
     with symbolic.patch(meta_nonzero_assume_all_nonzero=True), live:  # type: ignore[attr-defined]
-        loss = _loss(model, tokens_T, kernel, group)
+        loss = _loss(model, tokens_T, now, group)
         kept = live.now
         loss.backward()
     for handle in handles:
@@ -144,12 +145,18 @@ def run_pass(config: DecoderConfig, shape: PassShape, prepare: Prepare | None = 
     return PassCost(kept, live.most + (products.lasting if products is not None else 0), moved)
 
 
-def _loss(model: Decoder, tokens_T: Tensor, kernel: ShapeAttend, group: Group) -> Tensor:
+def _shape_pass(tokens_T: Tensor, shape: PassShape) -> Pass:
+    """One sequence; the tokens stand for its positions."""
+    attend = ShapeAttend("flash" if shape.device == "cuda" else "cpu")
+    return Pass(positions_T=tokens_T, lengths=(shape.tokens,), attend=attend)
+
+
+def _loss(model: Decoder, tokens_T: Tensor, now: Pass, group: Group) -> Tensor:
     """Of every token; of a task's head alone where the model has no vocabulary."""
     if model.has_vocabulary:
-        return vocab_token_losses(model(tokens_T, tokens_T, kernel), tokens_T, model.head.shards, group).sum()
+        return vocab_token_losses(model(tokens_T, now), tokens_T, model.head.shards, group).sum()
     assert model.task_head is not None, "a model without a vocabulary has a task"
-    loss: Tensor = model.task_head(model.final(model.hidden(tokens_T, tokens_T, kernel))).float().sum()
+    loss: Tensor = model.task_head(model.final(model.hidden(tokens_T, now))).float().sum()
     return loss
 
 
@@ -200,7 +207,7 @@ def forward_peak(config: DecoderConfig, shape: PassShape, rows: int) -> int:
     tokens_T = torch.empty(shape.tokens, dtype=torch.int64, device="meta")
     live = LiveBytes([*model.parameters(), tokens_T])
     with torch.no_grad(), live:
-        model(tokens_T, tokens_T, ShapeAttend("flash" if shape.device == "cuda" else "cpu"), tokens_T[:rows])
+        model(tokens_T, _shape_pass(tokens_T, shape), tokens_T[:rows])
     return live.most
 
 

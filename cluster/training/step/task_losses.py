@@ -19,7 +19,7 @@ from torch.nn import functional
 from cluster.training.step.losses import LossOptions, LossTerms
 from cluster.training.step.train_batch import TaskTargets, TrainBatch
 from cluster.training.train_calls import TrainSequence
-from parallel.attention.attend import Attend
+from parallel.attention.forward_pass import Pass
 from parallel.errors import RequestError
 from parallel.vocabulary.cross_entropy import vocab_token_losses
 from tp_decoders.model.decoder import Decoder
@@ -27,13 +27,12 @@ from tp_decoders.model.task_config import CHOICES, SPANS, TOKENS, TaskConfig
 from tp_decoders.tasks.task_outputs import IGNORED, item_losses, item_weights, task_config, task_outputs
 
 
-def task_terms(model: Decoder, part: TrainBatch, attend: Attend, options: LossOptions) -> tuple[LossTerms, Tensor]:
+def task_terms(model: Decoder, part: TrainBatch, now: Pass, options: LossOptions) -> tuple[LossTerms, Tensor]:
     """A part's share of the loss, and the log-probabilities of its tokens, 0 where no language is learned."""
     task, targets = task_config(model), part.task
     if targets is None:
         raise RequestError(f"a batch without labels for {task.name}; give them with the sequences")
-    positions = torch.cat([torch.arange(length) for length in part.lengths]).to(part.token_ids.device)
-    outputs = task_outputs(model, part.token_ids, positions, attend, part.lengths, targets.marks)
+    outputs = task_outputs(model, part.token_ids, now, targets.marks)
     if outputs.choices is not None:
         return _double(model, part, targets, (outputs.logits, outputs.choices), options)
     items = item_losses(task, outputs.logits, targets.labels, part.lengths)

@@ -1,7 +1,7 @@
 """One rank's trainer: forward and backward over packed sequences, then an optimiser step, on the very model that
 serves.
 
-    TrainBatch -> micro-batches of whole sequences -> model(tokens, positions, Causal) -> log-probabilities of the
+    TrainBatch -> micro-batches of whole sequences -> model(tokens, Pass.packed(lengths)) -> log-probabilities of the
     targets -> loss -> backward (gradients add up in the optimiser) -> step
 
 The loss is normalised over the GLOBAL batch, so gradients of micro-batches and of data-parallel ranks only have to
@@ -25,7 +25,7 @@ from cluster.training.step.optimizer import OptimizerConfig, ShardedAdamW
 from cluster.training.step.task_losses import task_terms
 from cluster.training.step.train_batch import TrainBatch, keyed, together
 from cluster.training.train_calls import TASK
-from parallel.attention.attend import Causal
+from parallel.attention.forward_pass import Pass
 from parallel.errors import ConfigError
 from parallel.layers.dropout import Dropping
 from parallel.options import Recompute, check_recompute
@@ -177,19 +177,15 @@ class Trainer:
         if dropout_seed is not None and self.model.drops:
             assert part.keys is not None, "made for the whole batch"
             dropping = Dropping(dropout_seed, part.keys)
+        backend, device = self.config.attention_backend, part.token_ids.device
+        now = Pass.packed(part.lengths, backend=backend, dropping=dropping, device=device)
         if loss == TASK:
-            attend = Causal(part.lengths, self.config.attention_backend, dropping)
-            return task_terms(self.model, part, attend, options)
-        logprobs = self._logprobs(part, dropping)
+            return task_terms(self.model, part, now, options)
+        logits = self.model(part.token_ids, now)
+        logprobs = -vocab_token_losses(logits, part.targets, self.model.head.shards, self.groups.tp)
         weights = torch.where(part.targets == IGNORE_INDEX, torch.zeros_like(part.weights), part.weights)
         inputs = LossInputs(
             logprobs=logprobs, weights=weights, lengths=part.lengths, normaliser=part.normaliser,
             old_logprobs=part.old_logprobs, advantages=part.advantages, reference_logprobs=part.reference_logprobs,
         )  # fmt: skip
         return compute_loss(loss, inputs, options), logprobs.detach()
-
-    def _logprobs(self, part: TrainBatch, dropping: Dropping | None) -> Tensor:
-        positions = torch.cat([torch.arange(length) for length in part.lengths]).to(part.token_ids.device)
-        attend = Causal(part.lengths, self.config.attention_backend, dropping)
-        logits = self.model(part.token_ids, positions, attend)
-        return -vocab_token_losses(logits, part.targets, self.model.head.shards, self.groups.tp)

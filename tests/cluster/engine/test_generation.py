@@ -20,7 +20,7 @@ from cluster.engine.request import Request, ResponseOptions, SamplingParams, Sha
 from cluster.engine.run.command_stream import Commands
 from cluster.engine.run.executors import follow
 from cluster.engine.sequences.sequence import Sequence
-from parallel.attention.attend import Causal
+from parallel.attention.forward_pass import Pass
 from parallel.ranks.group import Group
 from tests.cluster.engine.tiny_models import CONFIGS, VOCAB, WIDE, save_tiny, tiny_model
 from tp_decoders import load
@@ -219,7 +219,7 @@ def trained_logprobs(model: Decoder, tokens: list[int]) -> list[float]:
     """Of every token after the first, through the forward that training uses."""
     ids = torch.tensor(tokens[:-1])
     with torch.enable_grad():
-        logits = model(ids, torch.arange(len(ids)), Causal([len(ids)]))
+        logits = model(ids, Pass.packed([len(ids)]))
         assert logits.requires_grad
     values: list[float] = model.head.log_probs(logits.detach(), torch.tensor(tokens[1:])).tolist()
     return values

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from parallel.attention.attend import Causal
+from parallel.attention.forward_pass import Pass
 from tests.outside.files.environments import Environment
 from tests.outside.files.published import readable
 from tests.outside.files.reference_models import TOKENS
@@ -49,7 +49,7 @@ def make(environment: Environment, folder: Path, configs: Mapping[str, dict[str,
 def computed(folder: Path, **how: Any) -> torch.Tensor:
     """Our logits."""
     with torch.no_grad():
-        return load(folder, **how)(torch.tensor(TOKENS), torch.arange(len(TOKENS)), Causal([len(TOKENS)]))
+        return load(folder, **how)(torch.tensor(TOKENS), Pass.packed([len(TOKENS)]))
 
 
 def check_logits(made: Made, name: str) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from parallel.attention.heads import HeadLayout
+from parallel.layers.dropout import PLAIN
 from parallel.layers.linear import ColumnLinear, RowLinear, reduce_sum
 from parallel.ranks.group import Group
 from parallel.sharding.rules import Part, rule_of
@@ -61,7 +62,7 @@ def _two_rows(group: Group, full: dict[str, Tensor], x: Tensor, grad: Tensor) ->
         x[:, slice(*wide.range(group.rank))].clone().requires_grad_(),
     ]
     before = sum(group.talk.counts.values()) if group.size > 1 else 0
-    y = reduce_sum(first.partial(inputs[0]), second.partial(inputs[1]))
+    y = reduce_sum(PLAIN, first.partial(inputs[0]), second.partial(inputs[1]))
     issued = sum(group.talk.counts.values()) - before if group.size > 1 else 0
     y.backward(grad)
     return {

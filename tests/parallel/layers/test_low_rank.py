@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from parallel.errors import ConfigError
-from parallel.layers.dropout import ADAPTER, DropoutSite, Dropping, Odds, token_keys
+from parallel.layers.dropout import ADAPTER, DropoutSite, Dropping, LayerPass, Odds, token_keys
 from parallel.layers.linear import ColumnLinear, RowLinear, reduce_sum
-from parallel.layers.low_rank import Adapter, ColumnAdapter, RowAdapter, dropping_branches
+from parallel.layers.low_rank import Adapter, ColumnAdapter, RowAdapter
 from parallel.ranks.group import Group
 from parallel.ranks.sequence_parallel import token_shards
 from parallel.sharding.rules import Part, rule_of
@@ -55,7 +55,7 @@ def _run(layer: ColumnLinear | RowLinear, full: dict[str, Tensor], x: Tensor, to
         layer.adapter = RowAdapter(layer.weight, layer.shards, layer.group, RANK, SCALE)
     _fill(layer, full, layer.group.rank)
     x = x.to(layer.weight.dtype).clone().requires_grad_()
-    return x, layer(x, tokens=tokens)
+    return x, layer(x, LayerPass(tokens=tokens))
 
 
 def _found(layer: ColumnLinear | RowLinear, x: Tensor, y: Tensor) -> dict[str, Any]:
@@ -169,7 +169,7 @@ def _both(group: Group, divided: bool, full: dict[str, Tensor], x: Tensor, grad:
     _fill(down, back, group.rank)
     _fill(other, back, group.rank)
     before = sum(group.comm.counts.values()) if group.comm else 0
-    y = reduce_sum(down.partial(h.tanh()), other.partial(h.sin()), tokens=tokens)
+    y = reduce_sum(LayerPass(tokens=tokens), down.partial(h.tanh()), other.partial(h.sin()))
     issued = sum(group.comm.counts.values()) - before if group.comm else 0
     y.backward(grad[mine, :D_IN])
     first, second = _adapter(up), _adapter(down)
@@ -216,8 +216,8 @@ def _dropped(group: Group, full: dict[str, Tensor], x: Tensor, grad: Tensor) -> 
     _fill(up, full, group.rank)
     _fill(down, _back(full), group.rank)
     x = x.clone().requires_grad_()
-    with dropping_branches(dropping):
-        y = down(up(x))
+    now = LayerPass(dropping=dropping)
+    y = down(up(x, now), now)
     y.backward(grad[:, :D_IN])
     return {
         "y": y.detach(), "dx": x.grad, "up.a": up.adapter.a.grad, "down.b": down.adapter.b.grad,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from parallel.layers.dropout import LayerPass
 from parallel.layers.norm import LayerNorm, RMSNorm
 from parallel.matmul import products
 from parallel.ranks.group import Group
@@ -22,7 +23,7 @@ def _run(group: Group, x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor, di
     layer.weight.data, layer.bias.data = weight.clone(), bias.clone()  # type: ignore[union-attr]
     x = x.clone().requires_grad_()
     tokens = token_shards(x.shape[0], group)
-    y = gather_tokens(layer(scatter_tokens(x, group, tokens), tokens), group, tokens)
+    y = gather_tokens(layer(scatter_tokens(x, group, tokens), LayerPass(tokens=tokens)), group, tokens)
     y.backward(grad)
     return {"y": y.detach(), "dx": x.grad, "dw": layer.weight.grad, "db": layer.bias.grad}  # type: ignore[union-attr]
 
@@ -50,7 +51,7 @@ def _rms(group: Group, x: Tensor, weight: Tensor, grad: Tensor, divided: bool) -
     layer.weight.data = weight.clone()
     x = x.clone().requires_grad_()
     tokens = token_shards(x.shape[0], group)
-    y = gather_tokens(layer(scatter_tokens(x, group, tokens), tokens), group, tokens)
+    y = gather_tokens(layer(scatter_tokens(x, group, tokens), LayerPass(tokens=tokens)), group, tokens)
     y.backward(grad)
     with torch.no_grad():
         assert torch.equal(layer(x), y), "with and without gradients"

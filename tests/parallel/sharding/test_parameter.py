@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from parallel.errors import ConfigError
+from parallel.layers.dropout import PLAIN
 from parallel.layers.linear import ColumnLinear, RowLinear, reduce_sum
 from parallel.layers.low_rank import ColumnAdapter, RowAdapter
 from parallel.matmul import products
@@ -198,4 +199,4 @@ def test_a_bias_put_in_the_place_of_another_is_in_the_sum_that_layers_share() ->
             for row in layers:
                 row.bias = nn.Parameter(torch.full((40,), float(value)))
                 nn.init.zeros_(row.weight)
-            assert torch.equal(reduce_sum(*(row.partial(x) for row in layers)), torch.full((1, 40), 2.0 * value))
+            assert torch.equal(reduce_sum(PLAIN, *(row.partial(x) for row in layers)), torch.full((1, 40), 2.0 * value))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import tests.cluster.engine.tiny_models as tiny
 import tp_decoders
-from parallel.attention.attend import Causal
+from parallel.attention.forward_pass import Pass
 from parallel.errors import CheckpointError, ConfigError
 from parallel.ranks.group import Group
 from parallel.sharding.rules import full_shape_of, rule_of
@@ -45,9 +45,8 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def _logits(model: Any) -> Tensor:
-    positions = torch.cat([torch.arange(length) for length in LENGTHS])
     with torch.no_grad():
-        return model.head.gather(model(TOKENS, positions, Causal(LENGTHS)))  # type: ignore[no-any-return]
+        return model.head.gather(model(TOKENS, Pass.packed(LENGTHS)))  # type: ignore[no-any-return]
 
 
 def _their_logits(model: Any) -> Tensor:
@@ -177,11 +176,11 @@ def test_a_tokens_bits_do_not_depend_on_what_is_computed_beside_it(
     model = tp_decoders.load(checkpoints[family], dtype=dtype)
     attach(model, ALL)
     _stir(model)
-    trained = model(TOKENS, torch.cat([torch.arange(length) for length in LENGTHS]), Causal(LENGTHS)).detach()
+    trained = model(TOKENS, Pass.packed(LENGTHS)).detach()
     assert torch.equal(_logits(model), trained), "with and without gradients"
     with torch.no_grad():
         for length in (1, 4, 9):
-            alone = model(TOKENS[:length], torch.arange(length), Causal([length]))
+            alone = model(TOKENS[:length], Pass.packed([length]))
             assert torch.equal(alone, trained[:length])
 
 
@@ -209,7 +208,7 @@ def test_every_layer_of_a_familys_other_shapes_takes_an_adapter_and_gives_it_bac
     save_adapter(ours, tmp_path / "adapter")
     load_adapter(again, tmp_path / "adapter")
     with torch.no_grad():
-        found, wanted = (m(ids, torch.arange(5), Causal([5])) for m in (again, ours))
+        found, wanted = (m(ids, Pass.packed([5])) for m in (again, ours))
     assert torch.equal(found, wanted)
 
 

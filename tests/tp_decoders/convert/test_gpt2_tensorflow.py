@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from launch.main import main
-from parallel.attention.attend import Causal
+from parallel.attention.forward_pass import Pass
 from parallel.errors import CheckpointError
 from tp_decoders import load
 from tp_decoders.convert.gpt2_tensorflow import Gpt2TensorFlowSource, hf_of_hparams, original_name
@@ -44,7 +44,7 @@ def test_the_logits_are_those_that_tensorflow_computed(copy: Path) -> None:
     ours = load(copy.parent / "out")
     with torch.no_grad():
         assert torch.allclose(theirs(tokens[None]).logits[0], logits, atol=2e-5)
-        assert torch.allclose(ours(tokens, torch.arange(len(tokens)), Causal((len(tokens),))), logits, atol=2e-5)
+        assert torch.allclose(ours(tokens, Pass.packed((len(tokens),))), logits, atol=2e-5)
     assert theirs.config.n_head == 2 and theirs.config.eos_token_id is None, "the end of text is not in 64 words"
 
 

@@ -13,7 +13,7 @@ import transformers
 from torch import Tensor
 from torch.nn import functional
 
-from parallel.attention.attend import Causal
+from parallel.attention.forward_pass import Pass
 from parallel.ranks.group import Group
 from parallel.sharding.rules import rule_of
 from parallel.vocabulary.cross_entropy import vocab_cross_entropy
@@ -191,9 +191,8 @@ def deviation(group: Group, folder: str, backend: str | None = None) -> Deviatio
     """Runs the case forward and backward on this rank and compares logits, loss and its shard of every gradient."""
     reference = torch.load(Path(folder) / "reference.pt")
     model, lengths = load(folder, group=group), reference.get("lengths", LENGTHS)
-    positions = torch.cat([torch.arange(length) for length in lengths])
     before = Counter(group.comm.counts) if group.comm else Counter()
-    logits = model(reference["tokens"], positions, Causal(lengths, backend))
+    logits = model(reference["tokens"], Pass.packed(lengths, backend=backend))
     collectives = Counter(group.comm.counts) - before if group.comm else Counter()
     loss = vocab_cross_entropy(logits, reference["targets"], model.head.shards, group)
     loss.backward()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import tp_decoders
-from parallel.attention.attend import Causal
+from parallel.attention.forward_pass import Pass
 from parallel.layers.dropout import ATTENDED, ATTENTION, EMBEDDED, EMBEDDING, MLP, Dropping, HeadMasks, Odds, token_keys
 from parallel.options import Recompute
 from parallel.ranks.group import Group
@@ -100,9 +100,8 @@ def deviation(
     model.recompute = recompute
     tokens = torch.cat(documents())
     targets = torch.cat([torch.cat([d[1:], torch.tensor([-100])]) for d in documents()])
-    places = torch.cat([torch.arange(length) for length in LENGTHS])
     keys = token_keys(range(len(LENGTHS)), LENGTHS)
-    logits = model.train()(tokens, places, Causal(LENGTHS, dropping=Dropping(SEED, keys)))
+    logits = model.train()(tokens, Pass.packed(LENGTHS, dropping=Dropping(SEED, keys)))
     loss = vocab_cross_entropy(logits, targets, model.head.shards, group) * (targets != -100).sum()
     loss.backward()
     grads, names, errors = torch.load(Path(folder) / "grads.pt"), family_of(model.config.model_type).names, {}

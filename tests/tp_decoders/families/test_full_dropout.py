@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from parallel.attention.attend import Causal
+from parallel.attention.forward_pass import Pass
 from parallel.layers.dropout import Dropping, token_keys
 from tests.tp_decoders.families.dense_mpt import random_weight
 from tp_decoders import load
@@ -39,14 +39,14 @@ def test_it_trains_and_evaluates_as_in_transformers(name: str, options: dict[str
     for key, parameter in reference.named_parameters():
         parameter.data = random_weight(key, tuple(parameter.shape))
     reference.save_pretrained(tmp_path)
-    model, places = load(tmp_path), torch.arange(len(TOKENS))
+    model = load(tmp_path)
     names = family_of(model.config.model_type).names
     for train in (False, True):
         dropping = Dropping(7, token_keys([0], [len(TOKENS)])) if train else None
         reference.train(train).zero_grad()
         wanted = reference(TOKENS[None]).logits[0]
         model.zero_grad()
-        got = model(TOKENS, places, Causal([len(TOKENS)], dropping=dropping))
+        got = model(TOKENS, Pass.packed([len(TOKENS)], dropping=dropping))
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
         wanted.square().mean().backward()
         got.square().mean().backward()

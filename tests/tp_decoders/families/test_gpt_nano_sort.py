@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 
 from parallel.attention.attend import AttentionSpec, Causal
+from parallel.attention.forward_pass import Pass
+from parallel.layers.dropout import HeadMasks
 from parallel.ranks.group import Group
 from tp_decoders import load
 
@@ -23,19 +26,18 @@ TOLERANCE = 2e-5  # of the largest value of a stage
 
 
 class Recording:
-    """An `attend` that keeps what the first layer's attention takes and gives."""
-
-    dropping = None
-    encoder = None
+    """A pass's `attend` that keeps what the first layer's attention takes and gives."""
 
     def __init__(self, lengths: list[int]) -> None:
         self.attend = Causal(lengths)
         self.seen: dict[str, Tensor] = {}
 
-    def __call__(self, spec: AttentionSpec, q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor) -> Tensor:
-        out_TNH = self.attend(spec, q_TNH, k_TNH, v_TNH)
+    def __call__(
+        self, spec: AttentionSpec, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, *, masks: HeadMasks | None = None
+    ) -> Tensor:
+        out_TNH = self.attend(spec, q_TNH, k_TKH, v_TKH, masks=masks)
         if spec.layer == 0:
-            self.seen = {"q": q_TNH.clone(), "k": k_TNH.clone(), "v": v_TNH.clone(), "y": out_TNH.clone()}
+            self.seen = {"q": q_TNH.clone(), "k": k_TKH.clone(), "v": v_TKH.clone(), "y": out_TNH.clone()}
         return out_TNH
 
 
@@ -48,10 +50,11 @@ def activations(group: Group, ids: list[list[int]]) -> dict[str, Tensor]:
     stages |= {"mlp": block.down, "ln_f": model.norm} | {f"block{i}": model.blocks[i] for i in range(3)}
     for name, module in stages.items():
         module.register_forward_hook(lambda _module, _inputs, output, name=name: seen.__setitem__(name, output))
+    now = Pass.packed([len(row) for row in ids])
     attend = Recording([len(row) for row in ids])
     tokens = torch.tensor(ids).flatten()
     with torch.no_grad():
-        logits = model(tokens, torch.arange(len(ids[0])).repeat(len(ids)), attend)
+        logits = model(tokens, replace(now, attend=attend))
     return {**seen, **attend.seen, "lm_head": model.head.gather(logits)}
 
 
@@ -88,7 +91,7 @@ def sorted_by_model(group: Group, inputs: list[tuple[int, ...]]) -> Tensor:
         count, length = ids.shape
         rows = torch.arange(1, count + 1) * length - 1
         with torch.no_grad():
-            logits = model(ids.flatten(), torch.arange(length).repeat(count), Causal([length] * count), rows=rows)
+            logits = model(ids.flatten(), Pass.packed([length] * count), rows=rows)
         ids = torch.cat([ids, model.head.argmax(logits).ids[:, None]], 1)
     return ids[:, 6:]
 

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import decoders, models, normalizers
 from torch import Tensor
 
-from parallel.attention.attend import Causal
+from parallel.attention.forward_pass import Pass
 from parallel.errors import ConfigError
 from parallel.layers.grad_norm import squared_norm
 from parallel.matmul import activation
@@ -34,7 +34,7 @@ def test_a_window_that_leaves_nothing_out_is_read_and_a_shorter_one_is_refused(t
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
     ids = torch.arange(32) % 31
     with torch.no_grad():
-        ours, theirs = load(tmp_path)(ids, torch.arange(32), Causal([32])), model(ids[None]).logits[0]
+        ours, theirs = load(tmp_path)(ids, Pass.packed([32])), model(ids[None]).logits[0]
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
         model.config.sliding_window = 31
         assert not torch.allclose(model(ids[None]).logits[0][31], theirs[31], atol=1e-4), "else any would do"
@@ -52,8 +52,7 @@ def gradient_norm(group: Group, folder: str) -> tuple[float, list[tuple[str, Any
     """The norm of the whole gradient, and which elements of k this rank writes to a file."""
     reference = torch.load(Path(folder) / "reference.pt")
     model = load(folder, group=group)
-    positions = torch.cat([torch.arange(length) for length in (7, 1, 5)])
-    logits = model(reference["tokens"], positions, Causal((7, 1, 5)))
+    logits = model(reference["tokens"], Pass.packed((7, 1, 5)))
     vocab_cross_entropy(logits, reference["targets"], model.head.shards, group).backward()
     parameters = list(model.parameters())
     written = [
@@ -105,7 +104,7 @@ def test_a_qwen2_that_classifies_equals_transformers_and_one_of_spans_is_refused
     with torch.no_grad():
         theirs = model(ids[None]).logits
         ours = load(tmp_path / "made", task="sequence-classification")
-        got = task_outputs(ours, ids, torch.arange(11), Causal([11]), [11]).logits
+        got = task_outputs(ours, ids, Pass.packed([11])).logits
     torch.testing.assert_close(got, theirs, rtol=1e-4, atol=1e-5)
     save(ours, tmp_path / "saved")
     again = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved")

@@ -16,7 +16,7 @@ from launch.main import main
 from launch.presets import build as build_settings
 from launch.presets import overrides
 from launch.serving.serve_config import ServeConfig
-from parallel.attention.attend import Causal
+from parallel.attention.forward_pass import Pass
 from parallel.errors import ConfigError
 from parallel.ranks.group import Group
 from tests.tp_decoders.families.dense_mpt import SIZES, DenseMpt, random_weight
@@ -60,7 +60,7 @@ def logits_of(group: Group, folders: Sequence[str], mpt_reference: str = "auto")
     for folder in folders:
         model = load(folder, group=group, mpt_reference=mpt_reference)
         with torch.no_grad():
-            found.append(model.head.gather(model(tokens, torch.arange(len(tokens)), Causal([len(tokens)]))))
+            found.append(model.head.gather(model(tokens, Pass.packed([len(tokens)]))))
     return found
 
 

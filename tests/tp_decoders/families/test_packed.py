@@ -22,7 +22,7 @@ from cluster.training.data.store.token_store import TokenStore
 from cluster.training.data.store.tokenize_corpus import tokenize_corpus
 from cluster.training.step.train_batch import TrainBatch
 from cluster.training.step.trainer import Trainer, TrainerConfig
-from parallel.attention.attend import Causal
+from parallel.attention.forward_pass import Pass
 from parallel.ranks.group import Group, Numerics
 from parallel.ranks.mesh import Groups
 from parallel.vocabulary.cross_entropy import IGNORE_INDEX, vocab_token_losses
@@ -93,8 +93,7 @@ def outcome(model: Decoder, parts: Sequence[Tensor], weights: Sequence[Tensor] |
     """The parts packed in one row."""
     lengths = [len(part) for part in parts]
     targets = torch.cat([torch.cat([part[1:], torch.tensor([IGNORE_INDEX])]) for part in parts])
-    positions = torch.cat([torch.arange(length) for length in lengths])
-    logits = model(torch.cat(list(parts)), positions, Causal(lengths))
+    logits = model(torch.cat(list(parts)), Pass.packed(lengths))
     losses = vocab_token_losses(logits, targets, model.head.shards, model.group)
     loss = (losses * torch.cat(list(weights or weights_of(parts)))).sum()
     model.zero_grad()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from parallel.attention.attend import Causal
+from parallel.attention.forward_pass import Pass
 from parallel.ranks.group import Group
 from parallel.sharding.rules import rule_of
 from parallel.vocabulary.cross_entropy import vocab_cross_entropy
@@ -45,12 +45,11 @@ def outcome(group: Group, folder: str, dtype: torch.dtype, lengths: tuple[int, .
     reference = torch.load(Path(folder) / "reference.pt")
     model = load(folder, group=group, dtype=dtype)
     tokens, targets = (reference[name][start : start + sum(lengths)] for name in ("tokens", "targets"))
-    positions = torch.cat([torch.arange(length) for length in lengths])
-    logits = model(tokens, positions, Causal(lengths))
+    logits = model(tokens, Pass.packed(lengths))
     loss = vocab_cross_entropy(logits, targets, model.head.shards, group)
     loss.backward()
     with torch.no_grad():
-        served = model(tokens, positions, Causal(lengths))
+        served = model(tokens, Pass.packed(lengths))
         found = {
             "logits": model.head.gather(logits.detach()),
             "served": model.head.gather(served),

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 
-from parallel.attention.attend import Causal
+from parallel.attention.forward_pass import Pass
 from parallel.errors import ConfigError
 from parallel.layers.dropout import Dropping, token_keys
 from parallel.ranks.group import Group
@@ -232,12 +232,12 @@ def test_train_mode_with_dropout_but_without_masks_is_refused_and_without_dropou
     model, tokens = initialise(build(config), seed=0), torch.zeros(3, dtype=torch.long)
     assert not model.training
     with pytest.raises(ConfigError, match="the pass says no masks: dropout is not left out silently"):
-        model.train()(tokens, torch.arange(3), Causal([3]))
-    keys, places = token_keys([0], [3]), torch.arange(3)
-    one, two = (model(tokens, places, Causal([3], dropping=Dropping(seed, keys))) for seed in (1, 2))
+        model.train()(tokens, Pass.packed([3]))
+    keys = token_keys([0], [3])
+    one, two = (model(tokens, Pass.packed([3], dropping=Dropping(seed, keys))) for seed in (1, 2))
     assert not torch.equal(one, two)
     plain = initialise(build(replace(config, dropout=Dropout())), seed=0)
-    assert torch.equal(plain.train()(tokens, places, Causal([3])), model.eval()(tokens, places, Causal([3])))
+    assert torch.equal(plain.train()(tokens, Pass.packed([3])), model.eval()(tokens, Pass.packed([3])))
 
 
 def test_learned_positions_and_alibi_of_mpt() -> None:

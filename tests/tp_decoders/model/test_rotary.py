@@ -11,7 +11,7 @@ import transformers
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXRotaryEmbedding, apply_rotary_pos_emb
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from parallel.attention.attend import Causal
+from parallel.attention.forward_pass import Pass
 from parallel.errors import ConfigError
 from parallel.layers.rotary import Rotation, rotate, rotated
 from parallel.matmul import products
@@ -151,7 +151,7 @@ def test_generation_beyond_the_trained_context_equals_transformers(tmp_path: obj
     assert decoder.config.max_positions == 16
     while len(ours) < 16:
         with torch.no_grad():
-            logits = decoder(torch.tensor(ours), torch.arange(len(ours)), Causal([len(ours)]))
+            logits = decoder(torch.tensor(ours), Pass.packed([len(ours)]))
         ours.append(decoder.head.argmax(logits[-1:]).ids.item())
     assert ours == expected
 
@@ -205,4 +205,4 @@ def test_a_sequence_in_the_extended_context_has_the_logits_of_transformers(tmp_p
     assert model.config.max_positions == 128
     with torch.no_grad():
         wanted = reference(tokens[None]).logits[0]
-        torch.testing.assert_close(model(tokens, torch.arange(120), Causal([120])), wanted, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(model(tokens, Pass.packed([120])), wanted, rtol=1e-4, atol=1e-4)

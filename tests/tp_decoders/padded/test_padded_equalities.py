@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from parallel.attention.attend import Causal
+from parallel.attention.forward_pass import Pass
 from parallel.layers.dropout import Dropping, token_keys
 from parallel.options import Recompute
 from parallel.ranks.group import Group
@@ -186,9 +186,8 @@ def dropped(group: Group, folder: str) -> dict[str, Any]:
     first = padded(ids[:, :5], attention_mask=mask[:, :5], seed=5, use_cache=True)
     behind = padded(ids[:, 5:], attention_mask=mask, past_key_values=first.past_key_values, seed=5, use_cache=True)
     lengths = mask.sum(1).tolist()
-    positions = torch.cat([torch.arange(length) for length in lengths])
-    attend = Causal(lengths, dropping=Dropping(5, token_keys(range(3), lengths)))
-    flat = model.head.gather(model(ids[mask == 1], positions, attend))
+    now = Pass.packed(lengths, dropping=Dropping(5, token_keys(range(3), lengths)))
+    flat = model.head.gather(model(ids[mask == 1], now))
     torch.manual_seed(8)
     drawn, other = (padded(ids, attention_mask=mask, **QUIET).logits for _ in range(2))
     torch.manual_seed(8)

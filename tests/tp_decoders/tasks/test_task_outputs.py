@@ -15,7 +15,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from parallel.attention.attend import Causal
+from parallel.attention.forward_pass import Pass
 from parallel.errors import CheckpointError, ConfigError, RequestError
 from parallel.ranks.group import Group
 from parallel.sharding.rules import rule_of
@@ -50,9 +50,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWa
 
 
 def run(model: Decoder, case: Case, tokens: Tensor) -> TaskOutputs:
-    positions = torch.cat([torch.arange(length) for length in case.lengths])
     marks = MARKS if case.options.get("summary_type") == "cls_index" else None
-    return task_outputs(model, tokens, positions, Causal(case.lengths), case.lengths, marks)
+    return task_outputs(model, tokens, Pass.packed(case.lengths), marks)
 
 
 def loss_of(model: Decoder, case: Case, outputs: TaskOutputs, tokens: Tensor, labels: Tensor) -> Tensor:
@@ -119,10 +118,9 @@ def saved_and_counted(group: Group, root: str, family: str) -> list[str]:
     for name, case in cases_of(family).items():
         model = load(Path(root) / name, task=case.task, group=group)
         tokens = torch.load(Path(root) / name / "reference.pt")["tokens"]
-        positions = torch.cat([torch.arange(length) for length in case.lengths])
         assert group.comm is not None
         before = Counter(group.comm.counts)
-        model.states(tokens, positions, Causal(case.lengths))
+        model.states(tokens, Pass.packed(case.lengths))
         alone = Counter(group.comm.counts) - before
         run(model, case, tokens)
         if Counter(group.comm.counts) - before != alone + alone or model.has_vocabulary != (case.task == CHOICES):
@@ -186,7 +184,7 @@ def test_a_language_model_gets_a_new_head_and_says_so(
     with pytest.raises(CheckpointError, match="task='sequence-classification'"):
         load(tmp_path / "out")
     with pytest.raises(ConfigError, match="no vocabulary head"):
-        model(torch.tensor([1, 2]), torch.arange(2), Causal((2,)))
+        model(torch.tensor([1, 2]), Pass.packed((2,)))
 
 
 def test_a_checkpoint_with_a_head_is_converted_with_it(tmp_path: Path) -> None:
@@ -219,7 +217,7 @@ def test_what_cannot_be_is_refused_with_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="one class id each"):
         task_loss(task_config(model), torch.zeros(3, 4), torch.zeros(2, dtype=torch.long), (3,))
     with pytest.raises(RequestError, match="make up"):
-        task_outputs(model, torch.tensor([1, 2]), torch.arange(2), Causal((2,)), (3,))
+        task_outputs(model, torch.tensor([1, 2]), Pass.packed((3,)))
     with pytest.raises(CheckpointError, match="of another shape"):
         make("mpt", Case(TOKENS, {"num_labels": 5})).save_pretrained(tmp_path / "five")
         load(tmp_path / "five", task=TOKENS, labels=4)

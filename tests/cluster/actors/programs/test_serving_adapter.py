@@ -17,7 +17,7 @@ from cluster.actors.programs.serve_rank import ServeRank
 from cluster.actors.programs.serve_spec import ParallelConfig, ServeSpec
 from cluster.engine.engine_config import EngineConfig
 from launch.main import main
-from parallel.attention.attend import Causal
+from parallel.attention.forward_pass import Pass
 from parallel.ranks.group import Group
 from tests.ranks import free_address
 
@@ -35,7 +35,7 @@ def _served(group: Group, spec: ServeSpec, address: str) -> tuple[Tensor, list[s
         assert program._runner is not None
         model = program._runner.model
         with torch.no_grad():
-            logits = model.head.gather(model(TOKENS, torch.arange(len(TOKENS)), Causal([len(TOKENS)])))
+            logits = model.head.gather(model(TOKENS, Pass.packed([len(TOKENS)])))
         return logits, [name for name, _ in model.named_parameters() if "adapter" in name]
     finally:
         program.stop()

@@ -83,9 +83,9 @@ def test_transformers_opens_a_checkpoint_in_the_middle_of_a_run(ranks: Any, chec
     ids = torch.arange(12) % steps.VOCAB
     with torch.no_grad():
         wanted = theirs(ids[None]).logits[0]
-        from parallel.attention.attend import Causal
+        from parallel.attention.forward_pass import Pass
 
-        torch.testing.assert_close(ours(ids, torch.arange(12), Causal([12])), wanted, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(ours(ids, Pass.packed([12])), wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_old_checkpoints_are_pruned_and_the_newest_is_found(ranks: Any, checkpoint: Path, tmp_path: Path) -> None:

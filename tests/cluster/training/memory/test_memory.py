@@ -16,7 +16,7 @@ from cluster.training.memory.layouts import Question, make_plan, nearest
 from cluster.training.memory.live_tensors import LiveBytes
 from cluster.training.memory.pass_memory import PassShape, pass_cost, run_pass
 from cluster.training.step.optimizer import OptimizerConfig, ShardedAdamW
-from parallel.attention.attend import Causal
+from parallel.attention.forward_pass import Pass
 from parallel.errors import ConfigError
 from parallel.matmul.products import Operand, native_products
 from parallel.ranks.group import Group
@@ -87,7 +87,7 @@ def collectives_of_a_step(group: Group, hf: dict[str, Any], recompute: str) -> t
     group.comm.counts.clear()
     group.comm.byte_counts.clear()
     ids = torch.arange(TOKENS) % config.vocab_size
-    logits = model(ids, torch.arange(TOKENS), Causal((TOKENS,)))
+    logits = model(ids, Pass.packed((TOKENS,)))
     vocab_token_losses(logits, ids, model.head.shards, group).sum().backward()
     return group.comm.counts, group.comm.byte_counts
 
@@ -147,7 +147,7 @@ def test_what_lasts_is_what_the_optimiser_really_allocates(config: DecoderConfig
 def test_packed_copies_are_those_that_a_step_makes(config: DecoderConfig, dtype: torch.dtype) -> None:
     model = initialise(build(config, dtype=dtype))
     ids = torch.arange(TOKENS) % config.vocab_size
-    logits = model(ids, torch.arange(TOKENS), Causal((TOKENS,)))
+    logits = model(ids, Pass.packed((TOKENS,)))
     vocab_token_losses(logits, ids, model.head.shards, Group.single()).sum().backward()
     owned = {id(parameter) for parameter in model.parameters()}
     made = [found for found in gc.get_objects() if type(found) is Operand and id(found.parameter) in owned]

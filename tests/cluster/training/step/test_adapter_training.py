@@ -17,7 +17,7 @@ import tests.cluster.training.step.steps as steps
 import tp_decoders
 from cluster.training.checkpoint.checkpointer import Checkpointer, latest_checkpoint, restore_optimizer, verify
 from cluster.training.step.trainer import Trainer, TrainerConfig
-from parallel.attention.attend import Causal
+from parallel.attention.forward_pass import Pass
 from parallel.ranks.group import Group
 from parallel.ranks.mesh import Groups, init_groups
 from tests.ranks import free_address
@@ -195,6 +195,6 @@ def test_a_checkpoint_of_an_adapter_is_a_peft_adapter_and_holds_no_base(
     theirs = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(base), newest).eval()
     ids = torch.arange(12) % steps.VOCAB
     with torch.no_grad():
-        got, wanted = ours(ids, torch.arange(12), Causal([12])), theirs(ids[None]).logits[0]
+        got, wanted = ours(ids, Pass.packed([12])), theirs(ids[None]).logits[0]
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
     assert len(adapter_tensors(ours)) == 16

@@ -14,7 +14,7 @@ from cluster.training.service.call_batch import batch_of
 from cluster.training.step.losses import LossOptions
 from cluster.training.step.trainer import Trainer, TrainerConfig
 from cluster.training.train_calls import CROSS_ENTROPY, TASK, Kind, TrainCall, TrainSequence
-from parallel.attention.attend import Causal
+from parallel.attention.forward_pass import Pass
 from parallel.errors import ConfigError, RequestError
 from parallel.layers.dropout import HEAD, Dropping, Odds, token_keys
 from parallel.options import Recompute
@@ -148,16 +148,16 @@ def test_dropout_before_the_classifier_is_drawn_by_token_and_left_out_without_a_
     )
     reference = transformers.GPT2ForTokenClassification(config).eval()
     reference.save_pretrained(tmp_path)
-    model, tokens, places = load(tmp_path, task=TOKENS), torch.arange(1, 8), torch.arange(7)
+    model, tokens = load(tmp_path, task=TOKENS), torch.arange(1, 8)
     dropping = Dropping(5, token_keys([0], [7]))
     states = reference.transformer(tokens[None]).last_hidden_state[0]
     factors = Odds(0.4).factors(dropping.site_keys(2, HEAD), torch.arange(24))
-    found = task_outputs(model, tokens, places, Causal((7,), dropping=dropping), (7,))
+    found = task_outputs(model, tokens, Pass.packed((7,), dropping=dropping))
     torch.testing.assert_close(found.logits, reference.classifier(states * factors), rtol=1e-4, atol=1e-5)
-    plain = task_outputs(model, tokens, places, Causal((7,)), (7,))
+    plain = task_outputs(model, tokens, Pass.packed((7,)))
     torch.testing.assert_close(plain.logits, reference.classifier(states), rtol=1e-4, atol=1e-5)
     with pytest.raises(ConfigError, match="says no masks"):
-        task_outputs(model.train(), tokens, places, Causal((7,)), (7,))
+        task_outputs(model.train(), tokens, Pass.packed((7,)))
 
 
 def test_both_dropouts_of_a_summary_are_drawn_by_the_row_that_stands_for_the_sequence(tmp_path: Path) -> None:
@@ -166,14 +166,14 @@ def test_both_dropouts_of_a_summary_are_drawn_by_the_row_that_stands_for_the_seq
     config = transformers.GPT2Config(vocab_size=31, n_positions=32, n_embd=24, n_layer=2, n_head=3, **options, **drops)
     reference = transformers.GPT2DoubleHeadsModel(config).eval()
     reference.save_pretrained(tmp_path)
-    model, tokens, places = load(tmp_path, task=CHOICES), torch.arange(1, 8), torch.arange(7)
+    model, tokens = load(tmp_path, task=CHOICES), torch.arange(1, 8)
     dropping = Dropping(5, token_keys([0], [7]))
     first, last = (
         Odds(p).factors(dropping.site_keys(layer, HEAD)[4:5], torch.arange(24)) for p, layer in ((0.4, 2), (0.3, 3))
     )
     states = reference.transformer(tokens[None]).last_hidden_state[0, 4:5]
     expected = torch.tanh(reference.multiple_choice_head.summary(states * first)) * last
-    found = task_outputs(model, tokens, places, Causal((7,), dropping=dropping), (7,), torch.tensor([4]))
+    found = task_outputs(model, tokens, Pass.packed((7,), dropping=dropping), torch.tensor([4]))
     assert found.choices is not None
     torch.testing.assert_close(found.choices, expected, rtol=1e-4, atol=1e-5)
 
