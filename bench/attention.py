@@ -13,8 +13,9 @@ from collections.abc import Callable
 
 import torch
 
-from parallel.attention.attend import AttentionMeta, AttentionSpec, Cached, Causal
-from parallel.attention.kv_cache import KVCache, KVLayout
+from parallel.attention.attend import AttentionMetadata, AttentionSpec, Cached, Causal
+from parallel.attention.kv_cache import KVLayout
+from parallel.attention.selector import backend_named
 from parallel.native.library import configure
 
 
@@ -65,8 +66,9 @@ class Bench:
             dtype=self.dtype,
             device="cpu",
         )
-        cache = KVCache(layout, sum(blocks), "cpu")
-        return Cached(cache, AttentionMeta.build(queries, contexts, tables, size)), self.qkv(sum(queries))
+        backend = backend_named("cpu")
+        metadata = AttentionMetadata.build(queries, contexts, tables, size)
+        return Cached(backend, backend.cache(layout, sum(blocks)), metadata), self.qkv(sum(queries))
 
     def prefill(self, tokens: int) -> None:
         attend, qkv = self.paged([tokens], [tokens])

@@ -20,7 +20,7 @@ from cluster.engine.run.command_stream import Commands
 from cluster.engine.run.executors import GroupExecutor, LocalExecutor
 from cluster.engine.run.model_runner import ModelRunner
 from parallel.attention.attend import Backend, choose_backend
-from parallel.attention.kv_cache import KVCache, KVLayout
+from parallel.attention.kv_cache import KVLayout
 from parallel.ranks.group import Group
 from tp_decoders.model.decoder import Decoder
 
@@ -68,7 +68,7 @@ def build_runner(model: Decoder, config: EngineConfig, free_bytes: int) -> Model
     wanted = num_kv_blocks(config, layout.bytes_per_block, free_bytes, model.config.max_positions)
     num_blocks = agreed_blocks(wanted, model.group, layout.device)
     backend = attention_for(model, config.attention_backend)
-    cache = KVCache(layout, num_blocks, backend.name)
+    cache = backend.cache(layout, num_blocks)
     log.info(
         "key/value cache on rank %d: %d blocks of %d tokens = %d tokens, %.1f MiB; attention backend %s",
         model.group.rank, num_blocks, config.block_size, num_blocks * config.block_size,

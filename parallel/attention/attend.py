@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from parallel.attention.kv_cache import KVCache
-from parallel.attention.metadata import AttentionMeta, AttentionSpec, Packed
+from parallel.attention.metadata import AttentionMetadata, AttentionSpec
 from parallel.attention.selector import BACKENDS, Backend, backend_named, choose_backend
 from parallel.errors import ConfigError
 from parallel.layers.dropout import HeadMasks
 
 _log = logging.getLogger(__name__)
 
-__all__ = ["BACKENDS", "AttentionMeta", "AttentionSpec", "Backend", "Cached", "Causal", "choose_backend"]
+__all__ = ["BACKENDS", "AttentionMetadata", "AttentionSpec", "Backend", "Cached", "Causal", "choose_backend"]
 
 
 class Causal:
@@ -33,8 +33,10 @@ class Causal:
     with them is refused. Probabilities are dropped by the eager backend where the chosen one cannot.
     """
 
-    def __init__(self, lengths: Sequence[int], backend: Backend | str | None = None) -> None:
-        self._packed = Packed(lengths)
+    def __init__(
+        self, lengths: Sequence[int], backend: Backend | str | None = None, device: torch.device | str = "cpu"
+    ) -> None:
+        self.metadata = AttentionMetadata.packed(lengths, device)
         self.backend = backend_named(backend) if isinstance(backend, str) else backend
         self._fits = self.backend is not None and not isinstance(backend, str)  # else the first call asks
 
@@ -42,7 +44,7 @@ class Causal:
         self, spec: AttentionSpec, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, *, masks: HeadMasks | None = None
     ) -> Tensor:
         _check_dimensions(q_TNH, k_TKH, v_TKH)
-        _check_heads(spec, q_TNH, k_TKH, v_TKH, self._packed.num_tokens)
+        _check_heads(spec, q_TNH, k_TKH, v_TKH, self.metadata.num_tokens)
         if self.backend is None or not self._fits:
             self._fits = True
             self.backend = choose_backend(
@@ -52,10 +54,8 @@ class Causal:
                 alibi=spec.slopes is not None,
                 head_dim=q_TNH.shape[2],
             )
-        if masks is None:
-            return self.backend.causal(spec, q_TNH, k_TKH, v_TKH, self._packed)
-        backend = self.backend if self.backend.drops else _dropping_instead_of(self.backend.name)
-        return backend.causal(spec, q_TNH, k_TKH, v_TKH, self._packed, masks)
+        backend = self.backend if masks is None or self.backend.drops else _dropping_instead_of(self.backend.name)
+        return backend.attend(spec, q_TNH, k_TKH, v_TKH, self.metadata, masks=masks)
 
 
 @cache
@@ -67,19 +67,17 @@ def _dropping_instead_of(name: str) -> Backend:
 class Cached:
     """One step over a paged cache: writes the layer's new keys and values, then attends over it. Not differentiable."""
 
-    def __init__(self, cache: KVCache, meta: AttentionMeta, backend: Backend | str | None = None) -> None:
-        self._cache, self._meta = cache, meta
-        backend = backend or cache.backend
-        self.backend = backend_named(backend) if isinstance(backend, str) else backend
-        if (self.backend.name == "cpu") != (cache.backend == "cpu"):
+    def __init__(self, backend: Backend, cache: KVCache, metadata: AttentionMetadata) -> None:
+        self.backend, self._cache, self.metadata = backend, cache, metadata
+        if not isinstance(cache, backend.cache_type):
             raise ConfigError(
-                f"attention backend {self.backend.name} over a cache laid out for {cache.backend}; "
-                f"build the cache with KVCache(layout, num_blocks, {self.backend.name!r})"
+                f"attention backend {backend.name} over a {type(cache).__name__}, which is laid out for another; "
+                "let the backend make the cache: backend.cache(layout, num_blocks)"
             )
-        if meta.block_size != cache.layout.block_size or meta.max_block >= cache.num_blocks:
+        if metadata.block_size != cache.layout.block_size or metadata.max_block >= cache.num_blocks:
             raise ConfigError(
-                f"a step with blocks of {meta.block_size} tokens, the highest being {meta.max_block}, over a cache of "
-                f"{cache.num_blocks} blocks of {cache.layout.block_size}; plan steps with the cache's own numbers"
+                f"a step with blocks of {metadata.block_size} tokens, the highest {metadata.max_block}, over a cache "
+                f"of {cache.num_blocks} blocks of {cache.layout.block_size}; plan steps with the cache's own numbers"
             )
 
     def __call__(
@@ -88,7 +86,7 @@ class Cached:
         assert masks is None, "serving drops nothing"
         layout, n_kv_heads = self._cache.layout, self._cache.layout.heads(spec.layer)
         _check_dimensions(q_TNH, k_TKH, v_TKH)
-        _check_heads(spec, q_TNH, k_TKH, v_TKH, self._meta.num_tokens)
+        _check_heads(spec, q_TNH, k_TKH, v_TKH, self.metadata.num_tokens)
         if q_TNH.shape[1] == 0:
             return q_TNH.new_empty(q_TNH.shape)
         if k_TKH.shape[1] != n_kv_heads or k_TKH.shape[2] != layout.head_dim or k_TKH.dtype is not layout.dtype:
@@ -96,7 +94,7 @@ class Cached:
                 f"keys {list(k_TKH.shape)} of {k_TKH.dtype} for a cache of {n_kv_heads} heads of "
                 f"{layout.head_dim} in {layout.dtype}; build the KVLayout from the model's local heads and dtype"
             )
-        return self.backend.cached(spec, q_TNH, k_TKH, v_TKH, self._cache, self._meta)
+        return self.backend.attend(spec, q_TNH, k_TKH, v_TKH, self.metadata, self._cache)
 
 
 def _check_dimensions(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -13,37 +13,68 @@ import torch
 from torch import Tensor
 
 from parallel.attention.heads import Grouping
-from parallel.attention.kv_cache import KVCache
-from parallel.attention.metadata import AttentionMeta, AttentionSpec, Packed
+from parallel.attention.kv_cache import KVCache, KVLayout
+from parallel.attention.metadata import AttentionMetadata, AttentionSpec, Backend
+from parallel.errors import NativeUnavailable
 from parallel.layers.dropout import HeadMasks
 from parallel.native import attention as native
+from parallel.native.library import library
+from parallel.native.operands import DTYPES
 
 
-class Cpu:
-    name = "cpu"
+class RunCache(KVCache):
+    """Blocks of [K, block_size / 16, 16 * H], keys transposed inside a run of sixteen; the kernel alone reads them."""
 
-    drops = True
+    def __init__(self, layout: KVLayout, num_blocks: int) -> None:
+        super().__init__(layout, num_blocks)
+        self._paged: dict[int, native.PagedCache] = {}
 
-    def causal(
+    def block_shape(self, heads: int) -> tuple[int, ...]:
+        return heads, self.layout.block_size // native.RUN, native.RUN * self.layout.head_dim
+
+    def paged(self, layer: int) -> native.PagedCache:
+        """A layer's blocks as the native kernel reads them."""
+        known, keys, values = self._paged.get(layer), self.keys[layer], self.values[layer]
+        if known is None or known.addresses != (keys.data_ptr(), values.data_ptr()):
+            sizes = self.layout.heads(layer), self.layout.head_dim, self.layout.block_size
+            known = self._paged[layer] = native.PagedCache(keys, values, *sizes)
+        return known
+
+
+class Cpu(Backend):
+    name, drops, cache_type = "cpu", True, RunCache
+
+    @classmethod
+    def obstacle(cls, device: torch.device, dtype: torch.dtype, alibi: bool, head_dim: int) -> str | None:
+        if device.type != "cpu":
+            return f"it runs on the CPU only and the device is {device}; use flash or sdpa"
+        if dtype not in DTYPES:
+            return f"it has no kernel for {dtype}; use float32 or bfloat16, or the backend sdpa"
+        try:
+            library()
+        except NativeUnavailable as error:
+            return f"{error} (sdpa and eager work without it; results then depend on the batch)"
+        return None
+
+    def attend(
         self,
         spec: AttentionSpec,
         q_TNH: Tensor,
         k_TKH: Tensor,
         v_TKH: Tensor,
-        packed: Packed,
+        metadata: AttentionMetadata,
+        cache: KVCache | None = None,
         masks: HeadMasks | None = None,
     ) -> Tensor:
+        if cache is not None:
+            assert isinstance(cache, RunCache), "looked at when the step was made"
+            return native.attend(
+                metadata.paged_step, cache.paged(spec.layer), q_TNH, k_TKH, v_TKH, scale=spec.scale,
+                slopes=spec.slopes, grouping=_grouping(spec),
+            )  # fmt: skip
         if torch.is_grad_enabled() and (q_TNH.requires_grad or k_TKH.requires_grad or v_TKH.requires_grad):
-            return _Causal.apply(q_TNH, k_TKH, v_TKH, spec, packed, masks)
-        return _attend(spec, q_TNH, k_TKH, v_TKH, packed, None, masks)
-
-    def cached(
-        self, spec: AttentionSpec, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, cache: KVCache, meta: AttentionMeta
-    ) -> Tensor:
-        return native.attend(
-            meta.paged_step, cache.paged(spec.layer), q_TNH, k_TKH, v_TKH, scale=spec.scale, slopes=spec.slopes,
-            grouping=_grouping(spec),
-        )  # fmt: skip
+            return _Causal.apply(q_TNH, k_TKH, v_TKH, spec, metadata, masks)
+        return _attend(spec, q_TNH, k_TKH, v_TKH, metadata, None, masks)
 
 
 def _grouping(spec: AttentionSpec) -> Grouping | None:
@@ -55,12 +86,12 @@ def _attend(
     q_TNH: Tensor,
     k_TKH: Tensor,
     v_TKH: Tensor,
-    packed: Packed,
+    metadata: AttentionMetadata,
     lse_TN: Tensor | None,
     masks: HeadMasks | None,
 ) -> Tensor:
-    step, blocks = packed.scratch_step
-    k_cache, v_cache = (q_TNH.new_empty((blocks, x.shape[1], native.RUN * x.shape[2])) for x in (k_TKH, v_TKH))
+    step = metadata.paged_step
+    k_cache, v_cache = (q_TNH.new_empty((step.num_blocks, x.shape[1], native.RUN * x.shape[2])) for x in (k_TKH, v_TKH))
     return native.forward(
         step,
         k_cache,
@@ -84,12 +115,12 @@ class _Causal(torch.autograd.Function):
         k_TKH: Tensor,
         v_TKH: Tensor,
         spec: AttentionSpec,
-        packed: Packed,
+        metadata: AttentionMetadata,
         masks: HeadMasks | None,
     ) -> Tensor:
         lse_TN = torch.empty(q_TNH.shape[:2], dtype=torch.float32)
-        o_TNH = _attend(spec, q_TNH, k_TKH, v_TKH, packed, lse_TN, masks)
-        ctx.spec, ctx.packed, ctx.masks = spec, packed, masks
+        o_TNH = _attend(spec, q_TNH, k_TKH, v_TKH, metadata, lse_TN, masks)
+        ctx.spec, ctx.packed, ctx.masks = spec, metadata, masks
         ctx.save_for_backward(q_TNH, k_TKH, v_TKH, o_TNH, lse_TN)
         return o_TNH
 
@@ -99,7 +130,7 @@ class _Causal(torch.autograd.Function):
         heads = ctx.spec.kv
         per_head = heads is not None and heads.sums_leaves
         dq, dk, dv = native.backward(
-            ctx.packed.starts_S1,
+            ctx.packed.starts.query_starts_S1,
             q,
             k,
             v,

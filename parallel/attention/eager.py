@@ -1,4 +1,4 @@
-"""The reference: plain torch, one sequence at a time, softmax in float32 (float64 where the inputs are).
+"""Plain torch, one sequence at a time; and the reference, softmax in float32 (float64 where the inputs are).
 
 Any device, dtype and option; differentiable by autograd. It materialises all scores, so it is for tests and for what no
 other backend can do. Its bits depend on shapes, as torch's products do.
@@ -6,50 +6,63 @@ other backend can do. Its bits depend on shapes, as torch's products do.
 
 from __future__ import annotations
 
-from dataclasses import replace
-from itertools import pairwise
+from abc import abstractmethod
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from parallel.attention.kv_cache import KVCache
-from parallel.attention.metadata import AttentionMeta, AttentionSpec, Packed
+from parallel.attention.kv_cache import KVCache, TokenCache
+from parallel.attention.metadata import AttentionMetadata, AttentionSpec, Backend
 from parallel.layers.dropout import HeadMasks
 
 
-class Eager:
-    name = "eager"
+class BySequence(Backend):
+    """One sequence at a time, keys gathered from the paged cache."""
 
-    drops = True
+    cache_type = TokenCache
 
-    def causal(
+    def attend(
         self,
         spec: AttentionSpec,
         q_TNH: Tensor,
         k_TKH: Tensor,
         v_TKH: Tensor,
-        packed: Packed,
+        metadata: AttentionMetadata,
+        cache: KVCache | None = None,
         masks: HeadMasks | None = None,
     ) -> Tensor:
-        if spec.kv is not None:
-            k_TKH, v_TKH = spec.kv.spread_both(k_TKH, v_TKH)
-            spec = replace(spec, kv=None)
-        parts = [
-            attend(spec, q_TNH[i:j], k_TKH[i:j], v_TKH[i:j], masks.factors(i, j) if masks else None)
-            for i, j in pairwise(packed.starts)
-        ]
-        return torch.cat(parts) if parts else q_TNH.new_empty(q_TNH.shape)
+        assert masks is None or self.drops, "the caller asks first"
+        with torch.set_grad_enabled(cache is None and torch.is_grad_enabled()):
+            if cache is None:
+                spec, k_TKH, v_TKH = spec.spread(k_TKH, v_TKH)
+                lengths = list(metadata.query_lens)
+                contexts: Iterable[tuple[Tensor, Tensor]] = zip(k_TKH.split(lengths), v_TKH.split(lengths), strict=True)
+            else:
+                assert isinstance(cache, TokenCache), "looked at when the step was made"
+                cache.scatter(spec.layer, metadata.new_slots_T, k_TKH, v_TKH)
+                slots = metadata.context_slots_C.split(metadata.context_lens)
+                contexts = (cache.gather(spec.layer, own) for own in slots)
+            parts = [
+                self.one(spec, q_TNH[i:j], k_CKH, v_CKH, masks.factors(i, j) if masks else None)
+                for (i, j), (k_CKH, v_CKH) in zip(metadata.spans, contexts, strict=True)
+            ]
+            return torch.cat(parts) if parts else q_TNH.new_empty(q_TNH.shape)
 
-    @torch.no_grad()
-    def cached(
-        self, spec: AttentionSpec, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, cache: KVCache, meta: AttentionMeta
+    @abstractmethod
+    def one(
+        self, spec: AttentionSpec, q_QNH: Tensor, k_CKH: Tensor, v_CKH: Tensor, factors_NQC: Tensor | None
     ) -> Tensor:
-        cache.scatter(spec.layer, meta.new_slots_T, k_TKH, v_TKH)
-        parts = [
-            attend(spec, q, *cache.gather(spec.layer, slots))
-            for q, slots in zip(q_TNH.split(meta.query_lens), meta.context_slots, strict=True)
-        ]
-        return torch.cat(parts) if parts else q_TNH.new_empty(q_TNH.shape)
+        """The last Q tokens of one sequence against all C of it; probabilities are multiplied by the factors."""
+
+
+class Eager(BySequence):
+    name, drops = "eager", True
+
+    def one(
+        self, spec: AttentionSpec, q_QNH: Tensor, k_CKH: Tensor, v_CKH: Tensor, factors_NQC: Tensor | None
+    ) -> Tensor:
+        return attend(spec, q_QNH, k_CKH, v_CKH, factors_NQC)
 
 
 def attend(

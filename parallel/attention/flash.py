@@ -16,8 +16,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from parallel.attention.kv_cache import KVCache
-from parallel.attention.metadata import AttentionMeta, AttentionSpec, DeviceStep, Packed
+from parallel.attention.kv_cache import KVCache, TokenCache
+from parallel.attention.metadata import AttentionMetadata, AttentionSpec, Backend
 from parallel.layers.dropout import HeadMasks
 
 PAGE = 256  # the kernels page only blocks of a multiple of this many tokens
@@ -29,49 +29,60 @@ def package() -> ModuleType | None:
     return importlib.import_module("flash_attn") if importlib.util.find_spec("flash_attn") else None
 
 
-class Flash:
-    name = "flash"
+class Flash(Backend):
+    name, drops, cache_type = "flash", False, TokenCache
 
-    drops = False
+    @classmethod
+    def obstacle(cls, device: torch.device, dtype: torch.dtype, alibi: bool, head_dim: int) -> str | None:
+        if device.type != "cuda":
+            return f"it needs a CUDA device and the device is {device}; use cpu, sdpa or eager"
+        if dtype not in (torch.float16, torch.bfloat16):
+            return f"it has no kernel for {dtype}; use bfloat16 or float16, or the backend sdpa"
+        if head_dim > 256 or head_dim % 8:
+            return f"heads are {head_dim} wide and it takes multiples of 8 up to 256; use the backend sdpa"
+        if alibi and package() is None:
+            instead = "install tp-decoders[cuda] or use the backend sdpa"
+            return f"ALiBi needs the flash-attn package, which is missing; {instead}"
+        return None
 
-    def causal(
+    def attend(
         self,
         spec: AttentionSpec,
         q_TNH: Tensor,
         k_TKH: Tensor,
         v_TKH: Tensor,
-        packed: Packed,
+        metadata: AttentionMetadata,
+        cache: KVCache | None = None,
         masks: HeadMasks | None = None,
     ) -> Tensor:
         assert masks is None, "the caller asks `drops` first"
-        if packed.num_tokens == 0:
+        if metadata.num_tokens == 0:
             return torch.empty_like(q_TNH)
+        if cache is not None:
+            assert isinstance(cache, TokenCache), "looked at when the step was made"
+            with torch.no_grad():
+                cache.scatter(spec.layer, metadata.new_slots_T, k_TKH, v_TKH)
+                return _over_cache(spec, q_TNH, metadata, cache)
         if spec.kv is not None and (spec.kv.sums_leaves or not spec.kv.even):
-            k_TKH, v_TKH = spec.kv.spread_both(k_TKH, v_TKH)
-        starts, longest = packed.starts_on(q_TNH.device), max(packed.lengths)
+            spec, k_TKH, v_TKH = spec.spread(k_TKH, v_TKH)
+        starts, longest = metadata.starts.query_starts_S1, max(metadata.query_lens)
         return _varlen(spec, q_TNH, k_TKH, v_TKH, starts, starts, longest, longest)
 
-    @torch.no_grad()
-    def cached(
-        self, spec: AttentionSpec, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, cache: KVCache, meta: AttentionMeta
-    ) -> Tensor:
-        if meta.num_tokens == 0:
-            return torch.empty_like(q_TNH)
-        cache.scatter(spec.layer, meta.new_slots_T, k_TKH, v_TKH)
-        keys, values = cache.keys[spec.layer], cache.values[spec.layer]
-        paged = meta.block_size % PAGE == 0 and (spec.kv is None or spec.kv.even)
-        if not paged:
-            keys, values = cache.gather(spec.layer, meta.all_context_slots)
-            if spec.kv is not None and not spec.kv.even:  # the kernels know groups of one size only
-                keys, values = spec.kv.spread(keys), spec.kv.spread(values)
-        elif max(meta.query_lens) == 1 and package() is not None:
-            return _decode(spec, q_TNH, keys, values, meta.on_device)
-        longest = max(meta.query_lens), max(meta.context_lens)
-        starts = meta.on_device.query_starts, meta.on_device.context_starts
-        return _varlen(spec, q_TNH, keys, values, *starts, *longest, meta.on_device if paged else None)
+
+def _over_cache(spec: AttentionSpec, q_TNH: Tensor, step: AttentionMetadata, cache: TokenCache) -> Tensor:
+    keys, values = cache.keys[spec.layer], cache.values[spec.layer]
+    paged = step.block_size % PAGE == 0 and (spec.kv is None or spec.kv.even)
+    if not paged:
+        keys, values = cache.gather(spec.layer, step.context_slots_C)
+        if spec.kv is not None and not spec.kv.even:  # the kernels know groups of one size only
+            keys, values = spec.kv.spread(keys), spec.kv.spread(values)
+    elif max(step.query_lens) == 1 and package() is not None:
+        return _decode(spec, q_TNH, keys, values, step)
+    longest = max(step.query_lens), max(step.context_lens)
+    return _varlen(spec, q_TNH, keys, values, *step.starts[:2], *longest, step if paged else None)
 
 
-def _decode(spec: AttentionSpec, q_TNH: Tensor, keys: Tensor, values: Tensor, step: DeviceStep) -> Tensor:
+def _decode(spec: AttentionSpec, q_TNH: Tensor, keys: Tensor, values: Tensor, step: AttentionMetadata) -> Tensor:
     """One new token per sequence, keys in pages; the package only."""
     flash = package()
     assert flash is not None, "asked before"
@@ -79,8 +90,8 @@ def _decode(spec: AttentionSpec, q_TNH: Tensor, keys: Tensor, values: Tensor, st
         q_TNH[:, None],
         keys,
         values,
-        cache_seqlens=step.context_lens,
-        block_table=step.tables,
+        cache_seqlens=step.starts.context_lens_S,
+        block_table=step.tables_SB,
         softmax_scale=spec.scale,
         causal=True,
         alibi_slopes=spec.slopes,
@@ -97,18 +108,18 @@ def _varlen(
     k_starts: Tensor,
     max_q: int,
     max_k: int,
-    paged: DeviceStep | None = None,
+    paged: AttentionMetadata | None = None,
 ) -> Tensor:
     """Causal, aligned to the end of each sequence's keys, in both libraries; with `paged`, k and v are pages."""
     flash, common = package(), (q, k, v, q_starts, k_starts, max_q, max_k)
     if flash is not None:
-        table = None if paged is None else paged.tables
+        table = None if paged is None else paged.tables_SB
         return flash.flash_attn_varlen_func(
             *common, softmax_scale=spec.scale, causal=True, alibi_slopes=spec.slopes, block_table=table
         )
     from torch.nn.attention.varlen import varlen_attn  # torch's own; has no ALiBi, which choose_backend has ruled out
 
-    pages = {} if paged is None else {"seqused_k": paged.context_lens, "block_table": paged.tables}
+    pages = {} if paged is None else {"seqused_k": paged.starts.context_lens_S, "block_table": paged.tables_SB}
     shared = q.shape[1] != k.shape[-2]
     o = varlen_attn(*common, scale=spec.scale, window_size=(-1, 0), enable_gqa=shared, **pages)  # type: ignore[arg-type]
     assert isinstance(o, Tensor), "without return_aux it is the output alone"

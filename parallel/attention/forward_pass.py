@@ -1,7 +1,8 @@
 """A pass: what one forward needs beside its tokens, made once and handed down from the decoder to blocks and layers.
 
     Pass.packed(lengths)    whole sequences one after another: training, and whoever calls a model
-    Pass(...)               a serving step (cluster/engine/run/model_runner.py), a padded call (tp_decoders/padded)
+    Pass.cached(...)        a serving step (cluster/engine/run/model_runner.py)
+    Pass(...)               a padded call (tp_decoders/padded)
 
 T tokens, S encoder states, N query heads, K key/value heads, H head.
 """
@@ -15,8 +16,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from parallel.attention.attend import Causal
-from parallel.attention.metadata import AttentionSpec
+from parallel.attention.attend import Cached, Causal
+from parallel.attention.kv_cache import KVCache
+from parallel.attention.metadata import AttentionMetadata, AttentionSpec
 from parallel.attention.selector import Backend
 from parallel.errors import ConfigError
 from parallel.layers.dropout import CROSS_ATTENTION, Dropping, HeadMasks, LayerPass, head_masks
@@ -68,12 +70,20 @@ class Pass(LayerPass):
         device: torch.device | str = "cpu",
     ) -> Pass:
         """Whole sequences of these lengths, causal within each; activations are dropped where `dropping` is given."""
-        attend, places = Causal(lengths, backend), [torch.arange(length) for length in lengths]
-        positions_T = torch.cat(places) if places else torch.zeros(0, dtype=torch.int64)
-        return Pass(positions_T=positions_T.to(device), lengths=tuple(lengths), attend=attend, dropping=dropping)
+        attend = Causal(lengths, backend, device)
+        metadata = attend.metadata
+        return Pass(positions_T=metadata.positions_T, lengths=metadata.query_lens, attend=attend, dropping=dropping)
+
+    @staticmethod
+    def cached(backend: Backend, cache: KVCache, metadata: AttentionMetadata) -> Pass:
+        """One step over a paged cache."""
+        attend = Cached(backend, cache, metadata)
+        return Pass(positions_T=metadata.positions_T, lengths=metadata.query_lens, attend=attend)
 
     def attended(self, spec: AttentionSpec, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
         """[T, N, H]: a layer's attention."""
+        if self.dropping is None:
+            return self.attend(spec, q_TNH, k_TKH, v_TKH)
         masks = head_masks(self.dropping, spec.dropout, spec.layer, spec.head_ids)
         return self.attend(spec, q_TNH, k_TKH, v_TKH, masks=masks)
 

@@ -1,4 +1,4 @@
-"""The paged key/value cache of one rank: a pool of fixed-size blocks per layer, laid out for one backend.
+"""The paged key/value cache of one rank: a pool of fixed-size blocks per layer, laid out as its backend reads them.
 
 It holds device tensors and knows nothing of sequences: which block belongs to whom is decided elsewhere and arrives as
 block tables. A block takes the same bytes in every layout. No collectives.
@@ -6,6 +6,7 @@ block tables. A block takes the same bytes in every layout. No collectives.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from parallel.errors import ConfigError
-from parallel.native.attention import RUN, PagedCache
+from parallel.native.attention import RUN
 
 UNLIMITED_BLOCKS = 2**31 - 1
 
@@ -54,32 +55,22 @@ class KVLayout:
         return 2 * heads * self.head_dim * self.block_size * self.dtype.itemsize
 
 
-class KVCache:
-    """keys[layer] and values[layer], zero at first: [num_blocks, block_size, K, H], or for the `cpu` backend
-    [num_blocks, K, block_size / 16, 16 * H] with keys transposed inside a run of sixteen."""
+class KVCache(ABC):
+    """keys[layer] and values[layer], zero at first: [num_blocks, *block_shape(heads)]. A backend makes its own kind."""
 
-    def __init__(self, layout: KVLayout, num_blocks: int, backend: str = "eager") -> None:
+    def __init__(self, layout: KVLayout, num_blocks: int) -> None:
         if not 1 <= num_blocks <= UNLIMITED_BLOCKS:
             raise ConfigError(f"a KV cache of {num_blocks} blocks; it needs at least one: give it more memory")
-        self.layout, self.num_blocks, self.backend = layout, num_blocks, backend
-        self._paged: dict[int, PagedCache] = {}
-        size, dim = layout.block_size, layout.head_dim
-        shapes = [
-            (heads, size // RUN, RUN * dim) if backend == "cpu" else (size, heads, dim)
-            for heads in map(layout.heads, range(layout.n_layers))
-        ]
+        self.layout, self.num_blocks = layout, num_blocks
+        shapes = [self.block_shape(heads) for heads in map(layout.heads, range(layout.n_layers))]
         self.keys, self.values = (
             [torch.zeros((num_blocks, *shape), dtype=layout.dtype, device=layout.device) for shape in shapes]
             for _ in range(2)
         )
 
-    def paged(self, layer: int) -> PagedCache:
-        """A layer's blocks as the native kernel reads them; of the `cpu` layout only."""
-        known, keys, values = self._paged.get(layer), self.keys[layer], self.values[layer]
-        if known is None or known.addresses != (keys.data_ptr(), values.data_ptr()):
-            sizes = self.layout.heads(layer), self.layout.head_dim, self.layout.block_size
-            known = self._paged[layer] = PagedCache(keys, values, *sizes)
-        return known
+    @abstractmethod
+    def block_shape(self, heads: int) -> tuple[int, ...]:
+        """Of a block of a layer with so many heads."""
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy whole blocks (from, to) in every layer; all are read before any is written."""
@@ -94,15 +85,21 @@ class KVCache:
         for blocks in (*self.keys, *self.values):
             blocks[to_blocks] = blocks[from_blocks]
 
+
+class TokenCache(KVCache):
+    """Blocks of tokens, [block_size, K, H]."""
+
+    def block_shape(self, heads: int) -> tuple[int, ...]:
+        return self.layout.block_size, heads, self.layout.head_dim
+
     def gather(self, layer: int, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values [T, K, H] at the given slots (block * block_size + offset); not for the `cpu` layout."""
+        """Keys and values [T, K, H] at the given slots (block * block_size + offset)."""
         return self._flat(self.keys[layer])[slots], self._flat(self.values[layer])[slots]
 
     def scatter(self, layer: int, slots: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> None:
-        """Write keys and values to slots; not for the `cpu` layout."""
+        """Write keys and values to slots."""
         self._flat(self.keys[layer])[slots] = k_TKH
         self._flat(self.values[layer])[slots] = v_TKH
 
     def _flat(self, blocks: Tensor) -> Tensor:
-        assert self.backend != "cpu", "the cpu layout is read and written by its kernel alone"
         return blocks.view(self.num_blocks * self.layout.block_size, *blocks.shape[2:])

@@ -61,7 +61,7 @@ class PagedStep:
         if context_lens.dim() != 1 or block_tables.dim() != 2:
             raise ConfigError(
                 f"an attention step of context_lens {words(context_lens)} and block_tables {words(block_tables)}; they "
-                "are [sequences] and [sequences, blocks]: build it with AttentionMeta.build"
+                "are [sequences] and [sequences, blocks]: build it with AttentionMetadata.build"
             )
         S, width = len(context_lens), block_tables.shape[1]
         starts = checked("attention step", "query_starts", query_starts, (S + 1,), torch.int32)

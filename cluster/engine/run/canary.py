@@ -20,7 +20,7 @@ from torch import Tensor
 from cluster.engine.request import RankReport
 from cluster.engine.run.command_stream import CANARY, Commands
 from cluster.engine.run.model_runner import ModelRunner
-from parallel.attention.attend import AttentionMeta, Cached
+from parallel.attention.attend import AttentionMetadata
 from parallel.attention.forward_pass import Pass
 from parallel.attention.kv_cache import KVCache
 from parallel.ranks.comm import waited
@@ -88,7 +88,7 @@ class Canary:
 
     @cached_property
     def _cache(self) -> KVCache:
-        return KVCache(self._runner.cache.layout, 1, self._runner.backend.name)
+        return self._runner.backend.cache(self._runner.cache.layout, 1)
 
     @torch.inference_mode()
     def _decode(self) -> int:
@@ -103,9 +103,9 @@ class Canary:
     def _read(self, tokens: list[int], start: int) -> int:
         runner, count = self._runner, len(tokens)
         device = runner.device
-        meta = AttentionMeta.build([count], [start + count], [[0]], runner.cache.layout.block_size, device)
-        positions = torch.arange(start, start + count, device=device)
-        now = Pass(positions_T=positions, lengths=(count,), attend=Cached(self._cache, meta, runner.backend))
+        block_size = runner.cache.layout.block_size
+        metadata = AttentionMetadata.build([count], [start + count], [[0]], block_size, device)
+        now = Pass.cached(runner.backend, self._cache, metadata)
         x_TD = runner.model.hidden(torch.tensor(tokens, dtype=torch.long, device=device), now)
         if not runner.model.has_vocabulary:
             return _finite(x_TD, 0)

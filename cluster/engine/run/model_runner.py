@@ -8,6 +8,7 @@ the next plan.
 from __future__ import annotations
 
 import time
+from array import array
 
 import torch
 from torch import Tensor
@@ -18,9 +19,10 @@ from cluster.engine.sample.logprobs import Asked, at_temperatures, checked, toke
 from cluster.engine.sample.pooling import Pooler
 from cluster.engine.sample.sampler import Sampler, bad_rows
 from cluster.engine.schedule.step_plan import StepPlan, StepResult
-from parallel.attention.attend import AttentionMeta, Backend, Cached
+from parallel.attention.attend import Backend
 from parallel.attention.forward_pass import Pass
 from parallel.attention.kv_cache import KVCache
+from parallel.attention.metadata import BlockTables, numbers
 from parallel.vocabulary.top_tokens import Top, top_log_probs
 from parallel.vocabulary.vocab_parallel import Best
 from tp_decoders.model.decoder import Decoder
@@ -34,8 +36,8 @@ class ModelRunner:
         self.sampler = Sampler(model.config.vocab_size)
         self.pooler = Pooler(model)
         self.weight_version = 0
-        self.device = cache.layout.device
-        self._tables: dict[int, list[int]] = {}
+        self.device = torch.device(cache.layout.device)
+        self._tables = BlockTables(cache.layout.block_size, self.device)
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult | None:
@@ -56,26 +58,15 @@ class ModelRunner:
 
     def _follow_tables(self, plan: StepPlan) -> None:
         for slot, first, blocks in plan.tables:
-            table = self._tables.setdefault(slot, [])
-            table[first:] = blocks
+            self._tables.write(slot, first, blocks)
         if plan.copies:
             self.cache.copy_blocks(plan.copies)
 
     def _inputs(self, plan: StepPlan) -> tuple[Tensor, Pass, Tensor]:
         """The model's arguments: tokens, the pass, rows whose logits are wanted."""
-        tables = self._tables
-        meta = AttentionMeta.build(
-            plan.query_lens,
-            plan.context_lens,
-            [tables[slot] for slot in plan.slots],
-            self.cache.layout.block_size,
-            self.device,
-        )
-        tokens = torch.tensor(plan.tokens, dtype=torch.long, device=self.device)
-        positions = torch.tensor(positions_of(plan), dtype=torch.long, device=self.device)
-        rows = torch.tensor(plan.rows, dtype=torch.long, device=self.device)
-        attend = Cached(self.cache, meta, self.backend)
-        return tokens, Pass(positions_T=positions, lengths=meta.query_lens, attend=attend), rows
+        metadata = self._tables.step(plan.slots, plan.query_lens, plan.context_lens)
+        tokens, rows = (numbers(array("q", given), self.device) for given in (plan.tokens, plan.rows))
+        return tokens, Pass.cached(self.backend, self.cache, metadata), rows
 
     def _choose(self, plan: StepPlan, logits_local: Tensor | None) -> StepResult | None:
         """The collectives that each group of rows needs, on every rank; the rest on rank 0."""
@@ -145,17 +136,6 @@ class ModelRunner:
             _put(result, first + question.row, answer)
         rest = iter(answers[num_chosen:])
         result.gathered_scores = [_whole([next(rest) for _ in score.targets]) for score in plan.gathered_scores]
-
-
-def positions_of(plan: StepPlan) -> list[int]:
-    """The position of every token of the plan in its sequence."""
-    positions: list[int] = []
-    for count, context in zip(plan.query_lens, plan.context_lens, strict=True):
-        if count == 1:
-            positions.append(context - 1)
-        else:
-            positions.extend(range(context - count, context))
-    return positions
 
 
 def _put(result: StepResult, place: int, answer: TokenLogprobs | str) -> None:

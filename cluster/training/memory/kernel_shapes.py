@@ -5,8 +5,8 @@ Stands for the CPU kernel and for flash attention, whose memory does not grow wi
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,22 +16,32 @@ from parallel.attention.heads import KVHeads
 from parallel.attention.kv_cache import RUN
 from parallel.layers.dropout import HeadMasks
 
-Kernel = Literal["cpu", "flash"]
+
+@dataclass(frozen=True)
+class Kernel:
+    """What a device's kernel holds besides."""
+
+    blocks: bool = False  # the sequences' keys and values in blocks, as the serving kernel reads them
+    wide: bool = False  # dq, which adds up in float32
+    spreads: bool = False  # keys and values by query head, where their gradients are added leaf by leaf
+
+
+KERNELS = {"cpu": Kernel(blocks=True), "cuda": Kernel(wide=True, spreads=True)}
+"""By device."""
 
 
 class ShapeAttend:
     """A pass's `attend` on the meta device. Dropout takes nothing that lasts: masks are drawn again in the backward."""
 
-    def __init__(self, kernel: Kernel) -> None:
-        self._kernel = kernel
+    def __init__(self, device: str) -> None:
+        self._kernel = KERNELS[device]
 
     def __call__(
         self, spec: AttentionSpec, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, *, masks: HeadMasks | None = None
     ) -> Tensor:
         if torch.is_grad_enabled() and q_TNH.requires_grad:
-            if self._kernel == "flash" and spec.kv is not None and spec.kv.sums_leaves:
-                k_TKH, v_TKH = spec.kv.spread_both(k_TKH, v_TKH)
-                spec = replace(spec, kv=None)
+            if self._kernel.spreads and spec.kv is not None and spec.kv.sums_leaves:
+                spec, k_TKH, v_TKH = spec.spread(k_TKH, v_TKH)
             result: Tensor = _Attend.apply(q_TNH, k_TKH, v_TKH, spec.kv, self._kernel)
             return result
         return torch.empty_like(q_TNH, memory_format=torch.contiguous_format)
@@ -42,7 +52,7 @@ class _Attend(torch.autograd.Function):
     def forward(ctx: Any, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, heads: KVHeads | None, kernel: Kernel) -> Tensor:
         T, N, H = q_TNH.shape
         scratch = []
-        if kernel == "cpu":  # the sequences' keys and values in blocks, as the serving kernel reads them
+        if kernel.blocks:
             scratch = [q_TNH.new_empty((-(-T // RUN), k_TKH.shape[1], RUN * H)) for _ in range(2)]
         o_TNH, lse_TN = q_TNH.new_empty((T, N, H)), q_TNH.new_empty((T, N), dtype=torch.float32)
         ctx.save_for_backward(q_TNH, k_TKH, v_TKH, o_TNH, lse_TN)
@@ -53,7 +63,7 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_o_TNH: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, *_ = ctx.saved_tensors
-        wide = q.new_empty(q.shape, dtype=torch.float32) if ctx.kernel == "flash" else None  # dq adds up in float32
+        wide = q.new_empty(q.shape, dtype=torch.float32) if ctx.kernel.wide else None
         per_head = ctx.heads is not None and ctx.heads.sums_leaves
         dq, dk, dv = (q.new_empty(x.shape) for x in (q, *((q, q) if per_head else (k, v))))
         del wide

@@ -147,8 +147,7 @@ def run_pass(config: DecoderConfig, shape: PassShape, prepare: Prepare | None = 
 
 def _shape_pass(tokens_T: Tensor, shape: PassShape) -> Pass:
     """One sequence; the tokens stand for its positions."""
-    attend = ShapeAttend("flash" if shape.device == "cuda" else "cpu")
-    return Pass(positions_T=tokens_T, lengths=(shape.tokens,), attend=attend)
+    return Pass(positions_T=tokens_T, lengths=(shape.tokens,), attend=ShapeAttend(shape.device))
 
 
 def _loss(model: Decoder, tokens_T: Tensor, now: Pass, group: Group) -> Tensor:

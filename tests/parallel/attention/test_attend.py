@@ -11,9 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from parallel.attention import selector
-from parallel.attention.attend import AttentionMeta, AttentionSpec, Cached, Causal, choose_backend
+from parallel.attention import cpu, flash
+from parallel.attention.attend import AttentionMetadata, AttentionSpec, Cached, Causal, choose_backend
+from parallel.attention.cpu import Cpu
+from parallel.attention.eager import Eager
 from parallel.attention.kv_cache import KVCache, KVLayout
+from parallel.attention.selector import backend_named
 from parallel.errors import ConfigError, NativeUnavailable
 
 BACKENDS = ["eager", "cpu", "sdpa"]
@@ -41,7 +44,7 @@ class Case:
 
     def cache(self, backend: str, blocks: int = 24, layers: int = 2, dtype: torch.dtype = torch.float32) -> KVCache:
         layout = KVLayout(n_layers=layers, n_kv_heads=self.K, head_dim=self.H, block_size=16, dtype=dtype, device="cpu")
-        return KVCache(layout, blocks, backend)
+        return backend_named(backend).cache(layout, blocks)
 
 
 CASES = [Case(4, 4, 16, False), Case(3, 3, 25, True), Case(5, 1, 20, False), Case(2, 1, 64, True)]
@@ -101,8 +104,8 @@ def serve(case: Case, backend: str, rows: Sequence[Tensor], dtype: torch.dtype =
         parts = [rows[s][done[s] : done[s] + sizes[s]] for s in live]
         for s in live:
             done[s] += sizes[s]
-        meta = AttentionMeta.build([sizes[s] for s in live], [done[s] for s in live], [tables[s] for s in live], 16)
-        o = Cached(cache, meta)(case.spec(layer=1), *case.split(torch.cat(parts)))
+        meta = AttentionMetadata.build([sizes[s] for s in live], [done[s] for s in live], [tables[s] for s in live], 16)
+        o = Cached(backend_named(backend), cache, meta)(case.spec(layer=1), *case.split(torch.cat(parts)))
         for s, part in zip(live, o.split([sizes[s] for s in live]), strict=True):
             out[s].append(part)
     assert not cache.keys[0].any() and not cache.values[0].any()
@@ -135,7 +138,8 @@ def test_a_rank_without_heads_returns_nothing_of_the_right_shape(backend: str) -
         kv = torch.zeros(5, kv_heads, 8)
         assert Causal([5], backend)(AttentionSpec(0, 1.0, torch.zeros(0)), q, kv, kv).shape == (5, 0, 8)
         cache = Case(0, kv_heads, 8, False).cache(backend)
-        assert Cached(cache, AttentionMeta.build([5], [5], [[0]], 16))(AttentionSpec(0, 1.0), q, kv, kv).shape == (
+        step = AttentionMetadata.build([5], [5], [[0]], 16)
+        assert Cached(backend_named(backend), cache, step)(AttentionSpec(0, 1.0), q, kv, kv).shape == (
             5,
             0,
             8,
@@ -150,7 +154,7 @@ def test_the_best_backend_on_a_cpu_is_the_kernel_and_without_a_compiler_sdpa_wit
     def missing() -> None:
         raise NativeUnavailable("no compiler")
 
-    monkeypatch.setattr(selector, "library", missing)
+    monkeypatch.setattr(cpu, "library", missing)
     with caplog.at_level(logging.WARNING):
         assert choose_backend(None, "cpu", torch.float32, alibi=False, head_dim=64).name == "sdpa"
     assert "no compiler" in caplog.text
@@ -171,13 +175,13 @@ def test_the_best_backend_on_a_cpu_is_the_kernel_and_without_a_compiler_sdpa_wit
 def test_an_impossible_backend_is_refused_with_the_reason(
     name: str, device: str, dtype: torch.dtype, alibi: bool, head_dim: int, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(selector, "package", lambda: None)
+    monkeypatch.setattr(flash, "package", lambda: None)
     with pytest.raises(ConfigError, match=words):
         choose_backend(name, device, dtype, alibi=alibi, head_dim=head_dim)
 
 
 def test_on_cuda_flash_is_best_where_it_can_run_and_sdpa_where_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(selector, "package", lambda: None)
+    monkeypatch.setattr(flash, "package", lambda: None)
     assert choose_backend(None, "cuda", torch.bfloat16, alibi=False, head_dim=64).name == "flash"
     assert choose_backend(None, "cuda", torch.bfloat16, alibi=True, head_dim=64).name == "sdpa"
     assert choose_backend(None, "cuda", torch.float32, alibi=False, head_dim=64).name == "sdpa"
@@ -189,17 +193,17 @@ def test_on_cuda_flash_is_best_where_it_can_run_and_sdpa_where_not(monkeypatch: 
 )
 def test_impossible_steps_are_refused(queries: list[int], contexts: list[int], tables: list[list[int]]) -> None:
     with pytest.raises(ConfigError):
-        AttentionMeta.build(queries, contexts, tables, 16)
+        AttentionMetadata.build(queries, contexts, tables, 16)
 
 
 def test_a_step_that_does_not_fit_its_cache_is_refused_before_anything_is_written() -> None:
     cache = Case(2, 2, 8, False).cache("cpu", blocks=4)
     with pytest.raises(ConfigError, match="block"):
-        Cached(cache, AttentionMeta.build([1], [1], [[4]], 16))
+        Cached(Cpu(), cache, AttentionMetadata.build([1], [1], [[4]], 16))
     with pytest.raises(ConfigError, match="block"):
-        Cached(cache, AttentionMeta.build([1], [1], [[0]], 32))
-    with pytest.raises(ConfigError, match="laid out for cpu"):
-        Cached(cache, AttentionMeta.build([1], [1], [[0]], 16), "eager")
+        Cached(Cpu(), cache, AttentionMetadata.build([1], [1], [[0]], 32))
+    with pytest.raises(ConfigError, match="laid out for another"):
+        Cached(Eager(), cache, AttentionMetadata.build([1], [1], [[0]], 16))
 
 
 def test_inputs_of_the_wrong_shape_or_dtype_are_refused() -> None:
@@ -210,7 +214,7 @@ def test_inputs_of_the_wrong_shape_or_dtype_are_refused() -> None:
             attend(spec, q, k, k)
     with pytest.raises(ConfigError, match="slopes"):
         attend(AttentionSpec(0, 1.0, torch.zeros(3)), q, q, q)
-    cached = Cached(Case(4, 4, 16, False).cache("cpu"), AttentionMeta.build([3], [3], [[0]], 16))
+    cached = Cached(Cpu(), Case(4, 4, 16, False).cache("cpu"), AttentionMetadata.build([3], [3], [[0]], 16))
     with pytest.raises(ConfigError, match="KVLayout"):
         cached(spec, q, q, q)
     with pytest.raises(ConfigError, match="at least one"):

@@ -10,10 +10,10 @@ import torch.nn.attention.varlen
 from torch import Tensor
 
 from parallel.attention import flash
-from parallel.attention.attend import AttentionMeta, AttentionSpec, Cached, Causal
-from parallel.attention.eager import attend
+from parallel.attention.attend import AttentionMetadata, AttentionSpec, Cached, Causal
+from parallel.attention.eager import Eager, attend
 from parallel.attention.flash import Flash
-from parallel.attention.kv_cache import KVCache, KVLayout
+from parallel.attention.kv_cache import KVLayout
 
 N, K, H = 4, 1, 16
 SPEC = AttentionSpec(0, 0.25, 2.0 ** -torch.arange(1.0, N + 1))
@@ -103,11 +103,12 @@ def test_cached_steps_equal_the_reference_in_pages_large_and_small(
     blocks = 2 * -(-400 // block_size)
     tables = [list(range(blocks - 1, blocks // 2 - 1, -1)), list(range(blocks // 2))]
     layout = KVLayout(n_layers=1, n_kv_heads=K, head_dim=H, block_size=block_size, dtype=torch.float32, device="cpu")
-    caches = KVCache(layout, blocks, "flash"), KVCache(layout, blocks, "eager")
+    backends = Flash(), Eager()
+    caches = [backend.cache(layout, blocks) for backend in backends]
     done = [0, 0]
     for sizes in steps:
         done = [d + n for d, n in zip(done, sizes, strict=True)]
-        meta, values = AttentionMeta.build(sizes, done, tables, block_size), qkv(sum(sizes))
-        ours, reference = (Cached(cache, meta)(spec, *values) for cache in caches)
+        meta, values = AttentionMetadata.build(sizes, done, tables, block_size), qkv(sum(sizes))
+        ours, reference = (Cached(*own, meta)(spec, *values) for own in zip(backends, caches, strict=True))
         torch.testing.assert_close(ours, reference)
         assert ours.is_contiguous()

@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from parallel.attention.attend import AttentionMeta, AttentionSpec
+from parallel.attention.attend import AttentionMetadata, AttentionSpec
+from parallel.attention.cpu import RunCache
 from parallel.attention.eager import attend
-from parallel.attention.kv_cache import KVCache, KVLayout
-from parallel.attention.metadata import Packed, starts_of
+from parallel.attention.kv_cache import KVLayout
+from parallel.attention.metadata import starts_of
 from parallel.native import attention as native
 from parallel.native.library import set_threads
 
@@ -48,11 +49,11 @@ class Heads:
         size = self.N // self.K
         return slice(first // size, -(-last // size)), (size, first % size)
 
-    def cache(self, blocks: int, block_size: int = 16) -> KVCache:
+    def cache(self, blocks: int, block_size: int = 16) -> RunCache:
         layout = KVLayout(
             n_layers=1, n_kv_heads=self.K, head_dim=self.H, block_size=block_size, dtype=self.dtype, device="cpu"
         )
-        return KVCache(layout, blocks, "cpu")
+        return RunCache(layout, blocks)
 
 
 SHAPES = [
@@ -93,14 +94,17 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 def packed(heads: Heads, lengths: Sequence[int], q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """The training forward: output and log-sum-exp."""
-    step, blocks = Packed(lengths).scratch_step
+    step = AttentionMetadata.packed(lengths).paged_step
+    blocks = step.num_blocks
     k_cache, v_cache = (torch.full((blocks, x.shape[1], 16 * heads.H), float("nan"), dtype=heads.dtype) for x in (k, v))
     lse = torch.empty(q.shape[:2])
     o = native.forward(step, k_cache, v_cache, q, k, v, scale=heads.spec.scale, slopes=heads.spec.slopes, lse_TN=lse)
     return o, lse
 
 
-def step(heads: Heads, cache: KVCache, meta: AttentionMeta, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def step(
+    heads: Heads, cache: RunCache, meta: AttentionMetadata, q: Tensor, k: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor]:
     lse = torch.empty(q.shape[:2])
     o = native.forward(
         meta.paged_step,
@@ -117,12 +121,12 @@ def step(heads: Heads, cache: KVCache, meta: AttentionMeta, q: Tensor, k: Tensor
 
 
 def in_chunks(
-    heads: Heads, chunks: Sequence[int], table: Sequence[int], cache: KVCache, q: Tensor, k: Tensor, v: Tensor
+    heads: Heads, chunks: Sequence[int], table: Sequence[int], cache: RunCache, q: Tensor, k: Tensor, v: Tensor
 ) -> tuple[Tensor, Tensor]:
     """One sequence served in steps of the given sizes."""
     parts = []
     for start, size in zip(starts_of(chunks), chunks, strict=False):
-        meta = AttentionMeta.build([size], [start + size], [table], cache.layout.block_size)
+        meta = AttentionMetadata.build([size], [start + size], [table], cache.layout.block_size)
         parts.append(step(heads, cache, meta, *(x[start : start + size] for x in (q, k, v))))
     return torch.cat([o for o, _ in parts]), torch.cat([lse for _, lse in parts])
 
@@ -182,7 +186,8 @@ def test_a_mixed_step_gives_each_sequence_its_own_bits_in_any_blocks_and_on_any_
         new = [
             torch.cat([x[i][c - n :] for n, c, x in zip(queries, contexts, sequences, strict=True)]) for i in range(3)
         ]
-        o, _ = step(heads, cache, AttentionMeta.build(queries, contexts, tables, block_size), new[0], new[1], new[2])
+        meta = AttentionMetadata.build(queries, contexts, tables, block_size)
+        o, _ = step(heads, cache, meta, new[0], new[1], new[2])
         assert same_bits(o, expected), (block_size, threads)
 
 
@@ -194,7 +199,8 @@ def test_a_rank_with_some_of_the_heads_computes_the_same_bits(heads: Heads) -> N
         if first == last:
             continue
         kv, grouping = heads.read_by(first, last)
-        step_, blocks = Packed([LENGTH]).scratch_step
+        step_ = AttentionMetadata.packed([LENGTH]).paged_step
+        blocks = step_.num_blocks
         k_cache, v_cache = (torch.zeros(blocks, k[:, kv].shape[1], 16 * heads.H, dtype=heads.dtype) for _ in range(2))
         slopes = None if heads.spec.slopes is None else heads.spec.slopes[first:last].clone()
         part = native.forward(
@@ -246,14 +252,15 @@ def backward(
     lengths = [len(q)] if tokens != slice(None) else lengths
     slopes = None if heads.spec.slopes is None else heads.spec.slopes[part].clone()
     cut = replace(heads, N=q.shape[1], K=k.shape[1])
-    step_, blocks = Packed(lengths).scratch_step
+    step_ = AttentionMetadata.packed(lengths).paged_step
+    blocks = step_.num_blocks
     k_cache, v_cache = (torch.zeros(blocks, cut.K, 16 * heads.H, dtype=heads.dtype) for _ in range(2))
     lse = torch.empty(q.shape[:2])
     o = native.forward(
         step_, k_cache, v_cache, q, k, v, scale=heads.spec.scale, slopes=slopes, lse_TN=lse, grouping=grouping
     )
     return native.backward(
-        Packed(lengths).starts_S1,
+        AttentionMetadata.packed(lengths).starts.query_starts_S1,
         q,
         k,
         v,

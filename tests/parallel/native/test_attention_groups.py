@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from parallel.attention.attend import AttentionMeta
-from parallel.attention.metadata import Packed
+from parallel.attention.attend import AttentionMetadata
 from parallel.errors import ConfigError
 from parallel.native import attention as native
 from tests.parallel.native.test_attention import Heads, one_thread, same_bits
@@ -27,8 +26,9 @@ def test_heads_whose_groups_are_cut_get_the_bits_of_whole_groups(
     heads = Heads(K * size, K, H, False, dtype)
     q, k, v = heads.qkv(sum(lengths))
     own = slice(skip, skip + N)
-    packing = Packed(lengths)
-    step_, blocks = packing.scratch_step
+    packing = AttentionMetadata.packed(lengths)
+    step_ = packing.paged_step
+    blocks = step_.num_blocks
 
     def forward(q: Tensor, grouping: tuple[int, int] | None) -> tuple[Tensor, Tensor]:
         caches = (torch.full((blocks, K, 16 * H), float("nan"), dtype=dtype) for _ in range(2))
@@ -37,7 +37,16 @@ def test_heads_whose_groups_are_cut_get_the_bits_of_whole_groups(
 
     def backward(q: Tensor, o: Tensor, lse: Tensor, grad: Tensor, grouping: Any, per_head: bool) -> tuple[Tensor, ...]:
         return native.backward(
-            packing.starts_S1, q, k, v, o, lse, grad, scale=0.3, kv_grad_per_head=per_head, grouping=grouping
+            packing.starts.query_starts_S1,
+            q,
+            k,
+            v,
+            o,
+            lse,
+            grad,
+            scale=0.3,
+            kv_grad_per_head=per_head,
+            grouping=grouping,
         )
 
     whole, part = forward(q, None), forward(q[:, own], (size, skip))
@@ -61,7 +70,7 @@ def test_a_decoded_token_of_a_cut_group_gets_the_bits_of_the_training_forward() 
     o, _ = packed_with(q, k, v, (size, skip))
     cache = Heads(N, K, H, False, torch.float32).cache(4)
     for start, count in ((0, 37), (37, 1), (38, 1), (39, 1)):
-        meta = AttentionMeta.build([count], [start + count], [[2, 0, 3]], 16)
+        meta = AttentionMetadata.build([count], [start + count], [[2, 0, 3]], 16)
         rows = slice(start, start + count)
         got = native.attend(
             meta.paged_step, cache.paged(0), q[rows], k[rows], v[rows], scale=0.3, grouping=(size, skip)
@@ -72,7 +81,8 @@ def test_a_decoded_token_of_a_cut_group_gets_the_bits_of_the_training_forward() 
 
 
 def packed_with(q: Tensor, k: Tensor, v: Tensor, grouping: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    step_, blocks = Packed([len(q)]).scratch_step
+    step_ = AttentionMetadata.packed([len(q)]).paged_step
+    blocks = step_.num_blocks
     caches = (torch.zeros((blocks, x.shape[1], 16 * x.shape[2])) for x in (k, v))
     lse = torch.empty(q.shape[:2])
     return native.forward(step_, *caches, q, k, v, scale=0.3, lse_TN=lse, grouping=grouping), lse  # type: ignore

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from parallel.attention.attend import AttentionMeta, AttentionSpec, Causal
+from parallel.attention.attend import AttentionMetadata, AttentionSpec, Causal
 from parallel.errors import ConfigError, NativeMemoryError, OperandError
 from parallel.native import adamw, attention, dropout, elementwise, library
 from parallel.native.gemm import PackedMatrix, Source, product
@@ -26,7 +26,7 @@ def paged(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None = None) -> Tens
     """One sequence through the cached kernel."""
     T, K, H = k.shape if k.dim() == 3 else (3, 2, 8)
     blocks = -(-T // 16)
-    meta = AttentionMeta.build([T], [T], [list(range(blocks))], 16)
+    meta = AttentionMetadata.build([T], [T], [list(range(blocks))], 16)
     caches = (torch.zeros(blocks, K, 1, 16 * H, dtype=q.dtype) for _ in range(2))
     return attention.forward(meta.paged_step, *caches, q, k, v, scale=0.3, slopes=slopes)  # type: ignore
 
@@ -227,11 +227,11 @@ import resource, torch
 torch.set_num_threads(1)
 from parallel.errors import NativeMemoryError
 from parallel.native import attention, library
-from parallel.attention.attend import AttentionMeta
+from parallel.attention.attend import AttentionMetadata
 library.configure(threads=2)
 H = 1 << 19
 x = torch.zeros(2, 1, H)
-meta = AttentionMeta.build([1, 1], [1, 1], [[0], [1]], 16)
+meta = AttentionMetadata.build([1, 1], [1, 1], [[0], [1]], 16)
 cache = torch.zeros(2, 1, 1, 16 * H), torch.zeros(2, 1, 1, 16 * H)
 library.library()
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
