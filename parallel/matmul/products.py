@@ -3,8 +3,8 @@
 `product` returns x W^T summed over all its leaves; `reduced_product` adds the ranks' subtrees through one
 collective (tree_sum, or a plain sum with numerics "fast"). On CPU the native kernel does both; elsewhere, or where
 there is no compiler, torch does, leaf by leaf. `Operand` owns the packed form of a parameter: derived, never saved,
-made again at the first product after a write (parallel.sharding.parameter: exact for what goes through PyTorch; writes
-past it are found by looking at a few elements per product).
+made again at the first product after a write (parallel.sharding.parameter says which are counted, and who has to say
+`written`; one that forgot to is mostly found by looking at a few elements per product).
 """
 
 from __future__ import annotations

@@ -1,14 +1,18 @@
-"""A parameter that knows of every write to it, also through `.data`, and the stamp that keeps copies of it fresh.
+"""A parameter that counts every write to it, also through `.data`, and the stamp by which what is derived follows it.
+
+    parallel.matmul.products.Operand    owns the packed form of a weight: made anew at the first product after a write
+    parallel.layers.linear              the joint bias of layers that share a reduction
 
 PyTorch counts in-place writes (`_version`), but `.data` hands out a tensor with a count of its own, and replacing
-`.data` is counted nowhere. A `Weight` hands out aliases that share one count, which belongs to its stamp. Not seen:
-writes that do not go through PyTorch (numpy over the same memory, C); the watch of native.packed_weight looks for
-those.
+`.data` is counted nowhere. A `Weight` hands out aliases that share one count, which belongs to its stamp. So loading,
+merging and an optimiser of PyTorch's need say nothing; a kernel, or numpy over the same memory, says `written`. Of a
+plain parameter put in a weight's place, what is derived is made anew every time.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +21,7 @@ from torch import Tensor, nn
 _DATA: Any = torch.Tensor.data  # the descriptor of every tensor
 
 Stamp = tuple[int, int, int]
-"""Equal stamps of one parameter: it was not written to between them."""
+"""Equal stamps of one parameter: nothing has written to it between them, but what should have said so."""
 _uncounted = itertools.count(1)
 
 
@@ -51,16 +55,21 @@ class Weight(nn.Parameter):
 
 
 def stamp(parameter: Tensor) -> Stamp:
-    """What changes with every write that PyTorch can see."""
-    writes = 0
+    """What changes with every write through PyTorch, and where those are not counted with every call."""
+    if type(parameter) is not Weight:
+        return -next(_uncounted), 0, parameter.data_ptr()
+    alias, writes = parameter._alias, parameter._replaced
     try:
-        if type(parameter) is Weight:
-            alias, writes = parameter._alias, parameter._replaced
-            if alias is not None:
-                writes += alias._version
+        if alias is not None:
+            writes += alias._version
         return parameter._version, writes, parameter.data_ptr()
-    except RuntimeError:  # memory made in inference mode, where nothing is counted: it may have been written to
+    except RuntimeError:  # memory made in inference mode, where nothing is counted
         return -next(_uncounted), writes, parameter.data_ptr()
+
+
+def written(parameters: Tensor | Sequence[Tensor]) -> None:
+    """Says that something wrote to them past PyTorch: a kernel of ours, numpy, C. What is derived follows."""
+    torch.autograd.graph.increment_version(parameters)
 
 
 def _version(x: Tensor) -> int:

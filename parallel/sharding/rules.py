@@ -85,7 +85,7 @@ class VirtualShards:
 
 
 class _Taking:
-    """`take` and `local_shape` in terms of `pieces`."""
+    """How one tensor is divided: `pieces` of the full tensor per rank, concatenated along `dim`."""
 
     dim: int
 

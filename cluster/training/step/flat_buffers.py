@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from parallel.ranks.group import Group
+from parallel.sharding.parameter import written
 
 ALIGN = 64
 """Elements: the widest vector times the unrolling of the element-wise kernels."""
@@ -64,13 +65,7 @@ class FlatBuffers:
                 piece.copy_(self.dp.talk.all_gather(own, [len(own)] * self.dp.size, 0).view_as(piece))
         for name, parameter in self.parameters.items():
             if parameter.dtype is torch.float32:
-                touch(parameter)
+                written(parameter)
             else:
                 with torch.no_grad():
                     parameter.copy_(self.view(self.master, name))
-
-
-@torch.no_grad()
-def touch(parameter: Tensor) -> None:
-    """It was written to past autograd: whoever keeps a copy of it must see that."""
-    parameter.view(-1)[:0].zero_()

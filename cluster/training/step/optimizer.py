@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import adamw
 
-from cluster.training.step.flat_buffers import PIECE, FlatBuffers, touch
+from cluster.training.step.flat_buffers import PIECE, FlatBuffers
 from cluster.training.step.gradient_accumulation import accumulating
 from cluster.training.step.nonfinite_errors import NonFinite
 from cluster.training.step.update_guard import UpdateGuard
@@ -29,6 +29,7 @@ from parallel.matmul.grad_sum import ATTRIBUTE
 from parallel.native import library
 from parallel.native.adamw import Rates, update
 from parallel.ranks.group import Group
+from parallel.sharding.parameter import written
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 BELOW_ONE = 1.0 - 2.0**-25
@@ -229,7 +230,7 @@ def _update(flat: FlatBuffers, rates: Rates, exp_avg: Tensor, exp_avg_sq: Tensor
             copy = parameter.detach().view(-1)
             update(flat.master[run], grad[run], exp_avg[run], exp_avg_sq[run], rates, copy)
             yield
-            touch(parameter)
+            written(parameter)
     else:
         for buffers in zip(
             *(own.split(_run(own)) for own in (flat.own_master, grad, exp_avg, exp_avg_sq)), strict=True

@@ -18,7 +18,7 @@ from parallel.layers.low_rank import ColumnAdapter, RowAdapter
 from parallel.matmul import products
 from parallel.matmul.products import Operand, Term, product
 from parallel.ranks.group import Group
-from parallel.sharding.parameter import Weight, stamp
+from parallel.sharding.parameter import Weight, stamp, written
 
 
 def rewritten(parameter: nn.Parameter) -> None:
@@ -45,8 +45,25 @@ def of_inference_mode(parameter: nn.Parameter) -> None:
         parameter[3, 4:5].fill_(50.0)
 
 
+def optimised(parameter: nn.Parameter, **how: bool) -> None:
+    parameter.grad = torch.ones_like(parameter)
+    torch.optim.AdamW([parameter], lr=1.0, **how).step()  # type: ignore[arg-type]
+
+
+def numpy_said(parameter: nn.Parameter) -> None:
+    parameter.detach().numpy()[3, 4] = 50.0
+    written(parameter)
+
+
 WRITES: dict[str, Callable[[nn.Parameter], object]] = {
     "zero": lambda p: p.data.zero_(),
+    "a row set": lambda p: p.data.__setitem__(0, 1.0),
+    "an element set": lambda p: p.data.__setitem__((2, 3), 90.0),
+    "foreach": lambda p: torch._foreach_add_([p], 1.0),
+    "foreach over data": lambda p: torch._foreach_mul_([p.data, p.detach()], 2.0),
+    "optimiser's foreach": lambda p: optimised(p, foreach=True),
+    "optimiser's fused": lambda p: optimised(p, fused=True),
+    "numpy, said": numpy_said,
     "one element": lambda p: p.data.view(-1)[5:6].fill_(9.0),
     "a row": lambda p: p.data[3].mul_(2),
     "replaced": rewritten,
@@ -107,12 +124,14 @@ def test_a_write_to_a_whole_matrix_past_pytorch_is_seen_too(
         torch.testing.assert_close(product([Term(x, operand)]), x @ parameter.t(), atol=1e-4, rtol=1e-4)
 
 
-def test_a_parameter_put_in_the_place_of_another_is_used() -> None:
+def test_a_plain_parameter_put_in_the_place_of_another_is_used_and_its_writes_are_seen() -> None:
     column, x = layer(), torch.randn(3, 48)
     with torch.no_grad():
         column(x)
         column.weight = nn.Parameter(torch.ones(40, 48))
         torch.testing.assert_close(column(x), x @ torch.ones(48, 40), atol=1e-4, rtol=1e-4)
+        column.weight.data[3, 4] = 50.0  # one element, which PyTorch does not count
+        torch.testing.assert_close(column(x), x @ column.weight.t(), atol=1e-4, rtol=1e-4)
 
 
 def test_a_bias_that_is_trained_beside_a_frozen_weight_gets_its_gradient() -> None:
