@@ -43,7 +43,6 @@ class Causal:
     def __call__(
         self, spec: AttentionSpec, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, *, masks: HeadMasks | None = None
     ) -> Tensor:
-        _check_dimensions(q_TNH, k_TKH, v_TKH)
         _check_heads(spec, q_TNH, k_TKH, v_TKH, self.metadata.num_tokens)
         if self.backend is None or not self._fits:
             self._fits = True
@@ -55,7 +54,7 @@ class Causal:
                 head_dim=q_TNH.shape[2],
             )
         backend = self.backend if masks is None or self.backend.drops else _dropping_instead_of(self.backend.name)
-        return backend.attend(spec, q_TNH, k_TKH, v_TKH, self.metadata, masks=masks)
+        return backend.attend(spec, (q_TNH, k_TKH, v_TKH), self.metadata, None, masks)
 
 
 @cache
@@ -85,7 +84,6 @@ class Cached:
     ) -> Tensor:
         assert masks is None, "serving drops nothing"
         layout, n_kv_heads = self._cache.layout, self._cache.layout.heads(spec.layer)
-        _check_dimensions(q_TNH, k_TKH, v_TKH)
         _check_heads(spec, q_TNH, k_TKH, v_TKH, self.metadata.num_tokens)
         if q_TNH.shape[1] == 0:
             return q_TNH.new_empty(q_TNH.shape)
@@ -94,38 +92,25 @@ class Cached:
                 f"keys {list(k_TKH.shape)} of {k_TKH.dtype} for a cache of {n_kv_heads} heads of "
                 f"{layout.head_dim} in {layout.dtype}; build the KVLayout from the model's local heads and dtype"
             )
-        return self.backend.attend(spec, q_TNH, k_TKH, v_TKH, self.metadata, self._cache)
-
-
-def _check_dimensions(q: Tensor, k: Tensor, v: Tensor) -> None:
-    if not q.dim() == k.dim() == v.dim() == 3:
-        raise ConfigError(
-            f"attention over q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}; each is [tokens, heads, head_dim]"
-        )
+        return self.backend.attend(spec, (q_TNH, k_TKH, v_TKH), self.metadata, self._cache, None)
 
 
 def _check_heads(spec: AttentionSpec, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, num_tokens: int) -> None:
-    T, N, H = q_TNH.shape
-    K = k_TKH.shape[1]
-    if (
-        k_TKH.shape != v_TKH.shape
-        or num_tokens != T
-        or k_TKH.shape[0] != T
-        or k_TKH.shape[2] != H
-        or not _fit(spec, N, K)
-    ):
+    q, k = q_TNH.shape, k_TKH.shape
+    fits = len(q) == len(k) == 3 and k == v_TKH.shape and num_tokens == q[0] == k[0] and k[2] == q[2]
+    if not fits or not _fit(spec, q[1], k[1]):
         wanted = "a divisor of N" if spec.kv is None else f"{spec.kv.layout.n_local_kv} here"
         raise ConfigError(
-            f"attention over q {list(q_TNH.shape)}, k {list(k_TKH.shape)}, v {list(v_TKH.shape)}, {num_tokens} tokens; "
-            f"q is [T, N, H] and k, v are [T, K, H] with K {wanted}"
+            f"attention over q {list(q)}, k {list(k)}, v {list(v_TKH.shape)}, {num_tokens} tokens; q is [T, N, H] and "
+            f"k, v are [T, K, H] with K {wanted}"
         )
     if q_TNH.dtype is not k_TKH.dtype or q_TNH.dtype is not v_TKH.dtype:
         raise ConfigError(
             f"attention over q {q_TNH.dtype}, k {k_TKH.dtype} and v {v_TKH.dtype}; bring them to one dtype"
         )
-    if spec.slopes is not None and (spec.slopes.shape != (N,) or spec.slopes.dtype is not torch.float32):
+    if spec.slopes is not None and (spec.slopes.shape != q[1:2] or spec.slopes.dtype is not torch.float32):
         raise ConfigError(
-            f"ALiBi slopes {list(spec.slopes.shape)} of {spec.slopes.dtype} for {N} local heads; one float32 each"
+            f"ALiBi slopes {list(spec.slopes.shape)} of {spec.slopes.dtype} for {q[1]} local heads; one float32 each"
         )
 
 

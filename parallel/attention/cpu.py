@@ -14,7 +14,7 @@ from torch import Tensor
 
 from parallel.attention.heads import Grouping
 from parallel.attention.kv_cache import KVCache, KVLayout
-from parallel.attention.metadata import AttentionMetadata, AttentionSpec, Backend
+from parallel.attention.metadata import QKV, AttentionMetadata, AttentionSpec, Backend
 from parallel.errors import NativeUnavailable
 from parallel.layers.dropout import HeadMasks
 from parallel.native import attention as native
@@ -57,92 +57,60 @@ class Cpu(Backend):
         return None
 
     def attend(
-        self,
-        spec: AttentionSpec,
-        q_TNH: Tensor,
-        k_TKH: Tensor,
-        v_TKH: Tensor,
-        metadata: AttentionMetadata,
-        cache: KVCache | None = None,
-        masks: HeadMasks | None = None,
+        self, spec: AttentionSpec, qkv: QKV, metadata: AttentionMetadata, cache: KVCache | None, masks: HeadMasks | None
     ) -> Tensor:
         if cache is not None:
             assert isinstance(cache, RunCache), "looked at when the step was made"
             return native.attend(
-                metadata.paged_step, cache.paged(spec.layer), q_TNH, k_TKH, v_TKH, scale=spec.scale,
-                slopes=spec.slopes, grouping=_grouping(spec),
+                metadata.paged_step, cache.paged(spec.layer), *qkv, scale=spec.scale, slopes=spec.slopes,
+                grouping=_grouping(spec),
             )  # fmt: skip
-        if torch.is_grad_enabled() and (q_TNH.requires_grad or k_TKH.requires_grad or v_TKH.requires_grad):
-            return _Causal.apply(q_TNH, k_TKH, v_TKH, spec, metadata, masks)
-        return _attend(spec, q_TNH, k_TKH, v_TKH, metadata, None, masks)
+        if torch.is_grad_enabled() and any(x.requires_grad for x in qkv):
+            return _Causal.apply(*qkv, spec, metadata, masks)  # type: ignore[no-any-return]
+        return _packed(spec, qkv, metadata, None, masks)
 
 
 def _grouping(spec: AttentionSpec) -> Grouping | None:
     return None if spec.kv is None else spec.kv.grouping
 
 
-def _attend(
-    spec: AttentionSpec,
-    q_TNH: Tensor,
-    k_TKH: Tensor,
-    v_TKH: Tensor,
-    metadata: AttentionMetadata,
-    lse_TN: Tensor | None,
-    masks: HeadMasks | None,
+def _packed(
+    spec: AttentionSpec, qkv: QKV, metadata: AttentionMetadata, lse_TN: Tensor | None, masks: HeadMasks | None
 ) -> Tensor:
+    """Over a scratch cache."""
     step = metadata.paged_step
-    k_cache, v_cache = (q_TNH.new_empty((step.num_blocks, x.shape[1], native.RUN * x.shape[2])) for x in (k_TKH, v_TKH))
+    k_cache, v_cache = (x.new_empty((step.num_blocks, x.shape[1], native.RUN * x.shape[2])) for x in qkv[1:])
     return native.forward(
-        step,
-        k_cache,
-        v_cache,
-        q_TNH,
-        k_TKH,
-        v_TKH,
-        scale=spec.scale,
-        slopes=spec.slopes,
-        lse_TN=lse_TN,
-        masks=masks,
+        step, k_cache, v_cache, *qkv, scale=spec.scale, slopes=spec.slopes, lse_TN=lse_TN, masks=masks,
         grouping=_grouping(spec),
-    )
+    )  # fmt: skip
 
 
 class _Causal(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        q_TNH: Tensor,
-        k_TKH: Tensor,
-        v_TKH: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
         spec: AttentionSpec,
-        metadata: AttentionMetadata,
+        packed: AttentionMetadata,
         masks: HeadMasks | None,
     ) -> Tensor:
-        lse_TN = torch.empty(q_TNH.shape[:2], dtype=torch.float32)
-        o_TNH = _attend(spec, q_TNH, k_TKH, v_TKH, metadata, lse_TN, masks)
-        ctx.spec, ctx.packed, ctx.masks = spec, metadata, masks
-        ctx.save_for_backward(q_TNH, k_TKH, v_TKH, o_TNH, lse_TN)
+        lse_TN = torch.empty(q.shape[:2], dtype=torch.float32)
+        o_TNH = _packed(spec, (q, k, v), packed, lse_TN, masks)
+        ctx.spec, ctx.packed, ctx.masks = spec, packed, masks
+        ctx.save_for_backward(q, k, v, o_TNH, lse_TN)
         return o_TNH
 
     @staticmethod
     def backward(ctx: Any, grad_o_TNH: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, o, lse = ctx.saved_tensors
-        heads = ctx.spec.kv
+        (q, k, v, o, lse), heads = ctx.saved_tensors, ctx.spec.kv
         per_head = heads is not None and heads.sums_leaves
         dq, dk, dv = native.backward(
-            ctx.packed.starts.query_starts_S1,
-            q,
-            k,
-            v,
-            o,
-            lse,
-            grad_o_TNH,
-            scale=ctx.spec.scale,
-            slopes=ctx.spec.slopes,
-            kv_grad_per_head=per_head,
-            masks=ctx.masks,
-            grouping=_grouping(ctx.spec),
-        )
+            ctx.packed.starts.query_starts_S1, q, k, v, o, lse, grad_o_TNH, scale=ctx.spec.scale,
+            slopes=ctx.spec.slopes, kv_grad_per_head=per_head, masks=ctx.masks, grouping=_grouping(ctx.spec),
+        )  # fmt: skip
         if per_head:
             dk, dv = heads.grads(dk, dv)
         return dq, dk, dv, None, None, None

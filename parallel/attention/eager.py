@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from parallel.attention.kv_cache import KVCache, TokenCache
-from parallel.attention.metadata import AttentionMetadata, AttentionSpec, Backend
+from parallel.attention.metadata import QKV, AttentionMetadata, AttentionSpec, Backend
 from parallel.layers.dropout import HeadMasks
 
 
@@ -23,15 +23,9 @@ class BySequence(Backend):
     cache_type = TokenCache
 
     def attend(
-        self,
-        spec: AttentionSpec,
-        q_TNH: Tensor,
-        k_TKH: Tensor,
-        v_TKH: Tensor,
-        metadata: AttentionMetadata,
-        cache: KVCache | None = None,
-        masks: HeadMasks | None = None,
+        self, spec: AttentionSpec, qkv: QKV, metadata: AttentionMetadata, cache: KVCache | None, masks: HeadMasks | None
     ) -> Tensor:
+        q_TNH, k_TKH, v_TKH = qkv
         assert masks is None or self.drops, "the caller asks first"
         with torch.set_grad_enabled(cache is None and torch.is_grad_enabled()):
             if cache is None:

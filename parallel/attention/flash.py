@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from parallel.attention.kv_cache import KVCache, TokenCache
-from parallel.attention.metadata import AttentionMetadata, AttentionSpec, Backend
+from parallel.attention.metadata import QKV, AttentionMetadata, AttentionSpec, Backend
 from parallel.layers.dropout import HeadMasks
 
 PAGE = 256  # the kernels page only blocks of a multiple of this many tokens
@@ -46,15 +46,9 @@ class Flash(Backend):
         return None
 
     def attend(
-        self,
-        spec: AttentionSpec,
-        q_TNH: Tensor,
-        k_TKH: Tensor,
-        v_TKH: Tensor,
-        metadata: AttentionMetadata,
-        cache: KVCache | None = None,
-        masks: HeadMasks | None = None,
+        self, spec: AttentionSpec, qkv: QKV, metadata: AttentionMetadata, cache: KVCache | None, masks: HeadMasks | None
     ) -> Tensor:
+        q_TNH, k_TKH, v_TKH = qkv
         assert masks is None, "the caller asks `drops` first"
         if metadata.num_tokens == 0:
             return torch.empty_like(q_TNH)

@@ -59,6 +59,10 @@ class AttentionSpec:
         return replace(self, kv=None), *self.kv.spread_both(k_TKH, v_TKH)
 
 
+QKV = tuple[Tensor, Tensor, Tensor]
+"""q [T, N, H], k and v [T, K, H]."""
+
+
 class Backend(ABC):
     """One implementation of attention over local heads. Its cache is laid out as it wants to read it."""
 
@@ -68,14 +72,7 @@ class Backend(ABC):
 
     @abstractmethod
     def attend(
-        self,
-        spec: AttentionSpec,
-        q_TNH: Tensor,
-        k_TKH: Tensor,
-        v_TKH: Tensor,
-        metadata: AttentionMetadata,
-        cache: KVCache | None = None,
-        masks: HeadMasks | None = None,
+        self, spec: AttentionSpec, qkv: QKV, metadata: AttentionMetadata, cache: KVCache | None, masks: HeadMasks | None
     ) -> Tensor:
         """[T, N, H]. With a cache the new keys and values are written to it and attended over with what it holds, which
         is not differentiable; without, the metadata is of whole sequences.
