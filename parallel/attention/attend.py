@@ -99,10 +99,10 @@ def _check_heads(spec: AttentionSpec, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tenso
     q, k = q_TNH.shape, k_TKH.shape
     fits = len(q) == len(k) == 3 and k == v_TKH.shape and num_tokens == q[0] == k[0] and k[2] == q[2]
     if not fits or not _fit(spec, q[1], k[1]):
-        wanted = "a divisor of N" if spec.kv is None else f"{spec.kv.layout.n_local_kv} here"
+        wanted = "a divisor of q's" if spec.kv is None else spec.kv.layout.n_local_kv
         raise ConfigError(
-            f"attention over q {list(q)}, k {list(k)}, v {list(v_TKH.shape)}, {num_tokens} tokens; q is [T, N, H] and "
-            f"k, v are [T, K, H] with K {wanted}"
+            f"attention over q {list(q)}, k {list(k)}, v {list(v_TKH.shape)}, {num_tokens} tokens; each is "
+            f"[tokens, heads, head_dim], with {wanted} heads of k and v"
         )
     if q_TNH.dtype is not k_TKH.dtype or q_TNH.dtype is not v_TKH.dtype:
         raise ConfigError(
