@@ -23,7 +23,7 @@ from cluster.engine.engine_config import EngineConfig
 from cluster.engine.request import Request, SamplingParams, StoppingCriteria
 from cluster.training.step.trainer import Trainer, TrainerConfig
 from launch.main import main
-from parallel.attention.attend import Causal
+from parallel.attention.forward_pass import Pass
 from parallel.errors import ConfigError
 from parallel.ranks.group import Group
 from parallel.ranks.mesh import Groups
@@ -106,7 +106,7 @@ def tensors(folder: Path) -> dict[str, Tensor]:
 
 def logits_of(model: Decoder, tokens: Tensor) -> Tensor:
     with torch.no_grad():
-        return model.head.gather(model(tokens, torch.arange(len(tokens)), Causal((len(tokens),))))
+        return model.head.gather(model(tokens, Pass.packed([len(tokens)])))
 
 
 def by_formula(folder: Path, tokens: Tensor) -> Tensor:
