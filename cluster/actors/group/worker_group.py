@@ -39,6 +39,7 @@ ANSWER_S = 5.0
 STAFF_TRIES = 4  # of one rebuild: Ray takes a while to know that a node is lost
 WATCH_S = 10.0
 """How long errors of Ray's own are borne while ranks are watched; then they cannot be watched, which is a fault."""
+CLOSED = "the group was closed while it started"
 SILENT = "its process gives no sign of life: it is frozen, or its node cannot be reached"
 
 
@@ -55,11 +56,8 @@ class WorkerGroup:
         share: Share | None = None,
     ) -> None:
         self.config = config or PlacementConfig()
-        self._share = share
-        self._make = make
-        self._size = size
-        self._device = device
-        self._life = 0
+        self._share, self._make = share, make
+        self._size, self._device, self._life = size, device, 0
         self._actors: list[Any] = []
         self._places: list[Place] = []
         self._runs: list[ray.ObjectRef] = []
@@ -85,7 +83,10 @@ class WorkerGroup:
             self._meet()
             self._ready = [replace(rank, seconds=phases.seconds | rank.seconds) for rank in self._await_ready()]
         except BaseException:
+            closed = self._closing.is_set()  # beside it: then that is why it failed, whatever failed
             self._end(ask=False)
+            if closed:
+                raise WorkerError(CLOSED) from None
             raise
         self._begin_watch()
         return self._ready
@@ -105,6 +106,7 @@ class WorkerGroup:
             raise failed from error
         except BaseException as error:
             self._stages.take(Event.FAULT, str(error))
+            self._check_open()
             raise
         finally:
             if self._closing.is_set():
@@ -183,7 +185,7 @@ class WorkerGroup:
 
     def _check_open(self) -> None:
         if self._closing.is_set():
-            raise WorkerError("the group was closed while it started")
+            raise WorkerError(CLOSED)
 
     # ------------------------------------------------------------ starting
 
@@ -217,9 +219,8 @@ class WorkerGroup:
         self._places = assign(nodes, address, self._life, secrets.token_bytes(32), self._listen(nodes[0]))
         if self._share is not None:
             self._places = self._share(self._places, self._closing)
-        self._runs = [
-            actor.run.remote(place, self._make) for actor, place in zip(self._actors, self._places, strict=True)
-        ]
+        ranks = zip(self._actors, self._places, strict=True)
+        self._runs = [actor.run.remote(place, self._make) for actor, place in ranks]
 
     def _actor(self, rank: int, node: str) -> Any:
         log.info("starting rank %d on %s", rank, node)

@@ -114,7 +114,10 @@ def test_a_group_without_room_says_so_and_takes_up_when_there_is(
     work.join(60)
 
 
-def test_closing_ends_a_rebuild_and_leaves_no_process(started: Callable, tmp_path: Path) -> None:
+@pytest.mark.parametrize("seconds", [0.0, 0.4, 0.8, 1.5])
+def test_closing_ends_a_rebuild_wherever_it_is_and_leaves_no_process(
+    started: Callable, tmp_path: Path, seconds: float
+) -> None:
     group, ready = started()
     os.kill(ready[0].pid, signal.SIGKILL)
     group.wait_fault(60)
@@ -127,7 +130,7 @@ def test_closing_ends_a_rebuild_and_leaves_no_process(started: Callable, tmp_pat
             outcome.put(error)
 
     threading.Thread(target=rebuild, daemon=True).start()
-    time.sleep(1.5)
+    time.sleep(seconds)
     group.close()
     outcome.get(timeout=60)
     assert gone(ready[1].pid)

@@ -84,8 +84,8 @@ def failing(after: int, error: type[Exception], whole: Callable[..., Any]) -> Ca
 
 
 FAULTS: dict[str, tuple[Any, str, int, type[Exception]]] = {
-    "forward": (trainer.Trainer, "_logprobs", 0, RuntimeError),
-    "forward of the third micro-batch": (trainer.Trainer, "_logprobs", 2, MemoryError),
+    "forward": (trainer, "vocab_token_losses", 0, RuntimeError),
+    "forward of the third micro-batch": (trainer, "vocab_token_losses", 2, MemoryError),
     "loss of the second micro-batch": (trainer, "compute_loss", 1, OverflowError),
     "backward": (torch.Tensor, "backward", 0, RuntimeError),
     "backward of the second micro-batch": (torch.Tensor, "backward", 1, IndexError),
