@@ -7,6 +7,7 @@ again at once, as long as corpus and tokenizer are the same. Documents without t
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
@@ -21,6 +22,7 @@ from cluster.training.data.store.token_writer import TokenWriter, locked
 from cluster.training.data.store.tokenizer_fingerprint import Tokenizer, tokenizer_fingerprint
 from parallel.errors import ConfigError
 
+log = logging.getLogger(__name__)
 CHECKPOINT_TOKENS = 1 << 20
 
 
@@ -39,12 +41,18 @@ class TokenizeProgress:
 ProgressSink = Callable[[TokenizeProgress], None]
 
 
+def log_progress(now: TokenizeProgress) -> None:
+    """A line of the log."""
+    share = 100 * now.bytes_done // max(1, now.bytes)
+    log.info("tokenized %d %% of the corpus: %d documents, %d tokens", share, now.documents, now.tokens)
+
+
 def tokenize_corpus(
     source: Source,
     tokenizer: Tokenizer,
     out_dir: str | Path,
     *,
-    progress: ProgressSink | None = None,
+    progress: ProgressSink = log_progress,
     checkpoint_tokens: int = CHECKPOINT_TOKENS,
 ) -> TokenStore:
     """Tokenize `source` into `out_dir`; `progress` is called at every checkpoint, that is about every
@@ -118,7 +126,7 @@ class _Run:
     tokenizer: Tokenizer
     writer: TokenWriter
     checkpoint_tokens: int
-    progress: ProgressSink | None
+    progress: ProgressSink
 
     def run(self, out_dir: Path) -> None:
         position = self.writer.position
@@ -171,8 +179,6 @@ class _Run:
 
     def _checkpoint(self, share: float) -> None:
         self.writer.checkpoint()
-        if self.progress is None:
-            return
         position, sizes = self.writer.position, [entry["bytes"] for entry in self.writer.plan["sources"]]
         current = int(share * sizes[position.file]) if position.file < len(sizes) else 0
         done = sum(sizes[: position.file]) + current

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import logging
 import os
 import random
 import signal
@@ -178,6 +179,14 @@ def test_progress_grows_to_the_whole_corpus(tmp_path: Path) -> None:
     assert len(seen) > 6 and [p.bytes_done for p in seen] == sorted(p.bytes_done for p in seen)
     last = TokenizeProgress(3, 3, total, total, store.num_documents, store.num_tokens)
     assert seen[-1] == last and 0 < seen[0].bytes_done < total // 3
+
+
+def test_how_far_it_is_is_in_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "cluster.training.data.store.tokenize_corpus")
+    store = tokenize_corpus(corpus(tmp_path / "corpus"), ByteTokenizer(), tmp_path / "tokens", checkpoint_tokens=300)
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines[-1] == f"tokenized 100 % of the corpus: {store.num_documents} documents, {store.num_tokens} tokens"
+    assert len(lines) > 6
 
 
 def test_a_full_disk_says_so_and_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
