@@ -1,12 +1,12 @@
 """Matrix products y = x W^T on CPUs whose bits do not depend on rows, columns, ranks or threads around an element.
 
-W is packed once (packed_weight.py); x stays as it is. K is cut at the borders of the leaves: one chain of fused
-multiply-adds per leaf, leaves added by the fixed tree node(lo, hi) = node(lo, mid) + node(mid, hi), in float32.
+W is packed once (packed_weight.py). K is cut at the borders of the leaves. In float32 a leaf is one chain of fused
+multiply-adds; in bfloat16 it is summed in the order `amx32`, block by block of 32 elements (src/bf16_order.h), the same
+on every CPU. Leaves are added by the fixed tree node(lo, hi) = node(lo, mid) + node(mid, hi), in float32.
 No autograd, no collectives: parallel/layers/linear.py builds those on top.
 """
 
 import ctypes
-import itertools
 import struct
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -19,7 +19,7 @@ from parallel.errors import ConfigError
 from parallel.native.elementwise import activation_id
 from parallel.native.library import entry
 from parallel.native.operands import DTYPES, NUMBERS, Status, apart, checked, number, refused, succeeded, words, written
-from parallel.native.packed_weight import PANEL, UNIT, PackedMatrix
+from parallel.native.packed_weight import PANEL, UNIT, PackedMatrix, block_of
 
 MAX_SOURCES = 16
 MOST_LOOKS = 8  # times that a product takes over a matrix that is written to while it looks
@@ -44,7 +44,7 @@ def product(
 ) -> Tensor:
     """The sum over all sources [M, N]: leaves in one tree, + bias in float32, rounded, then the activation, rounded.
 
-    Leaf i is one chain through every source's range i in turn. out_dtype: the sources' own unless given. Into `out`
+    Leaf i is one sum through every source's range i in turn; in bfloat16 each range begins a block. out_dtype: the sources' own unless given. Into `out`
     where given, in its type.
     """
     plan = _plan(sources, None)
@@ -78,7 +78,7 @@ def nodes(
     return out
 
 
-_PLAN = struct.Struct("6q")  # Plan, Run and Call of gemm.cpp
+_PLAN = struct.Struct("5q")  # Plan, Run and Call of gemm.cpp
 _RUN = struct.Struct("9q")
 
 
@@ -183,12 +183,7 @@ def _make_plan(sources: Sequence[Source], roots: tuple[tuple[int, int], ...] | N
         depth = max(depth, len(pops).bit_length() + 1)
         for leaf, pop in pops:
             runs += _leaf_runs(sources, leaf, pop, root if leaf == hi - 1 or leaf < 0 else 0)
-    odd = any(
-        (end - begin) % (UNIT // s.weight.dtype.itemsize)
-        for s in sources
-        for begin, end in itertools.pairwise(s.borders)
-    )
-    head = _PLAN.pack(NUMBERS[sources[0].weight.dtype], len(runs), depth, len(sources), sources[0].weight.n, odd)
+    head = _PLAN.pack(NUMBERS[sources[0].weight.dtype], len(runs), depth, len(sources), sources[0].weight.n)
     return head + b"".join(runs) + b"".join(_copy_plan(s.weight) for s in sources)
 
 
@@ -204,20 +199,18 @@ def _pops(lo: int, hi: int) -> list[tuple[int, int]]:
 
 
 def _leaf_runs(sources: Sequence[Source], leaf: int, pops: int, root: int) -> list[bytes]:
-    """One run per source; an interrupted chain goes on in the next one."""
+    """One run per source; an interrupted sum goes on in the next one."""
     runs = []
     for index, (_, weight, borders) in enumerate(sources):
         begin, end = (borders[leaf], borders[leaf + 1]) if leaf >= 0 else (0, 0)
-        per_unit = UNIT // weight.dtype.itemsize
-        units = -(-(end - begin) // per_unit)
         unit = _unit_of(weight, begin, end) if end > begin else 0
         last = index == len(sources) - 1
         runs.append(
             _RUN.pack(
                 index,
-                units,
-                begin * weight.dtype.itemsize,
-                unit * UNIT,
+                weight.units_of(end - begin),
+                begin,
+                unit,
                 weight.address + unit * PANEL * UNIT,
                 weight.panel_bytes,
                 index == 0,
@@ -229,16 +222,16 @@ def _leaf_runs(sources: Sequence[Source], leaf: int, pops: int, root: int) -> li
 
 
 def _unit_of(weight: PackedMatrix, begin: int, end: int) -> int:
-    """Where in the packed K the leaf begin..end starts; it must not share a pair of bfloat16 with a neighbour."""
-    per_unit = UNIT // weight.dtype.itemsize
+    """Where in the packed K the leaf begin..end starts; it must not share a block of bfloat16 with a neighbour."""
+    block = block_of(weight.dtype)
     index = max(i for i, border in enumerate(weight.borders[:-1]) if border <= begin)
     stop = weight.borders[index + 1]
-    if (begin - weight.borders[index]) % per_unit or end > stop or ((end - begin) % per_unit and end != stop):
+    if (begin - weight.borders[index]) % block or end > stop or ((end - begin) % block and end != stop):
         raise ConfigError(
             f"a leaf {begin}..{end} of a {weight.dtype} weight packed with borders {weight.borders} splits a "
-            "pair of elements; pass the leaves' borders to PackedMatrix.pack"
+            f"block of {block} elements; pass the leaves' borders to PackedMatrix.pack"
         )
-    return weight.starts[index] + (begin - weight.borders[index]) // per_unit
+    return weight.starts[index] + weight.units_of(begin - weight.borders[index])
 
 
 def _check(sources: Sequence[Source]) -> None:

@@ -16,7 +16,8 @@ from parallel.native.memory import Place, heap
 from parallel.native.operands import NUMBERS, number, succeeded, words
 
 PANEL = 64  # columns of W in a panel
-UNIT = 4  # bytes of K that go together: a float32 or a pair of bfloat16
+UNIT = 4  # bytes of K that go together: a float32 or two bfloat16
+BLOCK = 32  # elements of K that a bfloat16 sum takes at once (bf16_order.h); a leaf is filled up with zeros
 _serials = itertools.count()
 _WATCH = struct.Struct("11q")  # Watch of gemm_watch.h
 
@@ -29,10 +30,9 @@ class PackedMatrix:
     ) -> None:
         self.n, self.k, self.dtype, self.borders = n, k, dtype, borders
         self.number = NUMBERS[dtype]
-        per_unit = UNIT // dtype.itemsize
         starts = [0]
         for begin, end in itertools.pairwise(borders):
-            starts.append(starts[-1] + -(-(end - begin) // per_unit))
+            starts.append(starts[-1] + self.units_of(end - begin))
         self.starts, self.units = tuple(starts[:-1]), starts[-1]
         self.panel_bytes = self.units * PANEL * UNIT
         self.storage = (place or heap)(-(-n // PANEL) * self.panel_bytes)
@@ -46,7 +46,8 @@ class PackedMatrix:
 
     @classmethod
     def pack(cls, src: Tensor, borders: Sequence[int] | None = None, place: Place | None = None) -> "PackedMatrix":
-        """Pack src [N, K], any strides. `borders`: the leaves' borders, needed only where a bfloat16 leaf is odd.
+        """Pack src [N, K], any strides. `borders`: the leaves' borders, needed only where a bfloat16 leaf does not begin
+        and end with a block.
         `place`: where the packed bytes live; the heap unless given (see native.memory).
         """
         packed = cls.made_for(src, borders, place)
@@ -105,6 +106,20 @@ class PackedMatrix:
         )  # fmt: skip
         self._matrix, self.watch = matrix, ctypes.addressof(self._watch)
 
+    def unpack(self) -> Tensor:
+        """The matrix [N, K] that was packed, the same bits; a new contiguous tensor."""
+        matrix = torch.empty(self.n, self.k, dtype=self.dtype)
+        if matrix.numel():
+            status = _unpacker()(
+                self.number, self.address, self.n, self.k, self.leaves, len(self.starts), self.units, matrix.data_ptr()
+            )
+            succeeded("unpack", status)
+        return matrix
+
+    def units_of(self, elements: int) -> int:
+        """Units that so many elements of K take from a leaf's beginning on, zeros at its end included."""
+        return units_of(elements, self.dtype)
+
     def catch_up(self) -> None:
         """Takes over what the watched matrix holds now."""
         if self._matrix is not None:
@@ -114,6 +129,17 @@ class PackedMatrix:
     def nbytes(self) -> int:
         """Bytes held, padding included."""
         return self.storage.numel()
+
+
+def block_of(dtype: torch.dtype) -> int:
+    """Elements of K that no leaf shares with another."""
+    return BLOCK if dtype is torch.bfloat16 else 1
+
+
+def units_of(elements: int, dtype: torch.dtype) -> int:
+    """Units of a leaf of so many elements."""
+    block = block_of(dtype)
+    return -(-(-(-elements // block) * block * dtype.itemsize) // UNIT)
 
 
 def leaves_of(weight: PackedMatrix) -> ctypes.Array:
@@ -127,6 +153,12 @@ def leaves_of(weight: PackedMatrix) -> ctypes.Array:
 def _packer() -> Callable[..., int]:
     pointer, size = ctypes.c_void_p, ctypes.c_int64
     return entry("gemm_pack", (ctypes.c_int, pointer, size, size, size, pointer, size, size, pointer), ctypes.c_int)
+
+
+@cache
+def _unpacker() -> Callable[..., int]:
+    pointer, size = ctypes.c_void_p, ctypes.c_int64
+    return entry("gemm_unpack", (ctypes.c_int, pointer, size, size, pointer, size, size, pointer), ctypes.c_int)
 
 
 def _k_stride(src: Tensor) -> int:

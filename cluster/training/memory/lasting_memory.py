@@ -18,14 +18,11 @@ from cluster.training.step.update_guard import TRIAL_BYTES
 from parallel.attention.attend import AttentionSpec
 from parallel.attention.kv_cache import KVLayout
 from parallel.layers.linear import ColumnLinear, RowLinear
-from parallel.native.gemm import PANEL
 from parallel.native.memory import CHUNK, LINE, PAGE
+from parallel.native.packed_weight import PANEL, UNIT, units_of
 from parallel.ranks.group import Group
 from tp_decoders.model.decoder import Decoder
 from tp_decoders.model.rotary import build_tables
-
-UNIT = 4
-"""Bytes of the reduced axis that a packed matrix keeps together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,10 +117,9 @@ def _operands(model: Decoder) -> tuple[list[Operand], list[Operand]]:
 
 
 def packed_size(rows: int, columns: int, borders: Sequence[int], dtype: torch.dtype) -> int:
-    """Rows in panels; every leaf of the reduced axis in whole units."""
-    per_unit = max(1, UNIT // dtype.itemsize)
+    """Rows in panels; every leaf of the reduced axis in whole blocks."""
     cuts = sorted({0, columns, *borders})
-    units = sum(-(-(stop - start) // per_unit) for start, stop in itertools.pairwise(cuts))
+    units = sum(units_of(stop - start, dtype) for start, stop in itertools.pairwise(cuts))
     return -(-rows // PANEL) * PANEL * units * UNIT
 
 

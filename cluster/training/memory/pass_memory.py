@@ -26,6 +26,7 @@ from parallel.layers.rotary import rotate_
 from parallel.matmul import activation
 from parallel.matmul.grad_sum import ATTRIBUTE
 from parallel.native.memory import KEPT_SCRATCH, LINE
+from parallel.native.packed_weight import UNIT, units_of
 from parallel.options import Recompute
 from parallel.ranks.group import Group, Numerics
 from parallel.vocabulary import logsumexp
@@ -179,7 +180,7 @@ class _NativeProducts:
     def scratch(self, grad_NT: Tensor, x_TK: Tensor) -> int:
         """Bytes that are taken anew and given back."""
         needed = {
-            "rows": grad_NT.shape[0] * (-(-grad_NT.shape[1] * grad_NT.itemsize // LINE) | 1) * LINE,
+            "rows": grad_NT.shape[0] * (-(-units_of(grad_NT.shape[1], grad_NT.dtype) * UNIT // LINE) | 1) * LINE,
             "packed": packed_size(x_TK.shape[1], x_TK.shape[0], (), x_TK.dtype),
         }
         for name, nbytes in needed.items():

@@ -1,8 +1,9 @@
 // y[m,n] = sum_k x[m,k] W[n,k] whose bits depend on nothing but row m of x, row n of W and the borders of the leaves.
 //
-// Every element is one chain of fused multiply-adds over ascending k inside a leaf, starting at zero; a fixed binary
-// tree adds the leaves. Rows, panels of 64 columns, pieces of K and threads only decide who computes an element and
-// when: a chain that is interrupted goes on from its stored float32 value.
+// Inside a leaf every float32 element is one chain of fused multiply-adds over ascending k, starting at zero; bfloat16
+// is summed in the order of bf16_order.h, each source's part of a leaf beginning a block. A fixed binary tree adds the
+// leaves. Rows, panels of 64 columns, pieces of K and threads only decide who computes an element and when: a sum that
+// is interrupted goes on from its stored float32 value.
 //
 //   for each panel of 64 columns and block of rows       (split over the threads)
 //     for each group of steps of K that fits the cache   (a step: a leaf, or a part of it)
@@ -25,6 +26,7 @@ namespace gemm {
 namespace {
 
 using simd::bf16;
+using simd::f32x16;
 
 constexpr int kSources = 16;                  // at most
 constexpr int64_t kBlockTiles = 40;           // tiles that share a group of steps before the next group
@@ -38,7 +40,7 @@ constexpr int64_t kKeptScratch = int64_t(64) << 20;
 // One run of K inside one leaf of one source. Mirrored by _RUN in gemm.py.
 struct Run {
   int64_t source, units;                      // of K: four bytes each
-  int64_t a_direct, a_copied;                 // bytes from a row's beginning, in x as given and in a copy
+  int64_t begin, unit;                        // elements from a row's beginning in x as given, units in a copy
   const char* panels;                         // W's first panel at this run
   int64_t panel_stride;                       // bytes from panel to panel of this W
   int64_t first;                              // 1: a leaf's beginning
@@ -46,7 +48,7 @@ struct Run {
   int64_t root;                               // after that: 1 + index of the output this completes, or 0
 };
 struct Plan {                                 // mirrored by _PLAN
-  int64_t dtype, n_runs, levels, n_sources, n, copy;
+  int64_t dtype, n_runs, levels, n_sources, n;
   bool half() const { return dtype == operands::kBFloat16; }
 };
 struct Call {                                 // mirrored by _call_struct
@@ -59,7 +61,14 @@ struct Call {                                 // mirrored by _call_struct
   bool bias_half() const { return bias_dtype == operands::kBFloat16; }
   struct { const char* base; int64_t row_stride, k_stride; Watch* watch; } x[];  // watch: of the weight, or null
 };
-struct Operand { const char* base; int64_t row_bytes; bool copied; };
+struct Operand {                              // rows of x: as given, or copied
+  const char* base;
+  int64_t row_bytes, unit_bytes;
+  bool copied;
+  const char* at(int64_t row, const Run& run, int64_t done) const {
+    return base + row * row_bytes + ((copied ? run.unit : run.begin) + done) * unit_bytes;
+  }
+};
 struct Step {                                 // a part of a run
   const Run* run;
   int64_t done, units, depth, pops;           // units of the run before it, its own; subtrees on the stack before it
@@ -94,7 +103,7 @@ Step* make_steps(const Plan& plan, const Run* runs, int64_t most, Step* steps) {
   int64_t depth = 0;
   for (const Run* run = runs; run != runs + plan.n_runs; ++run) {
     int64_t parts = std::max<int64_t>(1, (run->units + most - 1) / most), done = 0;
-    int64_t size = ((run->units + parts - 1) / parts + 3) / 4 * 4;
+    int64_t size = ((run->units + parts - 1) / parts + bf16_order::kUnits - 1) / bf16_order::kUnits * bf16_order::kUnits;
     do {
       int64_t units = std::min(size, run->units - done);
       bool last = done + units == run->units;
@@ -154,7 +163,7 @@ struct Work {
   static int lines(int64_t i, int64_t n) { return n == 1 ? 16 : n <= 3 ? (i < 2 ? 8 : 0) : (i < 4 ? 4 : 0); }
 
   template <class Op>
-  void block(int64_t panel, int64_t first_tile, int64_t last_tile, float* stack) const {
+  void block(int64_t panel, int64_t first_tile, int64_t last_tile, float* stack, bf16_order::Flushing& flushing) const {
     const bool once = steps->group_end == steps_end;                     // a tile is finished before the next one begins
     const int64_t top = row(first_tile), count = last_tile - first_tile;
     const int64_t level = (once ? kRows : row(last_tile) - top) * kPanel;
@@ -164,27 +173,35 @@ struct Work {
       for (int64_t i = 0; i < count; ++i) {
         int64_t begin = row(first_tile + i), rows = row(first_tile + i + 1) - begin;
         float* slot = stack + (once ? 0 : begin - top) * kPanel;
-        ahead = tile_steps<Op>(group, panel, begin, rows, slot, level, ahead, lines(i, count));
+        ahead = tile_steps<Op>(group, panel, begin, rows, slot, level, ahead, lines(i, count), flushing);
       }
     }
   }
 
   template <class Op>
   const char* tile_steps(const Step* group, int64_t panel, int64_t row, int64_t rows, float* slot, int64_t level,
-                         const char* ahead, int lines) const {
+                         const char* ahead, int lines, bf16_order::Flushing& flushing) const {
     const TileFn run_tile = pick<Op>(rows, lines, near);
     for (const Step* s = group; s != group->group_end; ++s) {
       const Run& run = *s->run;
       const Operand& a = x[run.source];
       const char* b = run.panels + panel * run.panel_stride + s->done * kPanelBytes;
       float* top = slot + s->depth * level;
-      run_tile({a.base + row * a.row_bytes + (a.copied ? run.a_copied : run.a_direct) + s->done * 4, a.row_bytes, b, s->units,
-                top, s->first, s->pops, level, lines == 16 ? b + kAlone : ahead});
+      flushing.set(Op::kHalf);
+      run_tile({a.at(row, run, s->done), a.row_bytes, b, s->units, top, s->first, lines == 16 ? b + kAlone : ahead});
       ahead += s->units / 4 * lines * 64;
-      if (s->root && call.out_half()) finish<bf16>(s->root - 1, row, rows, panel, top - s->pops * level);
-      if (s->root && !call.out_half()) finish<float>(s->root - 1, row, rows, panel, top - s->pops * level);
+      if (s->pops || s->root) flushing.set(false);     // the tree and what follows it keep denormals
+      for (int64_t pop = 0; pop < s->pops; ++pop, top -= level) add(top, top - level, rows);
+      if (s->root && call.out_half()) finish<bf16>(s->root - 1, row, rows, panel, top);
+      if (s->root && !call.out_half()) finish<float>(s->root - 1, row, rows, panel, top);
     }
     return ahead;
+  }
+
+  // A finished subtree + the one after it, in the place of the first.
+  static void add(const float* right, float* left, int64_t rows) {
+    for (int64_t i = 0; i < rows * kPanel; i += simd::kLanes)
+      simd::store(left + i, simd::load(left + i) + simd::load(right + i));
   }
 
   template <class E>
@@ -199,9 +216,10 @@ struct Work {
     const int64_t most_rows = (tiles + blocks - 1) / blocks * kRows;
     float* stack = reinterpret_cast<float*>(scratch.get(plan.levels * most_rows * kPanelBytes));
     if (!stack) return false;
+    bf16_order::Flushing flushing(false);
     for (int64_t item = begin; item < end; ++item) {
       const int64_t panel = blocks_first ? item / blocks : item % panels, b = blocks_first ? item % blocks : item / panels;
-      block<Op>(panel, tiles * b / blocks, tiles * (b + 1) / blocks, stack);
+      block<Op>(panel, tiles * b / blocks, tiles * (b + 1) / blocks, stack, flushing);
     }
     return true;
   }
@@ -213,15 +231,17 @@ bool crowded(int64_t rows, int64_t row_bytes) {
   return rows * std::gcd<int64_t>(row_bytes / 64, 64) / 64 > 8;
 }
 
-// Where each source's rows are: x itself, or a copy where its rows are not contiguous, a leaf is odd, or they are crowded.
+// Where each source's rows are: x itself, or a copy in bfloat16, whose blocks are filled up and in the kernel's order, or
+// where rows are not contiguous or crowded.
 bool place(const Call& call, const Plan& plan, const int64_t* sources, Scratch& scratch, Operand* x) {
   const int64_t element = plan.half() ? 2 : 4;
   const int64_t* at = sources;
   int64_t bytes = 0;
   for (int64_t s = 0; s < plan.n_sources; at += 2 + 3 * at[1], ++s) {
     int64_t row_bytes = call.x[s].row_stride * element;
-    bool copied = plan.copy || call.x[s].k_stride != 1 || crowded(call.rows, row_bytes);
-    x[s] = {call.x[s].base, copied ? ((at[0] + 15) / 16 | 1) * 64 : row_bytes, copied};
+    const bool copied = plan.half() || call.x[s].k_stride != 1 || crowded(call.rows, row_bytes);
+    const int64_t unit_bytes = plan.half() ? kUnitOfX : 4;
+    x[s] = {call.x[s].base, copied ? ((at[0] * unit_bytes + 63) / 64 | 1) * 64 : row_bytes, unit_bytes, copied};
     if (copied) bytes += call.rows * x[s].row_bytes;
   }
   if (bytes == 0) return true;
@@ -231,27 +251,26 @@ bool place(const Call& call, const Plan& plan, const int64_t* sources, Scratch& 
   for (int64_t s = 0; s < plan.n_sources; at += 2 + 3 * at[1], ++s) {
     if (!x[s].copied) continue;
     copy_rows(plan.half(), {x[s].base, call.x[s].row_stride, call.x[s].k_stride}, call.rows,
-              reinterpret_cast<const Leaf*>(at + 2), at[1], x[s].row_bytes / 4, copy);
+              reinterpret_cast<const Leaf*>(at + 2), at[1], x[s].row_bytes / x[s].unit_bytes, copy);
     x[s].base = copy;
     copy += call.rows * x[s].row_bytes;
   }
   return true;
 }
 
-template <class Op>
-double peak() {
+template <class Wide, class Add>
+double peak(double flops, const Add& add) {   // of one lane in one addition
   constexpr int64_t kSteps = 200000;
-  alignas(64) const char zeros[64] = {};
-  f32x16 acc[kRows * 4] = {};
-  typename Op::Wide w = Op::read(zeros);
+  Floats acc[kRows * kVectors] = {};
+  const Wide w{};
   auto begin = std::chrono::steady_clock::now();
   for (int64_t i = 0; i < kSteps; ++i)
 #pragma GCC unroll 24
-    for (int j = 0; j < kRows * 4; ++j) acc[j] = Op::add(acc[j], w, w);
+    for (int j = 0; j < kRows * kVectors; ++j) acc[j] = add(acc[j], w, w);
   std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;
   volatile float sink = 0;
-  for (f32x16 v : acc) sink = sink + v[0];
-  return kSteps * kRows * 4 * simd::kLanes * (std::is_same_v<Op, Bf16> ? 4.0 : 2.0) / seconds.count() / 1e9;
+  for (Floats v : acc) sink = sink + v[0];
+  return kSteps * kRows * kVectors * kWidth * flops / seconds.count() / 1e9;
 }
 
 void check(const Call& call, const Plan& plan) {
@@ -291,7 +310,7 @@ void run(const Call* call, const char* bytes) {
             block_bytes > kStaying};
   std::atomic<bool> short_of_memory{false};
   pool::parallel_ranges(panels * blocks, [&](int64_t begin, int64_t end) {
-    if (!(plan.half() ? work.items<Bf16>(begin, end) : work.items<F32>(begin, end))) short_of_memory = true;
+    if (!(plan.half() ? work.items<Half>(begin, end) : work.items<F32>(begin, end))) short_of_memory = true;
   });
   copies.trim(kKeptScratch);
   if (short_of_memory) throw std::bad_alloc();
@@ -312,6 +331,7 @@ int gemm_run(const gemm::Call* call, const char* plan) {
 
 // GFLOP/s of one thread on registers alone, for benchmarks: the tile's arithmetic without its loads.
 double gemm_peak_gflops(int dtype) {
-  return dtype == operands::kBFloat16 ? gemm::peak<gemm::Bf16>() : gemm::peak<gemm::F32>();
+  using namespace gemm;
+  return dtype == operands::kBFloat16 ? peak<Half::Wide>(Half::kFlops, Half::add) : peak<Floats>(2, fused);
 }
 }

@@ -20,6 +20,27 @@ constexpr int64_t kAhead = 128;               // units that the reads of a panel
 
 struct Block { u32x16 v[16]; };               // 16 vectors of 16 units
 
+// Units of W, [units][columns], from their natural order into the stored one and back.
+template <class E>
+void stored_order(Block& block) {
+  if (!kPaired || sizeof(E) == 4) return;
+  const Block in = block;
+  for (int p = 0; p < bf16_order::kChain; ++p) {
+    block.v[p] = bf16_order::even_pair(in.v[2 * p], in.v[2 * p + 1]);
+    block.v[bf16_order::kChain + p] = bf16_order::odd_pair(in.v[2 * p], in.v[2 * p + 1]);
+  }
+}
+template <class E>
+void natural_order(Block& block) {
+  if (!kPaired || sizeof(E) == 4) return;
+  const Block in = block;
+  for (int p = 0; p < bf16_order::kChain; ++p) {
+    const u32x16 even = in.v[p], odd = in.v[bf16_order::kChain + p];
+    block.v[2 * p] = even >> 16 | (odd & 0xffff0000u);
+    block.v[2 * p + 1] = (even & 0xffffu) | odd << 16;
+  }
+}
+
 #ifdef __AVX512F__
 Block transposed(const Block& in) {
   __m512i a[16], b[16];
@@ -133,11 +154,12 @@ void pack_piece(const Reader<E>& reader, int64_t row, const Leaf& leaf, int64_t 
   constexpr int kPer = Reader<E>::kPer;
   const int64_t stop = std::min(leaf.end, k + most * kPer);
   for (; k < stop; k += 16 * kPer) {
-    int units = static_cast<int>(std::min<int64_t>(16, (leaf.end - k + kPer - 1) / kPer));
+    const int units = kPer == 2 ? 16 : static_cast<int>(std::min<int64_t>(16, leaf.end - k));
     char* dst = panel + (leaf.unit + (k - leaf.begin) / kPer) * kPanelBytes;
     if (reader.view.k_stride == 1) reader.prefetch_rows(row, k);
     for (int group = 0; group < kPanel / 16; ++group) {
       Block block = reader.by_units(row + 16 * group, k, leaf.end);
+      stored_order<E>(block);
       for (int u = 0; u < units; ++u) {
         char* p = dst + u * kPanelBytes + group * 64;
         if (large) stream(p, block.v[u]);
@@ -154,8 +176,38 @@ void copy_block(const Reader<E>& reader, int64_t row, const Leaf& leaf, int64_t 
   const int64_t unit = (k - leaf.begin) / kPer;
   if (rows <= 0) return;
   Block block = reader.by_rows(row, k, leaf.end);
-  for (int i = 0; i < rows; ++i)
-    store(dst + ((row + i) * units + leaf.unit + unit) * 4, block.v[i], (leaf.end - leaf.begin + kPer - 1) / kPer - unit);
+  for (int i = 0; i < rows; ++i) {
+    if (kPer == 1) {
+      store(dst + ((row + i) * units + leaf.unit + unit) * 4, block.v[i], leaf.end - leaf.begin - unit);
+      continue;
+    }
+    char* to = dst + ((row + i) * units + leaf.unit + unit) * kUnitOfX;
+    if (kPaired) {
+      store(to, bf16_order::paired(block.v[i]), 16);
+    } else {
+      store(to, block.v[i] << 16, 16);
+      store(to + 64, block.v[i] & 0xffff0000u, 16);
+    }
+  }
+}
+
+// Rows of W from one panel, `rows` of them.
+template <class E>
+void unpack_panel(const char* panel, int64_t rows, int64_t k, const Leaf* leaves, int64_t n_leaves, E* dst) {
+  constexpr int64_t kPer = 4 / sizeof(E);
+  for (const Leaf* leaf = leaves; leaf != leaves + n_leaves; ++leaf)
+    for (int64_t at = leaf->begin; at < leaf->end; at += 16 * kPer) {
+      const int64_t elements = std::min(16 * kPer, leaf->end - at), units = kPer == 2 ? 16 : elements;
+      for (int64_t row = 0; row < rows; row += 16) {
+        Block block{};
+        const char* from = panel + (leaf->unit + (at - leaf->begin) / kPer) * kPanelBytes + row * 4;
+        for (int64_t u = 0; u < units; ++u) std::memcpy(&block.v[u], from + u * kPanelBytes, 64);
+        natural_order<E>(block);
+        block = transposed(block);
+        for (int64_t i = 0; i < std::min<int64_t>(16, rows - row); ++i)
+          std::memcpy(dst + (row + i) * k + at, &block.v[i], elements * sizeof(E));
+      }
+    }
 }
 
 template <class F>
@@ -184,12 +236,22 @@ void pack_panels(bool half, View src, int64_t rows, const Leaf* leaves, int64_t 
   });
 }
 
+void unpack_panels(bool half, const char* src, int64_t rows, int64_t k, const Leaf* leaves, int64_t n_leaves,
+                   int64_t units, char* dst) {
+  pool::parallel_for((rows + kPanel - 1) / kPanel, [&](int64_t p) {
+    const char* panel = src + p * units * kPanelBytes;
+    const int64_t row = p * kPanel, live = std::min<int64_t>(kPanel, rows - row);
+    if (half) unpack_panel(panel, live, k, leaves, n_leaves, reinterpret_cast<bf16*>(dst) + row * k);
+    else unpack_panel(panel, live, k, leaves, n_leaves, reinterpret_cast<float*>(dst) + row * k);
+  });
+}
+
 void copy_rows(bool half, View src, int64_t rows, const Leaf* leaves, int64_t n_leaves, int64_t units, char* dst) {
   constexpr int64_t kTogether = 64;           // rows: whole cache lines where the source runs down them
   with_reader(half, src, rows, [&](const auto& reader) {
     pool::parallel_for((rows + kTogether - 1) / kTogether, [&](int64_t b) {
       for (const Leaf* leaf = leaves; leaf != leaves + n_leaves; ++leaf)
-        for (int64_t k = leaf->begin; k < leaf->end; k += half ? 32 : 16)
+        for (int64_t k = leaf->begin; k < leaf->end; k += half ? bf16_order::kBlock : 16)
           for (int64_t row = b * kTogether; row < (b + 1) * kTogether; row += 16)
             copy_block(reader, row, *leaf, k, units, dst);
     });
@@ -198,20 +260,43 @@ void copy_rows(bool half, View src, int64_t rows, const Leaf* leaves, int64_t n_
 
 }  // namespace gemm
 
+namespace {
+
+void check_leaves(int dtype, int64_t rows, const gemm::Leaf* leaves, int64_t n_leaves, int64_t units, const void* packed) {
+  using namespace operands;
+  present(packed, count((rows + gemm::kPanel - 1) / gemm::kPanel, units, gemm::kPanelBytes), 64);
+  present(leaves, n_leaves);
+  for (const gemm::Leaf* leaf = leaves; leaf != leaves + n_leaves; ++leaf)
+    require(0 <= leaf->begin && leaf->begin <= leaf->end && 0 <= leaf->unit &&
+            leaf->unit + gemm::units_of(*leaf, dtype == kBFloat16) <= units, kBadIndex);
+}
+
+}  // namespace
+
 extern "C" {
 
 int gemm_pack(int dtype, const void* src, int64_t row_stride, int64_t k_stride, int64_t rows, const gemm::Leaf* leaves,
               int64_t n_leaves, int64_t units, void* dst) {
   using namespace operands;
   return guarded([&] {
-    const int64_t element = element_size(dtype), panels = (rows + gemm::kPanel - 1) / gemm::kPanel;
-    present(src, rows, element), present(dst, count(panels, units, gemm::kPanelBytes), 64), present(leaves, n_leaves);
+    present(src, rows, element_size(dtype));
     require(k_stride == 1 || row_stride == 1, kBadSize);
-    for (const gemm::Leaf* leaf = leaves; leaf != leaves + n_leaves; ++leaf)
-      require(0 <= leaf->begin && leaf->begin <= leaf->end && 0 <= leaf->unit &&
-              leaf->unit + (leaf->end - leaf->begin + 4 / element - 1) / (4 / element) <= units, kBadIndex);
+    check_leaves(dtype, rows, leaves, n_leaves, units, dst);
     gemm::pack_panels(dtype == kBFloat16, {static_cast<const char*>(src), row_stride, k_stride}, rows, leaves, n_leaves,
                       units, static_cast<char*>(dst));
+  });
+}
+
+// The matrix [rows, k] that gemm_pack was given, contiguous in dst.
+int gemm_unpack(int dtype, const void* packed, int64_t rows, int64_t k, const gemm::Leaf* leaves, int64_t n_leaves,
+                int64_t units, void* dst) {
+  using namespace operands;
+  return guarded([&] {
+    present(dst, count(rows, k), element_size(dtype));
+    check_leaves(dtype, rows, leaves, n_leaves, units, packed);
+    for (const gemm::Leaf* leaf = leaves; leaf != leaves + n_leaves; ++leaf) require(leaf->end <= k, kBadIndex);
+    gemm::unpack_panels(dtype == kBFloat16, static_cast<const char*>(packed), rows, k, leaves, n_leaves, units,
+                        static_cast<char*>(dst));
   });
 }
 }

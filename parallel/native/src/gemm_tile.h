@@ -1,53 +1,93 @@
-// The register tile of gemm.cpp: up to 6 rows of x against one panel of 64 columns of W, 24 accumulators, over one step
-// of K (one row where there are no 32 wide registers). All of the product's arithmetic is here; everything else decides
-// which tile runs when.
+// The register tile of gemm.cpp: a few rows of x against one panel of 64 columns of W, over one step of K. All of the
+// product's arithmetic is here; everything else decides which tile runs when. A tile covers a stripe of the panel, as
+// wide as the machine's registers allow: 6 rows x 64 columns with AVX-512, 3 x 32 with AVX2, 2 x 16 elsewhere.
+//
+//   float32    one chain of fused multiply-adds per element, kept in `slot` between steps
+//   bfloat16   bf16_order.h, block by block: the chain e, then the chain o, then c of `slot` + (e + o); one or two rows
+//              have both chains and c in registers
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
+#include "bf16_order.h"
 #include "gemm_pack.h"
 #include "simd.h"
 
 namespace gemm {
 
-using simd::f32x16;
-
-#ifdef __AVX512F__
-constexpr int kRows = 6;
+#if defined(__AVX512F__)
+constexpr int kWidth = 16, kRows = 6, kFewRows = 2;    // lanes of a register, rows of a tile, rows with both chains
+#elif defined(__FMA__)
+constexpr int kWidth = 8, kRows = 3, kFewRows = 1;
 #else
-constexpr int kRows = 1;
+constexpr int kWidth = 4, kRows = 2, kFewRows = 1;
+#endif
+constexpr int kVectors = 4;
+constexpr int kStripe = kWidth * kVectors;    // columns
+
+using Floats = float __attribute__((vector_size(4 * kWidth), may_alias));
+using Words = uint32_t __attribute__((vector_size(4 * kWidth), may_alias));
+
+template <class V>
+inline V read(const void* p) { V v; std::memcpy(&v, p, sizeof v); return v; }
+inline void write(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
+inline Floats spread(const void* p) { float f; std::memcpy(&f, p, 4); return f - Floats{}; }
+
+// c + a b, rounded once. Written out because the compiler otherwise folds a load of W into several of its uses.
+#if defined(__AVX512F__) || defined(__FMA__)
+inline Floats fused(Floats c, Floats a, Floats b) { asm("vfmadd231ps %2, %1, %0" : "+v"(c) : "v"(a), "v"(b)); return c; }
+inline Floats fused_half(Floats c, Floats a, Floats b) { return fused(c, a, b); }
+#else
+inline Floats fused(Floats c, Floats a, Floats b) {
+  for (int i = 0; i < kWidth; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return c;
+}
+inline Floats fused_half(Floats c, Floats a, Floats b) {                 // exact as bf16_order::fma is
+  using Wide = double __attribute__((vector_size(8 * kWidth)));
+  return __builtin_convertvector(__builtin_convertvector(a, Wide) * __builtin_convertvector(b, Wide) +
+                                 __builtin_convertvector(c, Wide), Floats);
+}
 #endif
 
-// An operation on units: `spread` broadcasts one unit of x, `read` takes 16 units of W, `add` is c + a b. The two
-// instructions are written out because the compiler otherwise folds a load of W into several of its uses.
+// One unit of K: what x and W hold of it, and how it is added.
 struct F32 {
-  using Wide = f32x16;
-  static Wide spread(const char* p) { float f; std::memcpy(&f, p, 4); return simd::set1(f); }
-  static Wide read(const char* p) { return simd::load(reinterpret_cast<const float*>(p)); }
-#ifdef __AVX512F__
-  static f32x16 add(f32x16 c, Wide a, Wide b) { asm("vfmadd231ps %2, %1, %0" : "+v"(c) : "v"(a), "v"(b)); return c; }
-#else
-  static f32x16 add(f32x16 c, Wide a, Wide b) { return simd::fma(a, b, c); }
-#endif
+  static constexpr bool kHalf = false;
 };
 
+// One step of a block's chain of even (0) or odd (1) elements: `x` of a row's block, `w` of one vector of columns'.
 #ifdef __AVX512BF16__
-struct Bf16 {
+struct Paired {
+  static constexpr bool kHalf = true;
+  static constexpr int kSteps = bf16_order::kChain, kFlops = 4;
   using Wide = __m512bh;
-  static Wide spread(const char* p) { int i; std::memcpy(&i, p, 4); return (Wide)_mm512_set1_epi32(i); }
-  static Wide read(const char* p) { return (Wide)_mm512_loadu_si512(p); }
-  static f32x16 add(f32x16 c, Wide a, Wide b) { asm("vdpbf16ps %2, %1, %0" : "+v"(c) : "v"(a), "v"(b)); return c; }
-};
-#else
-struct Bf16 {
-  using Wide = simd::u32x16;
-  static Wide spread(const char* p) { uint32_t i; std::memcpy(&i, p, 4); return Wide{} + i; }
-  static Wide read(const char* p) { Wide w; std::memcpy(&w, p, sizeof w); return w; }
-  static f32x16 add(f32x16 c, Wide a, Wide b) {
-    c = simd::fma(simd::bits_to_float(a << 16), simd::bits_to_float(b << 16), c);
-    return simd::fma(simd::bits_to_float(a & 0xffff0000u), simd::bits_to_float(b & 0xffff0000u), c);
+  static Wide x(const char* p, int parity, int step) {
+    int i;
+    std::memcpy(&i, p + 4 * (kSteps * parity + step), 4);
+    return (Wide)_mm512_set1_epi32(i);
   }
+  static Wide w(const char* p, int parity, int step) {
+    return (Wide)_mm512_loadu_si512(p + kPanelBytes * (kSteps * parity + step));
+  }
+  static Floats add(Floats c, Wide a, Wide b) { asm("vdpbf16ps %2, %1, %0" : "+v"(c) : "v"(a), "v"(b)); return c; }
 };
+#endif
+struct Natural {                              // x is widened (copy_rows): sixteen even elements, then the odd ones
+  static constexpr bool kHalf = true;
+  static constexpr int kSteps = bf16_order::kUnits, kFlops = 2;
+  using Wide = Floats;
+  static Wide x(const char* p, int parity, int step) { return spread(p + 4 * (kSteps * parity + step)); }
+  static Wide w(const char* p, int parity, int step) {
+    Words units = read<Words>(p + kPanelBytes * step);
+    return parity ? (Floats)(units & 0xffff0000u) : (Floats)(units << 16);
+  }
+  static Floats add(Floats c, Wide a, Wide b) { return fused_half(c, a, b); }
+};
+#ifdef __AVX512BF16__
+using Half = std::conditional_t<kPaired, Paired, Natural>;
+#else
+using Half = Natural;
 #endif
 
 struct Tile {
@@ -55,9 +95,8 @@ struct Tile {
   int64_t a_stride;                           // bytes from row to row
   const char* b;                              // W: [units][64]
   int64_t units;
-  float* slot;                                // where the chain is kept: [rows][64]
-  bool first;                                 // the chain begins here (at zero) or goes on from the slot
-  int64_t pops, level;                        // finished subtrees to add, each `level` floats before the last
+  float* slot;                                // where the sums are kept: [rows][64]
+  bool first;                                 // they begin here (at zero) or go on from the slot
   const char* ahead;                          // what to prefetch
 };
 
@@ -66,65 +105,133 @@ inline __attribute__((always_inline)) void each(const F& f) {
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) f(r, j);
+    for (int j = 0; j < kVectors; ++j) f(r, j);
+}
+
+template <int Lines, bool Near>
+inline __attribute__((always_inline)) void fetch(const char*& ahead) {
+#pragma GCC unroll 16
+  for (int p = 0; p < Lines; ++p) __builtin_prefetch(ahead + p * 64, 0, Near ? 3 : 2);
+  ahead += Lines * 64;
 }
 
 // Lines: cache lines to prefetch per four units; Near: into the first-level cache.
-template <class Op, int R, int Lines, bool Near>
-void tile(const Tile& t) {
-  f32x16 acc[R][4];
-  each<R>([&](int r, int j) { acc[r][j] = t.first ? simd::zero() : simd::load(t.slot + r * kPanel + j * 16); });
+template <int R, int Lines, bool Near>
+void stripe(F32, const Tile& t) {
+  Floats acc[R][kVectors];
+  each<R>([&](int r, int j) { acc[r][j] = t.first ? Floats{} : read<Floats>(t.slot + r * kPanel + j * kWidth); });
   const char *a = t.a, *b = t.b, *ahead = t.ahead;
   const int64_t stride = t.a_stride;
   auto step = [&](int u) __attribute__((always_inline)) {
-    typename Op::Wide w[4], x;
+    Floats w[kVectors];
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) w[j] = Op::read(b + u * kPanelBytes + j * 64);
+    for (int j = 0; j < kVectors; ++j) w[j] = read<Floats>(b + u * kPanelBytes + j * 4 * kWidth);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      x = Op::spread(a + r * stride + u * 4);
+      Floats x = spread(a + r * stride + u * 4);
 #pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) acc[r][j] = Op::add(acc[r][j], x, w[j]);
+      for (int j = 0; j < kVectors; ++j) acc[r][j] = fused(acc[r][j], x, w[j]);
     }
   };
   int64_t units = t.units;
   for (; units >= 4; units -= 4) {
-#pragma GCC unroll 16
-    for (int p = 0; p < Lines; ++p) __builtin_prefetch(ahead + p * 64, 0, Near ? 3 : 2);
-    ahead += Lines * 64;
+    fetch<Lines, Near>(ahead);
 #pragma GCC unroll 4
     for (int u = 0; u < 4; ++u) step(u);
     a += 16;
     b += 4 * kPanelBytes;
   }
   for (; units > 0; --units) { step(0); a += 4; b += kPanelBytes; }
-  float* slot = t.slot;
-  for (int64_t pop = 0; pop < t.pops; ++pop) {
-    slot -= t.level;
-    each<R>([&](int r, int j) { acc[r][j] = simd::load(slot + r * kPanel + j * 16) + acc[r][j]; });
+  each<R>([&](int r, int j) { write(t.slot + r * kPanel + j * kWidth, acc[r][j]); });
+}
+
+// One block's chain of `Parity`; where a chain has eight steps each of the two prefetches, else the first.
+template <class Op, int R, int Parity, int Lines, bool Near>
+inline __attribute__((always_inline)) void chain(const char* a, int64_t stride, const char* b, const char*& ahead,
+                                                 Floats (&acc)[R][kVectors]) {
+  each<R>([&](int r, int j) { acc[r][j] = Floats{}; });
+#pragma GCC unroll 16
+  for (int step = 0; step < Op::kSteps; ++step) {
+    if (Op::kSteps == bf16_order::kChain || Parity == 0) fetch<Lines / 4, Near>(ahead);
+    typename Op::Wide w[kVectors];
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) w[j] = Op::w(b + j * 4 * kWidth, Parity, step);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      typename Op::Wide x = Op::x(a + r * stride, Parity, step);
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; ++j) acc[r][j] = Op::add(acc[r][j], x, w[j]);
+    }
   }
-  each<R>([&](int r, int j) { simd::store(slot + r * kPanel + j * 16, acc[r][j]); });
+}
+
+template <class Op, int R, int Lines, bool Near>
+void many(const Tile& t) {
+  const char *a = t.a, *b = t.b, *ahead = t.ahead;
+  if (t.first) each<R>([&](int r, int j) { write(t.slot + r * kPanel + j * kWidth, Floats{}); });
+  for (int64_t units = t.units; units > 0; units -= bf16_order::kUnits) {
+    Floats acc[R][kVectors];
+    alignas(64) float evens[R * kStripe];
+    chain<Op, R, 0, Lines, Near>(a, t.a_stride, b, ahead, acc);
+    each<R>([&](int r, int j) { write(evens + r * kStripe + j * kWidth, acc[r][j]); });
+    chain<Op, R, 1, Lines, Near>(a, t.a_stride, b, ahead, acc);
+    each<R>([&](int r, int j) {
+      float* c = t.slot + r * kPanel + j * kWidth;
+      write(c, read<Floats>(c) + (read<Floats>(evens + r * kStripe + j * kWidth) + acc[r][j]));
+    });
+    a += bf16_order::kUnits * kUnitOfX;
+    b += bf16_order::kUnits * kPanelBytes;
+  }
+}
+
+template <class Op, int R, int Lines, bool Near>
+void few(const Tile& t) {
+  Floats c[R][kVectors];
+  each<R>([&](int r, int j) { c[r][j] = t.first ? Floats{} : read<Floats>(t.slot + r * kPanel + j * kWidth); });
+  const char *a = t.a, *b = t.b, *ahead = t.ahead;
+  for (int64_t units = t.units; units > 0; units -= bf16_order::kUnits) {
+    Floats e[R][kVectors] = {}, o[R][kVectors] = {};
+#pragma GCC unroll 16
+    for (int step = 0; step < Op::kSteps; ++step) {
+      fetch<4 * Lines / Op::kSteps, Near>(ahead);
+      each<R>([&](int r, int j) { e[r][j] = Op::add(e[r][j], Op::x(a + r * t.a_stride, 0, step), Op::w(b + j * 4 * kWidth, 0, step)); });
+      each<R>([&](int r, int j) { o[r][j] = Op::add(o[r][j], Op::x(a + r * t.a_stride, 1, step), Op::w(b + j * 4 * kWidth, 1, step)); });
+    }
+    each<R>([&](int r, int j) { c[r][j] = c[r][j] + (e[r][j] + o[r][j]); });
+    a += bf16_order::kUnits * kUnitOfX;
+    b += bf16_order::kUnits * kPanelBytes;
+  }
+  each<R>([&](int r, int j) { write(t.slot + r * kPanel + j * kWidth, c[r][j]); });
+}
+
+template <int R, int Lines, bool Near>
+void stripe(Half, const Tile& t) {
+  if constexpr (R <= kFewRows) few<Half, R, Lines, Near>(t);
+  else many<Half, R, Lines, Near>(t);
+}
+
+template <class Op, int R, int Lines, bool Near>
+void tile(const Tile& t) {
+  Tile part = t;
+  for (int column = 0; column < kPanel; column += kStripe, part.b += 4 * kStripe, part.slot += kStripe)
+    stripe<R, Lines, Near>(Op{}, part);
 }
 
 using TileFn = void (*)(const Tile&);
 
-#ifdef __AVX512F__
-template <class Op, int Lines, bool Near>
-TileFn of_rows(int64_t rows) {
-  static constexpr TileFn kTile[kRows] = {tile<Op, 1, Lines, Near>, tile<Op, 2, Lines, Near>, tile<Op, 3, Lines, Near>,
-                                          tile<Op, 4, Lines, Near>, tile<Op, 5, Lines, Near>, tile<Op, 6, Lines, Near>};
+template <class Op, int Lines, bool Near, int... R>
+TileFn of_rows(int64_t rows, std::integer_sequence<int, R...>) {
+  static constexpr TileFn kTile[] = {tile<Op, R + 1, Lines, Near>...};
   return kTile[rows - 1];
 }
 
+// Only a panel's one stripe prefetches: several would do so several times.
 template <class Op>
 TileFn pick(int64_t rows, int lines, bool near) {
-  if (lines == 0) return of_rows<Op, 0, false>(rows);
-  if (!near) return of_rows<Op, 4, false>(rows);
-  return lines == 8 ? of_rows<Op, 8, true>(rows) : of_rows<Op, 16, true>(rows);
+  constexpr auto kAll = std::make_integer_sequence<int, kRows>();
+  if (lines == 0 || kStripe < kPanel) return of_rows<Op, 0, false>(rows, kAll);
+  if (!near) return of_rows<Op, 4, false>(rows, kAll);
+  return lines == 8 ? of_rows<Op, 8, true>(rows, kAll) : of_rows<Op, 16, true>(rows, kAll);
 }
-#else
-template <class Op>
-TileFn pick(int64_t, int, bool) { return tile<Op, 1, 0, false>; }
-#endif
 
 }  // namespace gemm

@@ -27,8 +27,8 @@ constexpr int kLooks = 4;
 inline bool differs(const Watch& w, int64_t row, int64_t k) {
   const Leaf* leaf = std::upper_bound(w.leaves, w.leaves + w.n_leaves, k, [](int64_t at, const Leaf& l) { return at < l.end; });
   if (leaf == w.leaves + w.n_leaves || k < leaf->begin) return false;
-  const int64_t per = 4 / w.element, within = k - leaf->begin, unit = leaf->unit + within / per;
-  const char* packed = w.panels + ((row / kPanel * w.units + unit) * kPanel + row % kPanel) * 4 + within % per * w.element;
+  const ElementPlace at = element_place(k - leaf->begin, w.element == 2);
+  const char* packed = w.panels + ((row / kPanel * w.units + leaf->unit + at.unit) * kPanel + row % kPanel) * 4 + at.byte;
   return std::memcmp(w.source + (row * w.row_stride + k * w.k_stride) * w.element, packed, w.element) != 0;
 }
 

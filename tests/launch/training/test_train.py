@@ -113,9 +113,7 @@ def test_a_mistake_is_one_line_and_status_2_and_leaves_no_folder(
 
 
 @pytest.mark.parametrize("out", ["/proc/no/such", "/dev/null", "/dev/null/below"])
-def test_a_folder_that_cannot_be_written_is_one_line(
-    text: Path, capsys: pytest.CaptureFixture[str], out: str
-) -> None:
+def test_a_folder_that_cannot_be_written_is_one_line(text: Path, capsys: pytest.CaptureFixture[str], out: str) -> None:
     assert main(command(text, Path(out))) == 2
     error = capsys.readouterr().err
     assert f"out {out} cannot be written" in error and error.count("\n") == 1

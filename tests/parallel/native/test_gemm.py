@@ -155,8 +155,8 @@ def test_several_sources_share_the_leaves_chain_by_chain(dtype: torch.dtype, row
         for leaf in range(3)
         for t, borders in ((t1, first), (t2, second))
     ]
-    if dtype == torch.bfloat16:  # every piece starts on a pair of its own
-        pieces = [torch.nn.functional.pad(piece, (0, piece.shape[1] % 2)) for piece in pieces]
+    if dtype == torch.bfloat16:  # every piece starts a block of its own
+        pieces = [torch.nn.functional.pad(piece, (0, -piece.shape[1] % 32)) for piece in pieces]
     x, w = torch.cat(pieces[:6], 1), torch.cat(pieces[6:], 1)
     lengths = [piece.shape[1] for piece in pieces[:6]]
     borders = tuple(sum(lengths[: 2 * leaf]) for leaf in range(4))
@@ -167,7 +167,7 @@ def test_several_sources_share_the_leaves_chain_by_chain(dtype: torch.dtype, row
 @pytest.mark.parametrize("name", [None, "gelu", "gelu_new", "quick_gelu", "relu", "silu", "tanh", "sigmoid"])
 def test_the_epilogue_equals_its_parts(dtype: torch.dtype, name: str | None) -> None:
     x, w, bias = normal(7, 50, dtype=dtype), normal(75, 50, dtype=dtype), normal(75, dtype=dtype)
-    source = Source(x, PackedMatrix.pack(w), (0, 20, 50))
+    source = Source(x, PackedMatrix.pack(w, (0, 20, 50)), (0, 20, 50))
     want = (product([source], out_dtype=F32) + bias.float()).to(dtype)
     if name is not None:
         want = activate(want, name)
@@ -271,7 +271,7 @@ def test_weights_that_cannot_be_packed_are_refused_in_words() -> None:
     with pytest.raises(ConfigError, match="cannot repack"):
         PackedMatrix.pack(torch.zeros(3, 4)).repack(torch.zeros(4, 3))
     half = PackedMatrix.pack(torch.zeros(3, 8, dtype=torch.bfloat16))
-    with pytest.raises(ConfigError, match="splits a pair"):
+    with pytest.raises(ConfigError, match="splits a block of 32"):
         product([Source(torch.zeros(1, 8, dtype=torch.bfloat16), half, (0, 3, 8))])
 
 
