@@ -50,6 +50,7 @@ struct Run {
 struct Plan {                                 // mirrored by _PLAN
   int64_t dtype, n_runs, levels, n_sources, n;
   bool half() const { return dtype == operands::kBFloat16; }
+  int64_t tile_rows() const { return half() ? kHalfRows : kRows; }
 };
 struct Call {                                 // mirrored by _call_struct
   int64_t rows;
@@ -166,7 +167,7 @@ struct Work {
   void block(int64_t panel, int64_t first_tile, int64_t last_tile, float* stack, bf16_order::Flushing& flushing) const {
     const bool once = steps->group_end == steps_end;                     // a tile is finished before the next one begins
     const int64_t top = row(first_tile), count = last_tile - first_tile;
-    const int64_t level = (once ? kRows : row(last_tile) - top) * kPanel;
+    const int64_t level = (once ? plan.tile_rows() : row(last_tile) - top) * kPanel;
     for (const Step* group = steps; group != steps_end; group = group->group_end) {
       const Step& last = group->group_end[-1];
       const char* ahead = last.run->panels + panel * last.run->panel_stride + (last.done + last.units) * kPanelBytes;
@@ -213,7 +214,7 @@ struct Work {
   template <class Op>
   bool items(int64_t begin, int64_t end) const {
     static thread_local Scratch scratch;
-    const int64_t most_rows = (tiles + blocks - 1) / blocks * kRows;
+    const int64_t most_rows = (tiles + blocks - 1) / blocks * plan.tile_rows();
     float* stack = reinterpret_cast<float*>(scratch.get(plan.levels * most_rows * kPanelBytes));
     if (!stack) return false;
     bf16_order::Flushing flushing(false);
@@ -295,7 +296,8 @@ void run(const Call* call, const char* bytes) {
   static thread_local Scratch copies, cuts;
   Operand x[kSources];
   if (!place(*call, plan, reinterpret_cast<const int64_t*>(runs + plan.n_runs), copies, x)) throw std::bad_alloc();
-  const int64_t panels = (plan.n + kPanel - 1) / kPanel, tiles = (call->rows + kRows - 1) / kRows;
+  const int64_t panels = (plan.n + kPanel - 1) / kPanel, tile_rows = plan.tile_rows();
+  const int64_t tiles = (call->rows + tile_rows - 1) / tile_rows;
   const int64_t wanted = (4 * pool::num_threads() + panels - 1) / panels;                    // items for every thread
   const int64_t blocks = std::max((tiles + kBlockTiles - 1) / kBlockTiles, std::min(wanted, tiles / 8));
   const bool near = (tiles + blocks - 1) / blocks <= kNearTiles;
@@ -305,7 +307,7 @@ void run(const Call* call, const char* bytes) {
   Step* steps = reinterpret_cast<Step*>(cuts.get(n_steps * sizeof(Step)));
   if (!steps) throw std::bad_alloc();
   int64_t block_bytes = 0;
-  for (int64_t s = 0; s < plan.n_sources; ++s) block_bytes += x[s].row_bytes * std::min(call->rows, kBlockTiles * kRows);
+  for (int64_t s = 0; s < plan.n_sources; ++s) block_bytes += x[s].row_bytes * std::min(call->rows, kBlockTiles * tile_rows);
   Work work{*call, plan, x, steps, make_steps(plan, runs, most, steps), tiles, panels, blocks, near,
             block_bytes > kStaying};
   std::atomic<bool> short_of_memory{false};

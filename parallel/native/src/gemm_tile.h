@@ -1,6 +1,6 @@
 // The register tile of gemm.cpp: a few rows of x against one panel of 64 columns of W, over one step of K. All of the
 // product's arithmetic is here; everything else decides which tile runs when. A tile covers a stripe of the panel, as
-// wide as the machine's registers allow: 6 rows x 64 columns with AVX-512, 3 x 32 with AVX2, 2 x 16 elsewhere.
+// wide as the machine's registers allow: 6 rows (of bfloat16 4) x 64 columns with AVX-512, 3 x 32 with AVX2, 2 x 16 elsewhere.
 //
 //   float32    one chain of fused multiply-adds per element, kept in `slot` between steps
 //   bfloat16   bf16_order.h, block by block: the chain e, then the chain o, then c of `slot` + (e + o); one or two rows
@@ -18,11 +18,13 @@
 namespace gemm {
 
 #if defined(__AVX512F__)
-constexpr int kWidth = 16, kRows = 6, kFewRows = 2;    // lanes of a register, rows of a tile, rows with both chains
+constexpr int kWidth = 16;                    // lanes of a register
+constexpr int kRows = 6, kHalfRows = 6;       // of a float32 and of a bfloat16 tile
+constexpr int kFewRows = 2;                   // with both chains in registers
 #elif defined(__FMA__)
-constexpr int kWidth = 8, kRows = 3, kFewRows = 1;
+constexpr int kWidth = 8, kRows = 3, kHalfRows = 3, kFewRows = 1;
 #else
-constexpr int kWidth = 4, kRows = 2, kFewRows = 1;
+constexpr int kWidth = 4, kRows = 2, kHalfRows = 2, kFewRows = 1;
 #endif
 constexpr int kVectors = 4;
 constexpr int kStripe = kWidth * kVectors;    // columns
@@ -51,10 +53,7 @@ inline Floats fused_half(Floats c, Floats a, Floats b) {                 // exac
 }
 #endif
 
-// One unit of K: what x and W hold of it, and how it is added.
-struct F32 {
-  static constexpr bool kHalf = false;
-};
+struct F32 { static constexpr bool kHalf = false; };
 
 // One step of a block's chain of even (0) or odd (1) elements: `x` of a row's block, `w` of one vector of columns'.
 #ifdef __AVX512BF16__
@@ -70,7 +69,7 @@ struct Paired {
   static Wide w(const char* p, int parity, int step) {
     return (Wide)_mm512_loadu_si512(p + kPanelBytes * (kSteps * parity + step));
   }
-  static Floats add(Floats c, Wide a, Wide b) { asm("vdpbf16ps %2, %1, %0" : "+v"(c) : "v"(a), "v"(b)); return c; }
+  static Floats add(Floats c, Wide a, Wide b) { return (Floats)_mm512_dpbf16_ps((__m512)c, a, b); }
 };
 #endif
 struct Natural {                              // x is widened (copy_rows): sixteen even elements, then the odd ones
@@ -150,7 +149,7 @@ template <class Op, int R, int Parity, int Lines, bool Near>
 inline __attribute__((always_inline)) void chain(const char* a, int64_t stride, const char* b, const char*& ahead,
                                                  Floats (&acc)[R][kVectors]) {
   each<R>([&](int r, int j) { acc[r][j] = Floats{}; });
-#pragma GCC unroll 16
+#pragma GCC unroll 2
   for (int step = 0; step < Op::kSteps; ++step) {
     if (Op::kSteps == bf16_order::kChain || Parity == 0) fetch<Lines / 4, Near>(ahead);
     typename Op::Wide w[kVectors];
@@ -165,23 +164,31 @@ inline __attribute__((always_inline)) void chain(const char* a, int64_t stride, 
   }
 }
 
+// A block of W is 4 KiB. What is stored at a chain's end must not lie at the same place within 4 KiB as what is read of W
+// next, which would wait for it: W's first half comes after c, its second half after e.
+struct alignas(4096) Sums { float e[512], c[512]; };
+
 template <class Op, int R, int Lines, bool Near>
 void many(const Tile& t) {
+  static_assert(R * kStripe <= 512, "the sums fill half of a page at most");
+  Sums sums;
+  each<R>([&](int r, int j) {
+    write(sums.c + r * kStripe + j * kWidth, t.first ? Floats{} : read<Floats>(t.slot + r * kPanel + j * kWidth));
+  });
   const char *a = t.a, *b = t.b, *ahead = t.ahead;
-  if (t.first) each<R>([&](int r, int j) { write(t.slot + r * kPanel + j * kWidth, Floats{}); });
   for (int64_t units = t.units; units > 0; units -= bf16_order::kUnits) {
     Floats acc[R][kVectors];
-    alignas(64) float evens[R * kStripe];
     chain<Op, R, 0, Lines, Near>(a, t.a_stride, b, ahead, acc);
-    each<R>([&](int r, int j) { write(evens + r * kStripe + j * kWidth, acc[r][j]); });
+    each<R>([&](int r, int j) { write(sums.e + r * kStripe + j * kWidth, acc[r][j]); });
     chain<Op, R, 1, Lines, Near>(a, t.a_stride, b, ahead, acc);
     each<R>([&](int r, int j) {
-      float* c = t.slot + r * kPanel + j * kWidth;
-      write(c, read<Floats>(c) + (read<Floats>(evens + r * kStripe + j * kWidth) + acc[r][j]));
+      const int at = r * kStripe + j * kWidth;
+      write(sums.c + at, read<Floats>(sums.c + at) + (read<Floats>(sums.e + at) + acc[r][j]));
     });
     a += bf16_order::kUnits * kUnitOfX;
     b += bf16_order::kUnits * kPanelBytes;
   }
+  each<R>([&](int r, int j) { write(t.slot + r * kPanel + j * kWidth, read<Floats>(sums.c + r * kStripe + j * kWidth)); });
 }
 
 template <class Op, int R, int Lines, bool Near>
@@ -228,7 +235,7 @@ TileFn of_rows(int64_t rows, std::integer_sequence<int, R...>) {
 // Only a panel's one stripe prefetches: several would do so several times.
 template <class Op>
 TileFn pick(int64_t rows, int lines, bool near) {
-  constexpr auto kAll = std::make_integer_sequence<int, kRows>();
+  constexpr auto kAll = std::make_integer_sequence<int, Op::kHalf ? kHalfRows : kRows>();
   if (lines == 0 || kStripe < kPanel) return of_rows<Op, 0, false>(rows, kAll);
   if (!near) return of_rows<Op, 4, false>(rows, kAll);
   return lines == 8 ? of_rows<Op, 8, true>(rows, kAll) : of_rows<Op, 16, true>(rows, kAll);
