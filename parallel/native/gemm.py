@@ -44,8 +44,8 @@ def product(
 ) -> Tensor:
     """The sum over all sources [M, N]: leaves in one tree, + bias in float32, rounded, then the activation, rounded.
 
-    Leaf i is one sum through every source's range i in turn; in bfloat16 each range begins a block. out_dtype: the sources' own unless given. Into `out`
-    where given, in its type.
+    Leaf i is one sum through every source's range i in turn; in bfloat16 each range begins a block.
+    out_dtype: the sources' own unless given. Into `out` where given, in its type.
     """
     plan = _plan(sources, None)
     first = sources[0]

@@ -1,10 +1,12 @@
 """The one shared library of the C++ kernels in this process: built on first use, loaded, and whether it is to be used.
 
 Everybody asks here, nobody remembers the answer: it changes when a group's ranks agree to do without (withhold), or
-another cache is configured. No environment variable is read; without a compiler every call raises NativeUnavailable.
+another cache is configured. Which instructions it is compiled for: instruction_set.py. Without a compiler every call
+raises NativeUnavailable.
 """
 
 import ctypes
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +15,9 @@ from typing import Any
 
 from parallel.errors import ConfigError, KernelsWithheld, NativeUnavailable
 from parallel.native import build, kernel_cache
+from parallel.native import instruction_set as isa
 
+log = logging.getLogger(__name__)
 MAX_THREADS = 256
 
 
@@ -37,6 +41,7 @@ class _Loaded:
         self.cdll: ctypes.CDLL | None = None
         self.failure: str | None = None
         self.withheld: str | None = None
+        self.instruction_set: str | None = None
 
 
 _loaded = _Loaded()
@@ -98,12 +103,17 @@ def library() -> ctypes.CDLL:
         return _loaded.cdll
 
 
+def instruction_set() -> str:
+    """The name (instruction_set.NAMES) that the loaded library was compiled for, else the one that it would be."""
+    return _loaded.instruction_set or isa.chosen()
+
+
 def prebuild() -> Path:
     """Compiles the configured library where it is not there yet, and loads nothing."""
     path = _path(_loaded.config)
     with build.exclusive(path.with_suffix(".lock")):
         if not path.exists():
-            build.compile_to(path, _loaded.config.flags)
+            build.compile_to(path, _flags(_loaded.config))
     return path
 
 
@@ -142,6 +152,8 @@ def _load(config: NativeConfig) -> ctypes.CDLL:
             "give configure(cache_dir=...) a folder that allows writing and loading code"
         ) from error
     cdll.pool_set_threads(config.threads)
+    _loaded.instruction_set = isa.chosen()
+    log.info("native kernels for %s, bfloat16 sums in the order %s", _loaded.instruction_set, isa.BFLOAT16_ORDER)
     return cdll
 
 
@@ -152,7 +164,7 @@ def _built(config: NativeConfig) -> ctypes.CDLL:
         return cdll
     with build.exclusive(path.with_suffix(".lock")):
         if (cdll := _opened(path)) is None:  # nobody built it in the meantime
-            build.compile_to(path, config.flags)
+            build.compile_to(path, _flags(config))
     cdll = cdll or _opened(path)
     if cdll is None:
         raise NativeUnavailable(
@@ -169,4 +181,8 @@ def _opened(path: Path) -> ctypes.CDLL | None:
 
 
 def _path(config: NativeConfig) -> Path:
-    return kernel_cache.place(build.file_name(config.flags), config.cache_dir)
+    return kernel_cache.place(build.file_name(_flags(config)), config.cache_dir)
+
+
+def _flags(config: NativeConfig) -> tuple[str, ...]:
+    return (*isa.flags(isa.chosen()), *config.flags)

@@ -46,8 +46,8 @@ class PackedMatrix:
 
     @classmethod
     def pack(cls, src: Tensor, borders: Sequence[int] | None = None, place: Place | None = None) -> "PackedMatrix":
-        """Pack src [N, K], any strides. `borders`: the leaves' borders, needed only where a bfloat16 leaf does not begin
-        and end with a block.
+        """Pack src [N, K], any strides. `borders`: the leaves' borders, needed only where a bfloat16 leaf does not
+        begin and end with a block.
         `place`: where the packed bytes live; the heap unless given (see native.memory).
         """
         packed = cls.made_for(src, borders, place)

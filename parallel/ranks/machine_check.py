@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from parallel.errors import ConfigError, NativeUnavailable
+from parallel.native import instruction_set
 from parallel.native.library import withhold
 from parallel.ranks.group import Numerics
 from parallel.ranks.shared_segment import share
@@ -26,7 +27,7 @@ VECTOR = ("sse4", "avx", "fma", "f16c", "amx", "asimd", "sve", "bf16", "fphp", "
 
 
 def cpu_kind() -> list[str]:
-    """Architecture, vector features, and what torch makes of them."""
+    """Architecture, what torch makes of it, what the kernels are compiled for and sum in, and vector features."""
     features: list[str] = []
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
@@ -36,7 +37,8 @@ def cpu_kind() -> list[str]:
                 break
     except OSError:  # no Linux
         features = [platform.processor()]
-    return [platform.machine(), f"torch-{torch.backends.cpu.get_cpu_capability()}", *features]
+    kernels = f"kernels-{instruction_set.chosen()}-{instruction_set.BFLOAT16_ORDER}"
+    return [platform.machine(), f"torch-{torch.backends.cpu.get_cpu_capability()}", kernels, *features]
 
 
 def agree(

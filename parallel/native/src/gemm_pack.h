@@ -12,7 +12,7 @@ namespace gemm {
 
 constexpr int kPanel = 64;                    // columns of one panel of W: 4 vectors
 constexpr int kPanelBytes = kPanel * 4;       // one unit of a panel
-#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)                    // CPUs with AMX have it at half of fma's rate
+#ifdef __AVX512BF16__
 constexpr bool kPaired = true;
 #else
 constexpr bool kPaired = false;

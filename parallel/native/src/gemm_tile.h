@@ -219,6 +219,7 @@ void stripe(Half, const Tile& t) {
 
 template <class Op, int R, int Lines, bool Near>
 void tile(const Tile& t) {
+  if constexpr (kStripe == kPanel) return stripe<R, Lines, Near>(Op{}, t);
   Tile part = t;
   for (int column = 0; column < kPanel; column += kStripe, part.b += 4 * kStripe, part.slot += kStripe)
     stripe<R, Lines, Near>(Op{}, part);

@@ -3,17 +3,14 @@
 import itertools
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from parallel.errors import ConfigError, OperandError
-from parallel.native import build, library
+from parallel.native import library
 from parallel.native.elementwise import activate
 from parallel.native.gemm import PackedMatrix, Source, nodes, product
 
@@ -285,38 +282,3 @@ def test_plans_of_one_weight_do_not_mix() -> None:
         pair = product([Source(x, w, (0, 64)), Source(x, other, (0, 64))])
         assert torch.allclose(pair, whole + product([Source(x, other, (0, 64))]), atol=1e-4)
     assert len(w.plans) == 6
-
-
-PORTABLE = """
-import sys
-from pathlib import Path
-import torch
-from parallel.native import build, library
-build.SOURCES = Path(sys.argv[1])
-build.FLAGS = ("-O1", "-march=x86-64-v3", *build.FLAGS[2:])
-library.configure(cache_dir=sys.argv[2], threads=2)
-from parallel.native.gemm import PackedMatrix, Source, product
-for dtype in (torch.float32, torch.bfloat16):
-    x, w = torch.randn(50, 301).to(dtype), torch.randn(70, 301).to(dtype)
-    borders = (0, 100, 201, 301)
-    packed = PackedMatrix.pack(w, borders)
-    full = product([Source(x, packed, borders)], out_dtype=torch.float32)
-    want = x.double() @ w.double().t()
-    assert ((full.double() - want).norm() / want.norm()).item() < 2e-6
-    for m in (1, 2, 7, 31):
-        assert torch.equal(product([Source(x[9:9 + m], packed, borders)], out_dtype=torch.float32), full[9:9 + m])
-    assert torch.equal(product([Source(x.t().contiguous().t(), packed, borders)], out_dtype=torch.float32), full)
-"""
-
-
-@pytest.mark.skipif("avx2" not in build._cpu_identity(), reason="needs an x86 CPU with AVX2")
-def test_the_kernel_without_wide_registers_obeys_the_same_rules(tmp_path: Path) -> None:
-    sources = [build.SOURCES / name for name in ("gemm.cpp", "gemm_pack.cpp", "pool.cpp")]
-    for source in (*sources, *build.SOURCES.glob("*.h")):
-        (tmp_path / source.name).write_bytes(source.read_bytes())
-    root = Path(__file__).parents[3]
-    done = subprocess.run(
-        [sys.executable, "-c", PORTABLE, str(tmp_path), str(tmp_path / "cache")],
-        cwd=root, capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
