@@ -142,10 +142,10 @@ class Frontend:
         return len(entries)
 
     async def tokenize(
-        self, texts: Sequence[str], caller: str = "", answer_bytes: int | None = None
+        self, texts: Sequence[str], caller: str = "", answer_bytes: int | None = None, whole: bool = True
     ) -> list[tuple[int, ...]]:
-        """The tokens of texts, each of which must fit the model's context, and together a message."""
-        return await self._admission().all_ids(texts, caller, answer_bytes)
+        """The tokens of texts, or of parts of texts; each must fit the model's context, and together a message."""
+        return await self._admission().all_ids(texts, caller, answer_bytes, whole)
 
     async def detokenize(
         self, sequences: Sequence[Sequence[int]], caller: str = "", answer_bytes: int | None = None

@@ -16,13 +16,12 @@ from grpc_reflection.v1alpha import reflection
 from opentelemetry.trace import Tracer
 
 from cluster.access.access_config import Security, is_loopback
-from cluster.access.roles import Gate
-from cluster.access.token_file import TokenFile
 from cluster.frontend.frontend import Frontend, State
 from cluster.frontend.readiness import Readiness
 from cluster.rpc.proto import control_pb2_grpc, inference_pb2_grpc, training_pb2_grpc
 from cluster.rpc.services.connection_limits import ServerLimits
 from cluster.rpc.services.control_service import Control, Restart, ServiceInfo
+from cluster.rpc.services.door import Door, door_of
 from cluster.rpc.services.inference_service import Inference
 from cluster.rpc.services.interceptor import SERVICES, Interceptor
 from cluster.rpc.services.training_service import Training
@@ -118,16 +117,17 @@ def build_server(
     readiness: Readiness | None = None,
     restart: Restart | None = None,
     tracer: Tracer | None = None,
+    door: Door | None = None,
 ) -> Server:
     """A server over a front-end, bound to `address` ("host:port", port 0: any; see `.port`) and not yet started.
     Without `readiness` it counts as ready while it serves; without `restart` its ranks are nobody's to restart,
-    without `tracer` no call is traced.
+    without `tracer` no call is traced; without `door` it has one of its own.
     """
     limits, security = limits or ServerLimits(), security or Security()
-    tokens = None if security.token_file is None else TokenFile(security.token_file)
+    door = door_of(limits, security) if door is None else door
     certificates = None if security.tls is None else ServerCertificates(security.tls)
     server = make_server(
-        interceptors=[Interceptor(Gate(tokens), limits, tracer, frontend.config, frontend.pool)],
+        interceptors=[Interceptor(door, limits, tracer, frontend.config, frontend.pool)],
         options=limits.options(),
         maximum_concurrent_rpcs=limits.max_concurrent_rpcs,
     )

@@ -100,7 +100,9 @@ class Admission:
             holds = f"the context of {self.limits.max_context} tokens never holds more than {most}"
             raise DoesNotFit.of(field, f"{len(text)} characters; {holds}; shorten it")
 
-    async def all_ids(self, texts: Sequence[str], caller: str, answer_bytes: int | None) -> list[tuple[int, ...]]:
+    async def all_ids(
+        self, texts: Sequence[str], caller: str, answer_bytes: int | None, whole: bool = True
+    ) -> list[tuple[int, ...]]:
         """Of texts that are only tokenized: together they fit a message."""
         self._check_count("texts", len(texts))
         for index, text in enumerate(texts):
@@ -110,7 +112,7 @@ class Admission:
         for index, text in enumerate(texts):
             if index % TURN == TURN - 1:
                 await asyncio.sleep(0)
-            found.append(await self.encode_bounded(text, f"texts[{index}]", caller))
+            found.append(await self.encode_bounded(text, f"texts[{index}]", caller, whole))
         return found
 
     async def all_texts(

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import TYPE_CHECKING, ParamSpec
 
 from google.protobuf.message import Message
 
-from cluster.access.caller_limits import CALLER, TERMS, WHO, Terms
 from cluster.frontend.frontend import Frontend
 from cluster.frontend.output.streams import Result, Stream, collect, raise_if_all_failed
 from cluster.frontend.requests.call import Call
+from cluster.frontend.requests.of_caller import of_caller, turn_of_caller
 from cluster.request_errors import DoesNotFit, SlowReader
 from cluster.rpc.codec import decode
 from cluster.rpc.codec.encode import Encoder, texts, token_lists
@@ -75,18 +74,16 @@ class Inference(InferenceServicer):
 
     async def Tokenize(self, request: inference.TokenizeRequest, context: grpc.aio.ServicerContext) -> bytes:
         holds = self._limits.max_message_bytes
-        ids = await self._frontend.tokenize(request.texts, _caller(), holds)
+        ids = await self._frontend.tokenize(request.texts, turn_of_caller(), holds)
         return await self._made(sum(map(len, ids)), token_lists, ids)
 
     async def Detokenize(self, request: inference.DetokenizeRequest, context: grpc.aio.ServicerContext) -> bytes:
         sequences, holds = [sequence.ids for sequence in request.sequences], self._limits.max_message_bytes
-        found = await self._frontend.detokenize(sequences, _caller(), holds)
+        found = await self._frontend.detokenize(sequences, turn_of_caller(), holds)
         return await self._made(len(found), texts, found)
 
     async def _open(self, call: Call, in_one: bool = False) -> Stream:
-        terms, holds = TERMS.get() or Terms(), self._limits.max_message_bytes if in_one else None
-        mine = replace(call, account=CALLER.get(), caller=WHO.get(), share=terms.share, levels=terms.levels)
-        return await self._frontend.open(replace(mine, answer_bytes=holds))
+        return await self._frontend.open(of_caller(call, self._limits.max_message_bytes if in_one else None))
 
     def _sendable(self, answer: bytes) -> bytes:
         """A text of very long tokens may be larger than its estimate."""
@@ -103,7 +100,7 @@ class Inference(InferenceServicer):
         def make() -> bytes:
             return joined(parts(*args, **kwargs))
 
-        return self._sendable(make() if size <= LARGE_ANSWER else await self._frontend.pool.run(_caller(), make))
+        return self._sendable(make() if size <= LARGE_ANSWER else await self._frontend.pool.run(turn_of_caller(), make))
 
     async def _write(self, context: grpc.aio.ServicerContext, chunk: inference.GenerateChunk) -> None:
         limit = self._limits.write_seconds
@@ -112,11 +109,6 @@ class Inference(InferenceServicer):
                 await context.write(chunk)
         except TimeoutError as error:
             raise SlowReader(f"nothing was read from the stream for {limit:g} s; read faster, or ask again") from error
-
-
-def _caller() -> str:
-    """Whose work it is, where callers take turns."""
-    return (TERMS.get() or Terms()).share.caller
 
 
 def _size(result: Result) -> int:

@@ -20,10 +20,11 @@ from google.protobuf.message import Message
 from opentelemetry.trace import Tracer
 
 from cluster.access.access_errors import SlowSender
-from cluster.access.caller_limits import CALLER, TERMS, WHO, Account, OpenCalls, Terms
+from cluster.access.caller_limits import Account
+from cluster.access.callers import answering, client_of, name_of
 from cluster.access.roles import Gate
-from cluster.engine.request import Share
 from cluster.frontend.requests.call import FrontendConfig
+from cluster.frontend.requests.of_caller import turn_of_caller
 from cluster.frontend.requests.offload import FairThreadPool
 from cluster.request_errors import SlowReader
 from cluster.rpc.codec.error_status import row_of, status_of
@@ -32,6 +33,7 @@ from cluster.rpc.codec.strict_parsing import parse
 from cluster.rpc.proto import control_pb2, inference_pb2, training_pb2
 from cluster.rpc.services.call_span import traced
 from cluster.rpc.services.connection_limits import ServerLimits
+from cluster.rpc.services.door import Door, gate_door
 from cluster.rpc.services.unsent_answers import Bounds, UnsentAnswers
 from parallel.errors import RequestError, TpError
 
@@ -57,7 +59,7 @@ class Interceptor(grpc.aio.ServerInterceptor):
 
     def __init__(
         self,
-        gate: Gate | None = None,
+        door: Door | None = None,
         limits: ServerLimits | None = None,
         tracer: Tracer | None = None,
         config: FrontendConfig | None = None,
@@ -66,10 +68,8 @@ class Interceptor(grpc.aio.ServerInterceptor):
         limits = limits or ServerLimits()
         self._tracer = tracer
         self._ranges = RangeCheck(config or FrontendConfig())
-        self._gate = Gate(None) if gate is None else gate
-        for_health = min(limits.max_health_calls, limits.max_concurrent_rpcs // 8)
-        self._open = OpenCalls(limits.max_calls_per_client, limits.max_concurrent_rpcs - for_health)
-        self._open_to_all = OpenCalls(limits.max_health_calls_per_client, max(1, for_health))
+        door = gate_door(Gate(None), limits) if door is None else door
+        self._gate, self._open, self._open_to_all = door.gate, door.open, door.open_to_all
         bounds = limits.max_message_bytes, limits.max_unread_bytes_per_client, limits.max_unread_bytes
         self._unsent = UnsentAnswers(Bounds(*bounds, limits.write_seconds))
         self._pool = pool or FairThreadPool()
@@ -105,9 +105,7 @@ class Interceptor(grpc.aio.ServerInterceptor):
         """The method, as one of its client's open calls until its answer has been sent."""
 
         async def call(request: Any, context: grpc.aio.ServicerContext) -> None:
-            CALLER.set(account)
-            WHO.set(_name(account, context))
-            TERMS.set(_terms(account, context))
+            answering(account, _name(account, context), context.peer())
             client = _client(account, context)
             try:
                 with ExitStack() as held:
@@ -145,25 +143,12 @@ class Interceptor(grpc.aio.ServerInterceptor):
 
 
 def _name(account: Account | None, context: Any) -> str:
-    """Who is known to call: by the token, else by the name in a certificate; nobody else is."""
-    if account is not None:
-        return f"token {account.grant.name!r}"
     names = list(context.auth_context().get("x509_common_name", ())) if context.peer_identities() else []
-    return f"certificate {names[0].decode(errors='replace')!r}" if names else ""
-
-
-def _terms(account: Account | None, context: Any) -> Terms:
-    """By name; without one by address, whose connections share what the address gets."""
-    if account is not None:
-        return Terms(share=Share(_name(account, context), "", account.grant.weight), levels=account.grant.levels)
-    name = _name(account, context)
-    return Terms(share=Share(name) if name else Share(_client(account, context), context.peer()))
+    return name_of(account, names[0].decode(errors="replace") if names else None)
 
 
 def _client(account: Account | None, context: Any) -> str:
-    """Whose calls are counted together: a name's, else an address's without the port."""
-    peer: str = context.peer()
-    return _name(account, context) or peer.rpartition(":")[0] or peer
+    return client_of(_name(account, context), context.peer())
 
 
 def _function(handler: Any) -> Call:
@@ -235,7 +220,7 @@ def bounded(
 
         try:
             large = len(data) > LARGE_MESSAGE_BYTES
-            message = await pool.run((TERMS.get() or Terms()).share.caller, read) if large else read()
+            message = await pool.run(turn_of_caller(), read) if large else read()
             return await method(message, context)
         except Exception as error:  # noqa: BLE001 (the boundary: everything becomes a status)
             await fail(context, error)
