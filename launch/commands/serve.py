@@ -1,4 +1,4 @@
-"""`tp-decoders serve`: a worker group on Ray and a gRPC server in front of it, until told to stop.
+"""`tp-decoders serve`: a worker group on Ray, gRPC and HTTP in front of it, until told to stop.
 
 Reads the command line and presets, has launch.serving.resolve_serve check them, and hands over to
 launch.serving.run_server. Every setting of a preset can be given as a dotted override; the flags are short names of
@@ -28,6 +28,8 @@ FLAGS = {
     "dtype": "parallel.dtype",
     "host": "server.host",
     "port": "server.port",
+    "http_port": "server.http_port",
+    "chat_template": "server.chat_template",
     "state_dir": "server.state_dir",
     "kv_blocks": "engine.kv_blocks",
     "metrics_port": "observe.metrics_port",
@@ -63,7 +65,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu (default) or cuda")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: the checkpoint's own)")
     parser.add_argument("--host", help="address to listen on (default 127.0.0.1: this machine only)")
-    parser.add_argument("--port", type=int, help="port to listen on (default 50051; 0: any free one)")
+    parser.add_argument("--port", type=int, help="port of gRPC (default 50051; 0: any free one)")
+    parser.add_argument(
+        "--http-port", type=_port, metavar="PORT",
+        help="port of the OpenAI-compatible HTTP interface (default 8000 beside gRPC's default port, else none; 0: any "
+        "free one; none: no HTTP)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--chat-template", metavar="FILE", help="Jinja template of conversations (default: the checkpoint's own)"
+    )
     parser.add_argument(
         "--state-dir",
         metavar="FOLDER",
@@ -127,6 +137,11 @@ def run(args: argparse.Namespace) -> int:
         from launch.serving.run_server import serve  # brings in Ray, gRPC and torch
 
         return serve(server, leaving)
+
+
+def _port(given: str) -> int | str:
+    """A number, or a word that the setting knows."""
+    return int(given) if given.isdecimal() else given
 
 
 def _flags(args: argparse.Namespace) -> Layer:

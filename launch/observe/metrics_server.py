@@ -11,6 +11,7 @@ import logging
 import socket
 import ssl
 import threading
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socketserver import TCPServer
 from typing import Any
@@ -19,13 +20,16 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
-from cluster.access.access_config import Security, TlsConfig, is_loopback, shown_address
+from cluster.access.access_config import Security, is_loopback, shown_address
 from cluster.access.access_errors import NotAuthenticated, NotPermitted
 from cluster.access.roles import METRICS, Gate
+from cluster.access.tls_context import server_context
 from cluster.access.token_file import TokenFile
 from parallel.errors import ConfigError, TpError
 
 log = logging.getLogger(__name__)
+Expose = Callable[[str], tuple[bytes, str]]
+"""An Accept header to the numbers and their content type."""
 READERS = 16
 """Connections at once; more are hung up on."""
 WAIT_S = 10.0
@@ -44,14 +48,24 @@ def check_host(host: str, security: Security, insecure: bool) -> None:
         )
 
 
+def exposition(collector: Collector) -> Expose:
+    """What writes a collector's numbers in the form that a reader's Accept header asks for."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(collector)
+
+    def expose(accept: str) -> tuple[bytes, str]:
+        encode, kind = choose_encoder(accept)
+        return encode(registry), kind
+
+    return expose
+
+
 class MetricsServer:
     """An HTTP port that answers /metrics, until `close`. Others than this machine may be let in: see `check_host`."""
 
     def __init__(self, collector: Collector, host: str, port: int, security: Security | None = None) -> None:
-        registry = CollectorRegistry(auto_describe=False)
-        registry.register(collector)
         try:
-            self._server = _Server(host, port, registry, security or Security())
+            self._server = _Server(host, port, exposition(collector), security or Security())
         except OSError as error:
             reason = error.strerror or str(error)
             where = shown_address(host, port)
@@ -73,12 +87,12 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
 
-    def __init__(self, host: str, port: int, registry: CollectorRegistry, security: Security) -> None:
+    def __init__(self, host: str, port: int, expose: Expose, security: Security) -> None:
         found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         self.address_family = found[0]
-        self.registry = registry
+        self.expose = expose
         self._tls = security.tls
-        self._context = None if security.tls is None else _context(security.tls)
+        self._context = None if security.tls is None else server_context(security.tls)
         self._gate = Gate(None if security.token_file is None else TokenFile(security.token_file))
         self._lock = threading.Lock()
         self._places = threading.BoundedSemaphore(READERS)
@@ -121,19 +135,10 @@ class _Server(ThreadingHTTPServer):
         """With the certificate as it is now; one that cannot be read leaves the old one."""
         if self._tls is not None:
             try:
-                self._context = _context(self._tls)
+                self._context = server_context(self._tls)
             except OSError as error:  # ssl.SSLError is one
                 log.error("the metrics keep the certificate they had: %s", error)
         return self._context
-
-
-def _context(tls: TlsConfig) -> ssl.SSLContext:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(tls.cert, tls.key)
-    if tls.client_ca is not None:
-        context.load_verify_locations(tls.client_ca)
-        context.verify_mode = ssl.CERT_REQUIRED
-    return context
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -152,8 +157,8 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path.partition("?")[0] != METRICS:
             self._answer(404, f"there is only {METRICS} here\n".encode())
             return
-        encode, kind = choose_encoder(self.headers.get("accept", ""))
-        self._answer(200, encode(self.server.registry), {"Content-Type": kind})
+        data, kind = self.server.expose(self.headers.get("accept", ""))
+        self._answer(200, data, {"Content-Type": kind})
 
     def _refuse(self, error: TpError) -> None:
         status = 401 if isinstance(error, NotAuthenticated) else 403 if isinstance(error, NotPermitted) else 429

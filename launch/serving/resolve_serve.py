@@ -20,6 +20,7 @@ from cluster.actors.programs.serve_program import ServeProgram
 from cluster.actors.programs.serve_spec import Dtype, FlightSpec, TrainingConfig
 from cluster.frontend.ledger.request_ledger import LedgerConfig
 from cluster.frontend.requests.call import FrontendConfig
+from cluster.http.chat_template import check_template
 from cluster.rpc.services.connection_limits import ServerLimits
 from cluster.training.checkpoint.state_folder import StateFolder
 from launch.observe.metrics_server import check_host
@@ -63,6 +64,8 @@ class ResolvedServe:
     frontend: FrontendConfig
     limits: ServerLimits
     endpoint: Endpoint  # gRPC's
+    http: Endpoint | None
+    chat_template: Path | None
     drain_seconds: float
     metrics: Endpoint | None
     observe: ObserveConfig
@@ -76,6 +79,12 @@ def resolve_serve(config: ServeConfig, log_level: int) -> ResolvedServe:
     model, adapter = _checkpoint(config)
     endpoint = Endpoint(host=server.host, port=server.port, security=security)
     check_port(endpoint)
+    http = None if server.http is None else replace(endpoint, port=server.http)
+    if http is not None:
+        check_port(http, "; with server.http_port=none there is no HTTP")
+    template = None if server.chat_template is None else full_path(server.chat_template)
+    if template is not None:
+        check_template(template)
     _check_security(security)
     check_traces(observe)
     metrics = None
@@ -95,6 +104,8 @@ def resolve_serve(config: ServeConfig, log_level: int) -> ResolvedServe:
         frontend=_frontend(config.frontend, config.placement),
         limits=config.limits,
         endpoint=endpoint,
+        http=http,
+        chat_template=template,
         drain_seconds=server.drain_seconds,
         metrics=metrics,
         observe=observe,
@@ -138,7 +149,7 @@ def _checkpoint(config: ServeConfig) -> tuple[Path, str | None]:
     return model, None if adapter is None else str(full_path(adapter))
 
 
-def check_port(endpoint: Endpoint) -> None:
+def check_port(endpoint: Endpoint, more: str = "") -> None:
     """Refuses an address nobody can listen on, before a model is loaded for it."""
     host, port = endpoint.host, endpoint.port
     try:
@@ -149,7 +160,7 @@ def check_port(endpoint: Endpoint) -> None:
     except OSError as error:
         reason = error.strerror or str(error)
         where = shown_address(host, port)
-        raise ConfigError(f"cannot listen on {where}: {reason}; choose another port or host") from error
+        raise ConfigError(f"cannot listen on {where}: {reason}; choose another port or host{more}") from error
 
 
 def _check_security(security: Security) -> None:

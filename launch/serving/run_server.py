@@ -32,10 +32,12 @@ from cluster.frontend.readiness import Readiness
 from cluster.frontend.requests.call import FrontendConfig
 from cluster.rpc.server import build_server
 from cluster.rpc.services.control_service import ServiceInfo
+from cluster.rpc.services.door import door_of
 from cluster.supervision import kept_up
 from launch.observe.metrics_server import MetricsServer
 from launch.observe.prometheus_metrics import ServeMetrics
 from launch.observe.trace_export import open_traces
+from launch.serving.http_side import open_http
 from launch.serving.ray_loss import Leaving, RayWatch, first_of
 from launch.serving.replicas import Replicas
 from launch.serving.resolve_serve import Endpoint, ResolvedServe
@@ -140,7 +142,7 @@ async def _listen(
     ready: Sequence[Sequence[Ready]],
     stack: AsyncExitStack,
 ) -> str:
-    """The gRPC server, started once a canary came back, and the metrics; the ready line. The stack closes them."""
+    """gRPC and HTTP, started once a canary came back, and the metrics; the ready line. The stack closes them."""
     observe, security = server.observe, server.endpoint.security
     info = _service_info(server.program, server.replicas, ready[0][0].facts)
     readiness = Readiness(frontend, observe.canary_every_s, observe.canary_timeout_s, upkeep.condemn)
@@ -149,24 +151,30 @@ async def _listen(
         stack.push_async_callback(asyncio.to_thread, traces.close)
         tracer = traces.tracer
     address = shown_address(server.endpoint.host, server.endpoint.port)
-    grpc = build_server(frontend, address, server.limits, info, security, readiness, upkeep.restart, tracer)
+    door = door_of(server.limits, security)
+    grpc = build_server(frontend, address, server.limits, info, security, readiness, upkeep.restart, tracer, door)
     frontend.start()
     await readiness.prove()
     canaries = asyncio.create_task(kept_up("canaries", readiness.run))
     stack.callback(canaries.cancel)
-    watched = "" if server.metrics is None else _give_metrics(server.metrics, frontend, readiness, info, stack)
+    numbers = ServeMetrics(frontend, readiness, asyncio.get_running_loop(), _labels(info))
+    watched = "" if server.metrics is None else _give_metrics(server.metrics, numbers, stack)
     await grpc.start()
     stack.push_async_callback(grpc.stop, CLOSE_GRACE_S)
+    if server.http is not None:
+        http = await open_http(server, server.http, frontend, info, readiness, numbers, door, tracer)
+        stack.push_async_callback(http.stop, CLOSE_GRACE_S)
+        watched = f"  http {shown_address(server.http.host, http.port)}{watched}"
     address = shown_address(server.endpoint.host, grpc.port)
     return ready_line(server.program, ready, address) + _protection(security) + watched
 
 
-def _give_metrics(
-    endpoint: Endpoint, frontend: Frontend, readiness: Readiness, info: ServiceInfo, stack: AsyncExitStack
-) -> str:
+def _labels(info: ServiceInfo) -> dict[str, str]:
+    return {name: str(value) for name, value in vars(info).items()}
+
+
+def _give_metrics(endpoint: Endpoint, numbers: ServeMetrics, stack: AsyncExitStack) -> str:
     """What the ready line says of them."""
-    labels = {name: str(value) for name, value in vars(info).items()}
-    numbers = ServeMetrics(frontend, readiness, asyncio.get_running_loop(), labels)
     metrics = MetricsServer(numbers, endpoint.host, endpoint.port, endpoint.security)
     stack.push_async_callback(asyncio.to_thread, metrics.close)
     return f"  metrics {shown_address(endpoint.host, metrics.port)}"

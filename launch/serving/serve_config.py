@@ -17,13 +17,17 @@ from launch.ray.ray_config import RayConfig
 from parallel.errors import ConfigError
 from parallel.options import check_backend
 
+GRPC_PORT, HTTP_PORT = 50051, 8000
+
 
 @dataclass(frozen=True, kw_only=True)
 class ServerConfig:
-    """Where the gRPC server listens, who may call it, and how long a stopping one waits for open requests."""
+    """Where gRPC and HTTP listen, who may call, and how long a stopping server waits for open requests."""
 
     host: str = "127.0.0.1"  # address to listen on
-    port: int = 50051  # 0: any free one
+    port: int = GRPC_PORT  # gRPC's; 0: any free one
+    http_port: int | str = "auto"  # 0: any free one; none: no HTTP; auto: 8000 where port is 50051, else none
+    chat_template: str | None = None  # a Jinja file, in place of the checkpoint's own
     drain_seconds: float = 30.0  # of a stopping server, for what is open
     state_dir: str | None = None  # what must outlive this process: the ledger, where its ranks are
     tls: TlsConfig | None = None
@@ -33,8 +37,18 @@ class ServerConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.port < 65536:
             raise ConfigError(f"server.port is {self.port}; give 1 to 65535, or 0 for any free one")
+        if not (self.http_port in ("auto", "none") or (type(self.http_port) is int and 0 <= self.http_port < 65536)):
+            given = f"server.http_port is {self.http_port!r}"
+            raise ConfigError(f"{given}; give 1 to 65535, 0 for any free one, none for no HTTP, or auto")
         if not self.drain_seconds >= 0:
             raise ConfigError(f"server.drain_seconds is {self.drain_seconds:g}; give seconds, 0 or more")
+
+    @property
+    def http(self) -> int | None:
+        """The HTTP port; by itself only beside gRPC's usual one, so that several servers of a machine do not meet."""
+        if isinstance(self.http_port, int):
+            return self.http_port
+        return HTTP_PORT if self.http_port == "auto" and self.port == GRPC_PORT else None
 
     @property
     def security(self) -> Security:
