@@ -7,9 +7,30 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from parallel.errors import ConfigError
 from parallel.options import check_backend
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeculationConfig:
+    """Guesses of the next tokens, checked as further rows of a step: fewer steps, the same answers to the bit."""
+
+    method: Literal["off", "ngram"] = "off"  # ngram: what followed the last tokens before
+    num_speculative_tokens: int = 7  # of one sequence in one step, at most; fewer while they come out wrong
+    prompt_lookup_min: int = 3  # last tokens that must have occurred before
+    max_rows: int = 8  # of a step, guesses included; none beside as many others
+    recent_tokens: int = 8192  # of the same caller's last answers that are looked through too; 0: its own text alone
+
+    def __post_init__(self) -> None:
+        least = {"num_speculative_tokens": 1, "prompt_lookup_min": 1, "max_rows": 2, "recent_tokens": 0}
+        for name, low in least.items():
+            value = getattr(self, name)
+            if type(value) is not int or value < low:
+                raise ConfigError(f"speculation.{name} is {value!r}; it must be a whole number of at least {low}")
+        if self.method not in ("off", "ngram"):
+            raise ConfigError(f"speculation.method is {self.method!r}; choose off or ngram")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +48,7 @@ class EngineConfig:
     share_stretch: float = 2.0  # while callers share, a step may take so many times as long as their shortest
     prefix_caching: bool = True  # beginnings that were computed before are not again
     attention_backend: str | None = None  # eager, cpu, sdpa or flash; the best one that works unless given
+    speculation: SpeculationConfig = SpeculationConfig()
 
     @property
     def guest_slots(self) -> int:

@@ -65,6 +65,7 @@ class SamplingParams:
     no_repeat_ngram_size: int = 0  # no run of this many tokens twice, the prompt included; 0: no rule
     best_of: int | None = None
     beam: BeamParams | None = None
+    no_speculation: bool = False  # no drafts are tried; the answer is the same
 
     @property
     def greedy(self) -> bool:
@@ -262,6 +263,9 @@ class EngineLoad:
     prefix_tokens_looked_up: int = 0  # of prompts that were admitted
     prefix_tokens_reused: int = 0  # of these, found in the cache
     kv_blocks_cached: int = 0  # of the free ones, remembered for prompts to come
+    drafts: int = 0  # of sequences: one in a step each
+    draft_tokens: int = 0  # of these
+    accepted_draft_tokens: int = 0  # of these, came true: each saved its sequence a step
     canaries: int = 0
     canary_fault: str = ""  # what the last one found
     ranks: tuple[RankReport, ...] = ()  # as of the last one

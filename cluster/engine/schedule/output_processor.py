@@ -20,8 +20,10 @@ from cluster.engine.request import FinishReason, TokenEvent, TokenLogprobs
 from cluster.engine.sample.pooling import Rows
 from cluster.engine.schedule.fair_share import FairQueue
 from cluster.engine.schedule.step_plan import PromptScore, StepPlan, StepResult
+from cluster.engine.sequences.ahead import Ahead
 from cluster.engine.sequences.fault_isolation import GROUP_FAULTS, reason
 from cluster.engine.sequences.sequence import Answer, BeamGroup, Sequence
+from cluster.engine.speculate.speculator import Speculator
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +39,9 @@ class Counters:
     finished_requests: int = 0
     aborted_requests: int = 0
     weight_version: int = 0
+    drafts: int = 0  # sequences' steps with one
+    draft_tokens: int = 0
+    accepted_draft_tokens: int = 0
 
 
 class Scheduling(Protocol):
@@ -48,6 +53,11 @@ class Scheduling(Protocol):
     queue: FairQueue
     tables: BeamTables
     beams: dict[str, BeamGroup]  # by request
+    speculator: Speculator
+
+    def advance(self, seq: Sequence, count: int) -> None:
+        """So many more of its tokens are in the cache."""
+        ...
 
     def forget(self, answer: Answer) -> bool:
         """Nothing of it is left; False where that is known already."""
@@ -77,8 +87,14 @@ class OutputProcessor:
             self._alone(score.sequence, self._scored, score, values)
         for run, value in zip(plan.pools, result.pools, strict=True):
             self._alone(run.sequence, self._pooled, run.sequence, value)
-        logprobs, errors = result.logprobs, result.errors
+        logprobs, errors, accepted = result.logprobs, result.errors, dict.fromkeys(plan.drafted, 0)
         for place, seq in enumerate(plan.sampled):
+            if isinstance(seq, Ahead):
+                if not seq.came_true:
+                    continue
+                seq = seq.of  # whose last token is in the cache already, and this is the next
+                accepted[seq] += 1
+                self._scheduler.advance(seq, 1)
             try:
                 if seq.forks:
                     self._spread(seq)
@@ -94,6 +110,16 @@ class OutputProcessor:
                 self.fail(seq, error)
         if plan.beams:
             self._advance_beams(plan, result)
+        for seq, count in accepted.items():
+            self._settle(seq, plan.drafted[seq], count)
+
+    def _settle(self, seq: Sequence, drafted: int, accepted: int) -> None:
+        """How a sequence's draft fared."""
+        counters = self._scheduler.counters
+        counters.drafts += 1
+        counters.draft_tokens += drafted
+        counters.accepted_draft_tokens += accepted
+        self._scheduler.speculator.settle(seq, drafted, accepted)
 
     def _alone(self, seq: Sequence, act: Callable[..., None], *arguments: object) -> None:
         """What it raises ends the sequence's request alone."""
@@ -234,6 +260,7 @@ class OutputProcessor:
         forks = seq.forks
         scheduler.residents.release(seq)
         scheduler.queue.discard(seq)
+        scheduler.speculator.ended(seq)
         seq.done, seq.forks = True, []
         del answer.live[seq.index]
         self._events.append(

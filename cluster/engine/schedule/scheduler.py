@@ -25,6 +25,7 @@ from cluster.engine.schedule.step_time import StepTime
 from cluster.engine.sequences.fault_isolation import RequestFault, blamed_on
 from cluster.engine.sequences.sequence import Answer, BeamGroup, Sequence
 from cluster.engine.sequences.waiting_queue import Order
+from cluster.engine.speculate.speculator import Speculator
 from parallel.errors import QueueFull, RequestError
 
 
@@ -43,6 +44,8 @@ class Scheduler:
         self.pace = StepTime(config.share_stretch, config.max_step_tokens, clock)
         self.planner = Planner(config, self.residents, self.queue, self.counters, self.pace, self._started)
         self.tables = self.planner.tables
+        self.speculator = Speculator(config, self.residents, limits.vocab_size)
+        self._remembers = config.prefix_caching
         self._outcomes = OutputProcessor(self)
         self._deadlines: list[tuple[float, int, str]] = []
         self._submissions = 0
@@ -182,9 +185,14 @@ class Scheduler:
             with blamed_on(group.leader):
                 self.tables.settle(group)
         plan = PlanBuilder(self.counters.steps)
-        for seq, count in self.planner.choose().items():
+        chosen = self.planner.choose()
+        drafts = self.speculator.drafts(chosen)
+        for seq, count in chosen.items():
             with blamed_on(seq):
-                plan.add(seq, count)
+                if seq in drafts:
+                    plan.add_drafted(seq, drafts[seq])
+                else:
+                    plan.add(seq, count)
             seq.last_step = plan.number
         return plan
 
@@ -201,19 +209,22 @@ class Scheduler:
 
     def took(self, plan: StepPlan, seconds: float) -> None:
         """How long the ranks were at a step."""
-        rows = plan.query_lens.count(1)
+        rows = plan.query_lens.count(1) + len(plan.drafted) + sum(plan.drafted.values())
         self.pace.took(rows, len(plan.tokens) - rows, seconds)
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[TokenEvent]:
         """Takes in what the step computed; returns everything that happened since the last call."""
-        block_size = self.residents.pool.block_size if self.config.prefix_caching else 1 << 62
         for seq, count in zip(plan.sequences, plan.query_lens, strict=True):
-            self.queue.charge(seq, seq.computed, seq.computed + count)
-            seq.computed += count
-            if not seq.done and seq.computed >= (seq.chained + 1) * block_size:
-                self.residents.remember(seq)
+            self.advance(seq, count - plan.drafted.get(seq, 0))
         self._outcomes.commit(plan, result)
         return self._outcomes.take()
+
+    def advance(self, seq: Sequence, count: int) -> None:
+        """So many more of its tokens are in the cache; what is there of a draft that was wrong is written over."""
+        self.queue.charge(seq, seq.computed, seq.computed + count)
+        seq.computed += count
+        if self._remembers and not seq.done and seq.computed >= (seq.chained + 1) * self.residents.pool.block_size:
+            self.residents.remember(seq)
 
     def take_events(self) -> list[TokenEvent]:
         """What happened outside of any step: aborts, deadlines, requests that were over before they began."""
@@ -236,4 +247,7 @@ class Scheduler:
             weight_version=counters.weight_version,
             prefix_tokens_looked_up=self.residents.looked_up,
             prefix_tokens_reused=self.residents.reused,
+            drafts=counters.drafts,
+            draft_tokens=counters.draft_tokens,
+            accepted_draft_tokens=counters.accepted_draft_tokens,
         )

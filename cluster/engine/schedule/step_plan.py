@@ -11,6 +11,7 @@ logits are wanted stand in four groups, because each group costs different colle
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,7 @@ from cluster.engine.kv_cache.kv_cache_manager import TableChange
 from cluster.engine.request import TokenLogprobs
 from cluster.engine.sample.beam_candidates import needs_whole_rows, num_ranked
 from cluster.engine.sample.pooling import PoolRun, Rows, pool_run
+from cluster.engine.sequences.ahead import Ahead
 from cluster.engine.sequences.sequence import Sequence
 
 
@@ -51,6 +53,7 @@ class StepPlan:
     targets: list[int]
     temperatures: list[float] | None  # of the targets' log-probabilities, unless all are 1
     sequences: list[Sequence] = field(default_factory=list)
+    drafted: dict[Sequence, int] = field(default_factory=dict)  # of its tokens, how many are guesses, the last ones
     sampled: list[Sequence] = field(default_factory=list)  # whose next token the first rows decide
     gathered_scores: list[PromptScore] = field(default_factory=list)
     plain_scores: list[PromptScore] = field(default_factory=list)
@@ -96,6 +99,7 @@ class PlanBuilder:
         self.query_lens: list[int] = []
         self.context_lens: list[int] = []
         self.sequences: list[Sequence] = []
+        self.drafted: dict[Sequence, int] = {}
         self._argmax: tuple[list[int], list[Sequence]] = ([], [])
         self._drawn: tuple[list[int], list[Sequence]] = ([], [])
         self._gathered_scores: tuple[list[int], list[PromptScore]] = ([], [])
@@ -131,6 +135,19 @@ class PlanBuilder:
             for fork in seq.forks:
                 rows.append(first_row + count - 1)
                 sampled.append(fork)
+
+    def add_drafted(self, seq: Sequence, draft: Many[int]) -> None:
+        """A sequence's last token and its draft: a token is drawn after each, as if those before it were its own."""
+        first_row, count = len(self.tokens), 1 + len(draft)
+        self.tokens += [seq.tokens[-1], *draft]
+        self.slots.append(seq.slot)  # type: ignore[arg-type]
+        self.query_lens.append(count)
+        self.context_lens.append(seq.computed + count)
+        self.sequences.append(seq)
+        self.drafted[seq] = len(draft)
+        rows, sampled = self._argmax if len(seq.tokens) >= seq.greedy_from else self._drawn
+        rows += range(first_row, first_row + count)
+        sampled += [seq, *(Ahead(seq, draft[:place]) for place in range(1, count))]
 
     def _rank(self, seq: Sequence, row: int) -> None:
         """A beam's last token; not a prompt's that is only computed again."""
@@ -172,6 +189,7 @@ class PlanBuilder:
             targets=[target for score in plain for target in score.targets],
             temperatures=temperatures if any(t != 1.0 for t in temperatures) else None,
             sequences=self.sequences,
+            drafted=self.drafted,
             sampled=self._argmax[1] + self._drawn[1],
             gathered_scores=self._gathered_scores[1],
             plain_scores=plain,

@@ -67,7 +67,8 @@ class FakeExecutor:
                 result.tokens.append(next_token(contexts[row], 0))
             else:
                 banned = seq.stop_ids if seq.position < seq.min_tokens else frozenset()
-                result.tokens.append(next_token(contexts[row], seq.stream, banned))
+                stream = 0 if seq.plain and not banned else seq.stream
+                result.tokens.append(next_token(contexts[row], stream, banned))
         row = len(plan.sampled)
         for score in plan.gathered_scores:
             result.gathered_scores.append(self._score(contexts, seen.rows, row, score.targets))
