@@ -3,6 +3,7 @@
 # make test   lint, types, import contracts, tests
 # make lint   the first three only
 # make fuzz   300 drawn configurations and 300 padded calls against their references (30 in make test); FUZZ_CASES, FUZZ_FIRST to walk on
+# make speculate  10^4 drawn requests with speculation and without: every stream must be the same (72 in make test); SPECULATION_CASES a family
 # make walk   docs/multi-node.md on three hosts of this machine (root, sshd, rsync): ray up, train, lose a host, serve; five minutes
 # make chaos  100 faults under load on three hosts of this machine (root, unshare, ip); an hour at most; CHAOS_ARGS
 # make soak   half an hour of mixed load: memory and handles of every process must stay flat; SOAK_ARGS
@@ -20,7 +21,7 @@ PYTEST_ARGS ?=
 CHAOS_ARGS ?=
 SOAK_ARGS ?=
 
-.PHONY: demo families test lint style contracts types tests walk chaos soak outside-files sanitize format proto setup clean
+.PHONY: demo families test lint style contracts types tests speculate walk chaos soak outside-files sanitize format proto setup clean
 
 setup: $(STAMP)
 
@@ -55,6 +56,9 @@ tests: $(STAMP)
 
 fuzz: $(STAMP)
 	FUZZ_CASES=$${FUZZ_CASES:-300} $(BIN)/python -m pytest -q tests/tp_decoders/fuzz/test_fuzz.py $(PYTEST_ARGS)
+
+speculate: $(STAMP)
+	SPECULATION_CASES=$${SPECULATION_CASES:-1667} $(BIN)/python -m pytest -q -s --timeout=3600 tests/cluster/engine/speculate/test_speculation.py $(PYTEST_ARGS)
 
 walk: $(STAMP)
 	$(BIN)/python -m tests.multinode.walk

@@ -188,6 +188,11 @@ def _load_lines(status: Status, before: Status | None) -> Iterator[str]:
         f"{load['finished_requests']} finished  {load['aborted_requests']} aborted"
     )
     yield f"tokens    {load['generated_tokens']} generated  {load['prompt_tokens']} prompt{_rates(status, before)}"
+    if load["draft_tokens"]:
+        yield (
+            f"drafts    {load['draft_tokens']} tokens in {load['drafts']}, {load['accepted_draft_tokens']} came true "
+            f"({share(load['accepted_draft_tokens'], load['draft_tokens'])}): as many steps saved"
+        )
     held = load["kv_blocks_total"] - load["kv_blocks_free"]
     hits = share(load["prefix_tokens_reused"], load["prefix_tokens_looked_up"])
     yield (

@@ -47,6 +47,9 @@ ENGINE_COUNTERS = {
     "aborted_requests": ("engine_requests_aborted", "Requests that were ended from outside."),
     "prefix_tokens_looked_up": ("prefix_tokens_looked_up", "Tokens looked up in the cache of prefixes."),
     "prefix_tokens_reused": ("prefix_tokens_reused", "Of these, tokens found there."),
+    "drafts": ("spec_decode_drafts", "Drafts of a sequence's next tokens that were tried."),
+    "draft_tokens": ("spec_decode_draft_tokens", "Tokens of these drafts."),
+    "accepted_draft_tokens": ("spec_decode_accepted_tokens", "Of these, came true: each saved its sequence a step."),
     "canaries": ("canaries", "Canaries that came back from every rank."),
 }
 STEP_PARTS = ("schedule", "forward", "sample", "commit")

@@ -21,6 +21,9 @@ from cluster.engine.speculate.ngram_drafter import NGramDrafter
 
 log = logging.getLogger(__name__)
 
+SPARED = 2
+"""Free blocks of each running sequence that drafts leave to others."""
+
 
 class Speculator:
     """Asks a drafter for a step's drafts; without one there are none. `vocab_size`: ids from there on are refused."""
@@ -96,7 +99,7 @@ class Speculator:
         """Tokens, at most `most`, whose keys have a place behind the sequence's last one."""
         residents = self._residents
         size, needed = residents.pool.block_size, seq.computed + 1 + most
-        while len(seq.blocks) * size < needed and residents.pool.num_free > len(residents.running):
+        while len(seq.blocks) * size < needed and residents.pool.num_free > SPARED * len(residents.running):
             residents.grow(seq)
         return min(most, len(seq.blocks) * size - seq.computed - 1)
 

@@ -126,6 +126,7 @@ def _sampling(message: pb.SamplingParams, config: FrontendConfig) -> SamplingPar
         no_repeat_ngram_size=message.no_repeat_ngram_size,
         best_of=_given(message, "best_of", None),
         beam=_beam(message.beam) if message.HasField("beam") else None,
+        no_speculation=message.no_speculation,
     )
 
 

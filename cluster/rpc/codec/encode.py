@@ -196,6 +196,7 @@ def _sampling(given: SamplingParams) -> pb.SamplingParams:
         frequency_penalty=given.frequency_penalty,
         no_repeat_ngram_size=given.no_repeat_ngram_size,
         best_of=given.best_of,
+        no_speculation=given.no_speculation,
         **{name: getattr(given, name) for name in names},
     )
     if (beam := given.beam) is not None:

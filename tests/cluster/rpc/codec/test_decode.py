@@ -53,7 +53,7 @@ def full_request() -> pb.GenerateRequest:
             "temperature": 0.3, "top_k": 4, "top_p": 0.5, "min_p": 0.6, "seed": 7, "n": 8, "repetition_penalty": 0.9,
             "presence_penalty": 1.1, "frequency_penalty": 1.2, "logit_bias": {3: -1.5}, "allowed_token_ids": [1, 3],
             "bad_words": ["x"], "bad_word_ids": [{"ids": [5, 6]}],
-            "no_repeat_ngram_size": 3, "best_of": 9,
+            "no_repeat_ngram_size": 3, "best_of": 9, "no_speculation": True,
             "beam": {
                 "width": 6, "length_penalty": 0.7, "early_stopping": "EARLY_STOPPING_NEVER", "groups": 2,
                 "diversity_penalty": 0.1,
@@ -76,7 +76,7 @@ def test_every_field_of_the_protocol_arrives_where_it_belongs() -> None:
     sampling = SamplingParams(
         temperature=0.3, top_k=4, top_p=0.5, min_p=0.6, seed=7, n=8, repetition_penalty=0.9, presence_penalty=1.1,
         frequency_penalty=1.2, logit_bias={3: -1.5}, allowed_token_ids=(1, 3), bad_words=((5, 6),),
-        no_repeat_ngram_size=3, best_of=9,
+        no_repeat_ngram_size=3, best_of=9, no_speculation=True,
         beam=BeamParams(width=6, length_penalty=0.7, early_stopping="never", groups=2, diversity_penalty=0.1),
     )  # fmt: skip
     stopping = StoppingCriteria(
