@@ -29,7 +29,7 @@ STEPS = 400
 class Walk:
     """One engine under random load, and what must be true of it."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, **more: object) -> None:
         self.rng = random.Random(seed)
         self.clock = Clock()
         self.config = {
@@ -40,7 +40,7 @@ class Walk:
             "prefix_caching": self.rng.random() < 0.7,
         }
         num_blocks = -(-self.rng.choice([20, 40, 90]) // int(self.config["block_size"]))
-        self.engine, self.executor = fake_engine(num_blocks, self.clock, **self.config)
+        self.engine, self.executor = fake_engine(num_blocks, self.clock, **self.config, **more)
         self.num_blocks = num_blocks
         self.asked: dict[str, Request] = {}
         self.tokens: dict[tuple[str, int], list[int]] = {}
@@ -151,7 +151,10 @@ class Walk:
 @pytest.mark.parametrize("seed", SEEDS)
 def test_random_walks_lose_nothing_and_change_nothing(seed: int) -> None:
     print(f"walk seed {seed}")
-    walk = Walk(seed)
+    wander(Walk(seed))
+
+
+def wander(walk: Walk) -> None:
     for _ in range(STEPS):
         for _ in range(walk.rng.choice([0, 0, 1, 3])):
             walk.submit()

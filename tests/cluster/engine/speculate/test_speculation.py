@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import random
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -20,7 +21,7 @@ from cluster.engine.engine import generate
 from cluster.engine.engine_config import EngineConfig, SpeculationConfig
 from cluster.engine.request import EngineLoad, Request, SamplingParams, StoppingCriteria
 from parallel.errors import ConfigError
-from tests.cluster.engine.fake_executor import Clock, fake_engine, next_token, reference
+from tests.cluster.engine.fake_executor import VOCAB, Clock, fake_engine, next_token, reference
 from tests.cluster.engine.speculate.speculation_cases import (
     DRAFTERS,
     EAGER,
@@ -30,6 +31,7 @@ from tests.cluster.engine.speculate.speculation_cases import (
     compare_on,
     drawn_request,
 )
+from tests.cluster.engine.test_random_walks import Walk, wander
 from tests.cluster.engine.tiny_models import CONFIGS, save_tiny
 from tp_decoders import load
 
@@ -82,14 +84,17 @@ def test_streams_are_those_of_plain_decoding_on_two_ranks(ranks: Callable[..., l
 
 
 class Oracle:
-    """Proposes what the fake executor will say."""
+    """Proposes what the fake executor will say, each token wrong with a probability."""
 
-    asked = 0
+    def __init__(self, wrong: float = 0.0) -> None:
+        self._wrong, self._rng = wrong, random.Random(3)
 
     def propose(self, seq: Any, most: int) -> list[int]:
-        tokens, self.asked = list(seq.tokens), self.asked + 1
+        tokens = list(seq.tokens)
         for _ in range(most):
-            tokens.append(next_token(tokens, 0))
+            banned = seq.stop_ids if len(tokens) < seq.min_tokens else frozenset()
+            token = next_token(tokens, 0 if seq.plain and not banned else seq.stream, banned)
+            tokens.append(self._rng.randrange(VOCAB) if self._rng.random() < self._wrong else token)
         return tokens[len(seq.tokens) :]
 
     def ended(self, seq: Any) -> None:
@@ -117,6 +122,15 @@ def test_a_right_draft_saves_a_step_a_token() -> None:
     counted, _ = answered(Oracle(), [ask("a")])
     assert counted.accepted_draft_tokens == counted.draft_tokens == 30 - counted.steps
     assert counted.steps <= 6 and counted.generated_tokens == 30
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_walks_lose_nothing_and_change_nothing_with_drafts(seed: int) -> None:
+    walk = Walk(1000 + seed, speculation=EAGER)
+    walk.engine.scheduler.speculator.drafter = Oracle(wrong=0.15)
+    wander(walk)
+    counted = walk.engine.load()
+    assert 20 < counted.accepted_draft_tokens < counted.draft_tokens
 
 
 def test_a_request_may_do_without() -> None:
