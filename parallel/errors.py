@@ -54,3 +54,7 @@ class OperandError(ConfigError):
 
 class NativeMemoryError(TpError, MemoryError):
     """A native kernel could not get the memory it works in; nothing of its result is to be used."""
+
+
+class WeightReleased(TpError, RuntimeError):
+    """The values of a weight that is stored packed only were asked for, or written to, as a plain tensor's."""

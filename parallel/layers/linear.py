@@ -22,6 +22,7 @@ from parallel.layers.low_rank import ColumnAdapter, RowAdapter, active
 from parallel.matmul.activation import activate, is_native
 from parallel.matmul.grad_sum import weight_grad
 from parallel.matmul.input_grad import DividedOutputs, summed_input_grad
+from parallel.matmul.packed_store import release
 from parallel.matmul.products import Operand, Term, column_sum, outer_product, product, reduced_product
 from parallel.ranks.group import Group
 from parallel.ranks.sequence_parallel import all_tokens, own_tokens, scatter_tokens
@@ -90,6 +91,10 @@ class ColumnLinear(nn.Module):
         if low_TR is not None and self.adapter is not None:
             terms.append(self.adapter.term(low_TR))
         return product(terms, self.bias, activation, dtype)
+
+    def release(self, values: Tensor | None = None) -> None:
+        """For serving: the weight is stored packed only; of its present values unless given."""
+        release(self.weight, (0, self.d_in), values)
 
     @property
     def trains(self) -> bool:
@@ -203,6 +208,10 @@ class RowLinear(nn.Module):
         if operand is None or operand.parameter is not weight:
             operand = self._operand = Operand(weight, self.borders)
         return Term(x_TK, operand)
+
+    def release(self, values: Tensor | None = None) -> None:
+        """For serving: the weight is stored packed only; of its present values unless given."""
+        release(self.weight, self.borders, values)
 
     def back_term(self, grad_TN: Tensor) -> Term:
         """dX = dY W, as an addend."""

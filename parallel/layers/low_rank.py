@@ -26,6 +26,7 @@ from parallel.matmul.input_grad import DividedOutputs
 from parallel.matmul.products import Operand, Term, leaf_tree, nodes, outer_product, product
 from parallel.native.packed_weight import PackedMatrix
 from parallel.ranks.group import Group
+from parallel.sharding.released_weight import assign, values
 from parallel.sharding.rules import Part, Replicated, Split, VirtualShards, full_shape_of, rule_of, sharded
 
 
@@ -80,13 +81,14 @@ class Adapter(nn.Module):
     @torch.no_grad()
     def merge(self, weight: Tensor, keep: bool) -> None:
         """W += s B A, rounded once. With `keep`, unmerging gives W's very bits back, at the price of a copy of it."""
-        self._base = weight.detach().clone() if keep else None
-        weight.copy_(weight.float() + self.delta())
+        base = values(weight)
+        self._base = base.clone() if keep else None
+        assign(weight, base.float() + self.delta())
         self.merged = True
 
     @torch.no_grad()
     def unmerge(self, weight: Tensor) -> None:
-        weight.copy_(weight.float() - self.delta() if self._base is None else self._base)
+        assign(weight, values(weight).float() - self.delta() if self._base is None else self._base)
         self._base, self.merged = None, False
 
 

@@ -4,7 +4,8 @@
 collective (tree_sum, or a plain sum with numerics "fast"). On CPU the native kernel does both; elsewhere, or where
 there is no compiler, torch does, leaf by leaf. `Operand` owns the packed form of a parameter: derived, never saved,
 made again at the first product after a write (parallel.sharding.parameter says which are counted, and who has to say
-`written`; one that forgot to is mostly found by looking at a few elements per product).
+`written`; one that forgot to is mostly found by looking at a few elements per product). Of a released weight the packed
+form is the weight (packed_store).
 """
 
 from __future__ import annotations
@@ -17,12 +18,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from parallel.errors import WeightReleased
 from parallel.matmul import onednn
 from parallel.matmul.activation import activate
+from parallel.matmul.packed_store import PackedStore
 from parallel.native import elementwise, gemm, library, memory
 from parallel.native.operands import DTYPES as NATIVE_DTYPES
 from parallel.ranks.group import Group
 from parallel.sharding.parameter import Stamp, stamp
+from parallel.sharding.released_weight import ReleasedWeight
 from parallel.sharding.rules import VirtualShards
 from parallel.sharding.tree import Range, leaves_sum, middle
 
@@ -75,12 +79,23 @@ class Operand:
 
     def packed(self) -> gemm.PackedMatrix:
         """The packed form, made again if the parameter was written to or its memory replaced since."""
+        if isinstance(self.parameter, ReleasedWeight):
+            return self._stored(self.parameter)
         now = stamp(self.parameter)
         if self._packed is None or now != self._stamp:
             self.refresh()
             self._stamp = now
         assert self._packed is not None, "refresh makes it"
         return self._packed
+
+    def _stored(self, weight: ReleasedWeight) -> gemm.PackedMatrix:
+        if self._transposed or self._rows is not None:
+            raise WeightReleased(
+                "a gradient through a weight that is stored packed only, for serving, needs it transposed, too; load "
+                "the model with packed=False to train it"
+            )
+        assert isinstance(weight.store, PackedStore), "products are with what packed_store released"
+        return weight.store.matrix
 
     def refresh(self) -> None:
         """Takes over the parameter's present values, whatever is known of writes to it."""

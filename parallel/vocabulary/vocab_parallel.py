@@ -16,13 +16,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from parallel.layers.dropout import PLAIN, LayerPass
 from parallel.layers.linear import ColumnLinear
 from parallel.matmul.products import leaf_tree
 from parallel.ranks.collectives import reduce_from
 from parallel.ranks.group import Group
+from parallel.sharding.released_weight import rows
 from parallel.sharding.rules import Split, VirtualShards, sharded
 from parallel.vocabulary.logsumexp import exp_sum_leaves, exp_sum_total, invariant_log, row_best, row_max
 
@@ -46,13 +46,13 @@ class VocabEmbedding(nn.Module):
     def forward(self, ids_T: Tensor) -> Tensor:
         """[T] ids to [T, D]."""
         if self.group.size == 1:
-            return functional.embedding(ids_T, self.weight) + 0.0  # as a sum over ranks: -0.0 becomes 0.0
+            return rows(self.weight, ids_T) + 0.0  # as a sum over ranks: -0.0 becomes 0.0
         start, stop = self.shards.range(self.group.rank)
         if start == stop:
             rows_TD = self.weight.sum() + self.weight.new_zeros((ids_T.shape[0], self.weight.shape[1]))
         else:
             mine_T = (ids_T >= start) & (ids_T < stop)
-            rows_TD = functional.embedding((ids_T - start).clamp(0, stop - start - 1), self.weight)
+            rows_TD = rows(self.weight, (ids_T - start).clamp(0, stop - start - 1))
             rows_TD = torch.where(mine_T[:, None], rows_TD, torch.zeros((), dtype=rows_TD.dtype, device=rows_TD.device))
         return reduce_from(rows_TD, self.group)
 

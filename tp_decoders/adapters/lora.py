@@ -20,6 +20,7 @@ from parallel.errors import ConfigError
 from parallel.layers.dropout import ADAPTER, DropoutSite
 from parallel.layers.linear import ColumnLinear
 from parallel.layers.low_rank import ColumnAdapter, RowAdapter
+from parallel.sharding.released_weight import is_released
 from parallel.sharding.rules import full_shape_of, rule_of
 from tp_decoders.model.adapted_layers import adapted, is_merged, linears
 from tp_decoders.model.decoder import Decoder
@@ -126,8 +127,10 @@ def unmerge(model: Decoder) -> None:
 
 
 def detach(model: Decoder) -> None:
-    """Forgets the adapters. Weights stay as they are, so a merged adapter stays in them; all of them train again."""
+    """Forgets the adapters. Weights stay as they are, so a merged adapter stays in them; those that can train do
+    again."""
     for _, layer, _ in list(adapted(model)):
         layer.adapter = None
     model.lora = None
-    model.requires_grad_(True)
+    for parameter in model.parameters():
+        parameter.requires_grad_(not is_released(parameter))

@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from parallel.errors import CheckpointError, ConfigError
+from parallel.sharding.released_weight import values
 from parallel.sharding.rules import full_shape_of, rule_of, sharded
 from tp_decoders.adapters.lora import detach, ends_with, merge, place, their_module
 from tp_decoders.checkpoint.load_save import agree, fill, full_tensor
@@ -167,7 +168,7 @@ def _is_unchanged(model: Decoder, file: TensorFile, key: str, theirs: str) -> bo
     parameter = dict(model.named_parameters())[line.ours]
     copy = sharded(full_shape_of(parameter), rule_of(parameter), model.group.rank, parameter.dtype, parameter.device)
     fill(copy, file, key, False, model.group.rank)
-    return torch.equal(copy, parameter)
+    return torch.equal(copy, values(parameter))
 
 
 def adapter_tensors(model: Decoder) -> list[tuple[str, str, nn.Parameter]]:

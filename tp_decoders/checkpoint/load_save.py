@@ -14,13 +14,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from parallel.errors import CheckpointError, TpError
 from parallel.layers.norm import Norm
 from parallel.native.memory import give_back
 from parallel.ranks.gather_parameter import full_tensor
 from parallel.ranks.group import Group
+from parallel.sharding.released_weight import assign, is_released
 from parallel.sharding.rules import full_shape_of, rule_of
 from tp_decoders.checkpoint.downcast import Lost
 from tp_decoders.checkpoint.folder_writer import FolderWriter
@@ -30,7 +31,7 @@ from tp_decoders.families.family import AUTO
 from tp_decoders.files.tensor_files import Checkpoint, TensorFile, open_checkpoint
 from tp_decoders.files.weights_cache import Progress, WeightsCache
 from tp_decoders.hub.repository import is_name, locate, pin
-from tp_decoders.model.adapted_layers import whole_parameters
+from tp_decoders.model.adapted_layers import linears, whole_parameters
 from tp_decoders.model.config import DecoderConfig
 from tp_decoders.model.decoder import Decoder
 from tp_decoders.model.place import Place
@@ -66,6 +67,7 @@ def load(
     mpt_reference: str = AUTO,
     cache: WeightsCache | None = None,
     progress: Progress | None = None,
+    packed: bool = False,
 ) -> Decoder:
     """This rank's shard of a checkpoint, in eval mode; in the checkpoint's own type unless one is given.
 
@@ -74,6 +76,9 @@ def load(
     `labels` (names, or how many) and `problem` are for a head that the checkpoint lacks and that is made anew;
     `mpt_reference` says whose meaning an MPT's options have ("transformers" or "llm-foundry"; else its origin); `cache`
     is where this host keeps a copy of the files; `progress` is told the bytes of the shard that were read.
+
+    `packed` is for serving only: each matrix of a product is held once, as the native kernels read it, where they do
+    (else nothing changes); such a model is saved, merged and pruned like any other and cannot be trained.
     """
     group = group or Group.single()
     check_task(task)
@@ -85,7 +90,7 @@ def load(
         sources = match_tensors(build(config, group, device="meta"), checkpoint, names)  # before memory is taken
         model = build(config, group, dtype or stored_dtype(config, checkpoint, names), device)
         warn_of_different_twins(model, checkpoint, names, sources)
-        _fill_all(model, checkpoint, sources, progress or (lambda what, done, total: None))
+        _fill_all(model, checkpoint, sources, progress or (lambda what, done, total: None), packed)
     model.source = folder
     give_back()  # what reading took: caches are sized by what is free
     return model
@@ -114,18 +119,25 @@ def locate_together(path: str | Path, group: Group) -> Path:
     return locate(word[1:].decode())
 
 
-def _fill_all(model: Decoder, checkpoint: Checkpoint, sources: Sources, progress: Progress) -> None:
+def _fill_all(model: Decoder, checkpoint: Checkpoint, sources: Sources, progress: Progress, packed: bool) -> None:
     """Reads what the checkpoint holds of a shard, and makes the rest."""
+    packs = {id(layer.weight): layer for layer in linears(model).values()} if packed else {}
     parameters = dict(model.named_parameters())
     sizes = {ours: parameters[ours].numel() * checkpoint.itemsize(theirs) for ours, (theirs, _) in sources.items()}
     done, total, lost = 0, sum(sizes.values()), Lost()
     for ours, parameter in parameters.items():
+        layer = packs.get(id(parameter))
         if ours in sources:
-            fill(parameter, checkpoint, *sources[ours], model.group.rank, lost)
+            if layer is None:
+                fill(parameter, checkpoint, *sources[ours], model.group.rank, lost)
+            else:  # its own memory is never touched
+                layer.release(shard_of(parameter, checkpoint, *sources[ours], model.group.rank, lost))
             done += sizes[ours]
             progress("reading weights", done, total)
         else:
             fresh(model, ours, parameter, HEAD_SEED)
+            if layer is not None:
+                layer.release()
     if lines := lost.report():
         tell = log.warning if lost.overflowed else log.info
         tell("%s in %s, rank %d: %s", checkpoint.folder, shown(parameter.dtype), model.group.rank, "; ".join(lines))
@@ -141,12 +153,47 @@ def fill(
     lost: Lost | None = None,
 ) -> None:
     """Reads the rank's slices of a stored tensor into its parameter; what its type cannot hold is counted in `lost`."""
+    if is_released(parameter):
+        assign(parameter, shard_of(parameter, checkpoint, theirs, transposed, rank, lost))
+    else:
+        _read(parameter, parameter, checkpoint, theirs, transposed, rank, lost)
+
+
+@torch.no_grad()
+def shard_of(
+    parameter: nn.Parameter,
+    checkpoint: Checkpoint | TensorFile,
+    theirs: str,
+    transposed: bool,
+    rank: int,
+    lost: Lost | None = None,
+) -> Tensor:
+    """The rank's part of a stored tensor as its parameter is to hold it: the file's own memory where that will do."""
+    pieces = rule_of(parameter).pieces(full_shape_of(parameter), rank)
+    if len(pieces) == 1:
+        piece = checkpoint.read(theirs, pieces[0][::-1] if transposed else pieces[0])
+        if piece.dtype == parameter.dtype and piece.data_ptr() % piece.itemsize == 0:
+            return piece.t() if transposed else piece
+    local = torch.empty(parameter.shape, dtype=parameter.dtype)
+    _read(local, parameter, checkpoint, theirs, transposed, rank, lost)
+    return local
+
+
+def _read(
+    local: Tensor,
+    parameter: nn.Parameter,
+    checkpoint: Checkpoint | TensorFile,
+    theirs: str,
+    transposed: bool,
+    rank: int,
+    lost: Lost | None,
+) -> None:
     rule, start = rule_of(parameter), 0
     for index in rule.pieces(full_shape_of(parameter), rank):
         width = index[rule.dim].stop - index[rule.dim].start
         if width:
             piece = checkpoint.read(theirs, index[::-1] if transposed else index)
-            place = parameter.narrow(rule.dim, start, width).copy_(piece.t() if transposed else piece)
+            place = local.narrow(rule.dim, start, width).copy_(piece.t() if transposed else piece)
             if lost is not None:
                 lost.count(theirs, piece, place)
         start += width
@@ -198,4 +245,4 @@ def fresh(model: Decoder, name: str, parameter: nn.Parameter, seed: int) -> None
     std = model.init_std(model.config, name)
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
     full = torch.empty(full_shape_of(parameter)).normal_(0.0, std, generator=generator)
-    parameter.copy_(rule_of(parameter).take(full, model.group.rank))
+    assign(parameter, rule_of(parameter).take(full, model.group.rank))

@@ -126,7 +126,7 @@ def _table(model: VocabularyTables, value: nn.Module | Tensor) -> Tensor:
             f"a table of {full.dtype}, shape {list(full.shape)}; give [vocabulary, {model.config.d_model}] of a "
             "floating-point type"
         )
-    return full.to(model.embed.weight)
+    return full.to(model.embed.weight.device, model.embed.weight.dtype)
 
 
 @torch.no_grad()

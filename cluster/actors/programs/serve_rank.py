@@ -85,7 +85,7 @@ class ServeRank:
         cache, told = reading(self._place, self._folder, spec.weights_cache)
         return load(
             self._folder, spec.task, groups.tp, dtype, self._device, mpt_reference=spec.mpt_reference, cache=cache,
-            progress=told,
+            progress=told, packed=not spec.training.enabled,
         )  # fmt: skip
 
     def rejoin(self, make: MakeProgram, place: Place, phases: Phases) -> RankFacts:

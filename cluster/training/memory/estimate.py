@@ -9,7 +9,14 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from cluster.training.memory.lasting_memory import StaticBytes, cache_layout, packed_bytes, training_bytes, weight_bytes
+from cluster.training.memory.lasting_memory import (
+    StaticBytes,
+    cache_layout,
+    packed_bytes,
+    released_bytes,
+    training_bytes,
+    weight_bytes,
+)
 from cluster.training.memory.pass_memory import PassCost, PassShape, Prepare, forward_peak, pass_cost
 from parallel.options import Recompute
 from parallel.ranks.group import Group, Numerics
@@ -113,11 +120,11 @@ def joined(static: StaticBytes, cost: PassCost, setup: Setup) -> RankMemory:
 
 def serving_memory(config: DecoderConfig, tp: int, setup: Setup, cached_tokens: int, rank: int = 0) -> RankMemory:
     """Of one rank that serves steps of `setup.tokens` tokens with a cache of `cached_tokens`."""
-    model = shard(config, tp, setup, rank)
+    model, on_cpu = shard(config, tp, setup, rank), setup.device == "cpu"
     shape = PassShape(rank=rank, tp=tp, tokens=setup.tokens, dtype=setup.dtype, device=setup.device)
     return RankMemory(
-        weights=weight_bytes(model),
-        packed=packed_bytes(model, training=False) if setup.device == "cpu" else 0,
+        weights=weight_bytes(model) - (released_bytes(model) if on_cpu else 0),
+        packed=packed_bytes(model, training=False) if on_cpu else 0,
         kv_cache=-(-cached_tokens // BLOCK) * cache_layout(model, BLOCK).bytes_per_block,
         workspace=forward_peak(config, shape, min(SERVED_ROWS, setup.tokens)),
         runtime=RUNTIME[setup.device],

@@ -1,7 +1,8 @@
 """What lasts from one step to the next, counted on a rank's shard on the meta device.
 
 The optimiser's buffers are its own (`FlatBuffers`), so their padding is counted too. On CPUs the native kernels keep
-every weight of a product packed, once for the forward and, where something before it is trained, once for the backward.
+every weight of a product packed, once for the forward and, where something before it is trained, once for the backward;
+a rank that only serves has such a weight in no other form.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from cluster.training.step.update_guard import TRIAL_BYTES
 from parallel.attention.attend import AttentionSpec
 from parallel.attention.kv_cache import KVLayout
 from parallel.layers.linear import ColumnLinear, RowLinear
+from parallel.matmul.packed_store import releasable
 from parallel.native.memory import CHUNK, LINE, PAGE
 from parallel.native.packed_weight import PANEL, UNIT, units_of
 from parallel.ranks.group import Group
+from tp_decoders.model.adapted_layers import linears
 from tp_decoders.model.decoder import Decoder
 from tp_decoders.model.rotary import build_tables
 
@@ -78,6 +81,12 @@ def weight_bytes(model: Decoder) -> int:
     specs = {id(v): v for m in model.modules() for v in vars(m).values() if isinstance(v, AttentionSpec)}
     slopes = sum(spec.slopes.nbytes for spec in specs.values() if spec.slopes is not None)
     return sum(p.nbytes for p in model.parameters()) + sum(table.nbytes for table in tables.values()) + slopes
+
+
+def released_bytes(model: Decoder) -> int:
+    """Of the parameters whose plain form a rank that only serves gives back on a CPU."""
+    weights = {id(layer.weight): layer.weight for layer in linears(model).values()}
+    return sum(weight.nbytes for weight in weights.values() if releasable(weight))
 
 
 def packed_bytes(model: Decoder, training: bool) -> int:

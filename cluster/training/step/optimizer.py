@@ -30,6 +30,7 @@ from parallel.native import library
 from parallel.native.adamw import Rates, update
 from parallel.ranks.group import Group
 from parallel.sharding.parameter import written
+from parallel.sharding.released_weight import is_released
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 BELOW_ONE = 1.0 - 2.0**-25
@@ -86,6 +87,11 @@ class ShardedAdamW:
 
     def __init__(self, model: nn.Module, tp: Group, dp: Group, config: OptimizerConfig) -> None:
         self.tp, self.dp, self.config = tp, dp, config
+        if released := [name for name, p in model.named_parameters() if is_released(p)]:
+            raise ConfigError(
+                f"{len(released)} weights of the model ({released[0]}, ...) are stored packed only, for serving; load "
+                "it with packed=False to train it"
+            )
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not trained:
             raise ConfigError("no parameter of the model requires a gradient; there is nothing to train")

@@ -1,4 +1,5 @@
-"""Run as a program: the most anonymous memory a rank's `load` takes. Arguments: folder, rank, size, dtype; prints JSON.
+"""Run as a program: the most anonymous memory a rank's `load` takes. Arguments: folder, a small one, rank, size, dtype,
+"packed" or "plain"; prints JSON.
 
 File pages of a mapped checkpoint are the kernel's and are not counted. A thread samples while the load runs, as often
 as it can.
@@ -49,18 +50,19 @@ class Sampler:
         self.most = max(self.most, self.now())
 
 
-def main(folder: str, warm: str, rank: int, size: int, dtype: str) -> None:
+def main(folder: str, warm: str, rank: int, size: int, dtype: str, packed: bool) -> None:
     sys.setswitchinterval(1e-5)
     torch.set_num_threads(1)
-    load(warm, group=Group(rank, size))  # whatever is made once per process
+    load(warm, group=Group(rank, size), packed=packed)  # whatever is made once per process
     sampler = Sampler()
     before = sampler.now()
     with sampler:
-        model = load(folder, group=Group(rank, size), dtype=getattr(torch, dtype))
+        model = load(folder, group=Group(rank, size), dtype=getattr(torch, dtype), packed=packed)
+        held = sampler.now() - before
     shard = sum(parameter.nbytes for parameter in model.parameters())
-    print(json.dumps({"peak": sampler.most - before, "shard": shard, "samples": sampler.samples}))
+    print(json.dumps({"peak": sampler.most - before, "held": held, "shard": shard, "samples": sampler.samples}))
 
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[3]))
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5])
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5], sys.argv[6] == "packed")

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from parallel.native.library import available
 from tests.tp_decoders.families.parity import GPT2, hf
 
 PROGRAM = Path(__file__).with_name("load_memory.py")
@@ -40,7 +41,27 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_load_takes_no_more_than_the_shard_and_a_tenth(
     folders: dict[str, Path], layout: str, rank: int, size: int, dtype: str
 ) -> None:
-    arguments = [str(folders[layout]), str(folders["tiny"]), str(rank), str(size), dtype]
+    seen = memory_of(folders, layout, rank, size, dtype, "plain")
+    assert seen["peak"] >= seen["shard"] * 0.95, "the measurement sees the shard itself"
+    assert seen["peak"] <= seen["shard"] * 1.1, {name: value / MiB for name, value in seen.items()}
+
+
+@pytest.mark.skipif(not available(), reason="weights are packed for the native kernels")
+@pytest.mark.parametrize(
+    ("rank", "size", "dtype", "slice_"), [(0, 1, "float32", 0), (1, 2, "bfloat16", BIG["vocab_size"] * BIG["n_embd"])]
+)
+def test_a_load_for_serving_holds_each_matrix_once_while_it_runs_too(
+    folders: dict[str, Path], rank: int, size: int, dtype: str, slice_: int
+) -> None:
+    """`slice_`: the largest that is converted; others are packed from the file's own pages."""
+    seen = memory_of(folders, "safetensors", rank, size, dtype, "packed")
+    assert 0.95 * seen["shard"] <= seen["held"] <= 1.1 * seen["shard"], {k: v / MiB for k, v in seen.items()}
+    assert seen["peak"] <= seen["shard"] * 1.1 + slice_, {name: value / MiB for name, value in seen.items()}
+
+
+def memory_of(folders: dict[str, Path], layout: str, rank: int, size: int, dtype: str, kind: str) -> dict[str, int]:
+    """What load_memory.py prints."""
+    arguments = [str(folders[layout]), str(folders["tiny"]), str(rank), str(size), dtype, kind]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, str(PROGRAM), *arguments],
@@ -50,7 +71,6 @@ def test_load_takes_no_more_than_the_shard_and_a_tenth(
         check=True,
         timeout=280,
     )
-    seen = json.loads(done.stdout)
+    seen: dict[str, int] = json.loads(done.stdout)
     assert seen["samples"] > 50
-    assert seen["peak"] >= seen["shard"] * 0.95, "the measurement sees the shard itself"
-    assert seen["peak"] <= seen["shard"] * 1.1, {name: value / MiB for name, value in seen.items()}
+    return seen

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cluster.training.memory.estimate import Layout, Setup, serving_memory, training_memory
-from cluster.training.memory.lasting_memory import _operands, packed_bytes, packed_size, training_bytes
+from cluster.training.memory.lasting_memory import _operands, packed_bytes, packed_size, training_bytes, weight_bytes
 from cluster.training.memory.layouts import Question, make_plan, nearest
 from cluster.training.memory.live_tensors import LiveBytes
 from cluster.training.memory.pass_memory import PassShape, pass_cost, run_pass
@@ -20,8 +20,10 @@ from parallel.attention.forward_pass import Pass
 from parallel.errors import ConfigError
 from parallel.matmul.products import Operand, native_products
 from parallel.ranks.group import Group
+from parallel.sharding.released_weight import is_released
 from parallel.vocabulary.cross_entropy import vocab_token_losses
 from tp_decoders import build, initialise
+from tp_decoders.model.adapted_layers import linears
 from tp_decoders.model.config import DecoderConfig
 from tp_decoders.model.lora_config import LoraConfig
 from tp_decoders.registry import config_from_hf
@@ -155,6 +157,30 @@ def test_packed_copies_are_those_that_a_step_makes(config: DecoderConfig, dtype:
     forward, backward = _operands(build(config, dtype=dtype, device="meta"))
     assert sorted(packed_size(*operand) for operand in forward + backward) == sizes
     assert packed_bytes(model, training=True) >= sum(sizes)
+
+
+@pytest.mark.skipif(not native_products(), reason="packed weights belong to the native kernels")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_rank_that_serves_holds_what_it_was_told(config: DecoderConfig, dtype: torch.dtype) -> None:
+    model = initialise(build(config, dtype=dtype))
+    plain = sum(parameter.nbytes for parameter in model.parameters())
+    for layer in linears(model).values():
+        layer.release()
+    kept = sum(p.nbytes for p in model.parameters() if not is_released(p))
+    memory = serving_memory(config, 1, replace(SETUP, dtype=dtype, device="cpu"), cached_tokens=16)
+    assert kept <= memory.weights <= kept + weight_bytes(model) - plain
+    assert memory.packed == packed_bytes(build(config, dtype=dtype, device="meta"), training=False)
+    on_gpu = serving_memory(config, 1, replace(SETUP, dtype=dtype), cached_tokens=16)
+    assert on_gpu.weights >= plain and not on_gpu.packed
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_serving_holds_a_checkpoint_of_some_size_once(tp: int) -> None:
+    config = config_from_hf({**FAMILIES["neox"], "hidden_size": 1024, "intermediate_size": 4096, "vocab_size": 50304})
+    setup = Setup(tokens=TOKENS, dtype=torch.bfloat16, device="cpu")
+    checkpoint = sum(p.nbytes for p in build(config, dtype=torch.bfloat16, device="meta").parameters())
+    memories = [serving_memory(config, tp, setup, cached_tokens=16, rank=rank) for rank in range(tp)]
+    assert checkpoint <= sum(memory.weights + memory.packed for memory in memories) <= 1.1 * checkpoint
 
 
 def test_lora_trains_little_and_keeps_the_weights(config: DecoderConfig) -> None:
