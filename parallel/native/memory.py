@@ -26,6 +26,11 @@ Place = Callable[[int], Tensor]
 """A number of bytes to that many, uninitialised, on a cache line."""
 
 
+def alignment(nbytes: int) -> int:
+    """Where so many bytes of an arena begin: what is lost before them is at most a sixteenth."""
+    return PAGE if nbytes >= 16 * PAGE else LINE
+
+
 class Arena:
     """Hands out pieces of large mappings, one after another; none is handed out twice."""
 
@@ -35,9 +40,9 @@ class Arena:
         self._used = 0
 
     def take(self, nbytes: int) -> Tensor:
-        """Uninitialised bytes on a cache line; on a page of their own where they fill one."""
+        """Uninitialised bytes on a cache line; from a page's beginning on where they fill many."""
         with self._lock:
-            align = PAGE if nbytes >= PAGE else LINE
+            align = alignment(nbytes)
             start = -(-self._used // align) * align
             if self._chunk is None or start + nbytes > len(self._chunk):
                 self._chunk, start = _mapping(max(CHUNK, nbytes)), 0

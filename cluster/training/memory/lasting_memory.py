@@ -20,7 +20,7 @@ from parallel.attention.attend import AttentionSpec
 from parallel.attention.kv_cache import KVLayout
 from parallel.layers.linear import ColumnLinear, RowLinear
 from parallel.matmul.packed_store import releasable
-from parallel.native.memory import CHUNK, LINE, PAGE
+from parallel.native.memory import CHUNK, PAGE, alignment
 from parallel.native.packed_weight import PANEL, UNIT, units_of
 from parallel.ranks.group import Group
 from tp_decoders.model.adapted_layers import linears
@@ -96,7 +96,7 @@ def packed_bytes(model: Decoder, training: bool) -> int:
     touched: set[tuple[int, int]] = set()
     chunk, room, used = 0, 0, 0
     for nbytes in sizes:  # as native.memory.Arena hands them out
-        align = PAGE if nbytes >= PAGE else LINE
+        align = alignment(nbytes)
         start = -(-used // align) * align
         if start + nbytes > room:
             chunk, room, start = chunk + 1, -(-max(CHUNK, nbytes) // PAGE) * PAGE, 0

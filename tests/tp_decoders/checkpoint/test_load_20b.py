@@ -71,7 +71,7 @@ def load(folder: Path, warm: Path) -> dict[str, int]:
     """
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, str(PROGRAM), str(folder), str(warm), str(RANK), str(SIZE), "bfloat16"],
+        [sys.executable, str(PROGRAM), str(folder), str(warm), str(RANK), str(SIZE), "bfloat16", "plain"],
         env=environment, capture_output=True, text=True, timeout=280, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
