@@ -11,15 +11,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+import time
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cluster.access.access_config import Security, shown_address
-from cluster.actors.group.worker import Ready
+from cluster.actors.group.worker import Phases, Ready
 from cluster.actors.host.load_progress import NUMBER_BYTES, over_budget
 from cluster.actors.host.ray_head import RayHead
 from cluster.actors.host.ray_session import ray_session
@@ -43,6 +44,7 @@ from launch.serving.replicas import Replicas
 from launch.serving.resolve_serve import Endpoint, ResolvedServe
 from launch.serving.rolling_restart import ReplicaHealers
 from launch.serving.signals import Signals, end_undisturbed
+from launch.serving.start_phases import listening_line, process_age
 from launch.serving.state_file import State, saved_state
 from parallel.errors import TpError, WorkerError
 from tp_decoders.hub.repository import shown_name
@@ -57,19 +59,21 @@ THREADS = 16
 def serve(server: ResolvedServe, leaving: Leaving) -> int:
     """Serves until a signal, a Drain call or a fault; the exit status."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the loop takes over
-    head = RayHead()
+    head, phases = RayHead(), Phases()
     saved = saved_state(server.state, server.program, server.replicas, server.placement)
     try:
-        with saved as state, ray_session(server.ray_address, server.cores, head=head):
+        with saved as state, ExitStack() as stack:
+            with phases("Ray"):
+                stack.enter_context(ray_session(server.ray_address, server.cores, head=head))
             try:
-                return asyncio.run(_serve(server, state, head))
+                return asyncio.run(_serve(server, state, head, phases))
             finally:
                 end_undisturbed()
     finally:
         leaving.behind = bool(head.lost)
 
 
-async def _serve(server: ResolvedServe, state: State, head: RayHead) -> int:
+async def _serve(server: ResolvedServe, state: State, head: RayHead, phases: Phases) -> int:
     loop = asyncio.get_running_loop()
     ray = RayWatch(head, loop)
     # a replica that starts or is watched holds a thread for as long as that takes
@@ -79,13 +83,17 @@ async def _serve(server: ResolvedServe, state: State, head: RayHead) -> int:
     async with AsyncExitStack() as stack:
         stack.callback(ray.let_threads_go)
         stack.push_async_callback(replicas.close, ray.gone)
-        ready = await _started(replicas, signals, ray)
+        with phases("ranks"):
+            ready = await _started(replicas, signals, ray)
         if ready is None:
             return 0
         _report(ready)
-        frontend = await _open(server.program.model, server.frontend, state.ledger, replicas, ready, stack)
+        with phases("front-end"):
+            frontend = await _open(server.program.model, server.frontend, state.ledger, replicas, ready, stack)
         upkeep = ReplicaHealers(frontend, replicas.healers(frontend, ready))
-        line = await _listen(server, frontend, upkeep, ready, stack)
+        with phases("canary and gRPC"):
+            line = await _listen(server, frontend, upkeep, ready, stack)
+        log.info("%s", listening_line(process_age(), time.process_time(), phases.seconds))
         signals.restart = partial(upkeep.restart, server.drain_seconds)
         print(line, flush=True)
         await _run(frontend, signals, upkeep, server.drain_seconds, ray)

@@ -176,7 +176,8 @@ def test_a_rank_that_serves_holds_what_it_was_told(config: DecoderConfig, dtype:
 
 @pytest.mark.parametrize("tp", [1, 2])
 def test_serving_holds_a_checkpoint_of_some_size_once(tp: int) -> None:
-    config = config_from_hf({**FAMILIES["neox"], "num_attention_heads": 16, "hidden_size": 1024, "intermediate_size": 4096, "vocab_size": 50304})
+    wide = {"num_attention_heads": 16, "hidden_size": 1024, "intermediate_size": 4096, "vocab_size": 50304}
+    config = config_from_hf({**FAMILIES["neox"], **wide})
     setup = Setup(tokens=TOKENS, dtype=torch.bfloat16, device="cpu")
     checkpoint = sum(p.nbytes for p in build(config, dtype=torch.bfloat16, device="meta").parameters())
     memories = [serving_memory(config, tp, setup, cached_tokens=16, rank=rank) for rank in range(tp)]
