@@ -28,7 +28,7 @@ K = 83
 
 def layers(dtype: torch.dtype, n: int) -> list[ColumnLinear | RowLinear]:
     group = Group.single()
-    made = [
+    made: list[ColumnLinear | RowLinear] = [
         ColumnLinear(K, group.shards(n), group=group, dtype=dtype),
         RowLinear(group.shards(K), n, group=group, dtype=dtype),
     ]
@@ -39,7 +39,7 @@ def layers(dtype: torch.dtype, n: int) -> list[ColumnLinear | RowLinear]:
             parameter.requires_grad_(False)
         layer.weight.data[0, :4] = torch.tensor([-0.0, torch.inf, 1e-40, torch.nan]).to(dtype)
         layer.weight.data[0, 1] = 3e38
-    return made  # type: ignore[return-value]
+    return made
 
 
 def bits(x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from cluster.training.step.optimizer import OptimizerConfig, ShardedAdamW
 from parallel.attention.forward_pass import Pass
 from parallel.errors import ConfigError, WeightReleased
 from parallel.matmul.products import native_products
-from parallel.ranks.gather_parameter import full_tensor
+from parallel.ranks.gather_parameter import whole_tensor
 from parallel.ranks.group import Group
 from parallel.sharding.released_weight import is_released, values
 from tp_decoders import load, save
@@ -103,7 +103,7 @@ def test_an_adapter_merged_into_a_packed_model_and_pruned_heads_are_those_of_a_p
         load_merged(model, tmp_path / "adapter")
         merged = logits_of(model)
         prune_heads(model, {0: [1, 4], 1: [0]})
-        found.append([merged, logits_of(model), *(full_tensor(p, model.group) for _, p in model.named_parameters())])
+        found.append([merged, logits_of(model), *(whole_tensor(p, model.group) for _, p in model.named_parameters())])
     assert not torch.equal(found[0][0], logits_of(load(folder)))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
