@@ -19,7 +19,7 @@ namespace gemm {
 
 #if defined(__AVX512F__)
 constexpr int kWidth = 16;                    // lanes of a register
-constexpr int kRows = 6, kHalfRows = 6;       // of a float32 and of a bfloat16 tile
+constexpr int kRows = 6, kHalfRows = 4;       // of a float32 and of a bfloat16 tile
 constexpr int kFewRows = 2;                   // with both chains in registers
 #elif defined(__FMA__)
 constexpr int kWidth = 8, kRows = 3, kHalfRows = 3, kFewRows = 1;
