@@ -67,11 +67,17 @@ class HttpServer:
         context = None if self._tls is None else self._tls.context
         loop = asyncio.get_running_loop()
         try:
-            self._listener = await loop.create_server(self._web, host, port, ssl=context, backlog=1024, **timed)
+            self._listener = await loop.create_server(self._connection, host, port, ssl=context, backlog=1024, **timed)
         except OSError as error:
             where, reason = shown_address(host, port), error.strerror or str(error)
             raise ConfigError(f"cannot listen on {where}: {reason}; choose another server.http_port") from error
         self.port = self._listener.sockets[0].getsockname()[1]
+
+    def _connection(self) -> asyncio.Protocol:
+        """Of one client, before its handshake."""
+        if self._tls is not None:
+            self._tls.refresh()
+        return self._web()
 
     async def stop(self, grace: float = 5.0) -> None:
         """Take no more connections, give what runs `grace` seconds, then end it."""
