@@ -63,7 +63,7 @@ def test_calls_of_both_protocols_take_the_same_places() -> None:
 
 def test_a_certificate_that_was_renewed_is_shown_to_the_next_connection(tmp_path: Path) -> None:
     ours, theirs = Authority(tmp_path, "ours"), Authority(tmp_path, "theirs")
-    first, second = ours.sign("server"), theirs.sign("server")
+    first, second = ours.sign("first"), theirs.sign("second")
     cert, key = tmp_path / "now.pem", tmp_path / "now.key"
 
     def put(pair: object) -> None:
