@@ -13,7 +13,7 @@ from parallel.errors import ConfigError
 from parallel.native import library, memory
 from parallel.native.operands import DTYPES
 from parallel.native.packed_weight import PackedMatrix
-from parallel.native.unpack_weight import unpack, unpack_rows
+from parallel.native.unpack_weight import unpack_rows
 from parallel.sharding import released_weight
 from parallel.sharding.parameter import Weight
 
@@ -25,7 +25,7 @@ class PackedStore:
         self.matrix = matrix
 
     def values(self) -> Tensor:
-        return unpack(self.matrix)
+        return self.matrix.unpack()
 
     def rows(self, ids_T: Tensor) -> Tensor:
         return unpack_rows(self.matrix, ids_T)
