@@ -16,7 +16,6 @@ T tokens, N query heads, K key/value heads, H head, L leaves.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -25,6 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from parallel import exact
 from parallel.errors import ConfigError
 from parallel.ranks.group import Group
 from parallel.sharding.rules import Part, VirtualShards
@@ -147,9 +147,9 @@ def alibi_slopes(n_heads: int, alibi_bias_max: float, head_ids: Sequence[int]) -
     """[len(head_ids)] float32 slopes of the given GLOBAL heads (Press et al. 2022; MPT's order for counts that are no
     power of two).
     """
-    power = 2 ** math.ceil(math.log2(n_heads))
+    power = 1 << (n_heads - 1).bit_length()
     exponents = torch.arange(1, power + 1, dtype=torch.float32) * (alibi_bias_max / power)
-    slopes = 1.0 / torch.pow(2, exponents)
+    slopes = 1.0 / exact.powers(torch.tensor(2.0), exponents).float()
     if power != n_heads:
         slopes = torch.cat([slopes[1::2], slopes[::2]])[:n_heads]
     return slopes[list(head_ids)].contiguous()
@@ -205,7 +205,7 @@ class KVHeads:
     def grads(self, *grads_TNH: Tensor) -> tuple[Tensor, ...]:
         """[T, K, H] each: what all query heads gave, added up over the ranks. One collective where they share heads."""
         if not self.sums_leaves:
-            return tuple(grad.unflatten(1, (self.layout.n_local_kv, self.grouping.size)).sum(2) for grad in grads_TNH)
+            return tuple(self._by_group(grad) for grad in grads_TNH)
         layout, dtype = self.layout, grads_TNH[0].dtype
         borders = layout.shards.local_borders(layout.rank)
         leaves = torch.stack([_leaf_sums(grad.float(), borders) for grad in grads_TNH], 1)  # [L, k and v, T, H]
@@ -219,6 +219,11 @@ class KVHeads:
                 assert own is not None, "a head that is held is read"
             total[head - first] = own
         return tuple(total[:, i].transpose(0, 1) for i in range(len(grads_TNH)))
+
+    def _by_group(self, grad_TNH: Tensor) -> Tensor:
+        """[T, K, H], added in float32, rounded once."""
+        grouped = grad_TNH.unflatten(1, (self.layout.n_local_kv, self.grouping.size))
+        return exact.ordered_sum(grouped.float(), 2).to(grad_TNH.dtype)
 
     @cached_property
     def _leaves_of(self) -> list[Range]:

@@ -8,13 +8,15 @@ number of leaves, none in a group of one.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from parallel.matmul.products import leaf_tree
+from parallel.matmul.products import leaf_tree, uses_native
+from parallel.native import elementwise
 from parallel.ranks.group import Group
 from parallel.sharding.rules import Fused, Replicated, Split, VirtualShards, rule_of
 
@@ -64,7 +66,7 @@ def squared_norm(parameters: Sequence[Tensor], grads: Sequence[Tensor], group: G
         totals = _tree_totals([leaves for _, leaves, _ in entries], entries[0][2], group)
         for (index, _, _), total in zip(entries, totals, strict=True):
             sums[index] = total
-    return sum(float(total) for total in sums if total is not None)
+    return math.fsum(float(total) for total in sums if total is not None)
 
 
 def _leaf_squares(piece: Tensor, dim: int, borders: Sequence[int]) -> Tensor:
@@ -74,7 +76,10 @@ def _leaf_squares(piece: Tensor, dim: int, borders: Sequence[int]) -> Tensor:
 
 def _square_sum(piece: Tensor) -> Tensor:
     """A float32 scalar; the copy makes the order of the sum that of the shape alone."""
-    return torch.linalg.vector_norm(piece.contiguous().view(-1)).square() if piece.numel() else piece.new_zeros(())
+    if not piece.numel():
+        return piece.new_zeros(())
+    flat = piece.contiguous().view(-1)
+    return elementwise.square_sum(flat) if uses_native(flat) else torch.linalg.vector_norm(flat).square()
 
 
 def _tree_totals(leaves: list[Tensor], shards: VirtualShards, group: Group) -> Tensor:

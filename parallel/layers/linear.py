@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from parallel.errors import ConfigError
+from parallel.exact import ordered_sum
 from parallel.layers.dropout import PLAIN, LayerPass
 from parallel.layers.low_rank import ColumnAdapter, RowAdapter, active
 from parallel.matmul.activation import activate, is_native
@@ -272,7 +273,7 @@ def _joint_bias(layers: tuple[RowLinear, ...]) -> Tensor | None:
         return biases[0] if biases else None
     now, known = [stamp(bias) for bias in biases], layers[0].joint_bias
     if known is None or known[1] != now or any(a is not b for a, b in zip(known[0], biases, strict=True)):
-        joint = torch.stack([bias.detach().float() for bias in biases]).sum(0)
+        joint = ordered_sum(torch.stack([bias.detach().float() for bias in biases]))
         known = layers[0].joint_bias = ([*biases], now, joint)
     return known[2]
 

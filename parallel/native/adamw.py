@@ -15,6 +15,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from parallel.exact import whole_power
 from parallel.native.library import entry
 from parallel.native.operands import apart, refused, succeeded, words, written
 
@@ -58,7 +59,7 @@ def update(
     if copy is not None:
         _contiguous("copy", copy, shape, torch.bfloat16)
         apart("adamw", "copy", copy, master, grad, first, second)
-    correction1, correction2 = 1.0 - rates.beta1**rates.step, 1.0 - rates.beta2**rates.step
+    correction1, correction2 = (1.0 - whole_power(beta, rates.step) for beta in (rates.beta1, rates.beta2))
     pointers = master.data_ptr(), grad.data_ptr(), first.data_ptr(), second.data_ptr()
     status = _function()(
         ctypes.byref(

@@ -43,6 +43,8 @@ _SIGNATURES: dict[str, tuple] = {
     "ew_log": (_L, _P, _P),
     "ew_row_max": (_I, _L, _L, _P, _L, _P),
     "ew_exp_sum": (_I, _L, _L, _P, _L, _P, _L, _P, _P),
+    "ew_layer_norm": (_I, _L, _L, _P, _L, _P, _P, _I, _P, _I, _F),
+    "ew_square_sum": (_L, _P, _P),
     "ew_rms_norm": (_I, _L, _L, _P, _L, _P, _P, _I, _F),
     "ew_layer_norm_grad": (_I, _L, _L, _P, _L, _P, _L, _P, _I, _F, _L, _P, _P, _P, _I),
     "ew_softmax_grad": (_L, _L, _P, _P, _P, _P, _P, _P),
@@ -143,6 +145,29 @@ def exp_sum(x: Tensor, top: Tensor, borders: Sequence[int]) -> Tensor:
         out.data_ptr(),
     )  # fmt: skip
     return out
+
+
+def square_sum(x: Tensor) -> Tensor:
+    """The sum of squares of a float32 tensor, a float32 scalar; its order is that of x's memory and size alone."""
+    x = checked("square_sum", "x", x, x.shape, torch.float32)
+    out = torch.empty(())
+    _call("ew_square_sum", x.numel(), x.numel(), x.data_ptr(), out.data_ptr())
+    return out
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """Layer norm of the rows of x [T, D], float32 statistics per row, rounded once."""
+    dtype = number("layer_norm", "x", x)
+    x, stride = _rows("layer_norm", "x", x)
+    rows, width = x.shape
+    weight, weight_type = _vector("layer_norm", "weight", weight, width)
+    bias, bias_type = (None, 0) if bias is None else _vector("layer_norm", "bias", bias, width)
+    y = torch.empty(rows, width, dtype=x.dtype)
+    _call(
+        "ew_layer_norm", rows * width, dtype, rows, width, x.data_ptr(), stride, y.data_ptr(), weight.data_ptr(),
+        weight_type, None if bias is None else bias.data_ptr(), bias_type, eps,
+    )  # fmt: skip
+    return y
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

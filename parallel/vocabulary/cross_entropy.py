@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from parallel.exact import ordered_sum
 from parallel.ranks.group import Group
 from parallel.sharding.rules import VirtualShards
 from parallel.vocabulary.logsumexp import invariant_log, softmax_grad
@@ -37,9 +38,9 @@ def weighted_mean(losses: Tensor, weights: Tensor) -> Tensor:
 
     Without any weight there is no mean: NaN, with gradients of 0 (0 / 0 would give NaN to every weight of a model).
     """
-    total = weights.sum()
+    total = ordered_sum(weights)
     terms = torch.where(weights != 0, losses, 0.0) * weights
-    mean = terms.sum() / torch.where(total == 0, 1.0, total)
+    mean = ordered_sum(terms) / torch.where(total == 0, 1.0, total)
     return mean + torch.where(total == 0, torch.nan, 0.0)
 
 

@@ -1,7 +1,7 @@
 """Rotary position embedding: tables of cos and sin.
 
-The tables are computed once, whole, in float32 on the CPU, so that an entry has the same bits on every rank, device
-and batch; each forward only picks the rows of its positions. T tokens, R rotated elements.
+The tables are computed once, whole, in float32 on the CPU by parallel.exact, so that an entry has the same bits on every
+rank, device, machine and batch; each forward only picks the rows of its positions. T tokens, R rotated elements.
 
 Dynamic (NTK) scaling is defined on the sequence itself: the token at position p is rotated by the base for a sequence
 of p + 1 tokens, never by the length of a batch. Generating one token at a time, transformers does the same; it
@@ -16,8 +16,12 @@ import math
 import torch
 from torch import Tensor
 
+from parallel import exact
 from parallel.layers.rotary import Rotation
 from tp_decoders.model.rotary_config import Ramp, RotaryConfig, Wavelengths
+
+AT_ONCE = 4096
+"""Positions whose angles are computed together, in float64."""
 
 
 class Rotary:
@@ -39,14 +43,17 @@ class Rotary:
 def build_tables(config: RotaryConfig) -> Rotation:
     """Angles of every position, in float32 and in the order of operations of transformers."""
     exponents = torch.arange(0, config.size, 2, dtype=torch.int64).float() / config.size
-    positions = torch.arange(config.reach, dtype=torch.int64)
-    if config.kind == "dynamic":
-        frequencies = torch.stack([1.0 / (base**exponents) for base in _dynamic_bases(config)])
-    else:
-        frequencies = _stretched(config.base**exponents, config)[None]
-    angles = positions.float()[:, None] * frequencies
+    base = torch.tensor([config.base], dtype=torch.float64)
+    frequencies = _stretched(exact.powers(base, exponents).float(), config)[None]
     scale = config.band.attention if isinstance(config.band, Ramp) else 1.0
-    return Rotation(angles.cos() * scale, angles.sin() * scale)
+    cos, sin = (torch.empty(config.reach, len(exponents)) for _ in range(2))
+    for positions in torch.arange(config.reach, dtype=torch.int64).split(AT_ONCE):
+        if config.kind == "dynamic":
+            frequencies = 1.0 / exact.powers(_dynamic_bases(positions, config)[:, None], exponents).float()
+        angles = exact.cos_sin(positions.float()[:, None] * frequencies)
+        for table, values in zip((cos, sin), angles, strict=True):
+            torch.mul(values.float(), scale, out=table[positions[0] : positions[-1] + 1])
+    return Rotation(cos, sin)
 
 
 def _stretched(periods: Tensor, config: RotaryConfig) -> Tensor:
@@ -74,12 +81,14 @@ def _stretched(periods: Tensor, config: RotaryConfig) -> Tensor:
 
 def _turning(times: float, config: RotaryConfig) -> float:
     """The element that turns so many times in the trained context."""
-    return config.size * math.log(config.trained / (times * 2 * math.pi)) / (2 * math.log(config.base))
+    return config.size * exact.log(config.trained / (times * 2 * math.pi)) / (2 * exact.log(config.base))
 
 
-def _dynamic_bases(config: RotaryConfig) -> list[float]:
-    """The base for each position: the trained one up to the trained context, growing with the sequence beyond it."""
+def _dynamic_bases(positions_T: Tensor, config: RotaryConfig) -> Tensor:
+    """[T] float64, the base for each position: the trained one up to the trained context, growing with the sequence
+    beyond it.
+    """
     factor, trained = config.factor, config.max_positions
-    power = config.size / (config.size - 2)
-    lengths = (max(position + 1, trained) for position in range(config.reach))
-    return [config.base * ((factor * length / trained) - (factor - 1)) ** power for length in lengths]
+    lengths = (positions_T + 1).clamp(min=trained).double()
+    growth = factor * lengths / trained - (factor - 1)
+    return config.base * exact.powers(growth, torch.tensor(config.size / (config.size - 2), dtype=torch.float64))

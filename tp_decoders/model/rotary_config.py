@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
+from parallel import exact
 from parallel.errors import ConfigError
 from tp_decoders.files.json_fields import Fields
 
@@ -137,7 +137,7 @@ def _scaling_from_hf(scaling: Fields | None) -> tuple[str, float, int | None, Wa
 
 def _ramp_from_hf(scaling: Fields, factor: float) -> Ramp:
     def growth(weight: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+        return 1.0 if factor <= 1 else 0.1 * weight * exact.log(factor) + 1.0
 
     given = scaling.optional_number("attention_factor", above=0.0)
     weights = [scaling.optional_number(key) for key in ("mscale", "mscale_all_dim")]

@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from parallel.attention.forward_pass import Pass
 from parallel.errors import ConfigError, RequestError
+from parallel.exact import ordered_sum
 from parallel.vocabulary.cross_entropy import vocab_cross_entropy, weighted_mean
 from tp_decoders.model.decoder import Decoder
 from tp_decoders.model.task_config import CHOICES, MULTI_LABEL, REGRESSION, SEQUENCES, SINGLE_LABEL, SPANS, TaskConfig
@@ -104,7 +105,9 @@ def summaries(task: TaskConfig, states_TD: Tensor, lengths: Sequence[int], marke
     assert task.summary is not None, "double heads have a summary"
     kind, starts = task.summary.kind, _starts(lengths, states_TD.device)
     if kind == "mean":
-        return torch.stack([part.mean(0) for part in states_TD.split(list(lengths))])
+        return torch.stack(
+            [ordered_sum(part.float()).div(len(part)).to(part.dtype) for part in states_TD.split(list(lengths))]
+        )
     if kind == "first":
         return states_TD[starts]
     return states_TD[marked if kind == "cls_index" else starts + torch.tensor(lengths, device=starts.device) - 1]

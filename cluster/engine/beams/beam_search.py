@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from cluster.engine.request import BeamParams, ModelLimits, Request, TokenLogprobs
+from parallel import exact
 
 
 class Candidate(NamedTuple):
@@ -74,7 +75,7 @@ class Rules:
     ended_token: int | None = None
 
     def score(self, total: float, length: int) -> float:
-        return float(total / length**self.params.length_penalty)
+        return float(total / exact.power(length, self.params.length_penalty))
 
     def attainable(self, total: float, length: int) -> float:
         """The best score that a running beam of this total is taken to be able to reach."""

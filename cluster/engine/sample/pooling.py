@@ -18,6 +18,7 @@ from cluster.engine.sequences.fault_isolation import each_alone
 from cluster.engine.sequences.gathered_rows import Gathered
 from cluster.engine.sequences.sequence import Sequence
 from parallel.errors import ConfigError
+from parallel.exact import ordered_sum
 from tp_decoders.model.decoder import Decoder
 
 Rows = tuple[tuple[float, ...], ...]
@@ -90,4 +91,4 @@ class Pooler:
 def unit(x_RD: Tensor) -> Tensor:
     """Each row divided by its length; a row of zeros stays."""
     wide = x_RD.double()
-    return (wide / wide.square().sum(1, keepdim=True).sqrt().clamp(min=1e-30)).float()
+    return (wide / ordered_sum(wide.square(), 1)[:, None].sqrt().clamp(min=1e-30)).float()

@@ -7,7 +7,6 @@ pieces of the row, which is several times cheaper than sorting 50,000 logits.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence as Many
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from cluster.engine.request import SamplingParams
+from parallel import exact
 from parallel.vocabulary.logsumexp import exp_sum_leaves, invariant_exp
 from parallel.vocabulary.top_tokens import top_values
 
@@ -50,7 +50,7 @@ def cut(rows_RV: Tensor, params: Many[SamplingParams]) -> None:
         _keep(rows_RV, top_p, top_p_floor(picked(rows_RV, top_p), [params[i].top_p or 1.0 for i in top_p]))
     min_p = [i for i, given in enumerate(params) if given.min_p]
     if min_p:
-        floors = [math.log(params[i].min_p or 1.0) for i in min_p]
+        floors = [exact.log(params[i].min_p or 1.0) for i in min_p]
         _keep(rows_RV, min_p, torch.tensor(floors, dtype=torch.float32, device=rows_RV.device))
 
 
@@ -80,7 +80,7 @@ def top_p_floor(rows_RV: Tensor, shares: list[float]) -> Tensor:
     spread over more is divided into bins instead of being sorted.
     """
     device = rows_RV.device
-    wanted = leaf_sums(rows_RV).sum(1) * torch.tensor(shares, dtype=torch.float64, device=device)
+    wanted = exact.ordered_sum(leaf_sums(rows_RV), 1) * torch.tensor(shares, dtype=torch.float64, device=device)
     values = top_values(rows_RV, min(FIRST_CANDIDATES, rows_RV.shape[1]))
     mass = invariant_exp(values).double().cumsum(1)
     reached = mass >= wanted[:, None]

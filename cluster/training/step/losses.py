@@ -26,9 +26,9 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
 from cluster.training.step.nonfinite_errors import NonFinite
+from parallel import exact
 from parallel.errors import ConfigError, RequestError
 
 
@@ -117,7 +117,7 @@ class LossTerms:
 
     @property
     def loss(self) -> Tensor:
-        return self.terms.sum()
+        return exact.ordered_sum(self.terms)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,17 +157,17 @@ def cross_entropy(inputs: LossInputs, options: LossOptions = LossOptions()) -> L
 def importance_sampling(inputs: LossInputs, options: LossOptions = LossOptions()) -> LossTerms:
     """The policy gradient of samples drawn with other weights, each token weighted by how likely it is now."""
     log_ratio, advantages = _log_ratio(inputs, "importance_sampling")
-    return LossTerms(-_share(inputs, torch.exp(log_ratio) * advantages), _ratio_metrics(inputs, log_ratio))
+    return LossTerms(-_share(inputs, exact.exp(log_ratio) * advantages), _ratio_metrics(inputs, log_ratio))
 
 
 def ppo(inputs: LossInputs, options: LossOptions = LossOptions()) -> LossTerms:
     """The clipped surrogate; `clip_fraction` counts the tokens whose gradient the clip takes away."""
     log_ratio, advantages = _log_ratio(inputs, "ppo")
-    ratio = torch.exp(log_ratio)
+    ratio = exact.exp(log_ratio)
     low, high = 1.0 - options.clip_low, 1.0 + options.clip_high
     surrogate = torch.minimum(ratio * advantages, torch.clamp(ratio, low, high) * advantages)
     clipped = ((ratio < low) & (advantages < 0)) | ((ratio > high) & (advantages > 0))
-    clip_fraction = _share(inputs, clipped.float()).sum().detach()
+    clip_fraction = exact.ordered_sum(_share(inputs, clipped.float())).detach()
     return LossTerms(-_share(inputs, surrogate), _ratio_metrics(inputs, log_ratio) | {"clip_fraction": clip_fraction})
 
 
@@ -181,14 +181,16 @@ def dpo(inputs: LossInputs, options: LossOptions = LossOptions()) -> LossTerms:
     rewards = options.beta * _sequence_sums(gains, inputs.lengths)
     margins = rewards[0::2] - rewards[1::2]
     smooth = options.label_smoothing
-    terms = -((1.0 - smooth) * logsigmoid(margins) + smooth * logsigmoid(-margins)) / inputs.normaliser
+    terms = -((1.0 - smooth) * exact.log_sigmoid(margins) + smooth * exact.log_sigmoid(-margins)) / inputs.normaliser
     described = {
         "chosen_reward": rewards[0::2],
         "rejected_reward": rewards[1::2],
         "margin": margins,
         "accuracy": (margins > 0).float(),
     }
-    return LossTerms(terms, {name: value.detach().sum() / inputs.normaliser for name, value in described.items()})
+    return LossTerms(
+        terms, {name: exact.ordered_sum(value.detach()) / inputs.normaliser for name, value in described.items()}
+    )
 
 
 LOSSES: Mapping[str, Callable[[LossInputs, LossOptions], LossTerms]] = {
@@ -222,13 +224,13 @@ def _ratio_metrics(inputs: LossInputs, log_ratio: Tensor) -> dict[str, Tensor]:
     log c.
     """
     log_ratio = log_ratio.detach()
-    ratio = torch.exp(log_ratio)
+    ratio = exact.exp(log_ratio)
     measures = {"ratio": ratio, "kl": ratio - 1.0 - log_ratio}
-    return {name: _share(inputs, values).sum() for name, values in measures.items()}
+    return {name: exact.ordered_sum(_share(inputs, values)) for name, values in measures.items()}
 
 
 def _sequence_sums(values: Tensor, lengths: tuple[int, ...]) -> Tensor:
     """The sum over each sequence: of its own values only, in their own order, whatever stands beside it."""
     if not lengths:
         return values.new_zeros(0)
-    return torch.stack([part.sum() for part in torch.split(values, list(lengths))])
+    return torch.stack([exact.ordered_sum(part) for part in torch.split(values, list(lengths))])

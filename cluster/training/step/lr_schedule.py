@@ -9,6 +9,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
+
+from parallel import exact
 from parallel.errors import ConfigError
 
 KINDS = ("cosine", "linear", "constant")
@@ -58,5 +61,9 @@ class Schedule:
         if self.total_steps is None:
             return 1.0
         progress = min(1.0, (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps))
-        falling = 0.5 * (1.0 + math.cos(math.pi * progress)) if self.kind == "cosine" else 1.0 - progress
+        falling = 0.5 * (1.0 + _cosine(math.pi * progress)) if self.kind == "cosine" else 1.0 - progress
         return self.final_ratio + (1.0 - self.final_ratio) * falling
+
+
+def _cosine(angle: float) -> float:
+    return float(exact.cos_sin(torch.tensor(angle, dtype=torch.float64))[0])

@@ -19,6 +19,7 @@ from torch.nn import functional
 from cluster.training.step.losses import LossOptions, LossTerms
 from cluster.training.step.train_batch import TaskTargets, TrainBatch
 from cluster.training.train_calls import TrainSequence
+from parallel import exact
 from parallel.attention.forward_pass import Pass
 from parallel.errors import RequestError
 from parallel.vocabulary.cross_entropy import vocab_token_losses
@@ -52,7 +53,7 @@ def _double(
     rows = choices.view(-1, targets.num_choices)
     right = targets.labels.view(-1, targets.num_choices).argmax(1)
     chosen = functional.cross_entropy(rows, right, reduction="none") * (options.choice_weight / targets.normaliser)
-    hits = (rows.detach().argmax(1) == right).float().sum() / targets.normaliser
+    hits = exact.ordered_sum((rows.detach().argmax(1) == right).float()) / targets.normaliser
     return LossTerms(torch.cat([spoken, chosen]), {"accuracy": hits}), -losses.detach()
 
 
@@ -60,7 +61,7 @@ def _accuracy(task: TaskConfig, logits: Tensor, targets: TaskTargets) -> Mapping
     if targets.labels.is_floating_point() or task.name == SPANS:
         return {}
     hits = (logits.argmax(1) == targets.labels).float() * targets.weights
-    return {"accuracy": hits.sum() / targets.normaliser}
+    return {"accuracy": exact.ordered_sum(hits) / targets.normaliser}
 
 
 def task_targets(
@@ -80,7 +81,7 @@ def task_targets(
     if any(given):
         factors = torch.tensor([w for own in given for w in own], dtype=torch.float32, device=device)
         weights = weights * (factors[:, None] if task.name == SPANS else factors)
-    total = float(weights.sum()) if normaliser is None else normaliser
+    total = float(exact.ordered_sum(weights.flatten())) if normaliser is None else normaliser
     return TaskTargets(labels=labels, weights=weights, normaliser=total, per_token=task.name == TOKENS)
 
 
