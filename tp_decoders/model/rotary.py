@@ -1,7 +1,7 @@
 """Rotary position embedding: tables of cos and sin.
 
-The tables are computed once, whole, in float32 on the CPU by parallel.exact, so that an entry has the same bits on every
-rank, device, machine and batch; each forward only picks the rows of its positions. T tokens, R rotated elements.
+The tables are computed once, whole, in float32 on the CPU by parallel.exact, so that an entry has the same bits on
+every rank, device, machine and batch; each forward only picks the rows of its positions. T tokens, R rotated elements.
 
 Dynamic (NTK) scaling is defined on the sequence itself: the token at position p is rotated by the base for a sequence
 of p + 1 tokens, never by the length of a batch. Generating one token at a time, transformers does the same; it
