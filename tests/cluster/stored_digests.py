@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from parallel.native import library
 from tests.cluster.engine.tiny_models import CONFIGS
 from tests.cluster.exact_models import exact_model, greedy, log_probs, logits, training
 from tp_decoders.model.decoder import Decoder
@@ -65,8 +66,11 @@ def _hash(content: bytes) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="rewrite the file")
+    parser.add_argument("--flags", default="", help="for the kernels' compiler, such as --flags=-mno-avx512f")
+    given = parser.parse_args()
+    library.configure(flags=given.flags.split())
     text = json.dumps(digests(), indent=1)
-    if parser.parse_args().write:
+    if given.write:
         FILE.write_text(text + "\n")
     else:
         print(text)

@@ -172,6 +172,34 @@ def test_rms_norm_is_accurate_row_by_row(dtype: torch.dtype, width: int) -> None
     assert torch.equal(ew.rms_norm(strided, weight, 1e-5), ew.rms_norm(strided.contiguous(), weight, 1e-5))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [1, 25, 64, 768, 1003])
+@pytest.mark.parametrize("biased", [True, False])
+def test_layer_norm_is_accurate_row_by_row(dtype: torch.dtype, width: int, biased: bool) -> None:
+    x, weight = (torch.randn(50, width) * 3 + 1).to(dtype), torch.randn(width).to(dtype)
+    bias = torch.randn(width).to(dtype) if biased else None
+    y = ew.layer_norm(x, weight, bias, 1e-5)
+    want = F.layer_norm(x.double(), (width,), weight.double(), None if bias is None else bias.double(), 1e-5)
+    assert ((y.double() - want).abs() <= 6e-6 + want.abs() * (2e-6 if dtype == torch.float32 else 2**-8)).all()
+    for rows in (slice(3, 4), slice(10, 21)):
+        assert torch.equal(ew.layer_norm(x[rows], weight, bias, 1e-5), y[rows])
+    library.set_threads(2)
+    assert torch.equal(ew.layer_norm(x, weight, bias, 1e-5), y)
+    strided = torch.randn(9, 2, width).to(dtype)[:, 1]
+    whole = ew.layer_norm(strided.contiguous(), weight, bias, 1e-5)
+    assert torch.equal(ew.layer_norm(strided, weight, bias, 1e-5), whole)
+
+
+@pytest.mark.parametrize("size", [0, 1, 63, 65_536, 65_537, 300_001])
+def test_a_sum_of_squares_is_accurate_at_any_number_of_threads(size: int) -> None:
+    x = torch.randn(size)
+    found = ew.square_sum(x)
+    assert float(found) == pytest.approx(float(x.double().square().sum()), rel=1e-6)
+    library.set_threads(2)
+    assert torch.equal(ew.square_sum(x), found)
+    assert not math.isfinite(float(ew.square_sum(torch.tensor([1.0, math.inf, 3e38]))))
+
+
 def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Half-rotation by definition, rounded once."""
     half, wide = cos.shape[1], x.float()
