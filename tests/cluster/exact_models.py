@@ -1,11 +1,10 @@
-"""Tiny models of integers' numbers, and what is asked of them: no random generator, library or machine shows in them."""
+"""Tiny models made of integers, and what is asked of them: no generator, library or machine shows in them."""
 
 from __future__ import annotations
 
 import math
 import zlib
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import torch
