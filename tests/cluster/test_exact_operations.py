@@ -1,5 +1,6 @@
 """On the native path torch does nothing to floating-point numbers but what IEEE 754 or plain copying fixes: no sum
-whose order, no function whose last bit, is a vector library's. So the bits are the same on every machine by construction.
+whose order, no function whose last bit, is a vector library's. So the bits are the same on every machine, by
+construction.
 """
 
 from __future__ import annotations
