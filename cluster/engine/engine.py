@@ -46,6 +46,7 @@ class StepSeconds:
     forward_seconds: float = 0.0
     sample_seconds: float = 0.0
     commit_seconds: float = 0.0
+    replayed_steps: int = 0
 
     def add(self, started: float, scheduled: float, executed: float, committed: float, result: StepResult) -> None:
         self.step_seconds += committed - started
@@ -53,6 +54,7 @@ class StepSeconds:
         self.forward_seconds += result.forward_seconds
         self.sample_seconds += result.sample_seconds
         self.commit_seconds += committed - executed
+        self.replayed_steps += result.replayed
 
 
 class Engine:

@@ -74,7 +74,7 @@ def build_runner(model: Decoder, config: EngineConfig, free_bytes: int) -> Model
         model.group.rank, num_blocks, config.block_size, num_blocks * config.block_size,
         num_blocks * layout.bytes_per_block / 2**20, backend.name,
     )  # fmt: skip
-    return ModelRunner(model, cache, backend)
+    return ModelRunner(model, cache, backend, config.replay)
 
 
 def limits_of(model: Decoder, eos_token_ids: Many[int] = ()) -> ModelLimits:

@@ -260,6 +260,7 @@ class EngineLoad:
     schedule_seconds: float = 0.0
     sample_seconds: float = 0.0
     commit_seconds: float = 0.0
+    replayed_steps: int = 0  # of the steps, those that ran as a recorded program
     prefix_tokens_looked_up: int = 0  # of prompts that were admitted
     prefix_tokens_reused: int = 0  # of these, found in the cache
     kv_blocks_cached: int = 0  # of the free ones, remembered for prompts to come

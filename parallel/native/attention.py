@@ -74,6 +74,16 @@ class PagedStep:
         succeeded("attention step", _check_step()(self.address))
         self.num_tokens, self.num_blocks, self.block_size = self._struct.tokens, self._struct.blocks, block_size
 
+    def follow(self, other: "PagedStep") -> None:
+        """Becomes the same step as the other, of as many tokens, at the address that it has."""
+        if other.num_tokens != self.num_tokens or other.block_size != self.block_size:
+            raise ConfigError(
+                f"a step of {other.num_tokens} tokens in blocks of {other.block_size} cannot stand where one of "
+                f"{self.num_tokens} in blocks of {self.block_size} was recorded"
+            )
+        ctypes.memmove(self.address, other.address, ctypes.sizeof(_Step))
+        self._keep, self.num_blocks = other._keep, other.num_blocks
+
 
 class PagedCache:
     """Where one layer's keys and values lie, as the kernel reads them: checked once, used by every step.

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from parallel.errors import ConfigError, KernelsWithheld, NativeUnavailable
 from parallel.native import build, kernel_cache
@@ -30,6 +30,39 @@ class NativeConfig:
     cache_dir: Path | None = None
     threads: int = 1
     flags: tuple[str, ...] = ()
+
+
+class Recorder(Protocol):
+    """What is told of the calls that a thread makes, while it records (parallel/replay)."""
+
+    def called(self, entry: "Entry", arguments: tuple[Any, ...]) -> None: ...
+
+
+class _Recording(threading.local):
+    recorder: Recorder | None = None
+
+
+_recording = _Recording()
+
+
+def record(recorder: Recorder | None) -> Recorder | None:
+    """From now on that recorder is told of this thread's calls, or with None nobody; who was told before."""
+    before, _recording.recorder = _recording.recorder, recorder
+    return before
+
+
+class Entry:
+    """A function of the library: called as ctypes calls it, and known to who records."""
+
+    __slots__ = ("address", "argtypes", "function", "name")
+
+    def __init__(self, name: str, argtypes: tuple, function: Callable[..., Any], address: int) -> None:
+        self.name, self.argtypes, self.function, self.address = name, argtypes, function, address
+
+    def __call__(self, *arguments: Any) -> Any:
+        if (recorder := _recording.recorder) is not None:
+            recorder.called(self, arguments)
+        return self.function(*arguments)
 
 
 class _Loaded:
@@ -117,13 +150,13 @@ def prebuild() -> Path:
     return path
 
 
-def entry(name: str, argtypes: tuple, restype: type | None = None, keep_lock: bool = False) -> Callable[..., Any]:
+def entry(name: str, argtypes: tuple, restype: type | None = None, keep_lock: bool = False) -> Entry:
     """A function of the library. keep_lock: the interpreter lock is held during the call, right for calls of a few
     microseconds, which otherwise queue behind another Python thread to get it back."""
     loader = ctypes.PyDLL if keep_lock else ctypes.CDLL
     function = loader(None, handle=library()._handle)[name]
     function.argtypes, function.restype = argtypes, restype
-    return function
+    return Entry(name, argtypes, function, ctypes.cast(function, ctypes.c_void_p).value or 0)
 
 
 def available() -> bool:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cluster.engine.request import TokenLogprobs
+from cluster.engine.run.decode_programs import StepInputs, may_replay, programs_for
 from cluster.engine.sample.beam_candidates import ranked_rows, whole_rows
 from cluster.engine.sample.logprobs import Asked, at_temperatures, checked, token_logprobs
 from cluster.engine.sample.pooling import Pooler
@@ -31,28 +32,29 @@ from tp_decoders.model.decoder import Decoder
 class ModelRunner:
     """A model, its cache, and the tables of the sequences in it."""
 
-    def __init__(self, model: Decoder, cache: KVCache, backend: Backend) -> None:
+    def __init__(self, model: Decoder, cache: KVCache, backend: Backend, replay: bool = True) -> None:
         self.model, self.cache, self.backend = model, cache, backend
         self.sampler = Sampler(model.config.vocab_size)
         self.pooler = Pooler(model)
         self.weight_version = 0
         self.device = torch.device(cache.layout.device)
+        self.programs = programs_for(model, cache, backend) if replay else None
         self._tables = BlockTables(cache.layout.block_size, self.device)
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult | None:
         """The plan's result on rank 0, None elsewhere."""
         self._follow_tables(plan)
-        tokens, now, rows = self._inputs(plan)
+        inputs = self._inputs(plan)
         started = time.perf_counter()
-        x_TD = self.model.hidden(tokens, now)
-        logits_local = self.model.logits(x_TD, rows) if plan.rows else None
+        x_TD, logits_local, replayed = self._forward(plan, inputs)
         forwarded = time.perf_counter()
         result = self._choose(plan, logits_local)
         if result is not None and plan.pools:
             result.pools = self.pooler.answers(plan.pools, x_TD)
         if result is not None:
             result.weight_version, result.forward_seconds = self.weight_version, forwarded - started
+            result.replayed = replayed
             result.sample_seconds = time.perf_counter() - forwarded
         return result
 
@@ -62,11 +64,20 @@ class ModelRunner:
         if plan.copies:
             self.cache.copy_blocks(plan.copies)
 
-    def _inputs(self, plan: StepPlan) -> tuple[Tensor, Pass, Tensor]:
+    def _inputs(self, plan: StepPlan) -> StepInputs:
         """The model's arguments: tokens, the pass, rows whose logits are wanted."""
         metadata = self._tables.step(plan.slots, plan.query_lens, plan.context_lens)
         tokens, rows = (numbers(array("q", given), self.device) for given in (plan.tokens, plan.rows))
-        return tokens, Pass.cached(self.backend, self.cache, metadata), rows
+        return StepInputs(tokens, Pass.cached(self.backend, self.cache, metadata), metadata, rows)
+
+    def _forward(self, plan: StepPlan, inputs: StepInputs) -> tuple[Tensor, Tensor | None, bool]:
+        """The last hidden states, the wanted rows of logits, and whether they were replayed."""
+        if self.programs is not None and not plan.pools and may_replay(plan.query_lens, len(plan.rows)):
+            found = self.programs.replay(inputs)
+            outputs = self.programs.computed(inputs) if found is None else found
+            return outputs.x_TD, outputs.logits, found is not None
+        x_TD = self.model.hidden(inputs.tokens, inputs.now)
+        return x_TD, self.model.logits(x_TD, inputs.rows) if plan.rows else None, False
 
     def _choose(self, plan: StepPlan, logits_local: Tensor | None) -> StepResult | None:
         """The collectives that each group of rows needs, on every rank; the rest on rank 0."""

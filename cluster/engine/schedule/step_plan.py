@@ -87,6 +87,7 @@ class StepResult:
     weight_version: int = 0
     forward_seconds: float = 0.0
     sample_seconds: float = 0.0
+    replayed: bool = False  # on rank 0, instead of being computed call by call
 
 
 class PlanBuilder:

@@ -1,0 +1,163 @@
+// What a model's forward does between its products and its attention, as kernels, so that a recorded step needs nobody
+// else: layer norm, element by element arithmetic, rows of a table, strided copies. float32 or bfloat16 in memory,
+// float32 inside, rounded once; an element's (or row's) bits are its own.
+#include <cstring>
+
+#include "rows.h"
+
+namespace {
+
+using namespace rows;
+
+enum Op : int64_t { kAdd, kAddScalar, kScale, kClamp, kOps };            // mirrored by step_kernels.py
+
+struct Map {                                  // out[i] = op(a[i], b[i]); b where the operation has two operands
+  int64_t op, dtype, n;
+  const void *a, *b;
+  void* out;
+  double low, high;                           // the scalar, or the borders of a clamp
+};
+struct Gather {                               // out[i] = table[index[i]], whole rows
+  int64_t rows, table_rows, row_bytes;
+  const char* table;
+  const int64_t* index;
+  char* out;
+};
+struct Copy {                                 // out, contiguous, of a strided tensor of at most four dimensions
+  int64_t from, to, sizes[4], strides[4];
+  const void* a;
+  void* out;
+};
+struct LayerNorm {                            // y = (x - mean) rstd weight + bias
+  int64_t dtype, rows, width, stride;
+  const void* x;
+  void* y;
+  const void* weight;
+  int64_t weight_dtype;
+  const void* bias;
+  int64_t bias_dtype;
+  double eps;
+};
+
+f32x16 gain(const void* p, int64_t dtype, int64_t i, int live) {
+  return dtype == operands::kBFloat16 ? load(static_cast<const bf16*>(p) + i, live)
+                                      : load(static_cast<const float*>(p) + i, live);
+}
+
+template <class E>
+void layer_norm(const LayerNorm& g, int64_t r) {
+  const E* x = static_cast<const E*>(g.x) + r * g.stride;
+  E* y = static_cast<E*>(g.y) + r * g.width;
+  const float count = static_cast<float>(g.width);
+  const float mean = sum_over(g.width, [&](int64_t i, int live) { return load(x + i, live); }) / count;
+  const f32x16 centre = simd::set1(mean);
+  const float variance = sum_over(g.width, [&](int64_t i, int live) {
+    f32x16 d = load(x + i, live, mean) - centre;
+    return d * d;
+  }) / count;
+  const f32x16 scale = simd::set1(1.0f / __builtin_sqrtf(variance + static_cast<float>(g.eps)));
+  by_vector(g.width, [&](int64_t i, int live) {
+    const f32x16 unit = (load(x + i, live) - centre) * scale;
+    const f32x16 shift = g.bias ? gain(g.bias, g.bias_dtype, i, live) : simd::set1(0);
+    store(y + i, simd::fma(unit, gain(g.weight, g.weight_dtype, i, live), shift), live);
+  });
+}
+
+template <class E>
+void map_elements(const Map& g) {
+  const E *a = static_cast<const E*>(g.a), *b = static_cast<const E*>(g.b);
+  E* out = static_cast<E*>(g.out);
+  const f32x16 low = simd::set1(static_cast<float>(g.low)), high = simd::set1(static_cast<float>(g.high));
+  switch (g.op) {
+    case kAdd: return map(g.n, a, out, [&](f32x16 v, int64_t i, int live) { return v + load(b + i, live); });
+    case kAddScalar: return map(g.n, a, out, [&](f32x16 v, int64_t, int) { return v + low; });
+    case kScale: return map(g.n, a, out, [&](f32x16 v, int64_t, int) { return v * low; });
+    default:                                  // a NaN stays one
+      return map(g.n, a, out, [&](f32x16 v, int64_t, int) {
+        for (int j = 0; j < kLanes; ++j) v[j] = v[j] < low[j] ? low[j] : v[j] > high[j] ? high[j] : v[j];
+        return v;
+      });
+  }
+}
+
+float widened(float x) { return x; }
+float widened(bf16 x) {
+  const uint32_t bits = uint32_t(*reinterpret_cast<const uint16_t*>(&x)) << 16;
+  float wide;
+  std::memcpy(&wide, &bits, sizeof wide);
+  return wide;
+}
+
+template <class From, class To>
+void copy(const Copy& g) {
+  const From* a = static_cast<const From*>(g.a);
+  To* out = static_cast<To*>(g.out);
+  for (int64_t i = 0; i < g.sizes[0]; ++i)
+    for (int64_t j = 0; j < g.sizes[1]; ++j)
+      for (int64_t k = 0; k < g.sizes[2]; ++k) {
+        const From* row = a + i * g.strides[0] + j * g.strides[1] + k * g.strides[2];
+        by_vector(g.sizes[3], [&](int64_t l, int live) {
+          f32x16 v = simd::set1(0);
+          if (g.strides[3] == 1) v = load(row + l, live);
+          else for (int m = 0; m < live; ++m) v[m] = widened(row[(l + m) * g.strides[3]]);
+          store(out + l, v, live);
+        });
+        out += g.sizes[3];
+      }
+}
+
+}  // namespace
+
+extern "C" {
+
+int step_layer_norm(const LayerNorm* g) {
+  return guarded([&] {
+    const int64_t n = count(g->rows, g->width);
+    present(g->weight, g->width, operands::element_size(static_cast<int>(g->weight_dtype)));
+    if (g->bias) present(g->bias, g->width, operands::element_size(static_cast<int>(g->bias_dtype)));
+    typed(static_cast<int>(g->dtype), [&](auto e) {
+      using E = decltype(e);
+      present(static_cast<const E*>(g->x), n), present(static_cast<E*>(g->y), n);
+      over_rows(g->rows, g->width, [&](int64_t begin, int64_t end) {
+        for (int64_t r = begin; r < end; ++r) layer_norm<E>(*g, r);
+      });
+    });
+  });
+}
+
+int step_map(const Map* g) {
+  return guarded([&] {
+    require(g->op >= 0 && g->op < kOps, kBadIndex);
+    typed(static_cast<int>(g->dtype), [&](auto e) {
+      using E = decltype(e);
+      present(static_cast<const E*>(g->a), g->n), present(static_cast<E*>(g->out), g->n);
+      if (g->op == kAdd) present(static_cast<const E*>(g->b), g->n);
+      map_elements<E>(*g);
+    });
+  });
+}
+
+int step_gather(const Gather* g) {
+  return guarded([&] {
+    present(g->table, count(g->table_rows, g->row_bytes), 1), present(g->out, count(g->rows, g->row_bytes), 1);
+    present(g->index, g->rows);
+    for (int64_t i = 0; i < g->rows; ++i) require(0 <= g->index[i] && g->index[i] < g->table_rows, kBadIndex);
+    for (int64_t i = 0; i < g->rows; ++i)
+      std::memcpy(g->out + i * g->row_bytes, g->table + g->index[i] * g->row_bytes, g->row_bytes);
+  });
+}
+
+int step_copy(const Copy* g) {
+  return guarded([&] {
+    const int64_t n = count(g->sizes[0], g->sizes[1], g->sizes[2], g->sizes[3]);
+    typed(static_cast<int>(g->from), [&](auto from) {
+      typed(static_cast<int>(g->to), [&](auto to) {
+        using From = decltype(from);
+        using To = decltype(to);
+        present(static_cast<const From*>(g->a), n), present(static_cast<To*>(g->out), n);
+        copy<From, To>(*g);
+      });
+    });
+  });
+}
+}

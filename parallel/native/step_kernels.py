@@ -1,0 +1,112 @@
+"""Layer norm, and what a forward does between its kernels, as kernels: the wrappers of step_kernels.cpp.
+
+Layer norm serves every forward. The others serve a step that is recorded (parallel/replay), where they stand for the
+operations of torch whose bits they have: a sum or a scaled element is computed in float32 and rounded once. No
+autograd.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from parallel.native.library import entry
+from parallel.native.operands import NUMBERS, checked, number, refused, succeeded, words
+
+MOST_DIMENSIONS = 4  # of what `copied` reads
+_ADD, _ADD_SCALAR, _SCALE, _CLAMP = range(4)  # Op of step_kernels.cpp
+_MAP, _GATHER = struct.Struct("6q2d"), struct.Struct("6q")
+_COPY, _NORM = struct.Struct("12q"), struct.Struct("10qd")
+
+
+def layer_norm(x_TD: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """(x - mean) / sqrt(var + eps) * weight + bias of the rows of x, statistics in float32 per row."""
+    name = "layer_norm"
+    dtype = number(name, "x", x_TD)
+    if x_TD.dim() != 2:
+        raise refused(name, "x", words(x_TD), "a matrix [rows, columns] is needed")
+    if x_TD.stride(1) != 1:
+        x_TD = x_TD.contiguous()
+    rows, width = x_TD.shape
+    given, kinds = [], []
+    for operand, gain in (("weight", weight), ("bias", bias)):
+        kinds.append(0 if gain is None else number(name, operand, gain))
+        given.append(None if gain is None else checked(name, operand, gain, (width,), gain.dtype))
+    y_TD = torch.empty(rows, width, dtype=x_TD.dtype)
+    addresses = [0 if gain is None else gain.data_ptr() for gain in given]
+    _call("step_layer_norm", _NORM.pack(
+        dtype, rows, width, x_TD.stride(0), x_TD.data_ptr(), y_TD.data_ptr(), addresses[0], kinds[0], addresses[1],
+        kinds[1], eps,
+    ))  # fmt: skip
+    return y_TD
+
+
+def added(a: Tensor, b: Tensor) -> Tensor:
+    """a + b, of one type and shape."""
+    b = checked("add", "b", b, a.shape, a.dtype)
+    return _mapped(_ADD, a, b)
+
+
+def added_scalar(a: Tensor, scalar: float) -> Tensor:
+    """a + scalar."""
+    return _mapped(_ADD_SCALAR, a, None, scalar)
+
+
+def scaled(a: Tensor, scalar: float) -> Tensor:
+    """a * scalar."""
+    return _mapped(_SCALE, a, None, scalar)
+
+
+def clamped(a: Tensor, low: float, high: float) -> Tensor:
+    """a within low and high."""
+    return _mapped(_CLAMP, a, None, low, high)
+
+
+def rows_of(table: Tensor, index: Tensor) -> Tensor:
+    """table[index], whole rows; an index outside of it is refused. The table contiguous, the index int64 [rows]."""
+    name = "rows"
+    if index.dim() != 1 or table.dim() < 1 or not table.is_contiguous() or not table.is_cpu:
+        raise refused(
+            name, "table", words(table), f"a contiguous one is needed, and a list of rows, not {words(index)}"
+        )
+    index = checked(name, "index", index, (len(index),), torch.int64)
+    out = torch.empty((len(index), *table.shape[1:]), dtype=table.dtype)
+    row_bytes = table[0].numel() * table.element_size() if len(table) else 0
+    given = len(index), len(table), row_bytes, table.data_ptr(), index.data_ptr(), out.data_ptr()
+    _call("step_gather", _GATHER.pack(*given))
+    return out
+
+
+def copied(a: Tensor, dtype: torch.dtype) -> Tensor:
+    """A contiguous copy, of another type where asked for."""
+    if a.dim() > MOST_DIMENSIONS or dtype not in NUMBERS:
+        raise refused("copy", "a", words(a), f"at most {MOST_DIMENSIONS} dimensions to {list(NUMBERS)}, not to {dtype}")
+    kind, short = number("copy", "a", a), MOST_DIMENSIONS - a.dim()
+    out = torch.empty(a.shape, dtype=dtype)
+    sizes, strides = (1,) * short + tuple(a.shape), (0,) * short + a.stride()
+    _call("step_copy", _COPY.pack(kind, NUMBERS[dtype], *sizes, *strides, a.data_ptr(), out.data_ptr()))
+    return out
+
+
+def _mapped(op: int, a: Tensor, b: Tensor | None, low: float = 0.0, high: float = 0.0) -> Tensor:
+    dtype = number("map", "a", a)
+    a = a.contiguous()
+    out = torch.empty(a.shape, dtype=a.dtype)
+    other = 0 if b is None else b.data_ptr()
+    _call("step_map", _MAP.pack(op, dtype, a.numel(), a.data_ptr(), other, out.data_ptr(), low, high))
+    return out
+
+
+@cache
+def _function(name: str) -> Callable[..., int]:
+    return entry(name, (ctypes.c_char_p,), ctypes.c_int, keep_lock=True)
+
+
+def _call(name: str, block: bytes) -> None:
+    if status := _function(name)(block):
+        succeeded(name, status)
