@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from itertools import chain
 
 import torch
 
@@ -64,7 +65,7 @@ def compare(model: Decoder, batch: int, turns: int, steps: int) -> str:
     ratio = statistics.median(
         statistics.median(a) / statistics.median(b) for a, b in zip(times[False], times[True], strict=True)
     )
-    before, after = (sum(times[replay], []) for replay in (False, True))
+    before, after = ([*chain(*times[replay])] for replay in (False, True))
     return (
         f"| {batch} | {statistics.median(before):.2f} | {statistics.median(after):.2f} | {min(before):.2f} | "
         f"{min(after):.2f} | {ratio:.2f} | {share:.0%} |"

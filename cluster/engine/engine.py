@@ -39,7 +39,9 @@ class Executor(Protocol):
 
 @dataclass
 class StepSeconds:
-    """Where the time of steps went; the rest of step_seconds is telling the ranks and making the model's inputs."""
+    """Where the time of steps went; the rest of step_seconds is telling the ranks and making the model's inputs. And
+    how many of them were replayed.
+    """
 
     step_seconds: float = 0.0
     schedule_seconds: float = 0.0

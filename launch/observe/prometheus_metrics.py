@@ -40,6 +40,7 @@ ENGINE_GAUGES = {
 }
 ENGINE_COUNTERS = {
     "steps": ("steps", "Steps of the engine."),
+    "replayed_steps": ("replayed_steps", "Of these, steps that ran as a recorded program."),
     "preemptions": ("preemptions", "Sequences that gave their blocks back to be computed again."),
     "generated_tokens": ("generated_tokens", "Tokens that the engine generated."),
     "prompt_tokens": ("prompt_tokens", "Tokens of prompts that the engine began."),
