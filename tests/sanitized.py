@@ -25,6 +25,7 @@ TESTS = (
     "tests/parallel/matmul/test_products.py",
     "tests/parallel/layers/test_dropout.py",
     "tests/parallel/attention/test_kv_cache.py",
+    "tests/parallel/replay",
 )
 
 

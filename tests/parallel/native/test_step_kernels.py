@@ -59,8 +59,7 @@ def test_rows_are_those_of_the_table(table: torch.Tensor) -> None:
 def test_layer_norm_is_that_of_float64_to_a_rounding(shape: tuple[int, int], dtype: torch.dtype, biased: bool) -> None:
     x, width = numbers(*shape, dtype=dtype) + 2, shape[1]
     weight, bias = numbers(width, dtype=dtype), numbers(width, dtype=dtype) if biased else None
-    wide = (part if part is None else part.double() for part in (weight, bias))
-    expected = torch.layer_norm(x.double(), (width,), *wide, 1e-5)
+    expected = torch.layer_norm(x.double(), (width,), weight.double(), None if bias is None else bias.double(), 1e-5)
     y = step_kernels.layer_norm(x, weight, bias, 1e-5)
     torch.testing.assert_close(y.double(), expected, rtol=1e-5 if dtype is torch.float32 else 8e-3, atol=2e-5)
 

@@ -113,7 +113,7 @@ def test_a_module_is_known_by_its_parts_and_their_writes() -> None:
     module.extra = nn.Module()
     assert not state.holds()
     state = ModuleState(module)
-    module.extra = None
+    module.extra = None  # type: ignore[assignment]
     assert not state.holds()
     module.weight = nn.Parameter(torch.ones(3, 4))
     assert not ModuleState(module).countable, "nobody counts the writes to it"
