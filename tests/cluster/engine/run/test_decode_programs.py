@@ -144,18 +144,19 @@ def weight_of(model: Decoder, layer: str) -> nn.Parameter:
     return model.get_parameter(f"{layer}.weight")
 
 
-def plus_one(model: Decoder) -> None:
+def one_element(model: Decoder) -> None:
+    """Too little for the looks that a product takes at its weight."""
     with torch.no_grad():
-        weight_of(model, "blocks.0.up").add_(1.0)
+        weight_of(model, "blocks.0.up")[5, 7] += 20.0
 
 
 def through_data(model: Decoder) -> None:
-    weight_of(model, "blocks.1.qkv").data.mul_(1.5)
+    weight_of(model, "blocks.1.qkv").data[3] += 2.0
 
 
 def by_a_kernel(model: Decoder) -> None:
     weight = weight_of(model, "blocks.0.down")
-    weight.detach().numpy()[:] += 0.5
+    weight.detach().numpy()[2, 2] += 20.0
     written(weight)
 
 
@@ -178,7 +179,7 @@ def a_norm_in_place(model: Decoder) -> None:
 
 
 WRITES: list[Callable[[Decoder], None]] = [
-    plus_one, through_data, by_a_kernel, replaced_memory, another_parameter, an_adapter, a_norm_in_place,
+    one_element, through_data, by_a_kernel, replaced_memory, another_parameter, an_adapter, a_norm_in_place,
 ]  # fmt: skip
 
 
@@ -208,11 +209,13 @@ def test_adapters_come_go_merge_and_part_between_steps(model: Decoder) -> None:
 
 def test_a_cache_in_other_memory_is_not_written_to_where_it_was(model: Decoder) -> None:
     pair = decoding(model)
+    before = [each.runner.cache.keys[0] for each in pair]
     for each in pair:
         each.runner.cache.keys[0] = each.runner.cache.keys[0].clone()
-    for each in pair:
         each.steps(4)
     same(pair)
+    assert torch.equal(*(each.runner.cache.keys[0] for each in pair))
+    assert not torch.equal(before[0], pair[0].runner.cache.keys[0]), "new keys stand in the new memory"
 
 
 def test_threads_may_change_between_replays(model: Decoder) -> None:
