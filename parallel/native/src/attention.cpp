@@ -50,8 +50,9 @@ struct Scratch {                            // one thread's
   const dropout::Heads* drop;
   uint64_t keys[kItemRows];                 // of the rows' dropout masks, whose columns are key positions
   f32x16 scores[kRows][kRuns], shrink[kItemRows];
-  void reserve(int H) {
-    ld = padded(H);
+  template <class T>
+  void reserve(const T* of_type, int H) {
+    ld = padded_row(of_type, H);
     memory.resize(std::max(memory.size(), size_t(kItemRows) * (2 * ld + kTile) + kRun));
     q = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
     o = q + kItemRows * ld;
@@ -154,10 +155,12 @@ void begin_rows(const Call<T>& call, const Sequence& s, const Item& item, Scratc
     if (call.drop) w.keys[r] = call.drop->key(s.first_token + token, head);
     const T* q = call.q.at(s.first_token + token, head);
     fetch_row(call.q.at(s.first_token + token, std::min(head + heads, call.N - 1)), call.H);  // the next item's
-    for (int h = 0; h < call.H; h += kRun) {
-      simd::store(reinterpret_cast<T*>(w.q) + r * w.ld + h, simd::load(q + h, std::min(kRun, call.H - h)));
+    T* row = reinterpret_cast<T*>(w.q) + r * w.ld;
+    for (int h = 0; h < w.ld; h += kRun) {
+      simd::store(row + h, simd::load(q + h, std::clamp(call.H - h, 0, kRun)));
       simd::store(w.o + r * w.ld + h, simd::zero());
     }
+    pair_row(row, w.ld);
     w.rows[r] = {simd::set1(kNever), simd::zero(), s.past + token + 1, call.slopes ? call.slopes[head] : 0.0f};
   }
 }
@@ -193,7 +196,7 @@ void locate(const Call<T>& call, const Sequence& s, int kv_head, int next_head, 
 template <class T>
 __attribute__((noinline, noclone)) void attend(const Call<T>& call, const Item& item, Scratch& w) {
   const Sequence s(*call.step, item.sequence);
-  w.reserve(call.H);
+  w.reserve(call.o, call.H);
   if (s.queries * call.groups.size <= kItemRows)      // nobody else reads this head of the sequence: write just in time
     for (int i = 0; i < item.kv_heads; ++i) write(call, s, item.kv_head + i);
   begin_rows(call, s, item, w);
@@ -238,6 +241,7 @@ void forward(const Call<T>& call) {
   std::atomic<size_t> next{0};
   pool::parallel_for(std::min<int64_t>(pool::num_threads(), items.size()), [&](int64_t) {
     static thread_local Scratch scratch;
+    const bf16_order::Flushing flushing(std::is_same_v<T, bf16>);
     for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < items.size();) attend(call, items[i], scratch);
   });
 }

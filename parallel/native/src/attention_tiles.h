@@ -3,13 +3,15 @@
 // Keys are walked in tiles of 64 absolute positions, each of four runs of 16. A stored run of one head is
 //   keys    [head_dim][16] float32; bfloat16 holds pairs of dimensions [head_dim / 2][16][2], an odd last one as [16]
 //   values  [16][head_dim]
-// Every lane of every accumulator is one chain in a fixed order (dimensions ascending for a score, positions ascending
-// for an output), and a masked key adds nothing, so a row's bits do not depend on the rows, tiles and threads around
-// it. R rows and C vectors live in registers: the loops over them must unroll. Nothing here knows sequences or caches.
+// Every lane of every accumulator is summed in a fixed order (dimensions ascending for a score of float32, bf16_order.h
+// for one of bfloat16, positions ascending for an output), and a masked key adds nothing, so a row's bits do not depend
+// on the rows, tiles and threads around it. R rows and C vectors live in registers: the loops over them must unroll.
+// Nothing here knows sequences or caches.
 #pragma once
 #include <algorithm>
 #include <limits>
 
+#include "bf16_order.h"
 #include "simd.h"
 
 #define ATTN_UNROLL _Pragma("GCC unroll 8")
@@ -40,32 +42,6 @@ inline void in_groups(int rows, const F& f) {
   if (r < rows) f(std::integral_constant<int, 1>(), r);
 }
 
-// How one step of a dot product reads queries and keys: a dimension at a time in float32, a pair in bfloat16.
-inline int steps(const float*, int H) { return H; }
-inline int steps(const bf16*, int H) { return (H + 1) / 2; }
-inline f32x16 key_step(const float* run, int i, int) { return simd::load(run + kRun * i); }
-inline u32x16 key_step(const bf16* run, int i, int H) {
-  if (2 * i + 1 == H) return simd::float_to_bits(simd::load(run + 2 * kRun * i)) >> 16;
-  u32x16 pairs;
-  std::memcpy(&pairs, run + 2 * kRun * i, sizeof pairs);
-  return pairs;
-}
-inline f32x16 query_step(const float* q, int i) { return simd::set1(q[i]); }
-inline u32x16 query_step(const bf16* q, int i) {       // q is padded with a zero to an even length
-  uint32_t x;
-  std::memcpy(&x, q + 2 * i, sizeof x);
-  return u32x16{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x};
-}
-inline f32x16 add_step(f32x16 query, f32x16 key, f32x16 sum) { return simd::fma(query, key, sum); }
-inline f32x16 add_step(u32x16 query, u32x16 key, f32x16 sum) {
-#ifdef __AVX512BF16__
-  return (f32x16)_mm512_dpbf16_ps((__m512)sum, (__m512bh)query, (__m512bh)key);
-#else
-  sum = simd::fma(simd::bits_to_float(query << 16), simd::bits_to_float(key << 16), sum);
-  return simd::fma(simd::bits_to_float(query & 0xffff0000u), simd::bits_to_float(key & 0xffff0000u), sum);
-#endif
-}
-
 // S, here and below, is 0 where all rows read the same four runs and kRuns where each row brings its own four.
 // Rows that share nothing are bound by memory: they fetch `ahead`, the runs needed next.
 template <int R, int S>
@@ -74,23 +50,96 @@ template <int R, int S>
 constexpr int kSets = S > 0 ? R : 1;
 
 // scores[r][c] = q[r] . keys of run c
-template <int R, int C, int S = 0, class T>
-__attribute__((noinline)) void dot(const T* q, int ldq, const T* const* keys, int H, const T* const* ahead,
+template <int R, int C, int S = 0>
+__attribute__((noinline)) void dot(const float* q, int ldq, const float* const* keys, int H, const float* const* ahead,
                                    f32x16 (*scores)[kRuns]) {
   f32x16 sum[R][C] = {};
-  for (int i = 0; i < steps(q, H); ++i) {
+  for (int i = 0; i < H; ++i) {
     if (kFetches<R, S>)
-      ATTN_UNROLL for (int c = 0; c < kRuns * kSets<R, S>; ++c)
-        __builtin_prefetch(reinterpret_cast<const char*>(ahead[c]) + 64 * i);
-    decltype(key_step(q, 0, 0)) key[C];
+      ATTN_UNROLL for (int c = 0; c < kRuns * kSets<R, S>; ++c) __builtin_prefetch(ahead[c] + kRun * i);
+    f32x16 key[C];
     ATTN_UNROLL for (int r = 0; r < R; ++r) {
-      if (r < kSets<R, S>) ATTN_UNROLL for (int c = 0; c < C; ++c) key[c] = key_step(keys[r * S + c], i, H);
-      auto query = query_step(q + r * ldq, i);
-      ATTN_UNROLL for (int c = 0; c < C; ++c) sum[r][c] = add_step(query, key[c], sum[r][c]);
+      if (r < kSets<R, S>)
+        ATTN_UNROLL for (int c = 0; c < C; ++c) key[c] = simd::load(keys[r * S + c] + kRun * i);
+      const f32x16 query = simd::set1(q[r * ldq + i]);
+      ATTN_UNROLL for (int c = 0; c < C; ++c) sum[r][c] = simd::fma(query, key[c], sum[r][c]);
     }
   }
   ATTN_UNROLL for (int r = 0; r < R; ++r)
     ATTN_UNROLL for (int c = 0; c < C; ++c) scores[r][c] = sum[r][c];
+}
+
+// Rows of queries are padded with zeros to whole blocks of the bfloat16 order; a block's units are paired.
+inline int padded_row(const float*, int H) { return padded(H); }
+inline int padded_row(const bf16*, int H) {
+  constexpr int kBlock = bf16_order::kBlock;
+  return (H + kBlock - 1) / kBlock * kBlock;
+}
+inline void pair_row(const float*, int) {}
+inline void pair_row(bf16* q, int length) {
+  for (int h = 0; h < length; h += bf16_order::kBlock) {
+    u32x16 units;
+    std::memcpy(&units, q + h, sizeof units);
+    units = bf16_order::paired(units);
+    std::memcpy(q + h, &units, sizeof units);
+  }
+}
+
+// Dimensions 2 i and 2 i + 1 of sixteen keys; zero where the head has none.
+inline u32x16 key_unit(const bf16* run, int i, int H) {
+  if (2 * i + 1 < H) {
+    u32x16 unit;
+    std::memcpy(&unit, run + 2 * kRun * i, sizeof unit);
+    return unit;
+  }
+  return 2 * i < H ? simd::float_to_bits(simd::load(run + 2 * kRun * i)) >> 16 : u32x16{};
+}
+
+// One chain of a block: its even dimensions (odd = 0) or its odd ones. The steps of a padded block's empty units would
+// all add the same zero; one addition has their bits.
+template <int R, int C, int S, int odd>
+__attribute__((always_inline)) inline void chain(const bf16* q, int ldq, const bf16* const* keys, int H, int block,
+                                                 const bf16* const* ahead, f32x16 (&sum)[R][C]) {
+  using namespace bf16_order;
+  const int first = block * kUnits, steps = std::min(kChain, ((H + 1) / 2 - first + 1) / 2);
+  for (int j = 0; j < steps; ++j) {
+    const int unit = first + 2 * j;
+    if (kFetches<R, S> && 2 * (unit + odd) < H)
+      ATTN_UNROLL for (int c = 0; c < kRuns * kSets<R, S>; ++c) __builtin_prefetch(ahead[c] + 2 * kRun * (unit + odd));
+    u32x16 key[C];
+    ATTN_UNROLL for (int r = 0; r < R; ++r) {
+      if (r < kSets<R, S>) ATTN_UNROLL for (int c = 0; c < C; ++c) {
+        const u32x16 low = key_unit(keys[r * S + c], unit, H), high = key_unit(keys[r * S + c], unit + 1, H);
+        key[c] = odd ? odd_pair(low, high) : even_pair(low, high);
+      }
+      uint32_t pair;
+      std::memcpy(&pair, q + r * ldq + block * kBlock + 2 * (odd * kChain + j), sizeof pair);
+      const u32x16 query = u32x16{} + pair;
+      ATTN_UNROLL for (int c = 0; c < C; ++c) sum[r][c] = bf16_order::dot(sum[r][c], query, key[c]);
+    }
+  }
+  if (steps < kChain)
+    ATTN_UNROLL for (int r = 0; r < R; ++r)
+      ATTN_UNROLL for (int c = 0; c < C; ++c) sum[r][c] += simd::zero();
+}
+
+// The same of bfloat16 in the order of bf16_order.h; the thread is Flushing. q: paired blocks (pair_row).
+template <int R, int C, int S = 0>
+__attribute__((noinline)) void dot(const bf16* q, int ldq, const bf16* const* keys, int H, const bf16* const* ahead,
+                                   f32x16 (*scores)[kRuns]) {
+  for (int block = 0; block * bf16_order::kBlock < H; ++block) {
+    f32x16 even[R][C] = {};
+    chain<R, C, S, 0>(q, ldq, keys, H, block, ahead, even);
+    f32x16 parked[R][C];
+    std::memcpy(parked, even, sizeof even);
+    f32x16 odd[R][C] = {};
+    chain<R, C, S, 1>(q, ldq, keys, H, block, ahead, odd);
+    ATTN_UNROLL for (int r = 0; r < R; ++r)
+      ATTN_UNROLL for (int c = 0; c < C; ++c) {
+        const f32x16 sum = parked[r][c] + odd[r][c];
+        scores[r][c] = (block == 0 ? simd::zero() : scores[r][c]) + sum;
+      }
+  }
 }
 
 // What `weigh` adds up: for positions first..last-1 of a tile, weight p[r * row + j * position] times values[j].

@@ -1,0 +1,76 @@
+"""The bits of attention over many shapes, as one digest a part.
+
+Also a program: `python -m tests.parallel.native.attention_digest SOURCES CACHE FLAGS...` compiles the kernels' sources
+there with these flags and prints what that build gives, as JSON.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from parallel.attention.metadata import starts_of
+from parallel.native import attention, build, library
+
+SHAPES = [
+    # query heads, kv heads, head dim, ALiBi, block size
+    (2, 2, 16, False, 16), (2, 1, 17, True, 32), (3, 3, 33, False, 64), (4, 2, 63, False, 16), (2, 2, 64, True, 32),
+    (4, 1, 80, False, 16), (2, 2, 96, True, 64), (3, 1, 128, False, 32),
+]  # fmt: skip
+LENGTHS = (1, 2, 15, 16, 17, 63, 64, 65, 129, 200)
+
+
+def drawn(tokens: int, heads: int, head_dim: int, seed: int, tiny: bool) -> Tensor:
+    """Ordinary values; where `tiny`, of a size whose products are denormal or vanish."""
+    x = torch.randn(tokens, heads, head_dim, generator=torch.Generator().manual_seed(seed))
+    return (x * 2.0**-63 if tiny else x).bfloat16()
+
+
+def paged(lengths: tuple[int, ...], block_size: int) -> tuple[attention.PagedStep, int]:
+    """A step of whole sequences in scattered blocks, and how many blocks they take."""
+    widths = [-(-length // block_size) for length in lengths]
+    tables, taken = torch.zeros(len(lengths), max(widths), dtype=torch.int32), sum(widths)
+    free = torch.randperm(taken, generator=torch.Generator().manual_seed(3)).int()
+    for row, blocks in zip(tables, free.split(widths), strict=True):
+        row[: len(blocks)] = blocks
+    context = torch.tensor(lengths, dtype=torch.int32)
+    return attention.PagedStep(torch.tensor(starts_of(lengths), dtype=torch.int32), context, tables, block_size), taken
+
+
+def outputs(shape: tuple[int, int, int, bool, int], tiny: bool) -> dict[str, Tensor]:
+    """Output, log-sum-exp and gradients of sequences prefilled together."""
+    N, K, H, alibi, block_size = shape
+    slopes = 2.0 ** -torch.linspace(1, 8, N) if alibi else None
+    scale = 2.0**126 if tiny else H**-0.5
+    step, blocks = paged(LENGTHS, block_size)
+    caches = torch.zeros(2, blocks, K, block_size // attention.RUN, attention.RUN * H).bfloat16()
+    T = sum(LENGTHS)
+    q, k, v, grad = (drawn(T, heads, H, seed, tiny and seed < 2) for seed, heads in enumerate((N, K, K, N)))
+    lse = torch.empty(T, N)
+    o = attention.forward(step, *caches, q, k, v, scale=scale, slopes=slopes, lse_TN=lse)
+    starts = torch.tensor(starts_of(LENGTHS), dtype=torch.int32)
+    dq, dk, dv = attention.backward(starts, q, k, v, o, lse, grad, scale=H**-0.5, slopes=slopes)
+    return {"o": o, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
+
+
+def digests() -> dict[str, str]:
+    found = {}
+    for shape in SHAPES:
+        for tiny in (False, True):
+            for name, x in outputs(shape, tiny).items():
+                found[f"{name} {shape} {'tiny' if tiny else ''}"] = hashlib.sha256(
+                    x.contiguous().view(torch.uint8).numpy().tobytes()
+                ).hexdigest()
+    return found
+
+
+if __name__ == "__main__":
+    build.SOURCES = Path(sys.argv[1])
+    build.FLAGS = ("-O1", *build.FLAGS[1:])
+    library.configure(cache_dir=sys.argv[2], threads=2, flags=sys.argv[3:])
+    print(json.dumps(digests()))
