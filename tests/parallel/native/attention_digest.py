@@ -19,10 +19,10 @@ from parallel.native import attention, build, library
 
 SHAPES = [
     # query heads, kv heads, head dim, ALiBi, block size
-    (2, 2, 16, False, 16), (2, 1, 17, True, 32), (3, 3, 33, False, 64), (4, 2, 63, False, 16), (2, 2, 64, True, 32),
-    (4, 1, 80, False, 16), (2, 2, 96, True, 64), (3, 1, 128, False, 32),
+    (2, 2, 16, False, 16), (2, 1, 17, True, 32), (4, 2, 63, False, 64), (1, 1, 64, True, 32), (2, 1, 80, False, 16),
+    (1, 1, 96, True, 64), (1, 1, 128, False, 32),
 ]  # fmt: skip
-LENGTHS = (1, 2, 15, 16, 17, 63, 64, 65, 129, 200)
+LENGTHS = (1, 16, 33, 63, 65, 100)
 
 
 def drawn(tokens: int, heads: int, head_dim: int, seed: int, tiny: bool) -> Tensor:
@@ -43,7 +43,7 @@ def paged(lengths: tuple[int, ...], block_size: int) -> tuple[attention.PagedSte
 
 
 def outputs(shape: tuple[int, int, int, bool, int], tiny: bool) -> dict[str, Tensor]:
-    """Output, log-sum-exp and gradients of sequences prefilled together."""
+    """Output, log-sum-exp and (not `tiny`) gradients of sequences prefilled together."""
     N, K, H, alibi, block_size = shape
     slopes = 2.0 ** -torch.linspace(1, 8, N) if alibi else None
     scale = 2.0**126 if tiny else H**-0.5
@@ -53,6 +53,8 @@ def outputs(shape: tuple[int, int, int, bool, int], tiny: bool) -> dict[str, Ten
     q, k, v, grad = (drawn(T, heads, H, seed, tiny and seed < 2) for seed, heads in enumerate((N, K, K, N)))
     lse = torch.empty(T, N)
     o = attention.forward(step, *caches, q, k, v, scale=scale, slopes=slopes, lse_TN=lse)
+    if tiny:
+        return {"o": o, "lse": lse}
     starts = torch.tensor(starts_of(LENGTHS), dtype=torch.int32)
     dq, dk, dv = attention.backward(starts, q, k, v, o, lse, grad, scale=H**-0.5, slopes=slopes)
     return {"o": o, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
