@@ -52,7 +52,7 @@ def outputs(shape: tuple[int, int, int, bool, int], tiny: bool) -> dict[str, Ten
     T = sum(LENGTHS)
     q, k, v, grad = (drawn(T, heads, H, seed, tiny and seed < 2) for seed, heads in enumerate((N, K, K, N)))
     lse = torch.empty(T, N)
-    o = attention.forward(step, *caches, q, k, v, scale=scale, slopes=slopes, lse_TN=lse)
+    o = attention.forward(step, caches[0], caches[1], q, k, v, scale=scale, slopes=slopes, lse_TN=lse)
     if tiny:
         return {"o": o, "lse": lse}
     starts = torch.tensor(starts_of(LENGTHS), dtype=torch.int32)

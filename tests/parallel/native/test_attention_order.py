@@ -51,7 +51,7 @@ def test_a_score_is_summed_in_blocks_of_32_even_and_odd_dimensions_apart(head_di
     caches = torch.zeros(2, blocks, N, 1, block_size * head_dim).bfloat16()
     q, k = (drawn(T, N, head_dim, seed, tiny) for seed in (1, 2))
     scores = torch.empty(T, N)
-    attention.forward(step, *caches, q, k, k, scale=1.0, lse_TN=scores)
+    attention.forward(step, caches[0], caches[1], q, k, k, scale=1.0, lse_TN=scores)
     assert torch.equal(scores, in_order(q, k))
     assert (torch.tensor(2.0**-126) / 4).item() == 2.0**-128, "the thread itself flushes nothing"
 
