@@ -1,8 +1,7 @@
-"""Layer norm, and what a forward does between its kernels, as kernels: the wrappers of step_kernels.cpp.
+"""What a forward does between its kernels, as kernels: the wrappers of step_kernels.cpp.
 
-Layer norm serves every forward. The others serve a step that is recorded (parallel/replay), where they stand for the
-operations of torch whose bits they have: a sum or a scaled element is computed in float32 and rounded once. No
-autograd.
+They serve a step that is recorded (parallel/replay), where they stand for the operations of torch whose bits they have:
+a sum or a scaled element is computed in float32 and rounded once. No autograd.
 """
 
 from __future__ import annotations
@@ -21,29 +20,7 @@ from parallel.native.operands import NUMBERS, checked, number, refused, succeede
 MOST_DIMENSIONS = 4  # of what `copied` reads
 _ADD, _ADD_SCALAR, _SCALE, _CLAMP = range(4)  # Op of step_kernels.cpp
 _MAP, _GATHER = struct.Struct("6q2d"), struct.Struct("6q")
-_COPY, _NORM = struct.Struct("12q"), struct.Struct("10qd")
-
-
-def layer_norm(x_TD: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    """(x - mean) / sqrt(var + eps) * weight + bias of the rows of x, statistics in float32 per row."""
-    name = "layer_norm"
-    dtype = number(name, "x", x_TD)
-    if x_TD.dim() != 2:
-        raise refused(name, "x", words(x_TD), "a matrix [rows, columns] is needed")
-    if x_TD.stride(1) != 1:
-        x_TD = x_TD.contiguous()
-    rows, width = x_TD.shape
-    given, kinds = [], []
-    for operand, gain in (("weight", weight), ("bias", bias)):
-        kinds.append(0 if gain is None else number(name, operand, gain))
-        given.append(None if gain is None else checked(name, operand, gain, (width,), gain.dtype))
-    y_TD = torch.empty(rows, width, dtype=x_TD.dtype)
-    addresses = [0 if gain is None else gain.data_ptr() for gain in given]
-    _call("step_layer_norm", _NORM.pack(
-        dtype, rows, width, x_TD.stride(0), x_TD.data_ptr(), y_TD.data_ptr(), addresses[0], kinds[0], addresses[1],
-        kinds[1], eps,
-    ))  # fmt: skip
-    return y_TD
+_COPY = struct.Struct("12q")
 
 
 def added(a: Tensor, b: Tensor) -> Tensor:

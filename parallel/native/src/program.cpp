@@ -54,6 +54,7 @@ constexpr Kind kKinds[] = {
     {"lilpp", call<L, I, L, P, P>},           // activations
     {"lilppp", call<L, I, L, P, P, P>},       // gates
     {"illplppif", call<I, L, L, P, L, P, P, I, F>},                      // RMS norm
+    {"illplppipif", call<I, L, L, P, L, P, P, I, P, I, F>},              // layer norm
 };
 constexpr int64_t kNumKinds = sizeof kKinds / sizeof kKinds[0];
 

@@ -1,5 +1,5 @@
 // What a model's forward does between its products and its attention, as kernels, so that a recorded step needs nobody
-// else: layer norm, element by element arithmetic, rows of a table, strided copies. float32 or bfloat16 in memory,
+// else: element by element arithmetic, rows of a table, strided copies. float32 or bfloat16 in memory,
 // float32 inside, rounded once; an element's (or row's) bits are its own.
 #include <cstring>
 
@@ -28,41 +28,6 @@ struct Copy {                                 // out, contiguous, of a strided t
   const void* a;
   void* out;
 };
-struct LayerNorm {                            // y = (x - mean) rstd weight + bias
-  int64_t dtype, rows, width, stride;
-  const void* x;
-  void* y;
-  const void* weight;
-  int64_t weight_dtype;
-  const void* bias;
-  int64_t bias_dtype;
-  double eps;
-};
-
-f32x16 gain(const void* p, int64_t dtype, int64_t i, int live) {
-  return dtype == operands::kBFloat16 ? load(static_cast<const bf16*>(p) + i, live)
-                                      : load(static_cast<const float*>(p) + i, live);
-}
-
-template <class E>
-void layer_norm(const LayerNorm& g, int64_t r) {
-  const E* x = static_cast<const E*>(g.x) + r * g.stride;
-  E* y = static_cast<E*>(g.y) + r * g.width;
-  const float count = static_cast<float>(g.width);
-  const float mean = sum_over(g.width, [&](int64_t i, int live) { return load(x + i, live); }) / count;
-  const f32x16 centre = simd::set1(mean);
-  const float variance = sum_over(g.width, [&](int64_t i, int live) {
-    f32x16 d = load(x + i, live, mean) - centre;
-    return d * d;
-  }) / count;
-  const f32x16 scale = simd::set1(1.0f / __builtin_sqrtf(variance + static_cast<float>(g.eps)));
-  by_vector(g.width, [&](int64_t i, int live) {
-    const f32x16 unit = (load(x + i, live) - centre) * scale;
-    const f32x16 shift = g.bias ? gain(g.bias, g.bias_dtype, i, live) : simd::set1(0);
-    store(y + i, simd::fma(unit, gain(g.weight, g.weight_dtype, i, live), shift), live);
-  });
-}
-
 template <class E>
 void map_elements(const Map& g) {
   const E *a = static_cast<const E*>(g.a), *b = static_cast<const E*>(g.b);
@@ -109,21 +74,6 @@ void copy(const Copy& g) {
 }  // namespace
 
 extern "C" {
-
-int step_layer_norm(const LayerNorm* g) {
-  return guarded([&] {
-    const int64_t n = count(g->rows, g->width);
-    present(g->weight, g->width, operands::element_size(static_cast<int>(g->weight_dtype)));
-    if (g->bias) present(g->bias, g->width, operands::element_size(static_cast<int>(g->bias_dtype)));
-    typed(static_cast<int>(g->dtype), [&](auto e) {
-      using E = decltype(e);
-      present(static_cast<const E*>(g->x), n), present(static_cast<E*>(g->y), n);
-      over_rows(g->rows, g->width, [&](int64_t begin, int64_t end) {
-        for (int64_t r = begin; r < end; ++r) layer_norm<E>(*g, r);
-      });
-    });
-  });
-}
 
 int step_map(const Map* g) {
   return guarded([&] {

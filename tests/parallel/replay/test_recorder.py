@@ -29,7 +29,7 @@ ADAPTED: dict[str, Callable[[Tensor], Tensor]] = {
     "views only, then a kernel": lambda x: elementwise.activate(x.unflatten(1, (2, 4)).unbind(1)[1], "gelu"),
     "a gate": lambda x: elementwise.gate(x[:, :4], x[:, 4:], "silu"),
     "an RMS norm": lambda x: elementwise.rms_norm(x, x[0], 1e-5),
-    "a layer norm": lambda x: step_kernels.layer_norm(x, x[0], None, 1e-5),
+    "a layer norm": lambda x: elementwise.layer_norm(x, x[0], None, 1e-5),
 }
 REFUSED: dict[str, Callable[[Tensor], Tensor]] = {
     "a function of torch": lambda x: (x + x).sin(),
