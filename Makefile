@@ -3,6 +3,7 @@
 # make test   lint, types, import contracts, tests
 # make lint   the first three only
 # make fuzz   300 drawn configurations and 300 padded calls against their references (30 in make test); FUZZ_CASES, FUZZ_FIRST to walk on
+# make variants   every kernel compiled for each instruction set that this CPU runs, the portable one included: the same bits
 # make speculate  10^4 drawn requests with speculation and without: every stream must be the same (72 in make test); SPECULATION_CASES a family
 # make walk   docs/multi-node.md on three hosts of this machine (root, sshd, rsync): ray up, train, lose a host, serve; five minutes
 # make chaos  100 faults under load on three hosts of this machine (root, unshare, ip); an hour at most; CHAOS_ARGS
@@ -21,7 +22,7 @@ PYTEST_ARGS ?=
 CHAOS_ARGS ?=
 SOAK_ARGS ?=
 
-.PHONY: demo families test lint style contracts types tests speculate walk chaos soak outside-files sanitize format proto setup clean
+.PHONY: demo families test lint style contracts types tests fuzz variants speculate walk chaos soak outside-files sanitize format proto setup clean
 
 setup: $(STAMP)
 
@@ -77,6 +78,9 @@ $(STAMP5): constraints-transformers5.txt | $(STAMP)
 	$(VENV5)/bin/python -m pip install --quiet -c constraints-transformers5.txt transformers sentencepiece
 	$(BIN)/python -c "import pathlib, torch; print(pathlib.Path(torch.__file__).parents[1])" > $$(ls -d $(VENV5)/lib/python*/site-packages)/torch-of-the-first.pth
 	touch $@
+
+variants: $(STAMP)
+	$(BIN)/python -m tests.parallel.native.variants
 
 sanitize: $(STAMP)
 	$(BIN)/python -m tests.sanitized build

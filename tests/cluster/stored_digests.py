@@ -66,7 +66,7 @@ def _hash(content: bytes) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="rewrite the file")
-    parser.add_argument("--flags", default="", help="for the kernels' compiler, such as --flags=-mno-avx512f")
+    parser.add_argument("--flags", default="", help="for the kernels' compiler, such as --flags=-O1")
     given = parser.parse_args()
     library.configure(flags=given.flags.split())
     text = json.dumps(digests(), indent=1)

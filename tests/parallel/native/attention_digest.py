@@ -1,21 +1,14 @@
-"""The bits of attention over many shapes, as one digest a part.
-
-Also a program: `python -m tests.parallel.native.attention_digest SOURCES CACHE FLAGS...` compiles the kernels' sources
-there with these flags and prints what that build gives, as JSON.
-"""
+"""The bits of attention over many shapes, as one digest a part."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-import sys
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from parallel.attention.metadata import starts_of
-from parallel.native import attention, build, library
+from parallel.native import attention
 
 SHAPES = [
     # query heads, kv heads, head dim, ALiBi, block size
@@ -69,10 +62,3 @@ def digests() -> dict[str, str]:
                     x.contiguous().view(torch.uint8).numpy().tobytes()
                 ).hexdigest()
     return found
-
-
-if __name__ == "__main__":
-    build.SOURCES = Path(sys.argv[1])
-    build.FLAGS = ("-O1", *build.FLAGS[1:])
-    library.configure(cache_dir=sys.argv[2], threads=2, flags=sys.argv[3:])
-    print(json.dumps(digests()))

@@ -1,22 +1,15 @@
-"""What the kernels beside products and attention make of drawn bits, as digests.
-
-`python -m tests.parallel.native.kernel_digests FOLDER FLAG...` prints those of a library of the sources in the folder,
-which these flags, too, compiled.
-"""
+"""What the kernels beside products and attention make of drawn bits, as digests."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from parallel.layers.dropout import mix_keys
-from parallel.native import adamw, build, dropout, elementwise, library
+from parallel.native import adamw, dropout, elementwise
 
 ROWS, COLUMNS = 37, 1003  # of which the last eleven are no whole vector
 SPECIAL = (0.0, -0.0, 1e-45, -1e-45, 1.1754942e-38, 3.4e38, -3.4e38, float("inf"), float("-inf"), float("nan"), 88.73,
@@ -93,9 +86,3 @@ def digest(outputs: tuple[Tensor, ...]) -> str:
 
 def digests() -> dict[str, str]:
     return {name: digest(outputs) for name, outputs in results()}
-
-
-if __name__ == "__main__":
-    build.SOURCES = Path(sys.argv[1])
-    library.configure(flags=sys.argv[2:])
-    print(json.dumps(digests()))

@@ -1,14 +1,8 @@
-"""bfloat16 products in the order `amx32`, element by element in NumPy, and what any build of the kernels must equal.
-
-Also a program: `python -m tests.parallel.native.order_model SOURCES CACHE` compiles the product's sources there for the
-instruction set that the environment names, and checks that build.
-"""
+"""bfloat16 products in the order `amx32`, element by element in NumPy, and what any build of the kernels must equal."""
 
 from __future__ import annotations
 
 import itertools
-import sys
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -106,13 +100,3 @@ def check() -> None:
     assert ((full - x @ w.t()).norm() / full.norm()).item() < 2e-6
     for rows in (1, 2, 7, 31):
         assert torch.equal(product([Source(x[9 : 9 + rows], packed, (0, 100, 201, 301))]), full[9 : 9 + rows])
-
-
-if __name__ == "__main__":
-    from parallel.native import build, library
-
-    build.SOURCES = Path(sys.argv[1])
-    build.FLAGS = ("-O1", *build.FLAGS[1:])
-    library.configure(cache_dir=sys.argv[2], threads=2)
-    check()
-    print(library.instruction_set())

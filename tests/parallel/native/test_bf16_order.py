@@ -1,15 +1,10 @@
-"""bfloat16 products have the bits of one order with every instruction set that this CPU can run."""
-
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""bfloat16 products have the bits of one order; what they are compiled for has a name (compared: test_variants.py)."""
 
 import pytest
 import torch
 
 from parallel.errors import ConfigError
-from parallel.native import build, instruction_set, library
+from parallel.native import instruction_set, library
 from parallel.native.gemm import PackedMatrix, Source, product
 from tests.parallel.native import order_model
 
@@ -19,22 +14,6 @@ pytestmark = pytest.mark.skipif(not library.available(), reason="the native kern
 def test_the_kernels_here_equal_the_order_element_by_element() -> None:
     order_model.check()
     library.set_threads(1)
-
-
-@pytest.mark.parametrize("name", instruction_set.NAMES)
-def test_every_instruction_set_has_the_same_bits(name: str, tmp_path: Path) -> None:
-    if name not in instruction_set.runnable():
-        pytest.skip(f"this CPU has no {name}")
-    sources = [build.SOURCES / source for source in ("gemm.cpp", "gemm_pack.cpp", "pool.cpp")]
-    for source in (*sources, *build.SOURCES.glob("*.h")):
-        (tmp_path / source.name).write_bytes(source.read_bytes())
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.parallel.native.order_model", str(tmp_path), str(tmp_path / "cache")],
-        cwd=Path(__file__).parents[3], env={**os.environ, instruction_set.VARIABLE: name},
-        capture_output=True, text=True, timeout=250,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == name
 
 
 def test_leaves_and_the_bias_keep_denormals() -> None:
