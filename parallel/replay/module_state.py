@@ -24,8 +24,8 @@ class ModuleState:
         self._members = [member for table in self._tables for member in table.values()]  # kept: no id comes twice
         self._ids = [*map(id, self._members)]
         parameters = list(module.parameters())
-        self._counted = [p for p in parameters if type(p) is Weight]
-        self._plain = [p for p in parameters if type(p) is not Weight]
+        self._counted = [p for p in parameters if isinstance(p, Weight)]
+        self._plain = [p for p in parameters if not isinstance(p, Weight)]
         self._stamps, self._places = self._now()
         self.countable = all(p.dim() < 2 for p in self._plain) and self.holds()
 

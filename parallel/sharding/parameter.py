@@ -49,6 +49,10 @@ class Weight(nn.Parameter):
                 values = values.clone()
         _DATA.__set__(self, values)
 
+    def stamp(self) -> Stamp | None:
+        """Of a kind that counts its writes by itself: that stamp."""
+        return None
+
     def _forget(self) -> None:
         self._replaced += 1 if self._alias is None else 1 + _version(self._alias)
         self._alias = None
@@ -57,7 +61,8 @@ class Weight(nn.Parameter):
 def stamp(parameter: Tensor) -> Stamp:
     """What changes with every write through PyTorch, and where those are not counted with every call."""
     if type(parameter) is not Weight:
-        return -next(_uncounted), 0, parameter.data_ptr()
+        own = parameter.stamp() if isinstance(parameter, Weight) else None
+        return own or (-next(_uncounted), 0, parameter.data_ptr())
     alias, writes = parameter._alias, parameter._replaced
     try:
         if alias is not None:

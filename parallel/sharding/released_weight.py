@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from parallel.errors import WeightReleased
-from parallel.sharding.parameter import Weight
+from parallel.sharding.parameter import Stamp, Weight
 
 _TENSOR: Any = torch.Tensor
 _DESCRIBED = frozenset(
@@ -53,6 +53,11 @@ class ReleasedWeight(Weight):
     """What a `Weight` becomes when it is released, in place: whoever holds it holds this."""
 
     store: Store
+    assigned: int
+    """Times that its values were replaced."""
+
+    def stamp(self) -> Stamp:
+        return -1, self.assigned, id(self.store)
 
     @classmethod
     def __torch_function__(
@@ -93,7 +98,7 @@ def release(weight: Weight, store: Store) -> None:
         weight.data = torch.full((1,), torch.nan, dtype=weight.dtype).expand(weight.shape)
     weight.__class__ = ReleasedWeight
     assert isinstance(weight, ReleasedWeight), "just made one"
-    weight.store = store
+    weight.store, weight.assigned = store, 0
 
 
 def is_released(parameter: Tensor) -> bool:
@@ -119,3 +124,4 @@ def assign(parameter: nn.Parameter | Tensor, new: Tensor) -> None:
         parameter.copy_(new)
         return
     parameter.store.assign(new.detach().to(parameter.dtype))
+    parameter.assigned += 1

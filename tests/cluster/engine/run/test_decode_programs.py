@@ -22,6 +22,7 @@ from cluster.engine.run.model_runner import ModelRunner
 from parallel.errors import ConfigError
 from parallel.native import library
 from parallel.sharding.parameter import written
+from parallel.sharding.released_weight import assign, is_released, values
 from tests.cluster.engine.tiny_models import CONFIGS, VOCAB, save_tiny
 from tp_decoders import load
 from tp_decoders.adapters import lora
@@ -122,6 +123,19 @@ def test_replayed_steps_have_the_bits_of_computed_ones(
     load_now = pair[0].engine.load()
     assert load_now.replayed_steps == pair[0].programs.replayed > 0.5 * load_now.steps
     assert pair[1].engine.load().replayed_steps == 0
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_model_whose_weights_are_stored_packed_only_is_replayed(family: str, checkpoints: dict[str, Path]) -> None:
+    pair = decoding(load(checkpoints[family], dtype=torch.bfloat16, packed=True))
+    same(pair)
+    assert pair[0].programs.refusals == {}
+    name, matrix = next((n, p) for n, p in pair[0].runner.model.named_parameters() if is_released(p))
+    assign(matrix, values(matrix).flip(0))
+    for each in pair:
+        each.steps(6)
+    same(pair)
+    assert len(pair[0].programs) == 1, f"made anew after {name} was written to"
 
 
 def test_adapters_are_replayed(checkpoints: dict[str, Path]) -> None:
