@@ -54,6 +54,14 @@ class Flushing {
   unsigned before_ = 0;
 };
 
+// Computed before a switch of Flushing that follows, though it may stay in a register.
+template <class V>
+inline void settle(V& value) {
+#ifdef __SSE2__
+  asm volatile("" : "+v"(value));
+#endif
+}
+
 inline f32x16 even(u32x16 units) { return simd::bits_to_float(units << 16); }
 inline f32x16 odd(u32x16 units) { return simd::bits_to_float(units & 0xffff0000u); }
 

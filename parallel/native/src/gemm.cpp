@@ -188,21 +188,15 @@ struct Work {
       const Operand& a = x[run.source];
       const char* b = run.panels + panel * run.panel_stride + s->done * kPanelBytes;
       float* top = slot + s->depth * level;
-      flushing.set(Op::kHalf);
-      run_tile({a.at(row, run, s->done), a.row_bytes, b, s->units, top, s->first, lines == 16 ? b + kAlone : ahead});
+      run_tile({a.at(row, run, s->done), a.row_bytes, b, s->units, top, s->first, s->pops, level, &flushing,
+                lines == 16 ? b + kAlone : ahead});
       ahead += s->units / 4 * lines * 64;
-      if (s->pops || s->root) flushing.set(false);     // the tree and what follows it keep denormals
-      for (int64_t pop = 0; pop < s->pops; ++pop, top -= level) add(top, top - level, rows);
+      top -= s->pops * level;
+      if (s->root) flushing.set(false);                // a bias and an activation keep denormals
       if (s->root && call.out_half()) finish<bf16>(s->root - 1, row, rows, panel, top);
       if (s->root && !call.out_half()) finish<float>(s->root - 1, row, rows, panel, top);
     }
     return ahead;
-  }
-
-  // A finished subtree + the one after it, in the place of the first.
-  static void add(const float* right, float* left, int64_t rows) {
-    for (int64_t i = 0; i < rows * kPanel; i += simd::kLanes)
-      simd::store(left + i, simd::load(left + i) + simd::load(right + i));
   }
 
   template <class E>

@@ -3,8 +3,10 @@
 // wide as the machine's registers allow: 6 rows (of bfloat16 4) x 64 columns with AVX-512, 3 x 32 with AVX2, 2 x 16 elsewhere.
 //
 //   float32    one chain of fused multiply-adds per element, kept in `slot` between steps
-//   bfloat16   bf16_order.h, block by block: the chain e, then the chain o, then c of `slot` + (e + o); one or two rows
-//              have both chains and c in registers
+//   bfloat16   bf16_order.h, block by block, W in the order of its memory: the chain e, then the chain o, then c of `slot`
+//              + (e + o); one or two rows have both chains and c in registers
+//
+// At a step's end the finished subtrees are added while the sums are still in registers.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -96,6 +98,8 @@ struct Tile {
   int64_t units;
   float* slot;                                // where the sums are kept: [rows][64]
   bool first;                                 // they begin here (at zero) or go on from the slot
+  int64_t pops, level;                        // finished subtrees to add, each `level` floats before the last
+  bf16_order::Flushing* flushing;             // on for bfloat16's sums, off for the tree, which keeps denormals
   const char* ahead;                          // what to prefetch
 };
 
@@ -105,6 +109,26 @@ inline __attribute__((always_inline)) void each(const F& f) {
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int j = 0; j < kVectors; ++j) f(r, j);
+}
+
+template <int R>
+inline __attribute__((always_inline)) void begin(const Tile& t, Floats (&acc)[R][kVectors]) {
+  each<R>([&](int r, int j) { acc[r][j] = t.first ? Floats{} : read<Floats>(t.slot + r * kPanel + j * kWidth); });
+}
+
+// At a step's end: the finished subtrees added, then kept.
+template <int R>
+inline __attribute__((always_inline)) void keep(const Tile& t, Floats (&acc)[R][kVectors]) {
+  float* slot = t.slot;
+  if (t.pops) {
+    each<R>([&](int r, int j) { bf16_order::settle(acc[r][j]); });
+    t.flushing->set(false);
+    for (int64_t pop = 0; pop < t.pops; ++pop) {
+      slot -= t.level;
+      each<R>([&](int r, int j) { acc[r][j] = read<Floats>(slot + r * kPanel + j * kWidth) + acc[r][j]; });
+    }
+  }
+  each<R>([&](int r, int j) { write(slot + r * kPanel + j * kWidth, acc[r][j]); });
 }
 
 template <int Lines, bool Near>
@@ -118,7 +142,7 @@ inline __attribute__((always_inline)) void fetch(const char*& ahead) {
 template <int R, int Lines, bool Near>
 void stripe(F32, const Tile& t) {
   Floats acc[R][kVectors];
-  each<R>([&](int r, int j) { acc[r][j] = t.first ? Floats{} : read<Floats>(t.slot + r * kPanel + j * kWidth); });
+  begin<R>(t, acc);
   const char *a = t.a, *b = t.b, *ahead = t.ahead;
   const int64_t stride = t.a_stride;
   auto step = [&](int u) __attribute__((always_inline)) {
@@ -141,7 +165,7 @@ void stripe(F32, const Tile& t) {
     b += 4 * kPanelBytes;
   }
   for (; units > 0; --units) { step(0); a += 4; b += kPanelBytes; }
-  each<R>([&](int r, int j) { write(t.slot + r * kPanel + j * kWidth, acc[r][j]); });
+  keep<R>(t, acc);
 }
 
 // One block's chain of `Parity`; where a chain has eight steps each of the two prefetches, else the first.
@@ -164,51 +188,42 @@ inline __attribute__((always_inline)) void chain(const char* a, int64_t stride, 
   }
 }
 
-// A block of W is 4 KiB. What is stored at a chain's end must not lie at the same place within 4 KiB as what is read of W
-// next, which would wait for it: W's first half comes after c, its second half after e.
-struct alignas(4096) Sums { float e[512], c[512]; };
-
 template <class Op, int R, int Lines, bool Near>
-void many(const Tile& t) {
-  static_assert(R * kStripe <= 512, "the sums fill half of a page at most");
-  Sums sums;
-  each<R>([&](int r, int j) {
-    write(sums.c + r * kStripe + j * kWidth, t.first ? Floats{} : read<Floats>(t.slot + r * kPanel + j * kWidth));
-  });
+void many(const Tile& t) {                     // c stays in the slot from block to block
+  Floats acc[R][kVectors];
+  begin<R>(t, acc);
+  if (t.first && t.units > 0) each<R>([&](int r, int j) { write(t.slot + r * kPanel + j * kWidth, acc[r][j]); });
   const char *a = t.a, *b = t.b, *ahead = t.ahead;
   for (int64_t units = t.units; units > 0; units -= bf16_order::kUnits) {
-    Floats acc[R][kVectors];
+    float e[R * kStripe];
     chain<Op, R, 0, Lines, Near>(a, t.a_stride, b, ahead, acc);
-    each<R>([&](int r, int j) { write(sums.e + r * kStripe + j * kWidth, acc[r][j]); });
+    each<R>([&](int r, int j) { write(e + r * kStripe + j * kWidth, acc[r][j]); });
     chain<Op, R, 1, Lines, Near>(a, t.a_stride, b, ahead, acc);
     each<R>([&](int r, int j) {
-      const int at = r * kStripe + j * kWidth;
-      write(sums.c + at, read<Floats>(sums.c + at) + (read<Floats>(sums.e + at) + acc[r][j]));
+      acc[r][j] = read<Floats>(t.slot + r * kPanel + j * kWidth) + (read<Floats>(e + r * kStripe + j * kWidth) + acc[r][j]);
     });
+    if (units <= bf16_order::kUnits) break;
+    each<R>([&](int r, int j) { write(t.slot + r * kPanel + j * kWidth, acc[r][j]); });
     a += bf16_order::kUnits * kUnitOfX;
     b += bf16_order::kUnits * kPanelBytes;
   }
-  each<R>([&](int r, int j) { write(t.slot + r * kPanel + j * kWidth, read<Floats>(sums.c + r * kStripe + j * kWidth)); });
+  keep<R>(t, acc);
 }
 
 template <class Op, int R, int Lines, bool Near>
 void few(const Tile& t) {
   Floats c[R][kVectors];
-  each<R>([&](int r, int j) { c[r][j] = t.first ? Floats{} : read<Floats>(t.slot + r * kPanel + j * kWidth); });
+  begin<R>(t, c);
   const char *a = t.a, *b = t.b, *ahead = t.ahead;
   for (int64_t units = t.units; units > 0; units -= bf16_order::kUnits) {
-    Floats e[R][kVectors] = {}, o[R][kVectors] = {};
-#pragma GCC unroll 16
-    for (int step = 0; step < Op::kSteps; ++step) {
-      fetch<4 * Lines / Op::kSteps, Near>(ahead);
-      each<R>([&](int r, int j) { e[r][j] = Op::add(e[r][j], Op::x(a + r * t.a_stride, 0, step), Op::w(b + j * 4 * kWidth, 0, step)); });
-      each<R>([&](int r, int j) { o[r][j] = Op::add(o[r][j], Op::x(a + r * t.a_stride, 1, step), Op::w(b + j * 4 * kWidth, 1, step)); });
-    }
+    Floats e[R][kVectors], o[R][kVectors];
+    chain<Op, R, 0, Lines, Near>(a, t.a_stride, b, ahead, e);
+    chain<Op, R, 1, Lines, Near>(a, t.a_stride, b, ahead, o);
     each<R>([&](int r, int j) { c[r][j] = c[r][j] + (e[r][j] + o[r][j]); });
     a += bf16_order::kUnits * kUnitOfX;
     b += bf16_order::kUnits * kPanelBytes;
   }
-  each<R>([&](int r, int j) { write(t.slot + r * kPanel + j * kWidth, c[r][j]); });
+  keep<R>(t, c);
 }
 
 template <int R, int Lines, bool Near>
@@ -219,10 +234,11 @@ void stripe(Half, const Tile& t) {
 
 template <class Op, int R, int Lines, bool Near>
 void tile(const Tile& t) {
-  if constexpr (kStripe == kPanel) return stripe<R, Lines, Near>(Op{}, t);
   Tile part = t;
-  for (int column = 0; column < kPanel; column += kStripe, part.b += 4 * kStripe, part.slot += kStripe)
+  for (int column = 0; column < kPanel; column += kStripe, part.b += 4 * kStripe, part.slot += kStripe) {
+    t.flushing->set(Op::kHalf);               // the stripe before may have ended in the tree
     stripe<R, Lines, Near>(Op{}, part);
+  }
 }
 
 using TileFn = void (*)(const Tile&);
