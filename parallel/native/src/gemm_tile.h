@@ -188,8 +188,10 @@ inline __attribute__((always_inline)) void chain(const char* a, int64_t stride, 
   }
 }
 
+// c stays in the slot from block to block. `t.slot` is read anew on purpose: of a pointer that cannot change the compiler
+// carries c to the next block in registers that there are not, and spills.
 template <class Op, int R, int Lines, bool Near>
-void many(const Tile& t) {                     // c stays in the slot from block to block
+void many(const Tile& t) {
   Floats acc[R][kVectors];
   begin<R>(t, acc);
   if (t.first && t.units > 0) each<R>([&](int r, int j) { write(t.slot + r * kPanel + j * kWidth, acc[r][j]); });
@@ -234,6 +236,8 @@ void stripe(Half, const Tile& t) {
 
 template <class Op, int R, int Lines, bool Near>
 void tile(const Tile& t) {
+  t.flushing->set(Op::kHalf);
+  if constexpr (kStripe == kPanel) return stripe<R, Lines, Near>(Op{}, t);
   Tile part = t;
   for (int column = 0; column < kPanel; column += kStripe, part.b += 4 * kStripe, part.slot += kStripe) {
     t.flushing->set(Op::kHalf);               // the stripe before may have ended in the tree
