@@ -53,9 +53,9 @@ def whole_power(x: float, n: int) -> float:
     return result
 
 
-def ordered_sum(x: Tensor, dim: int = 0) -> Tensor:
-    """The sum over an axis, its second half added to its first until one is left; differentiable."""
-    x = x.movedim(dim, 0)
+def ordered_sum(x: Tensor, dim: int | None = None) -> Tensor:
+    """The sum over an axis, or of all: the second half added to the first until one is left; differentiable."""
+    x = x.flatten() if dim is None else x.movedim(dim, 0)
     if not len(x):
         return x.new_zeros(x.shape[1:])
     while (size := len(x)) > 1:

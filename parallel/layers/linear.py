@@ -273,7 +273,7 @@ def _joint_bias(layers: tuple[RowLinear, ...]) -> Tensor | None:
         return biases[0] if biases else None
     now, known = [stamp(bias) for bias in biases], layers[0].joint_bias
     if known is None or known[1] != now or any(a is not b for a, b in zip(known[0], biases, strict=True)):
-        joint = ordered_sum(torch.stack([bias.detach().float() for bias in biases]))
+        joint = ordered_sum(torch.stack([bias.detach().float() for bias in biases]), 0)
         known = layers[0].joint_bias = ([*biases], now, joint)
     return known[2]
 

@@ -106,7 +106,7 @@ def summaries(task: TaskConfig, states_TD: Tensor, lengths: Sequence[int], marke
     kind, starts = task.summary.kind, _starts(lengths, states_TD.device)
     if kind == "mean":
         return torch.stack(
-            [ordered_sum(part.float()).div(len(part)).to(part.dtype) for part in states_TD.split(list(lengths))]
+            [ordered_sum(part.float(), 0).div(len(part)).to(part.dtype) for part in states_TD.split(list(lengths))]
         )
     if kind == "first":
         return states_TD[starts]

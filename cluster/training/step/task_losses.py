@@ -81,7 +81,7 @@ def task_targets(
     if any(given):
         factors = torch.tensor([w for own in given for w in own], dtype=torch.float32, device=device)
         weights = weights * (factors[:, None] if task.name == SPANS else factors)
-    total = float(exact.ordered_sum(weights.flatten())) if normaliser is None else normaliser
+    total = float(exact.ordered_sum(weights)) if normaliser is None else normaliser
     return TaskTargets(labels=labels, weights=weights, normaliser=total, per_token=task.name == TOKENS)
 
 
