@@ -14,9 +14,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from parallel.native import library
 from tests.cluster.engine.tiny_models import CONFIGS
 from tests.cluster.exact_models import exact_model, greedy, log_probs, training
+from tests.native_kernels import kernels_or_skip
 
 EXACT = "abs add add_ clamp div div_ floor mul mul_ minimum neg nextafter reciprocal round rsub sqrt sub sub_"
 """One operation of IEEE 754 (or its rounding to bfloat16) per element; torch's reciprocal is a division."""
@@ -56,8 +56,7 @@ class Inexact(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("family", CONFIGS)
 def test_torch_does_nothing_inexact(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    if not library.available():
-        pytest.skip("no native kernels here")
+    kernels_or_skip()
     model = exact_model(family, tmp_path, dtype)
     with Inexact() as mode:
         log_probs(model)

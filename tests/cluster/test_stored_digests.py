@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import subprocess
 import sys
 
 import pytest
 
-from parallel.native import instruction_set, library
+from parallel.native import instruction_set
 from tests.cluster.stored_digests import digests, stored
+from tests.native_kernels import kernels_or_skip
 from tests.parallel.native import variants
 
 LESSER = {
@@ -25,8 +25,7 @@ LESSER = {
 
 @pytest.fixture(autouse=True)
 def _native() -> None:
-    if not library.available() or platform.machine() != "x86_64":
-        pytest.skip("no native kernels for x86 here")
+    kernels_or_skip()
 
 
 def test_this_machine_computes_what_is_stored() -> None:
