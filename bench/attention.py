@@ -16,7 +16,7 @@ import torch
 from parallel.attention.attend import AttentionMetadata, AttentionSpec, Cached, Causal
 from parallel.attention.kv_cache import KVLayout
 from parallel.attention.selector import backend_named
-from parallel.native.library import configure
+from parallel.native.compiled.library import configure
 
 
 def seconds(run: Callable[[int], object], runs: int, threads: int) -> tuple[float, float]:

@@ -20,7 +20,7 @@ from cluster.engine.engine import Engine
 from cluster.engine.engine_builder import build_engine, build_runner
 from cluster.engine.engine_config import EngineConfig
 from cluster.engine.request import Request, SamplingParams, StoppingCriteria
-from parallel.native import library as native
+from parallel.native.compiled import library as native
 from tp_decoders import load
 from tp_decoders.model.decoder import Decoder
 

@@ -27,7 +27,7 @@ from cluster.engine.request import ModelLimits, Request, SamplingParams, Stoppin
 from cluster.engine.sample.sampler import Sampler
 from cluster.engine.schedule.scheduler import Scheduler
 from cluster.engine.schedule.step_plan import StepPlan, StepResult
-from parallel.native import library as native
+from parallel.native.compiled import library as native
 from tp_decoders import load
 
 KINDS: dict[str, SamplingParams] = {

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from parallel.native.compiled.library import configure, library
 from parallel.native.gemm import PackedMatrix, Source, product
-from parallel.native.library import configure, library
 
 SHAPES = ("4096x1024", "1024x4096", "3072x1024", "50304x1024", "2304x768")
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512, 1024)

@@ -94,7 +94,7 @@ class Ours:
         from cluster.engine.engine_config import EngineConfig
         from cluster.engine.run.command_stream import Commands
         from cluster.engine.run.executors import follow
-        from parallel.native.library import set_threads
+        from parallel.native.compiled.library import set_threads
         from parallel.ranks.mesh import Wiring, init_groups
         from tp_decoders.checkpoint.load_save import load
 

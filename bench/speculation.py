@@ -33,7 +33,7 @@ from cluster.engine.engine_config import EngineConfig, SpeculationConfig
 from cluster.engine.request import Request, SamplingParams, StoppingCriteria
 from cluster.engine.run.model_runner import ModelRunner
 from cluster.engine.sequences.sequence import Sequence
-from parallel.native.library import set_threads
+from parallel.native.compiled.library import set_threads
 from tp_decoders import load
 
 CONTEXT, NEW = 384, 80

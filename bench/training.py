@@ -47,7 +47,7 @@ class Ours:
         from cluster.training.step.optimizer import OptimizerConfig
         from cluster.training.step.train_batch import TrainBatch
         from cluster.training.step.trainer import Trainer, TrainerConfig
-        from parallel.native.library import set_threads
+        from parallel.native.compiled.library import set_threads
         from parallel.ranks.mesh import Wiring, init_groups
         from tp_decoders.checkpoint.load_save import load
 

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from parallel.native import library
+from parallel.native.compiled import library
 
 
 def kernels_or_skip() -> None:

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from parallel.native import library
+from parallel.native.compiled import library
 
 WORKER = Path(__file__).with_name("ranks_worker.py")
 ROOT = Path(__file__).resolve().parents[1]

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from parallel.native.library import configure
+from parallel.native.compiled.library import configure
 from parallel.ranks.group import Group
 from parallel.ranks.mesh import Wiring, connect
 

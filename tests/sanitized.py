@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from parallel.native import build, library
+from parallel.native.compiled import build, library
 
 FLAGS = ("-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 TESTS = (

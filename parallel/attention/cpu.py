@@ -18,7 +18,7 @@ from parallel.attention.metadata import QKV, AttentionMetadata, AttentionSpec, B
 from parallel.errors import NativeUnavailable
 from parallel.layers.dropout import HeadMasks
 from parallel.native import attention as native
-from parallel.native.library import library
+from parallel.native.compiled.library import library
 from parallel.native.operands import DTYPES
 
 

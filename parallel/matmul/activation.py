@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from parallel.errors import ConfigError
-from parallel.native import elementwise, library
+from parallel.native import elementwise
+from parallel.native.compiled import library
 from parallel.recompute import Recipes, cheap
 
 LANES = 64

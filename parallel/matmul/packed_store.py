@@ -10,7 +10,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from parallel.errors import ConfigError
-from parallel.native import library, memory
+from parallel.native import memory
+from parallel.native.compiled import library
 from parallel.native.operands import DTYPES
 from parallel.native.packed_weight import PackedMatrix
 from parallel.native.unpack_weight import unpack_rows

@@ -22,7 +22,8 @@ from parallel.errors import WeightReleased
 from parallel.matmul import onednn
 from parallel.matmul.activation import activate
 from parallel.matmul.packed_store import PackedStore
-from parallel.native import elementwise, gemm, library, memory
+from parallel.native import elementwise, gemm, memory
+from parallel.native.compiled import library
 from parallel.native.operands import DTYPES as NATIVE_DTYPES
 from parallel.ranks.group import Group
 from parallel.sharding.parameter import Stamp, stamp

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from parallel.exact import whole_power
-from parallel.native.library import entry
+from parallel.native.compiled.library import entry
 from parallel.native.operands import apart, refused, succeeded, words, written
 
 

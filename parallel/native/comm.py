@@ -7,7 +7,7 @@ from __future__ import annotations
 import ctypes
 import functools
 
-from parallel.native.library import library
+from parallel.native.compiled.library import library
 
 
 @functools.cache

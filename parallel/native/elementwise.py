@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from parallel.errors import ConfigError
-from parallel.native.library import entry
+from parallel.native.compiled.library import entry
 from parallel.native.operands import checked, number, refused, succeeded, words
 
 _IDS = {

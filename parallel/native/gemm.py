@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from parallel.errors import ConfigError
+from parallel.native.compiled.library import entry
 from parallel.native.elementwise import activation_id
-from parallel.native.library import entry
 from parallel.native.operands import DTYPES, NUMBERS, Status, apart, checked, number, refused, succeeded, words, written
 from parallel.native.packed_weight import PANEL, UNIT, PackedMatrix, block_of
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from parallel.errors import ConfigError
-from parallel.native.library import entry
+from parallel.native.compiled.library import entry
 from parallel.native.memory import Place, heap
 from parallel.native.operands import NUMBERS, number, succeeded, words
 

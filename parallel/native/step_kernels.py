@@ -14,7 +14,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from parallel.native.library import entry
+from parallel.native.compiled.library import entry
 from parallel.native.operands import NUMBERS, checked, number, refused, succeeded, words
 
 MOST_DIMENSIONS = 4  # of what `copied` reads

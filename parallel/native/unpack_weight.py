@@ -10,7 +10,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from parallel.native.library import entry
+from parallel.native.compiled.library import entry
 from parallel.native.operands import Status, checked, succeeded
 from parallel.native.packed_weight import PackedMatrix
 

@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 
 from parallel.errors import ConfigError, NativeUnavailable
-from parallel.native import instruction_set
-from parallel.native.library import withhold
+from parallel.native.compiled import instruction_set
+from parallel.native.compiled.library import withhold
 from parallel.ranks.group import Numerics
 from parallel.ranks.shared_segment import share
 

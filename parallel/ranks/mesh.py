@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from parallel.errors import CollectiveError, ConfigError, KernelsWithheld, NativeUnavailable, TpError
-from parallel.native.library import library, withhold
+from parallel.native.compiled.library import library, withhold
 from parallel.ranks.comm import Comm, waited
 from parallel.ranks.group import Group, Numerics
 from parallel.ranks.machine_check import agree, cpu_kind

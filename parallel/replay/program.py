@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-from parallel.native.library import Entry, entry, library
+from parallel.native.compiled.library import Entry, entry, library
 
 MOST_ARGUMENTS = 16
 _KINDS = {

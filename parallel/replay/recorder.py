@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from parallel.errors import OperandError
-from parallel.native import library, step_kernels
-from parallel.native.library import Entry
+from parallel.native import step_kernels
+from parallel.native.compiled import library
+from parallel.native.compiled.library import Entry
 from parallel.replay.program import Node, NotRecordable, Program
 
 _aten = torch.ops.aten

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from parallel.native import library
+from parallel.native.compiled import library
 from tests.chaos.faults.kinds import KINDS, drawn, flip, tensor_byte
 from tests.chaos.harness.hosts import Raylets, free_port
 from tests.chaos.harness.jobs import KEEPS_STATE

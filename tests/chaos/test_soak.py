@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from parallel.native import library
+from parallel.native.compiled import library
 from tests.chaos.harness.mixed import CALLS, EXPECTED
 from tests.chaos.harness.usage import Sample, slope, verdicts
 from tests.chaos.soak import Soak, main, table, write

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from parallel.native import library
+from parallel.native.compiled import library
 from tests.cluster.engine.tiny_models import CONFIGS
 from tests.cluster.exact_models import exact_model, greedy, log_probs, logits, training
 from tp_decoders.model.decoder import Decoder

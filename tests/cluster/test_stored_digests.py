@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from parallel.native import instruction_set
+from parallel.native.compiled import instruction_set
 from tests.cluster.stored_digests import digests, stored
 from tests.native_kernels import kernels_or_skip
 from tests.parallel.native import variants

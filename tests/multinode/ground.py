@@ -45,7 +45,7 @@ def furnish(base: Path, data: Sequence[str]) -> None:
     command = base / "home/bin/tp-decoders"
     command.write_text('#!/bin/sh\nexec python -m launch "$@"\n')
     command.chmod(0o755)
-    build = "from parallel.native.library import library; library()"  # once: the hosts are one machine
+    build = "from parallel.native.compiled.library import library; library()"  # once: the hosts are one machine
     subprocess.run([sys.executable, "-c", build], cwd=base / "tree", check=True)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from cluster.actors.group.placement import Place
-from parallel.native.library import set_threads
+from parallel.native.compiled.library import set_threads
 
 CGROUP = Path("/sys/fs/cgroup")
 FILE_PAGES = ("active_file", "inactive_file")

@@ -24,7 +24,7 @@ from cluster.actors.group.placement import Place
 from cluster.actors.host.cpu_affinity import claim_cores, free_memory
 from cluster.actors.programs.serve_spec import Device, Transport
 from parallel.errors import CheckpointError
-from parallel.native import library
+from parallel.native.compiled import library
 from parallel.ranks.comm import Comm
 from parallel.ranks.mesh import Groups, Wiring, connect, init_groups
 from tp_decoders.hub.repository import here

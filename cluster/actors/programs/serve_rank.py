@@ -33,7 +33,7 @@ from cluster.training.step.trainer import TrainerConfig
 from cluster.training.train_calls import RestorePoint
 from parallel.attention.forward_pass import Pass
 from parallel.errors import ConfigError
-from parallel.native import library
+from parallel.native.compiled import library
 from parallel.ranks.mesh import Groups, Wiring, init_groups
 from tp_decoders import load
 from tp_decoders.adapters.peft_files import load_merged

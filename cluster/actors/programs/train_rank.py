@@ -46,7 +46,7 @@ from cluster.training.step.flops import ModelFlops, num_parameters, product_ceil
 from cluster.training.step.nonfinite_errors import PoisonBatch
 from cluster.training.step.trainer import Trainer, TrainerConfig
 from parallel.errors import ConfigError
-from parallel.native import library
+from parallel.native.compiled import library
 from parallel.ranks.mesh import Groups, Wiring, init_groups
 from tp_decoders import load
 from tp_decoders.adapters.lora import attach

@@ -21,7 +21,7 @@ from torch import Tensor
 from parallel.attention.cpu import Cpu, RunCache
 from parallel.attention.forward_pass import Pass
 from parallel.attention.metadata import AttentionMetadata
-from parallel.native import library
+from parallel.native.compiled import library
 from parallel.replay.module_state import ModuleState
 from parallel.replay.program import Program
 from parallel.replay.recorder import Recorder

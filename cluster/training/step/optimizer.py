@@ -26,8 +26,8 @@ from cluster.training.step.update_guard import UpdateGuard
 from parallel.errors import ConfigError, WorkerError
 from parallel.layers.grad_norm import squared_norm
 from parallel.matmul.grad_sum import ATTRIBUTE
-from parallel.native import library
 from parallel.native.adamw import Rates, update
+from parallel.native.compiled import library
 from parallel.ranks.group import Group
 from parallel.sharding.parameter import written
 from parallel.sharding.released_weight import is_released

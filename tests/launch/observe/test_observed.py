@@ -15,7 +15,7 @@ import pytest
 from cluster.rpc.client.client import Client
 from launch.commands.server_process import Server
 from launch.main import main
-from parallel.native import library
+from parallel.native.compiled import library
 from tests.cluster.engine.tiny_models import save_tiny
 from tests.launch.observe.test_prometheus_metrics import Samples, scrape
 

@@ -27,7 +27,7 @@ from launch.commands.server_process import Server
 from launch.observe.observe_config import ObserveConfig
 from launch.observe.trace_export import open_traces
 from parallel.errors import ConfigError
-from parallel.native import library
+from parallel.native.compiled import library
 from tests.cluster.engine.tiny_models import save_tiny
 from tests.cluster.rpc.services.training_service import DOCUMENTS, training_service
 

@@ -14,7 +14,7 @@ import pytest
 
 from launch.commands.server_process import Server
 from launch.ray.private_ray import FILE, MODE, TOKEN, own_ray
-from parallel.native import library
+from parallel.native.compiled import library
 
 NANO = Path(__file__).resolve().parents[2] / "data" / "gpt-nano-sort"
 VARIABLES = (MODE, TOKEN, FILE)

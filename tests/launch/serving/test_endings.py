@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from parallel.native import library
+from parallel.native.compiled import library
 from tests.cluster.engine.tiny_models import save_tiny
 from tests.launch.serving.test_serve import processes_of, wait_until_gone
 

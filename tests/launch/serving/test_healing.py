@@ -20,7 +20,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from cluster.rpc.client.client import AsyncClient, ServiceError
 from cluster.rpc.proto.inference_pb2 import FinishReason
 from launch.commands.server_process import Server
-from parallel.native import library
+from parallel.native.compiled import library
 from tests.cluster.engine.tiny_models import save_tiny
 from tests.cluster.frontend.harness import until
 from tests.launch.serving.test_serve import processes_of, wait_until_gone

@@ -10,7 +10,7 @@ import grpc
 import pytest
 
 from launch.commands.server_process import Server
-from parallel.native import library
+from parallel.native.compiled import library
 from tests.listening import Listener, listeners
 from tests.processes import arguments, family
 

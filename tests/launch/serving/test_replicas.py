@@ -24,7 +24,7 @@ from cluster.rpc.client.client import AsyncClient, ServiceError
 from cluster.rpc.proto import control_pb2
 from launch.commands.server_process import Server
 from launch.main import main
-from parallel.native import library
+from parallel.native.compiled import library
 from tests.cluster.engine.tiny_models import save_tiny
 from tests.launch.serving.test_healing import health_of
 from tests.launch.serving.test_serve import processes_of, wait_until_gone

@@ -17,7 +17,7 @@ import pytest
 from cluster.rpc.client.client import AsyncClient, Client, ServiceError
 from launch.commands.server_process import Server
 from launch.main import main
-from parallel.native import library
+from parallel.native.compiled import library
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 ROOT = Path(__file__).resolve().parents[3]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from parallel.native import build, library
+from parallel.native.compiled import build, library
 from tests.parallel.native.tiny import SOURCE
 
 

@@ -81,7 +81,7 @@ def same(got: Tensor, want: Tensor) -> bool:
 
 def check() -> None:
     """Every case equals the model, at every number of rows and on two threads, and packed weights come back whole."""
-    from parallel.native import library
+    from parallel.native.compiled import library
     from parallel.native.gemm import PackedMatrix, Source, product
 
     for number, (x, w, borders) in enumerate(cases()):

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from parallel.errors import ConfigError
-from parallel.native import library
 from parallel.native.adamw import Rates, update
+from parallel.native.compiled import library
 
 pytestmark = pytest.mark.skipif(not library.available(), reason="the native kernels cannot be built here")
 N = 1003

@@ -16,7 +16,7 @@ from parallel.attention.eager import attend
 from parallel.attention.kv_cache import KVLayout
 from parallel.attention.metadata import starts_of
 from parallel.native import attention as native
-from parallel.native.library import set_threads
+from parallel.native.compiled.library import set_threads
 
 LENGTH = 150
 LAYER = 0

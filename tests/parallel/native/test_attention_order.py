@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from parallel.native import attention, library
+from parallel.native import attention
+from parallel.native.compiled import library
 from tests.parallel.native.attention_digest import drawn, paged
 
 pytestmark = pytest.mark.skipif(not library.available(), reason="the native kernels cannot be built here")

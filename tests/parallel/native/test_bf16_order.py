@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from parallel.errors import ConfigError
-from parallel.native import instruction_set, library
+from parallel.native.compiled import instruction_set, library
 from parallel.native.gemm import PackedMatrix, Source, product
 from tests.parallel.native import order_model
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from parallel.errors import ConfigError
 from parallel.native import elementwise as ew
-from parallel.native import library
+from parallel.native.compiled import library
 
 pytestmark = pytest.mark.skipif(not library.available(), reason="the native kernels cannot be built here")
 DTYPES = (torch.float32, torch.bfloat16)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from parallel.errors import ConfigError, OperandError
-from parallel.native import library
+from parallel.native.compiled import library
 from parallel.native.elementwise import activate
 from parallel.native.gemm import PackedMatrix, Source, nodes, product
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from parallel.errors import ConfigError
 from parallel.native import elementwise as ew
-from parallel.native import library
+from parallel.native.compiled import library
 
 pytestmark = pytest.mark.skipif(not library.available(), reason="the native kernels cannot be built here")
 

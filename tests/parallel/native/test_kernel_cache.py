@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from parallel.errors import NativeUnavailable
-from parallel.native import build, kernel_cache, library
+from parallel.native.compiled import build, kernel_cache, library
 from tests.parallel.native.tiny import fresh
 
 

@@ -13,8 +13,8 @@ from parallel.attention.selector import choose_backend
 from parallel.errors import ConfigError, NativeUnavailable
 from parallel.matmul.activation import is_native
 from parallel.matmul.products import uses_native
-from parallel.native import build
-from parallel.native import library as native
+from parallel.native.compiled import build
+from parallel.native.compiled import library as native
 from tests.parallel.native.tiny import fresh
 
 
@@ -60,8 +60,8 @@ def test_a_changed_source_compiler_or_cpu_is_another_file(tiny: Path, monkeypatc
 def test_processes_that_start_at_once_compile_once(tiny: Path) -> None:
     program = f"""
 from pathlib import Path
-from parallel.native import build
-from parallel.native import library as native
+from parallel.native.compiled import build
+from parallel.native.compiled import library as native
 build.SOURCES = Path({str(tiny / "sources")!r})
 build._compiler = lambda: {str(counting_compiler(tiny))!r}
 native.configure(cache_dir={str(tiny / "cache")!r})

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from parallel.attention.attend import AttentionMetadata, AttentionSpec, Causal
 from parallel.errors import ConfigError, NativeMemoryError, OperandError
-from parallel.native import adamw, attention, dropout, elementwise, library
+from parallel.native import adamw, attention, dropout, elementwise
+from parallel.native.compiled import library
 from parallel.native.gemm import PackedMatrix, Source, product
 from parallel.native.operands import Status, succeeded
 
@@ -226,7 +227,8 @@ SHORT = """
 import resource, torch
 torch.set_num_threads(1)
 from parallel.errors import NativeMemoryError
-from parallel.native import attention, library
+from parallel.native import attention
+from parallel.native.compiled import library
 from parallel.attention.attend import AttentionMetadata
 library.configure(threads=2)
 H = 1 << 19
@@ -262,7 +264,7 @@ def in_child(program: str) -> str:
 BESIDE = """
 import os, sys, threading, time, torch
 torch.set_num_threads(1)
-from parallel.native import library
+from parallel.native.compiled import library
 from parallel.native.gemm import PackedMatrix, Source, product
 library.configure({cache!r}, 3, {flags!r})
 x, w = torch.randn(64, 256), PackedMatrix.pack(torch.randn(512, 256))

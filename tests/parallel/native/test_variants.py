@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from parallel.native import instruction_set
+from parallel.native.compiled import instruction_set
 from tests.native_kernels import kernels_or_skip
 from tests.parallel.native import variants
 

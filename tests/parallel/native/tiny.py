@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from parallel.native import library
+from parallel.native.compiled import library
 
 SOURCE = """
 static int threads = 1;

@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from parallel.native import instruction_set, library
+from parallel.native.compiled import instruction_set, library
 from tests.parallel.native import attention_digest, kernel_digests, order_model
 
 ROOT = Path(__file__).parents[3]

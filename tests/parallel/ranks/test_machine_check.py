@@ -10,7 +10,7 @@ import pytest
 import torch.distributed as dist
 
 from parallel.errors import ConfigError, NativeUnavailable
-from parallel.native import library
+from parallel.native.compiled import library
 from parallel.ranks.group import Numerics
 from parallel.ranks.machine_check import agree, cpu_kind
 

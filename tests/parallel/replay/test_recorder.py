@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from parallel.native import elementwise, library, step_kernels
+from parallel.native import elementwise, step_kernels
+from parallel.native.compiled import library
 from parallel.native.operands import Status
 from parallel.replay.module_state import ModuleState
 from parallel.replay.recorder import LOWERED, Recorder

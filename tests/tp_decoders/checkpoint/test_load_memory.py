@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from parallel.native.library import available
+from parallel.native.compiled.library import available
 from tests.tp_decoders.families.parity import GPT2, hf
 
 PROGRAM = Path(__file__).with_name("load_memory.py")

@@ -19,7 +19,7 @@ from cluster.frontend.output.streams import collect
 from cluster.frontend.requests.call import Call, Prompt
 from cluster.link.socket_link import SocketLink
 from parallel.errors import CheckpointError, ConfigError, TpError
-from parallel.native import library
+from parallel.native.compiled import library
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
 SORTER = Path(__file__).resolve().parents[3] / "data" / "gpt-nano-sort"

@@ -21,7 +21,7 @@ from cluster.frontend.requests.call import Call, Prompt
 from cluster.frontend.requests.classify_embed import Reading
 from cluster.link.socket_link import SocketLink
 from cluster.request_errors import WrongTask
-from parallel.native import library
+from parallel.native.compiled import library
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
 KEY = b"0123456789abcdef"

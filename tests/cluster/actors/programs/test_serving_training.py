@@ -21,7 +21,7 @@ from cluster.link.socket_link import SocketLink
 from cluster.rpc.client.client import AsyncClient
 from cluster.rpc.server import build_server
 from parallel.errors import ConfigError
-from parallel.native import library
+from parallel.native.compiled import library
 from tests.cluster.engine.tiny_models import save_tiny
 from tests.cluster.rpc.harness import refused
 from tests.cluster.rpc.services.fifty_steps import Served, check_exports, fifty_steps_beside_eight_streams

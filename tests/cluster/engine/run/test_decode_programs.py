@@ -20,7 +20,7 @@ from cluster.engine.run import decode_programs
 from cluster.engine.run.decode_programs import DecodePrograms
 from cluster.engine.run.model_runner import ModelRunner
 from parallel.errors import ConfigError
-from parallel.native import library
+from parallel.native.compiled import library
 from parallel.sharding.parameter import written
 from parallel.sharding.released_weight import assign, is_released, values
 from tests.cluster.engine.tiny_models import CONFIGS, VOCAB, save_tiny

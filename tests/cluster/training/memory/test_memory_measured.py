@@ -19,7 +19,7 @@ import torch
 
 from cluster.training.memory.estimate import Layout, RankMemory, Setup, training_memory
 from cluster.training.step.update_guard import PIECE, TRIAL_BYTES
-from parallel.native.library import available
+from parallel.native.compiled.library import available
 from tp_decoders.registry import config_from_hf
 
 PROGRAM = Path(__file__).with_name("train_memory.py")

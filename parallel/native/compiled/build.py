@@ -22,7 +22,7 @@ from pathlib import Path
 
 from parallel.errors import NativeUnavailable
 
-SOURCES = Path(__file__).parent / "src"
+SOURCES = Path(__file__).parents[1] / "src"
 # No -ffast-math and no contraction: one formula gives the same bits in the middle, the tail and every inlined copy.
 FLAGS = (
     "-O3",

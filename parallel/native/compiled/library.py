@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from parallel.errors import ConfigError, KernelsWithheld, NativeUnavailable
-from parallel.native import build, kernel_cache
-from parallel.native import instruction_set as isa
+from parallel.native.compiled import build, kernel_cache
+from parallel.native.compiled import instruction_set as isa
 
 log = logging.getLogger(__name__)
 MAX_THREADS = 256

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 from parallel.errors import NativeUnavailable
-from parallel.native import build
+from parallel.native.compiled import build
 
 log = logging.getLogger(__name__)
 
