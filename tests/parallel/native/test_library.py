@@ -156,7 +156,7 @@ def test_the_one_answer_whether_there_are_kernels_follows_the_settings(
 def test_a_lock_that_is_never_released_ends_in_an_error(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "BUILD_SECONDS", -29.8)
     lock = native._path(native._loaded.config).with_suffix(".lock")
-    lock.parent.mkdir()
+    lock.parent.mkdir(exist_ok=True)
     with build.exclusive(lock), pytest.raises(NativeUnavailable, match="another process has held"):
         native.library()
 
