@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+FREED_AT_ONCE = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+"""Environment in which glibc gives freed memory back: what is resident is what is held. Left to itself it keeps a slice
+now and then, as other threads' allocations fall."""
+
 
 def family(pid: int) -> set[int]:
     """A process and all its descendants."""

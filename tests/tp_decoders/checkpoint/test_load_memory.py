@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from parallel.native.compiled.library import available
+from tests.processes import FREED_AT_ONCE
 from tests.tp_decoders.families.parity import GPT2, hf
 
 PROGRAM = Path(__file__).with_name("load_memory.py")
@@ -62,7 +63,7 @@ def test_a_load_for_serving_holds_each_matrix_once_while_it_runs_too(
 def memory_of(folders: dict[str, Path], layout: str, rank: int, size: int, dtype: str, kind: str) -> dict[str, int]:
     """What load_memory.py prints."""
     arguments = [str(folders[layout]), str(folders["tiny"]), str(rank), str(size), dtype, kind]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, **FREED_AT_ONCE, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, str(PROGRAM), *arguments],
         env=environment,

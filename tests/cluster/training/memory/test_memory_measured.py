@@ -20,11 +20,11 @@ import torch
 from cluster.training.memory.estimate import Layout, RankMemory, Setup, training_memory
 from cluster.training.step.update_guard import PIECE, TRIAL_BYTES
 from parallel.native.compiled.library import available
+from tests.processes import FREED_AT_ONCE
 from tp_decoders.registry import config_from_hf
 
 PROGRAM = Path(__file__).with_name("train_memory.py")
 ROOT = PROGRAM.parents[4]
-ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 WITHIN = 0.05
 
 
@@ -66,7 +66,7 @@ def measured(run: dict[str, Any], folder: Path) -> list[int]:
     """Bytes of every rank of the run."""
     world = run["tp"] * run["dp"]
     address = f"file://{folder}/meet" if world > 1 else ""
-    environment = {**os.environ, **ALLOCATOR, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, **FREED_AT_ONCE, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     ranks = [
         subprocess.Popen(
             [sys.executable, str(PROGRAM), json.dumps(run), str(rank), address],
