@@ -11,9 +11,9 @@ from aiohttp import web
 from cluster.access.access_errors import SlowSender
 from cluster.frontend.requests.of_caller import turn_of_caller
 from cluster.frontend.requests.offload import FairThreadPool
-from cluster.http.events import Events
 from cluster.http.http_errors import HttpError, failure_of
-from cluster.http.json_body import parse
+from cluster.http.replies.events import Events
+from cluster.http.requests.json_body import parse
 from cluster.request_errors import SlowReader
 from cluster.rpc.services.connection_limits import ServerLimits
 

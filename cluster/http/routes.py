@@ -17,13 +17,13 @@ from cluster.frontend.output.streams import Result, collect
 from cluster.frontend.readiness import Readiness
 from cluster.frontend.requests.call import Prompt
 from cluster.frontend.requests.of_caller import of_caller, turn_of_caller
-from cluster.http.answers import Answers, Heading, embeddings, failed
-from cluster.http.asked import Asked
-from cluster.http.completion_fields import chat, chat_text, completion, embedding
-from cluster.http.events import Events
 from cluster.http.exchange import Exchange
 from cluster.http.http_errors import HttpError
-from cluster.http.json_body import Fields, invalid
+from cluster.http.replies.answers import Answers, Heading, embeddings, failed
+from cluster.http.replies.events import Events
+from cluster.http.requests.asked import Asked
+from cluster.http.requests.completion_fields import chat, chat_text, completion, embedding
+from cluster.http.requests.json_body import Fields, invalid
 from cluster.http.served_model import ServedModel
 from cluster.rpc.services.connection_limits import ServerLimits
 from cluster.rpc.services.control_service import software_version

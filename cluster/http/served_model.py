@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.frontend.output.output_text import TextCodec
-from cluster.http.chat_template import SPECIAL, ChatTemplate, template_of, token_text
+from cluster.http.requests.chat_template import SPECIAL, ChatTemplate, template_of, token_text
 from cluster.rpc.services.control_service import ServiceInfo, software_version
 from parallel.errors import ConfigError
 from tp_decoders.text.tokenizer_settings import read_json

@@ -20,7 +20,7 @@ from cluster.actors.programs.serve_program import ServeProgram
 from cluster.actors.programs.serve_spec import Dtype, FlightSpec, TrainingConfig
 from cluster.frontend.ledger.request_ledger import LedgerConfig
 from cluster.frontend.requests.call import FrontendConfig
-from cluster.http.chat_template import check_template
+from cluster.http.requests.chat_template import check_template
 from cluster.rpc.services.connection_limits import ServerLimits
 from cluster.training.checkpoint.state_folder import StateFolder
 from launch.observe.metrics_server import check_host

@@ -13,7 +13,7 @@ import aiohttp
 
 from cluster.access.access_config import Security
 from cluster.frontend.frontend import Frontend
-from cluster.http.chat_template import ChatTemplate
+from cluster.http.requests.chat_template import ChatTemplate
 from cluster.http.routes import Api, Metrics
 from cluster.http.served_model import ServedModel
 from cluster.http.server import HttpServer

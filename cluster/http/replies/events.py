@@ -10,9 +10,9 @@ from typing import Any
 
 from cluster.frontend.output.output_text import TextCodec
 from cluster.frontend.output.streams import Chunk
-from cluster.http.answers import REASONS, Heading, Tokens, stop_reason, usage_of
-from cluster.http.asked import Asked, Streaming
-from cluster.http.token_texts import TokenTexts
+from cluster.http.replies.answers import REASONS, Heading, Tokens, stop_reason, usage_of
+from cluster.http.replies.token_texts import TokenTexts
+from cluster.http.requests.asked import Asked, Streaming
 
 DONE = b"data: [DONE]\n\n"
 CHAT, TEXT = "chat.completion.chunk", "text_completion"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from cluster.engine.request import BeamParams, SamplingParams, StoppingCriteria
 from cluster.frontend.requests.call import Call
-from cluster.http.json_body import Fields, invalid
+from cluster.http.requests.json_body import Fields, invalid
 
 IGNORED = frozenset(
     {"user", "service_tier", "store", "metadata", "parallel_tool_calls", "reasoning_effort", "tool_choice", "model",

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from cluster.http.json_body import invalid
+from cluster.http.requests.json_body import invalid
 from parallel.errors import ConfigError
 
 SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")

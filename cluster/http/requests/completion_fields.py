@@ -9,9 +9,9 @@ from typing import Any
 from cluster.engine.request import Pooling, ResponseOptions
 from cluster.frontend.requests.call import Call, FillInMiddle, FrontendConfig, Prompt
 from cluster.frontend.requests.classify_embed import Reading
-from cluster.http.asked import IGNORED, Asked, check_refused, sampling_of, stopping_of, streaming_of
-from cluster.http.chat_template import ChatTemplate
-from cluster.http.json_body import Fields, invalid, is_ids
+from cluster.http.requests.asked import IGNORED, Asked, check_refused, sampling_of, stopping_of, streaming_of
+from cluster.http.requests.chat_template import ChatTemplate
+from cluster.http.requests.json_body import Fields, invalid, is_ids
 
 COMPLETION_TOKENS = 16
 """Of an answer where nobody says, as OpenAI has it."""

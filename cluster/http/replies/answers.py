@@ -13,8 +13,8 @@ from cluster.engine.request import FinishReason, TokenLogprobs
 from cluster.engine.top_logprobs import Alternatives
 from cluster.frontend.output.output_text import TextCodec
 from cluster.frontend.output.streams import Chunk, Result
-from cluster.http.asked import Asked
-from cluster.http.token_texts import TokenTexts
+from cluster.http.replies.token_texts import TokenTexts
+from cluster.http.requests.asked import Asked
 from cluster.request_errors import ReadingEnded, RequestFailed
 
 REASONS = {
