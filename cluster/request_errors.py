@@ -65,6 +65,10 @@ class NoTokenizer(RequestError):
     """Text was given or asked for, and the checkpoint has no tokenizer."""
 
 
+class NoGuides(RequestError):
+    """A grammar was given, and this server cannot follow any: a package or what its tokens stand for is missing."""
+
+
 class ReadingEnded(TpError, RuntimeError):
     """A prompt that was being read was ended (Abort, a drain, a deadline) before its answer was there."""
 

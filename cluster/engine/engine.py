@@ -10,16 +10,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Many
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
 from cluster.engine.beams.best_of import best_places, mean_logprob
 from cluster.engine.engine_config import EngineConfig
+from cluster.engine.guided.guides import Guides
 from cluster.engine.kv_cache.block_pool import BlockPool
 from cluster.engine.request import EngineLoad, FinishReason, ModelLimits, Request, TokenEvent, TokenLogprobs
 from cluster.engine.schedule.scheduler import Scheduler
 from cluster.engine.schedule.step_plan import StepPlan, StepResult
 from cluster.engine.traced_requests import Traced
+from parallel.errors import RequestError
 
 if TYPE_CHECKING:
     from cluster.engine.run.canary import Canary
@@ -70,13 +73,14 @@ class Engine:
         num_blocks: int,
         clock: Callable[[], float] = time.monotonic,
         canary: Canary | None = None,
+        guides: Guides | None = None,
     ) -> None:
         capacity = num_blocks * config.block_size
         self.limits = replace(
             limits, kv_capacity_tokens=capacity, max_batch=config.max_sequences, block_size=config.block_size
         )
         self.config, self.executor, self.canary = config, executor, canary
-        self.scheduler = Scheduler(config, self.limits, BlockPool(num_blocks, config.block_size), clock)
+        self.scheduler = Scheduler(config, self.limits, BlockPool(num_blocks, config.block_size), clock, guides)
         self._seconds = StepSeconds()
         self._traced = Traced()
 
@@ -90,6 +94,14 @@ class Engine:
         submitted = self.scheduler.submit(request)
         self._traced.add(submitted)
         return submitted
+
+    def prepare(self, requests: Iterable[Request]) -> None:
+        """Compiles what they bring that takes time, from any thread: to submit them then takes none. What is wrong with
+        one is said when it is submitted.
+        """
+        for guide in {request.sampling.guide for request in requests if request.sampling.guide is not None}:
+            with suppress(RequestError):
+                self.scheduler.guides.compiled(guide)
 
     def abort(self, request_ids: Many[str]) -> None:
         """Ends requests; their blocks are free before the next step."""

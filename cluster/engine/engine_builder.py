@@ -7,6 +7,7 @@ says how much memory this rank may count on; nothing here asks the machine.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ import torch
 
 from cluster.engine.engine import Engine
 from cluster.engine.engine_config import EngineConfig, num_kv_blocks
+from cluster.engine.guided.guides import Guides, TokenTable
 from cluster.engine.request import ModelLimits
 from cluster.engine.run.canary import Canary
 from cluster.engine.run.command_stream import Commands
@@ -104,8 +106,12 @@ def build_engine(
     eos_token_ids: Many[int] = (),
     commands: Commands | None = None,
     new_tokens: int | None = None,
+    tables: Callable[[int, Many[int]], TokenTable | None] = lambda vocab_size, ends: None,
 ) -> Engine:
-    """Rank 0's engine; `commands` reaches the other ranks, which run `executors.follow`."""
+    """Rank 0's engine; `commands` reaches the other ranks, which run `executors.follow`. `tables` reads what the
+    tokens of a vocabulary of that size stand for, some of which end a text, where a grammar asks for it.
+    """
     executor = LocalExecutor(runner) if commands is None else GroupExecutor(runner, commands)
     limits = replace(limits_of(runner.model, eos_token_ids), new_tokens=new_tokens)
-    return Engine(executor, limits, config, runner.cache.num_blocks, canary=Canary(runner, commands))
+    guides = Guides(lambda: tables(limits.vocab_size, limits.eos_token_ids))
+    return Engine(executor, limits, config, runner.cache.num_blocks, canary=Canary(runner, commands), guides=guides)

@@ -44,6 +44,19 @@ class BeamParams:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Guide:
+    """A grammar that an answer's text must follow, from its first token to its end.
+
+    text: a JSON schema ("json"), a regular expression, a JSON list of texts ("choice"), a grammar in Lark's notation;
+    none of "json_object", which is any object. any_whitespace False: JSON without blanks between its parts.
+    """
+
+    kind: Literal["json", "json_object", "regex", "choice", "grammar"]
+    text: str = ""
+    any_whitespace: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How the next token is drawn. temperature 0 is greedy; None means 'no cut'.
 
@@ -66,6 +79,7 @@ class SamplingParams:
     best_of: int | None = None
     beam: BeamParams | None = None
     no_speculation: bool = False  # no drafts are tried; the answer is the same
+    guide: Guide | None = None  # what the text must follow
 
     @property
     def greedy(self) -> bool:
@@ -267,6 +281,11 @@ class EngineLoad:
     drafts: int = 0  # of sequences: one in a step each
     draft_tokens: int = 0  # of these
     accepted_draft_tokens: int = 0  # of these, came true: each saved its sequence a step
+    guided_requests: int = 0  # that came with a grammar
+    guide_compiles: int = 0  # of grammars that were not in the cache
+    guide_compile_seconds: float = 0.0
+    guide_masks: int = 0  # of tokens that a grammar allows, one per row
+    guide_mask_seconds: float = 0.0  # with following what was generated
     canaries: int = 0
     canary_fault: str = ""  # what the last one found
     ranks: tuple[RankReport, ...] = ()  # as of the last one

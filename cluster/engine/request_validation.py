@@ -10,6 +10,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 
+from cluster.engine.guided.grammar import guide_problems
 from cluster.engine.request import (
     BeamParams,
     ModelLimits,
@@ -43,6 +44,8 @@ def validate(request: Request, limits: ModelLimits) -> None:
         raise RequestError(f"deadline is {request.deadline!r} seconds; it must be above 0")
     if request.sampling.beam is not None:
         check_beams(request, request.sampling.beam)
+    for field, problem in guide_problems(request.sampling, request.stopping, limits):
+        raise RequestError(f"{field} {problem}")
     _check_resumed(request, limits.vocab_size)
     check_capacity(request, limits)
 

@@ -28,7 +28,7 @@ from cluster.frontend.fleet.request_metrics import RequestMetrics
 from cluster.frontend.ledger.request_ledger import Ledger
 from cluster.frontend.output.output_text import TextCodec
 from cluster.frontend.output.streams import Stream
-from cluster.frontend.requests.admission import Admission
+from cluster.frontend.requests.admission import Admission, guides_of
 from cluster.frontend.requests.call import Call, FrontendConfig
 from cluster.frontend.requests.call_costs import check_answer
 from cluster.frontend.requests.content_hash import ContentKeys
@@ -84,6 +84,7 @@ class Frontend:
         self._opener = RequestBuilder(codec, self._delivery.leave)
         self._recall = None if ledger is None else Replay(ledger, self._journal, self._delivery, self._opener)
         self.pool = FairThreadPool()
+        self.guides = guides_of(codec, lambda: self.limits)
         self._training = TrainRequests(self.meters.train, self.quarantine, self._delivery.trials)
         self.drained = asyncio.Event()
         """Set when a drain has ended: whoever runs the server may stop it then."""
@@ -297,7 +298,7 @@ class Frontend:
     # ------------------------------------------------------------ admission
 
     def _admission(self) -> Admission:
-        return Admission(limits=self.limits, config=self.config, codec=self.codec, pool=self.pool)
+        return Admission(limits=self.limits, config=self.config, codec=self.codec, pool=self.pool, guides=self.guides)
 
     def _check_open(self) -> None:
         if self.state in (State.DRAINING, State.CLOSED):

@@ -12,10 +12,10 @@ import logging
 import queue
 import socket
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
-from cluster.engine.request import EngineLoad
+from cluster.engine.request import EngineLoad, Request
 from cluster.link import messages
 from cluster.link.engine_link import LinkEvent, Rejected
 from cluster.link.engine_loop import EngineLoop, EngineSurface, TrainFunction, describe_fault
@@ -44,8 +44,10 @@ class EngineServer:
         *,
         host: str = "127.0.0.1",
         training: TrainFunction | None = None,
+        prepare: Callable[[Sequence[Request]], None] = lambda requests: None,
     ) -> None:
-        self._limits = engine.limits
+        """`prepare` does beside the engine's thread what would hold up a step of it."""
+        self._limits, self._prepare = engine.limits, prepare
         self._loop = EngineLoop(engine, self._send_events, training=training)
         self._known: queue.SimpleQueue[tuple[socket.socket, str] | None] = queue.SimpleQueue()
         self._listener = KeyedListener(host, 0, authkey, lambda peer, name: self._known.put((peer, name)))
@@ -114,6 +116,7 @@ class EngineServer:
                     self._open[request.request_id] = set(range(request.sampling.num_samples)) - set(
                         request.finished_samples
                     )
+            self._prepare(message.requests)
             self._loop.submit(message.requests)
         elif isinstance(message, messages.Abort):
             self._loop.abort(message.request_ids, message.samples)

@@ -51,6 +51,11 @@ ENGINE_COUNTERS = {
     "drafts": ("spec_decode_drafts", "Drafts of a sequence's next tokens that were tried."),
     "draft_tokens": ("spec_decode_draft_tokens", "Tokens of these drafts."),
     "accepted_draft_tokens": ("spec_decode_accepted_tokens", "Of these, came true: each saved its sequence a step."),
+    "guided_requests": ("guided_requests", "Requests whose answers follow a grammar."),
+    "guide_compiles": ("guide_compiles", "Grammars compiled, which were not among the last ones."),
+    "guide_compile_seconds": ("guide_compile_seconds", "Time that took."),
+    "guide_masks": ("guide_masks", "Masks of the tokens that a grammar allows, one for each row."),
+    "guide_mask_seconds": ("guide_mask_seconds", "Time that took, in steps, with following the tokens."),
     "canaries": ("canaries", "Canaries that came back from every rank."),
 }
 STEP_PARTS = ("schedule", "forward", "sample", "commit")

@@ -41,6 +41,7 @@ def main(base: str) -> None:
     print("models:", model)
     _completions(client, model)
     _chat(client, model)
+    _structured(client, model)
     _errors(client, model)
     _embeddings(client, model)
     _lm_eval(base, model)
@@ -75,6 +76,38 @@ def _chat(client: openai.OpenAI, model: str) -> None:
         text = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
     assert text == choice.message.content
     print("chat stream: the same text")
+
+
+def _structured(client: openai.OpenAI, model: str) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"city": {"type": "string", "maxLength": 12}, "people": {"type": "integer", "maximum": 9999999,
+                       "minimum": 0}, "capital": {"type": "boolean"}},
+        "required": ["city", "people", "capital"], "additionalProperties": False,
+    }  # fmt: skip
+    body = {"model": model, "messages": [{"role": "user", "content": "A city:"}], "max_completion_tokens": 150}
+    form = {"type": "json_schema", "json_schema": {"name": "city", "schema": schema, "strict": True}}
+    for seed in range(5):
+        choice = client.chat.completions.create(**body, seed=seed, response_format=form).choices[0]
+        found = json.loads(choice.message.content)
+        assert choice.finish_reason == "stop" and set(found) == set(schema["required"]), choice
+        assert isinstance(found["city"], str) and isinstance(found["people"], int) and found["capital"] in (True, False)
+    with client.chat.completions.create(**body, seed=seed, response_format=form, stream=True) as stream:
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+    assert text == choice.message.content
+    words = {"structured_outputs": {"choice": ["north", "south"]}}
+    told = {
+        client.completions.create(model=model, prompt="Go", seed=s, extra_body=words).choices[0].text for s in range(9)
+    }
+    assert told <= {"north", "south"}, told
+    try:
+        client.chat.completions.create(
+            **body, response_format={**form, "json_schema": {"name": "x", "schema": {"type": 5}}}
+        )
+    except openai.BadRequestError as error:
+        print("json_schema: 5 answers and a stream follow it; a wrong one:", error.status_code, error.code)
+    else:
+        raise AssertionError("a wrong schema was not refused")
 
 
 def _errors(client: openai.OpenAI, model: str) -> None:

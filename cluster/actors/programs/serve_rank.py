@@ -8,6 +8,7 @@ peers keeps its weights and rejoins: everything that knew the peers, and the cac
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,6 +41,7 @@ from tp_decoders.adapters.peft_files import load_merged
 from tp_decoders.hub.repository import here
 from tp_decoders.hub.snapshot_cache import ADAPTER
 from tp_decoders.model.decoder import Decoder
+from tp_decoders.text.token_table import TokenTable, token_table
 from tp_decoders.text.tokenizer import default_new_tokens, eos_token_ids, load_tokenizer
 
 
@@ -212,11 +214,17 @@ class ServeRank:
             ends = tokenizer.eos_token_ids if tokenizer else ()
         others = commands if self._place.world > 1 else None
         new_tokens = default_new_tokens(self._folder)
-        self._engine = build_engine(runner, self._spec.engine, ends, others, new_tokens)
+        self._engine = build_engine(runner, self._spec.engine, ends, others, new_tokens, self._token_table)
         changed, idle = self._engine.weights_changed, self._spec.training.session_idle_s
         lead = TrainCoordinator(self._training, commands, changed, idle) if self._training else None
         host = self._place.listen or self._place.node
-        self._server = EngineServer(self._engine, self._spec.authkey, host=host, training=lead)
+        self._server = EngineServer(
+            self._engine, self._spec.authkey, host=host, training=lead, prepare=self._engine.prepare
+        )
+
+    def _token_table(self, vocab_size: int, ends: Sequence[int]) -> TokenTable | None:
+        tokenizer = load_tokenizer(self._folder)
+        return None if tokenizer is None else token_table(tokenizer, vocab_size, ends)
 
     def _facts(self, runner: ModelRunner, cores: tuple[int, ...]) -> RankFacts:
         model, layout = runner.model, runner.cache.layout

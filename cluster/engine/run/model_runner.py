@@ -19,6 +19,7 @@ from cluster.engine.sample.beam_candidates import ranked_rows, whole_rows
 from cluster.engine.sample.logprobs import Asked, at_temperatures, checked, token_logprobs
 from cluster.engine.sample.pooling import Pooler
 from cluster.engine.sample.sampler import Sampler, bad_rows
+from cluster.engine.sample.token_masks import forbid
 from cluster.engine.schedule.step_plan import StepPlan, StepResult
 from parallel.attention.attend import Backend
 from parallel.attention.forward_pass import Pass
@@ -84,6 +85,7 @@ class ModelRunner:
         if logits_local is None:
             return StepResult(tokens=[]) if self.model.group.rank == 0 else None
         head, split = self.model.head, plan.num_argmax + plan.num_gathered
+        forbid(logits_local, plan.masks, head.shards.range(head.group.rank)[0])
         best = head.argmax(logits_local[: plan.num_argmax]) if plan.num_argmax else None
         gathered = head.gather_to_first(logits_local[plan.num_argmax : split]) if plan.num_gathered else None
         top, scored = None, split + plan.num_ranked

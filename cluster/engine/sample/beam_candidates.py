@@ -31,7 +31,8 @@ def needs_whole_rows(seq: Sequence) -> bool:
     given = seq.sampling
     banned = given.bad_words or given.allowed_token_ids is not None or given.no_repeat_ngram_size
     penalties = (given.repetition_penalty - 1.0, given.presence_penalty, given.frequency_penalty)
-    return bool(given.logit_bias or banned or any(penalties) or len(seq.stop_ids) > MOST_RANKED_STOPS)
+    changed = given.logit_bias or banned or any(penalties) or given.guide is not None
+    return bool(changed or len(seq.stop_ids) > MOST_RANKED_STOPS)
 
 
 def num_ranked(seq: Sequence) -> int:

@@ -10,6 +10,7 @@ In this order, which is transformers' (`generate` builds its processors so):
     bad words            the last token of a word whose other tokens have just been produced: x[t] = -inf
     minimum length       end-of-sequence and stop tokens: x[t] = -inf until min_new_tokens are there
     allowed tokens       all others: x[t] = -inf
+    grammar              what it does not allow: x[t] = -inf  (of a beam; others' rows come so: token_masks.py)
 
 In a beam search the row holds log-probabilities, as there. Everything is element by element in float32 on one row, so
 a row's bits cannot depend on its neighbours.
@@ -27,9 +28,8 @@ import torch
 from torch import Tensor
 
 from cluster.engine.request import SamplingParams
+from cluster.engine.sample.token_masks import NEVER, forbid
 from cluster.engine.sequences.sequence import Sequence
-
-NEVER = float("-inf")
 
 
 class Fixed:
@@ -126,6 +126,8 @@ class LogitsProcessors:
             row_V.masked_fill_(fixed.never, NEVER)
         if seq.position < seq.min_tokens and fixed.stops is not None:
             row_V.masked_fill_(fixed.stops, NEVER)
+        if seq.guide is not None and seq.beam is not None:
+            forbid(row_V[None], [(0, seq.guide.mask(seq.tokens))], 0)
 
     def _penalise_repetition(self, row_V: Tensor, tokens: list[int], penalty: float) -> None:
         new = tokens[len(self.history) :]

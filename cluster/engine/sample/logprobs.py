@@ -1,4 +1,5 @@
-"""Log-probabilities that go back with tokens: those of the model itself, before penalties, cuts and temperature.
+"""Log-probabilities that go back with tokens: those of the model itself, before penalties, cuts and temperature; where
+a grammar allows only some tokens, of these (token_masks.py).
 
 They are the trainer's bit for bit: a logit minus the log-sum-exp that is taken leaf by leaf over the vocabulary's
 virtual shards (parallel.vocabulary.vocab_parallel). `response.logprobs_temperature` other than 1 divides the logits
@@ -58,14 +59,16 @@ def _token_logprobs(head: Normaliser, logits_RV: Tensor, asked: Many[Asked]) -> 
 
 
 def _alternatives(ids_TK: Tensor, values_TK: Tensor, counts: Many[int]) -> list[Alternatives]:
-    """The first `counts` of each row."""
+    """The first `counts` of each row, without tokens that cannot happen."""
     equal = (values_TK[:, 1:] == values_TK[:, :-1]).any(1).nonzero()[:, 0].tolist()
     ids, values = ids_TK.to(torch.int32).cpu().numpy(), values_TK.float().cpu().numpy()
     for row in equal:  # by rounding: then the lower id goes first
         order = np.lexsort((ids[row], -values[row]))
         ids[row], values[row] = ids[row][order], values[row][order]
+    possible = (values != -np.inf).sum(1).tolist()
     return [
-        Alternatives(ids[row, :count].tobytes() + values[row, :count].tobytes()) for row, count in enumerate(counts)
+        Alternatives(ids[row, :count].tobytes() + values[row, :count].tobytes())
+        for row, count in enumerate(map(min, counts, possible))
     ]
 
 

@@ -96,7 +96,8 @@ class Sampler:
             tokens[i] = token
             if value == float("-inf") and i not in errors:
                 errors[i] = (
-                    "no token is left that may be drawn: bad_words, allowed_token_ids and min_new_tokens exclude all"
+                    "no token is left that may be drawn: bad_words, allowed_token_ids, min_new_tokens and "
+                    "structured_outputs exclude all"
                 )
 
 

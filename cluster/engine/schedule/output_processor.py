@@ -1,7 +1,7 @@
 """How a step's result changes the sequences, and the events that tell of it.
 
-Here it is decided when a sample ends: a stop token, its length, an abort, a deadline, or a fault of its own row,
-which never touches the others.
+Here it is decided when a sample ends: a stop token, a grammar after whose text nothing may follow, its length, an
+abort, a deadline, or a fault of its own row, which never touches the others.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ class Counters:
     drafts: int = 0  # sequences' steps with one
     draft_tokens: int = 0
     accepted_draft_tokens: int = 0
+    guided_requests: int = 0
 
 
 class Scheduling(Protocol):
@@ -223,6 +224,8 @@ class OutputProcessor:
         if token in seq.stop_ids:
             shown = answer.request.stopping.include_stop_sequence
             self.end(seq, FinishReason.STOP, token if shown else None, logprob, stop_token=token)
+        elif seq.guide is not None and seq.guide.ended(seq.tokens):
+            self.end(seq, FinishReason.STOP, token, logprob)
         elif len(seq.tokens) >= seq.max_tokens:
             self.end(seq, FinishReason.LENGTH, token, logprob)
         else:
@@ -326,7 +329,9 @@ class OutputProcessor:
 
     def over_already(self, seq: Sequence) -> bool:
         """Ends a sample that has nothing to compute: the score of one token, or a resumed sample that was complete."""
-        if seq.answer.request.score_only and seq.prompt_len == 1:
+        if (seq.answer.request.score_only and seq.prompt_len == 1) or (
+            seq.guide is not None and len(seq.tokens) > seq.prompt_len and seq.guide.ended(seq.tokens)
+        ):
             self.end(seq, FinishReason.STOP)
         elif seq.answer.request.continues and len(seq.tokens) >= seq.max_tokens:
             self.end(seq, FinishReason.LENGTH)

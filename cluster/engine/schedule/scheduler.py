@@ -13,6 +13,7 @@ from collections.abc import Sequence as Many
 
 from cluster.engine.beams.beam_search import search_of
 from cluster.engine.engine_config import EngineConfig
+from cluster.engine.guided.guides import Guides
 from cluster.engine.kv_cache.block_pool import BlockPool
 from cluster.engine.kv_cache.kv_cache_manager import KVCacheManager
 from cluster.engine.request import EngineLoad, FinishReason, ModelLimits, Request, TokenEvent
@@ -33,9 +34,11 @@ class Scheduler:
     """Submit and abort at any time between steps; then schedule, execute the plan, commit its result."""
 
     def __init__(
-        self, config: EngineConfig, limits: ModelLimits, pool: BlockPool, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+        self, config: EngineConfig, limits: ModelLimits, pool: BlockPool, clock: Callable[[], float] = time.monotonic,
+        guides: Guides | None = None,
+    ) -> None:  # fmt: skip
         self.config, self.limits, self.clock = config, limits, clock
+        self.guides = guides or Guides(lambda: None)
         self.residents = KVCacheManager(pool, config.max_sequences, config.prefix_caching, config.guest_slots)
         self.queue = FairQueue(config.max_step_tokens, clock)
         self.beams: dict[str, BeamGroup] = {}  # by request
@@ -67,6 +70,9 @@ class Scheduler:
                 f"{len(self.queue)} sequences are waiting and engine.max_queue is {self.config.max_queue}; try later"
             )
         request = resolve(request, self.limits)
+        if request.sampling.guide is not None and request.continues:
+            self.guides.compiled(request.sampling.guide)  # refused here, before anything is changed
+            self.counters.guided_requests += 1
         now = self.clock()
         deadline = None if request.deadline is None else now + request.deadline
         answer = Answer(request, self.queue.join(request.share), now, deadline)
@@ -96,7 +102,7 @@ class Scheduler:
         samples = []
         for index in indices:
             order: Order = (when, self._submissions, index)
-            samples.append(Sequence(answer, index, order, stop_ids))
+            samples.append(self._guided(Sequence(answer, index, order, stop_ids)))
         self.answers[request.request_id] = answer
         answer.live = {seq.index: seq for seq in samples}
         if samples:
@@ -106,6 +112,12 @@ class Scheduler:
         self._share_prompt(samples)
         if not answer.live:
             self.forget(answer)
+
+    def _guided(self, seq: Sequence) -> Sequence:
+        """With a matcher of its own where the request has a grammar."""
+        if seq.sampling.guide is not None and seq.answer.request.continues:
+            seq.guide = self.guides.matcher(seq.sampling.guide, seq.prompt_len)
+        return seq
 
     def forget(self, answer: Answer) -> bool:
         """Nothing of it is left; False where that is known already."""
@@ -118,7 +130,8 @@ class Scheduler:
         """One place in the queue; the sequences of a beam search come and go together."""
         request = answer.request
         width = request.sampling.beam.width if request.sampling.beam is not None else 1
-        beams = [Sequence(answer, index, (when, self._submissions, index), stop_ids) for index in range(width)]
+        orders = [(when, self._submissions, index) for index in range(width)]
+        beams = [self._guided(Sequence(answer, index, order, stop_ids)) for index, order in enumerate(orders)]
         beams[0].scores = request.response.prompt_logprobs is not None
         self.answers[request.request_id] = answer
         self.beams[request.request_id] = BeamGroup(beams, search_of(request, self.limits))
@@ -250,4 +263,9 @@ class Scheduler:
             drafts=counters.drafts,
             draft_tokens=counters.draft_tokens,
             accepted_draft_tokens=counters.accepted_draft_tokens,
+            guided_requests=counters.guided_requests,
+            guide_compiles=self.guides.compiles,
+            guide_compile_seconds=self.guides.seconds,
+            guide_masks=self.guides.masks.masks,
+            guide_mask_seconds=self.guides.masks.seconds,
         )

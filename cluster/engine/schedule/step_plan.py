@@ -2,7 +2,9 @@
 
 `StepPlan` is lists of integers. Its `wire` form is what travels to the other ranks: every rank keeps a mirror of each
 slot's block table, so only changes are sent, and parameters of sampling never are (rank 0 alone draws). Rows whose
-logits are wanted stand in four groups, because each group costs different collectives:
+logits are wanted stand in four groups, because each group costs different collectives. Rows of the first two whose
+request has a grammar come with the tokens that it allows (`masks`): every rank applies them to its part of the
+vocabulary.
 
     rows    [ largest logit | to rank 0: drawn, scored with alternatives, | beams: likeliest  | scored: log-probability
               only          |            beams whose logits are changed   | tokens to rank 0  | of targets             ]
@@ -36,7 +38,7 @@ class PromptScore:
 
 @dataclass(slots=True)
 class StepPlan:
-    """One step. Everything after `temperatures` stays on rank 0."""
+    """One step. Everything after `masks` stays on rank 0."""
 
     number: int
     tokens: list[int]
@@ -52,6 +54,7 @@ class StepPlan:
     top_count: int  # how many tokens of each ranked row
     targets: list[int]
     temperatures: list[float] | None  # of the targets' log-probabilities, unless all are 1
+    masks: list[tuple[int, bytes]] = field(default_factory=list)  # by place in `rows`: a bit for every token
     sequences: list[Sequence] = field(default_factory=list)
     drafted: dict[Sequence, int] = field(default_factory=dict)  # of its tokens, how many are guesses, the last ones
     sampled: list[Sequence] = field(default_factory=list)  # whose next token the first rows decide
@@ -65,7 +68,7 @@ class StepPlan:
         return (
             self.number, self.tokens, self.slots, self.query_lens, self.context_lens, self.tables, self.copies,
             self.rows, self.num_argmax, self.num_gathered, self.num_ranked, self.top_count, self.targets,
-            self.temperatures,
+            self.temperatures, self.masks,
         )  # fmt: skip
 
     @staticmethod
@@ -106,6 +109,7 @@ class PlanBuilder:
         self._gathered_scores: tuple[list[int], list[PromptScore]] = ([], [])
         self._plain_scores: tuple[list[int], list[PromptScore]] = ([], [])
         self._pools: list[PoolRun] = []
+        self._masks: dict[Sequence, bytes] = {}
         self._whole_beams: tuple[list[int], list[Sequence]] = ([], [])
         self._ranked_beams: tuple[list[int], list[Sequence]] = ([], [])
 
@@ -131,11 +135,11 @@ class PlanBuilder:
             self._rank(seq, first_row + count - 1)
         elif stop == len(seq.tokens):
             rows, sampled = self._argmax if stop >= seq.greedy_from else self._drawn
-            rows.append(first_row + count - 1)
-            sampled.append(seq)
-            for fork in seq.forks:
-                rows.append(first_row + count - 1)
-                sampled.append(fork)
+            drawn = [seq, *seq.forks]
+            if seq.guide is not None:
+                self._masks |= dict.fromkeys(drawn, seq.guide.mask(seq.tokens))
+            rows += [first_row + count - 1] * len(drawn)
+            sampled += drawn
 
     def add_drafted(self, seq: Sequence, draft: Many[int]) -> None:
         """A sequence's last token and its draft: a token is drawn after each, as if those before it were its own."""
@@ -148,7 +152,10 @@ class PlanBuilder:
         self.drafted[seq] = len(draft)
         rows, sampled = self._argmax if len(seq.tokens) >= seq.greedy_from else self._drawn
         rows += range(first_row, first_row + count)
-        sampled += [seq, *(Ahead(seq, draft[:place]) for place in range(1, count))]
+        drawn = [seq, *(Ahead(seq, draft[:place]) for place in range(1, count))]
+        sampled += drawn
+        if seq.guide is not None:
+            self._masks |= zip(drawn, seq.guide.masks_along(seq.tokens, draft), strict=True)
 
     def _rank(self, seq: Sequence, row: int) -> None:
         """A beam's last token; not a prompt's that is only computed again."""
@@ -171,7 +178,7 @@ class PlanBuilder:
         scores.append(score)
 
     def plan(self, tables: list[TableChange], copies: list[tuple[int, int]]) -> StepPlan:
-        plain = self._plain_scores[1]
+        plain, sampled = self._plain_scores[1], self._argmax[1] + self._drawn[1]
         temperatures = [s.temperature for s in plain for _ in s.targets] if plain else []
         return StepPlan(
             number=self.number,
@@ -191,7 +198,8 @@ class PlanBuilder:
             temperatures=temperatures if any(t != 1.0 for t in temperatures) else None,
             sequences=self.sequences,
             drafted=self.drafted,
-            sampled=self._argmax[1] + self._drawn[1],
+            sampled=sampled,
+            masks=[(place, self._masks[seq]) for place, seq in enumerate(sampled) if seq in self._masks],
             gathered_scores=self._gathered_scores[1],
             plain_scores=plain,
             beams=self._whole_beams[1] + self._ranked_beams[1],

@@ -21,6 +21,7 @@ class Ahead(Sequence):
         self.stop_ids, self.max_tokens, self.min_tokens = of.stop_ids, of.max_tokens, of.min_tokens
         self.sampling, self.top_logprobs, self.stream = of.sampling, of.top_logprobs, of.stream
         self.flow, self.beam, self.done, self.plain = of.flow, None, False, of.plain
+        self.guide = None  # whose mask the plan holds already
         self.adjustments = None if of.adjustments is None else of.adjustments.copy()
 
     @property

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from cluster.engine.beams.beam_search import Row, Search
+from cluster.engine.guided.matcher import Matcher
 from cluster.engine.request import Request, Timings, TokenLogprobs
 from cluster.engine.rng import stream_of
 from cluster.engine.sequences.caller_flows import Flow
@@ -52,7 +53,7 @@ class Sequence:
 
     __slots__ = (
         "adjustments", "answer", "beam", "blocks", "chain", "chained", "charged", "computed", "done", "earned", "flow",
-        "forks", "greedy_from", "held", "index", "last_step", "max_tokens", "min_tokens", "order", "plain",
+        "forks", "greedy_from", "guide", "held", "index", "last_step", "max_tokens", "min_tokens", "order", "plain",
         "prompt_len", "request_id", "sampling", "scores", "slot", "stop_ids", "stream", "tokens", "top_logprobs",
     )  # fmt: skip
 
@@ -85,6 +86,7 @@ class Sequence:
         self.beam: BeamGroup | None = None  # the beam search that it is part of
         self.held = False  # a beam that waits until the others of its search have been computed as far as it is
         self.adjustments: Copied | None = None  # the sampler's, made at the first draw
+        self.guide: Matcher | None = None  # which tokens its grammar allows
         self.plain = is_plain(request)
         # from this length on, the next token is simply the most likely one
         self.greedy_from = (self.min_tokens if stop_ids else 0) if self.plain else self.max_tokens + 1

@@ -74,6 +74,8 @@ class Speculator:
             return []
         try:
             draft = self._within(drafter.propose(seq, most), most)
+            if seq.guide is not None and draft:
+                draft = seq.guide.allowed(seq.tokens, draft)
         except Exception as error:  # noqa: BLE001 (a guess, nobody's fault)
             self._refuse("raised %s: %s", type(error).__name__, error)
             return []

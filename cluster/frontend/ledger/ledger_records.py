@@ -18,10 +18,10 @@ from cluster.engine.top_logprobs import Alternatives
 from cluster.frontend.output.streams import Stream
 from cluster.frontend.requests.call import Call
 from cluster.frontend.requests.quarantine import Count
-from cluster.request_errors import DoesNotFit, InvalidRequest, NoTokenizer, Quarantined, Violation
+from cluster.request_errors import DoesNotFit, InvalidRequest, NoGuides, NoTokenizer, Quarantined, Violation
 from parallel.errors import CapacityError, RequestError
 
-REFUSALS = (CapacityError, DoesNotFit, InvalidRequest, NoTokenizer, Quarantined, RequestError)
+REFUSALS = (CapacityError, DoesNotFit, InvalidRequest, NoGuides, NoTokenizer, Quarantined, RequestError)
 FACTS = {"violations": tuple[Violation, ...], "deaths": int, "causes": tuple[str, ...]}
 """What they say beside their message."""
 FIELDS = {f.name: f for f in structs.fields(TokenEvent) if f.name not in ("request_id", "sample_index")}

@@ -15,6 +15,7 @@ from cluster.engine.request import StoppingCriteria
 from cluster.frontend.output.stop_strings import StopMatcher, StopStrings
 
 if TYPE_CHECKING:
+    from tp_decoders.text.token_table import TokenTable
     from tp_decoders.text.tokenizer import Tokenizer as CheckpointTokenizer
 
 
@@ -61,6 +62,8 @@ class TextCodec:
     """Tokens that the detokenizer does not show, and how they are written."""
     first_ids: tuple[int, ...] = ()
     """What the tokenizer puts before every text."""
+    table: Callable[[int, Sequence[int]], TokenTable | None] = lambda vocab_size, ends: None
+    """What the tokens of a model stand for, some of which end a text."""
 
 
 def codec_of(tokenizer: CheckpointTokenizer | None) -> TextCodec | None:
@@ -68,6 +71,7 @@ def codec_of(tokenizer: CheckpointTokenizer | None) -> TextCodec | None:
     if tokenizer is None:
         return None
     from tp_decoders.text.detokenizer import IncrementalDetokenizer
+    from tp_decoders.text.token_table import token_table
 
     fim = fim_tokens(tokenizer.vocabulary.find)
     return TextCodec(
@@ -76,6 +80,7 @@ def codec_of(tokenizer: CheckpointTokenizer | None) -> TextCodec | None:
         fim=fim,
         special_tokens=tokenizer.special_tokens,
         first_ids=tokenizer.first_ids,
+        table=partial(token_table, tokenizer),
     )
 
 

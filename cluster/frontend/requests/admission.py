@@ -7,10 +7,11 @@ others go on. Holds no state: the journal decides whether there is room.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from cluster.engine.request import ModelLimits, Request, SamplingParams
+from cluster.engine.guided.guides import Guides
+from cluster.engine.request import Guide, ModelLimits, Request, SamplingParams
 from cluster.engine.request_validation import check_capacity, room, what_is_left
 from cluster.engine.rng import fresh_seed
 from cluster.frontend.output.output_text import TextCodec
@@ -35,6 +36,7 @@ class Admission:
     config: FrontendConfig
     codec: TextCodec | None
     pool: FairThreadPool = field(default_factory=FairThreadPool)
+    guides: Guides = field(default_factory=lambda: Guides(lambda: None))
 
     def check(self, call: Call) -> None:
         """Raise what is wrong with the call as a whole."""
@@ -55,6 +57,7 @@ class Admission:
     async def requests(self, call: Call) -> list[Request | RequestError]:
         """One request per prompt, or what is wrong with that prompt. Long texts are tokenized beside the event loop."""
         caller, words = call.share.caller, call.bad_words
+        await self._compiled(call.sampling.guide, caller)
         banned = await self.pool.run(caller, self._banned, words) if words else ()
         sampling = replace(call.sampling, bad_words=call.sampling.bad_words + banned)
         made: list[Request | RequestError] = []
@@ -67,6 +70,17 @@ class Admission:
             except RequestError as error:
                 made.append(error)
         return made
+
+    async def _compiled(self, guide: Guide | None, caller: str) -> None:
+        """Raises where the grammar cannot be followed; beside the event loop, for a limited time."""
+        if guide is None or self.guides.known(guide):
+            return
+        try:
+            async with asyncio.timeout(self.config.max_guide_seconds):
+                await self.pool.run(caller, self.guides.compiled, guide)
+        except TimeoutError:
+            most = f"takes longer to compile than {self.config.max_guide_seconds:g} s; give a simpler one"
+            raise _invalid(f"sampling.structured_outputs.{guide.kind}", most) from None
 
     def encode(self, text: str, whole: bool = True) -> tuple[int, ...]:
         """The ids of a text, or of a part of one (not `whole`), which has no first and last token of its own."""
@@ -236,6 +250,11 @@ class Admission:
         spelled = (spelling for word in words for spelling in (word, " " + word.lstrip()))
         found = (self._known(self.encode(spelling, whole=False), "sampling.bad_words") for spelling in spelled)
         return tuple(dict.fromkeys(ids for ids in found if ids))
+
+
+def guides_of(codec: TextCodec | None, limits: Callable[[], ModelLimits]) -> Guides:
+    """Grammars over the tokens of a model, whose limits are known by the time that one comes."""
+    return Guides(lambda: None if codec is None else codec.table(limits().vocab_size, limits().eos_token_ids))
 
 
 def _invalid(field: str, rule: str) -> InvalidRequest:

@@ -105,6 +105,8 @@ class FrontendConfig:
     max_stop_sequences: int = 64  # of a call
     max_stop_length: int = 1024  # characters
     max_bad_words: int = 1024  # of a call
+    max_guide_length: int = 131072  # characters of a grammar
+    max_guide_seconds: float = 5.0  # that compiling one may take
     max_id_list: int = 65536  # entries of logit_bias, allowed_token_ids, stop_token_ids; ids of all bad words
     max_list_entries: int = 1 << 22  # of these lists, over all prompts of a call
     max_request_id: int = 256  # characters

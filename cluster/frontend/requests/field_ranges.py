@@ -108,6 +108,7 @@ PROMPT_TEXT = text(
 TEMPERATURE = number(1e-4, 1e4, "colder than 0.0001 is greedy, hotter than 10000 is uniform, in float32")
 PRIORITY = number(-1_000_000, 1_000_000, "lower goes first")
 KEY = text("max_request_id", why="one per call")
+GRAMMAR = text("max_guide_length", low=1, why="compiled within llguidance's own limits")
 STATE_NAME = text(100, low=1, why="A-Z a-z 0-9 . _ -, beginning with a letter or a digit")
 PROMPTS = Range(high=0, entries=(1, "max_prompts_per_call"))
 PENALTY = number(-100, 100, "OpenAI takes -2 to 2")
@@ -153,6 +154,8 @@ FIELDS: Mapping[str, Mapping[str, Range]] = {
         "no_repeat_ngram_size": number(0, 65536, "0: no rule; longer than the context means nothing"),
         "best_of": number(1, "max_n", "and at least n"),
     },
+    "StructuredOutputs": dict.fromkeys(("json", "regex", "grammar"), GRAMMAR),
+    "Choice": {"texts": many(GRAMMAR, "max_id_list", least=1)},
     "Beam": {
         "width": number(2, 256, "and at most engine.max_sequences; without beams leave `beam` out"),
         "length_penalty": number(-20, 20, "length ^ 20 is finite for every context"),

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from cluster.engine.guided.grammar import guide_problems
 from cluster.engine.request import ModelLimits
 from cluster.engine.request_validation import beam_problems
 from cluster.frontend.requests.call import Call, FrontendConfig
@@ -131,6 +132,15 @@ def _beams(s: Scope) -> Iterator[Violation]:
         yield Violation("response.logprobs_temperature", "is set; with beams log-probabilities are the model's own")
 
 
+def _guide(s: Scope) -> Iterator[Violation]:
+    """Of a grammar, what it does not go with; whether it can be followed is looked at next."""
+    guide, most = s.call.sampling.guide, s.config.max_guide_length
+    for field, problem in guide_problems(s.call.sampling, s.call.stopping, s.limits):
+        yield Violation(field, problem)
+    if guide is not None and len(guide.text) > most:
+        yield Violation(f"sampling.structured_outputs.{guide.kind}", f"{len(guide.text)} characters; at most {most}")
+
+
 def _num_logprobs(value: object, s: Scope) -> Problem:
     most = min(s.config.max_logprobs, s.limits.vocab_size)
     return unset_or(whole(0, most, f"a whole number from 0 to {most}"))(value)
@@ -232,3 +242,4 @@ def violations(call: Call, limits: ModelLimits, config: FrontendConfig) -> Itera
         if problem is not None:
             yield Violation(field, problem)
     yield from _beams(scope)
+    yield from _guide(scope)

@@ -6,9 +6,11 @@ their rules are the front-end's, the same as for gRPC.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 
-from cluster.engine.request import BeamParams, SamplingParams, StoppingCriteria
+from cluster.engine.guided.grammar import choice_guide
+from cluster.engine.request import BeamParams, Guide, SamplingParams, StoppingCriteria
 from cluster.frontend.requests.call import Call
 from cluster.http.requests.json_body import Fields, invalid
 
@@ -18,14 +20,19 @@ IGNORED = frozenset(
 )  # fmt: skip
 """Sent by tools, without a meaning here and without a warning."""
 REFUSED = {
-    "structured_outputs": "guided decoding is not served", "guided_json": "guided decoding is not served",
-    "guided_regex": "guided decoding is not served", "guided_choice": "guided decoding is not served",
-    "guided_grammar": "guided decoding is not served", "tools": "tools are not served",
+    "guided_json": "is now structured_outputs: {json}", "guided_regex": "is now structured_outputs: {regex}",
+    "guided_choice": "is now structured_outputs: {choice}", "guided_grammar": "is now structured_outputs: {grammar}",
+    "guided_decoding_backend": "there is one, llguidance", "tools": "tools are not served",
     "functions": "tools are not served", "truncate_prompt_tokens": "prompts are never cut; send a shorter one",
     "cache_salt": "the prefix cache has no salt", "prompt_embeds": "embeddings are no prompt here",
     "audio": "there is only text", "kv_transfer_params": "caches are not sent",
 }  # fmt: skip
 """Known fields that would change the answer and cannot be honoured."""
+GUIDES = ("json", "regex", "choice", "grammar", "json_object")
+NO_GUIDES = {"structural_tag": "structural tags are not served", "whitespace_pattern": "blanks are bounded, or "
+            "disable_any_whitespace leaves them out"}  # fmt: skip
+VLLM_BACKENDS = frozenset({"disable_fallback", "disable_additional_properties"})
+"""vLLM's, about its own backends."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +67,6 @@ def check_refused(fields: Fields) -> None:
     """Raise for what would have to be honoured and is not."""
     for name in (name for name in REFUSED if fields.given(name)):
         raise invalid(name, f"{REFUSED[name]}; leave it out")
-    form = fields.section("response_format").text("type", "text")
-    if form != "text":
-        raise invalid("response_format", f"{form!r} is not served; leave it out, or give text")
     if not fields.flag("skip_special_tokens", True):
         raise invalid("skip_special_tokens", "special tokens are not shown as text; ask for return_token_ids")
 
@@ -98,6 +102,7 @@ def sampling_of(fields: Fields) -> SamplingParams:
         allowed_token_ids=fields.ids("allowed_token_ids") or None,
         best_of=None if beams or best_of in (None, n) else best_of,
         beam=beam,
+        guide=guide_of(fields),
     )
 
 
@@ -121,3 +126,57 @@ def _bias(fields: Fields) -> dict[int, float]:
             raise invalid("logit_bias", f"{key[:40]!r} is no token id; give whole numbers as keys")
         found[int(key)] = bias.number(key, 0.0)
     return found
+
+
+def guide_of(fields: Fields) -> Guide | None:
+    """The grammar that an answer must follow, as OpenAI (response_format) or vLLM (structured_outputs) has it."""
+    asked, formed = _structured(fields), _formed(fields)
+    if asked is not None and formed is not None:
+        raise invalid("structured_outputs", "is given beside response_format; give one of them")
+    return formed if asked is None else asked
+
+
+def _formed(fields: Fields) -> Guide | None:
+    form = fields.section("response_format")
+    kind = form.text("type", "text")
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return Guide(kind="json_object")
+    if kind != "json_schema":
+        raise invalid("response_format", f"{kind[:40]!r} is not served; give text, json_object or json_schema")
+    schema = form.section("json_schema").any("schema")
+    if schema is None:
+        raise invalid("response_format.json_schema", "has no schema; give {name, schema}")
+    return Guide(kind="json", text=_schema(schema, "response_format.json_schema.schema"))
+
+
+def _structured(fields: Fields) -> Guide | None:
+    given = fields.section("structured_outputs")
+    if not given.names():
+        return None
+    for name in (name for name in NO_GUIDES if given.given(name)):
+        raise invalid(f"structured_outputs.{name}", f"{NO_GUIDES[name]}; leave it out")
+    kinds = [name for name in GUIDES if given.any(name) not in (None, False)]
+    if len(kinds) != 1:
+        raise invalid("structured_outputs", f"holds {kinds or 'none'}; give one of {', '.join(GUIDES)}")
+    blanks = not given.flag("disable_any_whitespace")
+    given.ignore(VLLM_BACKENDS)
+    if kinds == ["json"]:
+        return Guide(kind="json", text=_schema(given.any("json"), "structured_outputs.json"), any_whitespace=blanks)
+    if kinds == ["json_object"]:
+        given.flag("json_object")
+        return Guide(kind="json_object", any_whitespace=blanks)
+    if kinds == ["choice"]:
+        return choice_guide(given.texts("choice"))
+    text = given.text(kinds[0], "")
+    return Guide(kind="regex", text=text) if kinds == ["regex"] else Guide(kind="grammar", text=text)
+
+
+def _schema(given: object, field: str) -> str:
+    """A schema comes as an object, as true or false, or as the text of one."""
+    if isinstance(given, str):
+        return given
+    if not isinstance(given, dict | bool):
+        raise invalid(field, "is no JSON schema; give an object")
+    return json.dumps(given, ensure_ascii=False)

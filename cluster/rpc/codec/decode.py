@@ -11,7 +11,8 @@ from typing import Literal, TypeVar
 
 from google.protobuf.message import Message
 
-from cluster.engine.request import BeamParams, Pooling, ResponseOptions, SamplingParams, StoppingCriteria
+from cluster.engine.guided.grammar import choice_guide
+from cluster.engine.request import BeamParams, Guide, Pooling, ResponseOptions, SamplingParams, StoppingCriteria
 from cluster.frontend.requests.call import Call, FillInMiddle, FrontendConfig, Prompt
 from cluster.frontend.requests.classify_embed import MAX_ANSWER_TOKENS, Reading
 from cluster.request_errors import InvalidRequest, NotImplementedField, Violation
@@ -127,7 +128,23 @@ def _sampling(message: pb.SamplingParams, config: FrontendConfig) -> SamplingPar
         best_of=_given(message, "best_of", None),
         beam=_beam(message.beam) if message.HasField("beam") else None,
         no_speculation=message.no_speculation,
+        guide=_guide(message.structured_outputs) if message.HasField("structured_outputs") else None,
     )
+
+
+def _guide(message: pb.StructuredOutputs) -> Guide:
+    kind = message.WhichOneof("guide")
+    if kind is None or (kind == "json_object" and not message.json_object):
+        given = "none given; give one of json, json_object (true), regex, choice and grammar"
+        raise InvalidRequest.of([Violation("sampling.structured_outputs", given)])
+    blanks = not message.disable_any_whitespace
+    if kind == "json":
+        return Guide(kind="json", text=message.json, any_whitespace=blanks)
+    if kind == "json_object":
+        return Guide(kind="json_object", any_whitespace=blanks)
+    if kind == "choice":
+        return choice_guide(message.choice.texts)
+    return Guide(kind="regex", text=message.regex) if kind == "regex" else Guide(kind="grammar", text=message.grammar)
 
 
 EARLY_STOPPING: dict[int, bool | Literal["never"]] = {

@@ -131,7 +131,7 @@ class GetLoadRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("running", "waiting", "kv_blocks_total", "kv_blocks_free", "preemptions", "steps", "generated_tokens", "prompt_tokens", "finished_requests", "aborted_requests", "weight_version", "step_seconds", "forward_seconds", "open_requests", "schedule_seconds", "sample_seconds", "commit_seconds", "prefix_tokens_looked_up", "prefix_tokens_reused", "kv_blocks_cached", "canaries", "canary_fault", "ranks", "collectives", "drafts", "draft_tokens", "accepted_draft_tokens", "replicas", "replayed_steps")
+    __slots__ = ("running", "waiting", "kv_blocks_total", "kv_blocks_free", "preemptions", "steps", "generated_tokens", "prompt_tokens", "finished_requests", "aborted_requests", "weight_version", "step_seconds", "forward_seconds", "open_requests", "schedule_seconds", "sample_seconds", "commit_seconds", "prefix_tokens_looked_up", "prefix_tokens_reused", "kv_blocks_cached", "canaries", "canary_fault", "ranks", "collectives", "drafts", "draft_tokens", "accepted_draft_tokens", "replicas", "replayed_steps", "guided_requests", "guide_compiles", "guide_compile_seconds", "guide_masks", "guide_mask_seconds")
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
     KV_BLOCKS_TOTAL_FIELD_NUMBER: _ClassVar[int]
@@ -161,6 +161,11 @@ class Load(_message.Message):
     ACCEPTED_DRAFT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     REPLICAS_FIELD_NUMBER: _ClassVar[int]
     REPLAYED_STEPS_FIELD_NUMBER: _ClassVar[int]
+    GUIDED_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    GUIDE_COMPILES_FIELD_NUMBER: _ClassVar[int]
+    GUIDE_COMPILE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    GUIDE_MASKS_FIELD_NUMBER: _ClassVar[int]
+    GUIDE_MASK_SECONDS_FIELD_NUMBER: _ClassVar[int]
     running: int
     waiting: int
     kv_blocks_total: int
@@ -190,7 +195,12 @@ class Load(_message.Message):
     accepted_draft_tokens: int
     replicas: _containers.RepeatedCompositeFieldContainer[ReplicaLoad]
     replayed_steps: int
-    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., kv_blocks_free: _Optional[int] = ..., preemptions: _Optional[int] = ..., steps: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., finished_requests: _Optional[int] = ..., aborted_requests: _Optional[int] = ..., weight_version: _Optional[int] = ..., step_seconds: _Optional[float] = ..., forward_seconds: _Optional[float] = ..., open_requests: _Optional[int] = ..., schedule_seconds: _Optional[float] = ..., sample_seconds: _Optional[float] = ..., commit_seconds: _Optional[float] = ..., prefix_tokens_looked_up: _Optional[int] = ..., prefix_tokens_reused: _Optional[int] = ..., kv_blocks_cached: _Optional[int] = ..., canaries: _Optional[int] = ..., canary_fault: _Optional[str] = ..., ranks: _Optional[_Iterable[_Union[RankReport, _Mapping]]] = ..., collectives: _Optional[_Iterable[_Union[CollectiveCount, _Mapping]]] = ..., drafts: _Optional[int] = ..., draft_tokens: _Optional[int] = ..., accepted_draft_tokens: _Optional[int] = ..., replicas: _Optional[_Iterable[_Union[ReplicaLoad, _Mapping]]] = ..., replayed_steps: _Optional[int] = ...) -> None: ...
+    guided_requests: int
+    guide_compiles: int
+    guide_compile_seconds: float
+    guide_masks: int
+    guide_mask_seconds: float
+    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., kv_blocks_free: _Optional[int] = ..., preemptions: _Optional[int] = ..., steps: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., finished_requests: _Optional[int] = ..., aborted_requests: _Optional[int] = ..., weight_version: _Optional[int] = ..., step_seconds: _Optional[float] = ..., forward_seconds: _Optional[float] = ..., open_requests: _Optional[int] = ..., schedule_seconds: _Optional[float] = ..., sample_seconds: _Optional[float] = ..., commit_seconds: _Optional[float] = ..., prefix_tokens_looked_up: _Optional[int] = ..., prefix_tokens_reused: _Optional[int] = ..., kv_blocks_cached: _Optional[int] = ..., canaries: _Optional[int] = ..., canary_fault: _Optional[str] = ..., ranks: _Optional[_Iterable[_Union[RankReport, _Mapping]]] = ..., collectives: _Optional[_Iterable[_Union[CollectiveCount, _Mapping]]] = ..., drafts: _Optional[int] = ..., draft_tokens: _Optional[int] = ..., accepted_draft_tokens: _Optional[int] = ..., replicas: _Optional[_Iterable[_Union[ReplicaLoad, _Mapping]]] = ..., replayed_steps: _Optional[int] = ..., guided_requests: _Optional[int] = ..., guide_compiles: _Optional[int] = ..., guide_compile_seconds: _Optional[float] = ..., guide_masks: _Optional[int] = ..., guide_mask_seconds: _Optional[float] = ...) -> None: ...
 
 class ReplicaLoad(_message.Message):
     __slots__ = ("replica", "load", "refused")

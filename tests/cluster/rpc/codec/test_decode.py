@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from google.protobuf.message import Message
 
-from cluster.engine.request import BeamParams, ResponseOptions, SamplingParams, StoppingCriteria
+from cluster.engine.request import BeamParams, Guide, ResponseOptions, SamplingParams, StoppingCriteria
 from cluster.frontend.requests.call import Call, FillInMiddle, FrontendConfig, Prompt
 from cluster.request_errors import InvalidRequest
 from cluster.rpc.codec.decode import generate_call, score_call
@@ -54,6 +54,7 @@ def full_request() -> pb.GenerateRequest:
             "presence_penalty": 1.1, "frequency_penalty": 1.2, "logit_bias": {3: -1.5}, "allowed_token_ids": [1, 3],
             "bad_words": ["x"], "bad_word_ids": [{"ids": [5, 6]}],
             "no_repeat_ngram_size": 3, "best_of": 9, "no_speculation": True,
+            "structured_outputs": {"json": "{}", "disable_any_whitespace": True},
             "beam": {
                 "width": 6, "length_penalty": 0.7, "early_stopping": "EARLY_STOPPING_NEVER", "groups": 2,
                 "diversity_penalty": 0.1,
@@ -77,6 +78,7 @@ def test_every_field_of_the_protocol_arrives_where_it_belongs() -> None:
         temperature=0.3, top_k=4, top_p=0.5, min_p=0.6, seed=7, n=8, repetition_penalty=0.9, presence_penalty=1.1,
         frequency_penalty=1.2, logit_bias={3: -1.5}, allowed_token_ids=(1, 3), bad_words=((5, 6),),
         no_repeat_ngram_size=3, best_of=9, no_speculation=True,
+        guide=Guide(kind="json", text="{}", any_whitespace=False),
         beam=BeamParams(width=6, length_penalty=0.7, early_stopping="never", groups=2, diversity_penalty=0.1),
     )  # fmt: skip
     stopping = StoppingCriteria(
@@ -104,6 +106,21 @@ def unset(message: Message, path: str) -> list[str]:
     missing = [path + field.name for field in message.DESCRIPTOR.fields if field.name not in names]
     groups = [name for name in ("sampling", "stopping", "response", "beam") if name in names]
     return missing + [name for group in groups for name in unset(getattr(message, group), f"{path}{group}.")]
+
+
+def test_each_kind_of_grammar_arrives_and_none_is_refused() -> None:
+    kinds: list[tuple[dict[str, Any], Guide]] = [
+        ({"json_object": True}, Guide(kind="json_object")),
+        ({"regex": "a"}, Guide(kind="regex", text="a")),
+        ({"choice": {"texts": ["a", "日"]}}, Guide(kind="choice", text='["a", "日"]')),
+        ({"grammar": "start: x"}, Guide(kind="grammar", text="start: x")),
+    ]
+    for sent, meant in kinds:
+        message = pb.GenerateRequest(sampling={"structured_outputs": sent})
+        assert generate_call(message, CONFIG, None).sampling.guide == meant
+    for sent in ({}, {"json_object": False}, {"disable_any_whitespace": True}):
+        with pytest.raises(InvalidRequest, match="give one of"):
+            generate_call(pb.GenerateRequest(sampling={"structured_outputs": sent}), CONFIG, None)
 
 
 def test_both_orders_of_a_prompt_with_a_hole_arrive_and_no_third() -> None:
