@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,18 @@ class ServedModel:
 
     @property
     def fingerprint(self) -> str:
-        """Of what the numbers depend on beside the weights' version; tensor-parallel size and replicas are no part."""
+        """Of what answers depend on beside the weights' version; tensor-parallel size and replicas are no part."""
         told = (software_version(), self.info.model_id, self.info.family, self.info.dtype, self.info.device)
-        digest = hashlib.sha256(json.dumps([*told, self.info.numerics]).encode()).hexdigest()
+        digest = hashlib.sha256(json.dumps([*told, self.info.numerics, _grammars()]).encode()).hexdigest()
         return f"fp_{digest[:12]}"
+
+
+def _grammars() -> str:
+    """The version of what reads grammars, which may change what one allows; empty where it is missing."""
+    try:
+        return version("llguidance")
+    except PackageNotFoundError:
+        return ""
 
 
 def served_model(info: ServiceInfo, folder: Path, eos_ids: tuple[int, ...], codec: TextCodec | None,

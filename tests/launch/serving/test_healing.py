@@ -1,5 +1,6 @@
 """The real command loses ranks while it streams: killed and frozen ones, the first and the last, with and without
-trained weights. Nobody loses, doubles or changes a token; health tells the truth; restarts have an end."""
+trained weights, one stream under a grammar. Nobody loses, doubles or changes a token; health tells the truth; restarts
+have an end."""
 
 from __future__ import annotations
 
@@ -16,6 +17,10 @@ from typing import Any
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as Bytes
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
 
 from cluster.rpc.client.client import AsyncClient, ServiceError
 from cluster.rpc.proto.inference_pb2 import FinishReason
@@ -27,6 +32,8 @@ from tests.launch.serving.test_serve import processes_of, wait_until_gone
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 STREAMS, TOKENS, BEFORE = 6, 600, 100
+GRAMMAR = {"regex": f"[a-f]{{{TOKENS + 1}}}"}
+"""Of the first stream."""
 LATE = ("DEADLINE_EXCEEDED", "FINISH_REASON_DEADLINE")
 """What a caller hears, by whether its own clock or the server's was first."""
 NAMES = {value: name for name, value in health_pb2.HealthCheckResponse.ServingStatus.items()}
@@ -35,7 +42,11 @@ NAMES = {value: name for name, value in health_pb2.HealthCheckResponse.ServingSt
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     library.available()  # compiled here if need be, outside the limits below
-    return save_tiny("gpt_neox", tmp_path_factory.mktemp("neox") / "model", max_position_embeddings=2048)
+    folder = save_tiny("gpt_neox", tmp_path_factory.mktemp("neox") / "model", max_position_embeddings=2048)
+    tokens = Tokenizer(BPE({"<end>": 0} | {chr(32 + i): i for i in range(1, 95)}, []))
+    tokens.pre_tokenizer, tokens.decoder = ByteLevel(add_prefix_space=False), Bytes()
+    tokens.save(str(folder / "tokenizer.json"))
+    return folder
 
 
 def server_of(model: Path, *more: str) -> Server:
@@ -82,8 +93,11 @@ class Streams:
         self.tasks = [asyncio.create_task(self._read(client, index)) for index in range(STREAMS)]
 
     async def _read(self, client: AsyncClient, index: int) -> None:
-        stopping = {"max_new_tokens": TOKENS, "ignore_eos": True}
-        async for chunk in client.stream([[index, 3, 5]], sampling={"seed": index}, stopping=stopping):
+        stopping: dict[str, Any] = {"max_new_tokens": TOKENS, "ignore_eos": True}
+        sampling: dict[str, Any] = {"seed": index}
+        if index == 0:
+            sampling, stopping = sampling | {"structured_outputs": GRAMMAR}, {"max_new_tokens": TOKENS}
+        async for chunk in client.stream([[index, 3, 5]], sampling=sampling, stopping=stopping):
             self.tokens[index] += chunk.token_ids
 
     async def under_way(self) -> None:
@@ -119,6 +133,7 @@ def undisturbed(server: Server) -> list[list[int]]:
 
     tokens = asyncio.run(main())
     assert all(len(each) == TOKENS for each in tokens)
+    assert len({*tokens[0]}) > 1 and {*tokens[0]} <= {ord(letter) - 32 for letter in "abcdef"}
     return tokens
 
 
