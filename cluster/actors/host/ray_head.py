@@ -17,7 +17,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import ray
@@ -42,41 +42,45 @@ class _OwnSession(subprocess.Popen[Any]):
 
 
 @contextmanager
-def own_sessions() -> Iterator[None]:
-    """While Ray starts its processes. This leans on a name of Ray's that is not public."""
-    services: Any = ray._private.services
-    before = getattr(services, "ConsolePopen", None)
-    if before is None:
-        log.warning("this Ray is another than the one known here: it may be ended by signals meant for this command")
+def _instead(owner: Any, values: dict[str, Any], without: str) -> Iterator[None]:
+    """While Ray starts: names of Ray's that are not public. Where one is missing all stay as they are, with `without`
+    as what that means."""
+    before = {name: getattr(owner, name, None) for name in values}
+    if None in before.values():
+        log.warning("this Ray is another than the one known here: %s", without)
         yield
         return
-    services.ConsolePopen = _OwnSession
+    for name, value in values.items():
+        setattr(owner, name, value)
     try:
         yield
     finally:
-        services.ConsolePopen = before
+        for name, value in before.items():
+            setattr(owner, name, value)
 
 
-@contextmanager
-def on_loopback() -> Iterator[None]:
+def own_sessions() -> AbstractContextManager[None]:
+    """While Ray starts its processes."""
+    without = "it may be ended by signals meant for this command"
+    return _instead(ray._private.services, {"ConsolePopen": _OwnSession}, without)
+
+
+def on_loopback() -> AbstractContextManager[None]:
     """While Ray starts a cluster that only this machine uses: its ports are then reached from this machine alone.
 
     Ray binds to loopback where that is its node's address, which it refuses as an argument, and chooses where clusters
-    of several machines are not supported (macOS, Windows). This leans on a name of Ray's that is not public.
+    of several machines are not supported (macOS, Windows).
     """
-    constants: Any = ray._private.ray_constants
-    before = getattr(constants, "ENABLE_RAY_CLUSTER", None)
-    if before is None:
-        log.warning(
-            "this Ray is another than the one known here: other machines may reach its ports, which ask a token"
-        )
-        yield
-        return
-    constants.ENABLE_RAY_CLUSTER = False
-    try:
-        yield
-    finally:
-        constants.ENABLE_RAY_CLUSTER = before
+    without = "other machines may reach its ports, which ask a token"
+    return _instead(ray._private.ray_constants, {"ENABLE_RAY_CLUSTER": False}, without)
+
+
+def bare() -> AbstractContextManager[None]:
+    """While Ray starts a cluster for one command alone: without its jobs' interface, which Ray waits two seconds for
+    even where it is to have no dashboard, and without its autoscaler, which has no machine to add.
+    """
+    values = {"start_api_server": lambda node, **_: setattr(node, "_webui_url", ""), "start_monitor": lambda node: None}
+    return _instead(ray._private.node.Node, values, "it starts two processes more")
 
 
 class RayHead:

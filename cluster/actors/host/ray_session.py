@@ -11,7 +11,7 @@ import logging
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import ray
 
 from cluster.actors.host.rank_output import show_rank_output
 from cluster.actors.host.ray_address import own_address
-from cluster.actors.host.ray_head import RayHead, on_loopback, own_sessions
+from cluster.actors.host.ray_head import RayHead, bare, on_loopback, own_sessions
 from cluster.actors.host.start_signals import interruptible
 from parallel.errors import ConfigError, WorkerError
 
@@ -57,7 +57,10 @@ def ray_session(
     head = head or RayHead()
     try:
         alone = address is None or only_on_loopback(address)
-        with interruptible(), own_sessions(), on_loopback() if alone else nullcontext():
+        with ExitStack() as around:
+            around.enter_context(interruptible())
+            for each in (own_sessions(), *((on_loopback(),) if alone else ()), *((bare(),) if address is None else ())):
+                around.enter_context(each)
             _init(address or "local", options)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise WorkerError(_cannot_join(address, error)) from error

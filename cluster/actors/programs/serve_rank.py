@@ -27,7 +27,6 @@ from cluster.engine.run.executors import follow
 from cluster.engine.run.model_runner import ModelRunner
 from cluster.link.engine_server import EngineServer
 from cluster.training.checkpoint.state_folder import StateFolder
-from cluster.training.memory.memory_reserve import training_room
 from cluster.training.service.train_coordinator import TrainCoordinator
 from cluster.training.service.train_worker import SaveConfig, TrainWorker
 from cluster.training.step.trainer import TrainerConfig
@@ -191,6 +190,8 @@ class ServeRank:
         free, training = free_memory(self._place, self._spec.parallel.device), self._spec.training
         if not training.enabled:
             return free
+        from cluster.training.memory.memory_reserve import training_room  # a fifth of a second of a rank's start
+
         saves = training.save_root is not None
         self._training_room = room = training_room(model, training.micro_batch_tokens, training.recompute, saves)
         if room >= free and self._spec.engine.kv_blocks is None:

@@ -23,8 +23,6 @@ ALLOWED = {
     "raylet/raylet": 3,  # leases, objects, and its metrics
     "ray::DashboardAgent": 3,  # gRPC and HTTP of the node's agent, its metrics
     "ray::RuntimeEnvAgent": 1,
-    "monitor.py": 1,  # metrics of Ray's autoscaler
-    "dashboard.py": 2,  # of the jobs' API, which is off, its metrics
     "log_monitor.py": 0,
 }
 """Of each kind of process, the most ports that one of them has. docs/security.md says what guards them."""

@@ -9,8 +9,9 @@ import time
 from collections.abc import Iterator
 
 import pytest
+import ray
 
-from cluster.actors.host.ray_head import RayHead
+from cluster.actors.host.ray_head import RayHead, bare
 
 
 class Watched(RayHead):
@@ -94,3 +95,17 @@ def test_leaving_is_not_waited_for_when_it_takes_too_long(head: Watched, monkeyp
     monkeypatch.setattr("cluster.actors.host.ray_head.LEAVE_S", 0.5)
     assert not head.left(lambda: time.sleep(300))
     assert head.lost == "Ray did not end within 0.5 s"
+
+
+def test_a_ray_that_has_other_names_starts_all_that_it_starts_by_itself(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    node = ray._private.node.Node
+    before = node.start_monitor
+    with bare():
+        assert node.start_monitor is not before
+    assert node.start_monitor is before
+    monkeypatch.delattr(node, "start_api_server")
+    with bare():
+        assert node.start_monitor is before
+    assert "it starts two processes more" in caplog.text
