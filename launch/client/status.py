@@ -145,6 +145,7 @@ def lines(status: Status, before: Status | None = None) -> Iterator[str]:
             f"model     {model['model_id']} ({model['family']}, {model['dtype']})  "
             f"tp={parallel['tensor_parallel_size']} dp={parallel['data_parallel_size']} on {model['device']}, "
             f"{model['numerics']} numerics  context {model['max_context']}  vocabulary {model['vocab_size']}"
+            + (f"  kernels {server['kernels']}" if server["kernels"] else "")
         )
     yield from _load_lines(status, before)
     yield from _training_lines(status)

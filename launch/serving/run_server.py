@@ -246,8 +246,9 @@ def start_line(rank: Ready) -> str:
     """What one rank holds and where its start-up time went."""
     facts: RankFacts = rank.facts
     where = f"cores {','.join(map(str, facts.cores))}" if facts.cores else "no core of its own"
+    threads = f"{facts.threads} thread(s)" + (f", kernels {facts.kernels}" if facts.kernels else "")
     phases = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in rank.seconds.items())
-    return f"{rank.place}: {facts.parameters / 1e6:.2f} M parameters, {where}, {facts.threads} thread(s); {phases}"
+    return f"{rank.place}: {facts.parameters / 1e6:.2f} M parameters, {where}, {threads}; {phases}"
 
 
 def _service_info(program: ServeProgram, replicas: int, facts: RankFacts) -> ServiceInfo:
@@ -257,6 +258,7 @@ def _service_info(program: ServeProgram, replicas: int, facts: RankFacts) -> Ser
         dtype=facts.dtype,
         device=program.parallel.device,
         numerics=program.parallel.numerics,
+        kernels=facts.kernels,
         tensor_parallel_size=program.parallel.tp,
         data_parallel_size=replicas,
     )

@@ -242,6 +242,7 @@ class ServeRank:
             transport=_transport(model),
             cores=cores,
             threads=torch.get_num_threads(),
+            kernels=library.in_use(),
             limits=self._engine.limits if self._engine else None,
             engine_address=self._server.address if self._server else None,
         )

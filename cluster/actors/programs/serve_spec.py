@@ -119,5 +119,6 @@ class RankFacts:
     transport: str
     cores: tuple[int, ...]
     threads: int
+    kernels: str  # as parallel.native.compiled.library.in_use says
     limits: ModelLimits | None = None  # rank 0
     engine_address: tuple[str, int] | None = None  # rank 0

@@ -24,49 +24,49 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x63luster/rpc/proto/control.proto\x12\x0etp_decoders.v1\"\x16\n\x14GetServerInfoRequest\"\x9f\x03\n\nServerInfo\x12\x16\n\x0eserver_version\x18\x01 \x01(\t\x12\x13\n\x0b\x61pi_version\x18\x02 \x01(\t\x12+\n\x05state\x18\x03 \x01(\x0e\x32\x1c.tp_decoders.v1.ServingState\x12\x34\n\x0bparallelism\x18\x04 \x01(\x0b\x32\x1f.tp_decoders.v1.ParallelismInfo\x12\x16\n\x0euptime_seconds\x18\x05 \x01(\x01\x12\r\n\x05\x66\x61ult\x18\x06 \x01(\t\x12\x19\n\x11max_open_requests\x18\x07 \x01(\r\x12\x1c\n\x14max_prompts_per_call\x18\x08 \x01(\r\x12\r\n\x05max_n\x18\t \x01(\r\x12\x14\n\x0cmax_logprobs\x18\n \x01(\r\x12\x19\n\x11max_message_bytes\x18\x0b \x01(\r\x12\r\n\x05ready\x18\x0c \x01(\x08\x12\x11\n\tnot_ready\x18\r \x01(\t\x12\x10\n\x08restarts\x18\x0e \x01(\r\x12-\n\x08replicas\x18\x0f \x03(\x0b\x32\x1b.tp_decoders.v1.ReplicaInfo\"\xd6\x01\n\x0bReplicaInfo\x12\x0f\n\x07replica\x18\x01 \x01(\r\x12\x12\n\nhas_engine\x18\x02 \x01(\x08\x12\r\n\x05ready\x18\x03 \x01(\x08\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x0c\n\x04held\x18\x05 \x01(\x08\x12\x10\n\x08restarts\x18\x06 \x01(\r\x12\x15\n\ropen_requests\x18\x07 \x01(\r\x12\x1a\n\x12outstanding_tokens\x18\x08 \x01(\x04\x12\x18\n\x10routed_by_prefix\x18\t \x01(\x04\x12\x16\n\x0erouted_by_load\x18\n \x01(\x04\"K\n\x0fParallelismInfo\x12\x1c\n\x14tensor_parallel_size\x18\x01 \x01(\r\x12\x1a\n\x12\x64\x61ta_parallel_size\x18\x02 \x01(\r\"\x15\n\x13GetModelInfoRequest\"\x97\x02\n\tModelInfo\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x0e\n\x06\x66\x61mily\x18\x02 \x01(\t\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\x10\n\x08numerics\x18\x05 \x01(\t\x12\x12\n\nvocab_size\x18\x06 \x01(\r\x12\x13\n\x0bmax_context\x18\x07 \x01(\r\x12\x1a\n\x12kv_capacity_tokens\x18\x08 \x01(\x04\x12\x15\n\reos_token_ids\x18\t \x03(\r\x12\x1b\n\x13supports_text_input\x18\n \x01(\x08\x12 \n\x18supports_token_ids_input\x18\x0b \x01(\x08\x12\x0c\n\x04task\x18\x0c \x01(\t\x12\x0e\n\x06labels\x18\r \x03(\t\"\x10\n\x0eGetLoadRequest\"\xfa\x06\n\x04Load\x12\x0f\n\x07running\x18\x01 \x01(\r\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12\x17\n\x0fkv_blocks_total\x18\x03 \x01(\r\x12\x16\n\x0ekv_blocks_free\x18\x04 \x01(\r\x12\x13\n\x0bpreemptions\x18\x05 \x01(\x04\x12\r\n\x05steps\x18\x06 \x01(\x04\x12\x18\n\x10generated_tokens\x18\x07 \x01(\x04\x12\x15\n\rprompt_tokens\x18\x08 \x01(\x04\x12\x19\n\x11\x66inished_requests\x18\t \x01(\x04\x12\x18\n\x10\x61\x62orted_requests\x18\n \x01(\x04\x12\x16\n\x0eweight_version\x18\x0b \x01(\x04\x12\x14\n\x0cstep_seconds\x18\x0c \x01(\x01\x12\x17\n\x0f\x66orward_seconds\x18\r \x01(\x01\x12\x15\n\ropen_requests\x18\x0e \x01(\r\x12\x18\n\x10schedule_seconds\x18\x0f \x01(\x01\x12\x16\n\x0esample_seconds\x18\x10 \x01(\x01\x12\x16\n\x0e\x63ommit_seconds\x18\x11 \x01(\x01\x12\x1f\n\x17prefix_tokens_looked_up\x18\x12 \x01(\x04\x12\x1c\n\x14prefix_tokens_reused\x18\x13 \x01(\x04\x12\x18\n\x10kv_blocks_cached\x18\x14 \x01(\r\x12\x10\n\x08\x63\x61naries\x18\x15 \x01(\x04\x12\x14\n\x0c\x63\x61nary_fault\x18\x16 \x01(\t\x12)\n\x05ranks\x18\x17 \x03(\x0b\x32\x1a.tp_decoders.v1.RankReport\x12\x34\n\x0b\x63ollectives\x18\x18 \x03(\x0b\x32\x1f.tp_decoders.v1.CollectiveCount\x12\x0e\n\x06\x64rafts\x18\x1a \x01(\x04\x12\x14\n\x0c\x64raft_tokens\x18\x1b \x01(\x04\x12\x1d\n\x15\x61\x63\x63\x65pted_draft_tokens\x18\x1c \x01(\x04\x12-\n\x08replicas\x18\x19 \x03(\x0b\x32\x1b.tp_decoders.v1.ReplicaLoad\x12\x16\n\x0ereplayed_steps\x18\x1d \x01(\x04\x12\x17\n\x0fguided_requests\x18\x1e \x01(\x04\x12\x16\n\x0eguide_compiles\x18\x1f \x01(\x04\x12\x1d\n\x15guide_compile_seconds\x18  \x01(\x01\x12\x13\n\x0bguide_masks\x18! \x01(\x04\x12\x1a\n\x12guide_mask_seconds\x18\" \x01(\x01\"S\n\x0bReplicaLoad\x12\x0f\n\x07replica\x18\x01 \x01(\r\x12\"\n\x04load\x18\x02 \x01(\x0b\x32\x14.tp_decoders.v1.Load\x12\x0f\n\x07refused\x18\x03 \x01(\t\"\xb3\x01\n\nRankReport\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\x14\n\x0cmemory_bytes\x18\x04 \x01(\x04\x12\x1b\n\x13\x64\x65vice_memory_bytes\x18\x05 \x01(\x04\x12\x13\n\x0b\x63ollectives\x18\x06 \x01(\x04\x12\x18\n\x10\x63ollective_bytes\x18\x07 \x01(\x04\x12\x1a\n\x12\x63ollective_seconds\x18\x08 \x01(\x01\"N\n\x0f\x43ollectiveCount\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\r\n\x05\x63ount\x18\x02 \x01(\x04\x12\r\n\x05\x62ytes\x18\x03 \x01(\x04\x12\x0f\n\x07seconds\x18\x04 \x01(\x01\"#\n\x0c\x41\x62ortRequest\x12\x13\n\x0brequest_ids\x18\x01 \x03(\t\" \n\rAbortResponse\x12\x0f\n\x07\x61\x62orted\x18\x01 \x01(\r\"<\n\x0c\x44rainRequest\x12\x1a\n\rgrace_seconds\x18\x01 \x01(\x01H\x00\x88\x01\x01\x42\x10\n\x0e_grace_seconds\" \n\rDrainResponse\x12\x0f\n\x07\x61\x62orted\x18\x01 \x01(\r\">\n\x0eRestartRequest\x12\x1a\n\rgrace_seconds\x18\x01 \x01(\x01H\x00\x88\x01\x01\x42\x10\n\x0e_grace_seconds\"8\n\x0fRestartResponse\x12\x10\n\x08replicas\x18\x01 \x01(\r\x12\x13\n\x0bhanded_over\x18\x02 \x01(\r*\xb6\x01\n\x0cServingState\x12\x1d\n\x19SERVING_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15SERVING_STATE_SERVING\x10\x01\x12\x1c\n\x18SERVING_STATE_RECOVERING\x10\x02\x12\x1a\n\x16SERVING_STATE_DRAINING\x10\x03\x12\x18\n\x14SERVING_STATE_FAILED\x10\x04\x12\x18\n\x14SERVING_STATE_CLOSED\x10\x05\x32\xc5\x03\n\x07\x43ontrol\x12Q\n\rGetServerInfo\x12$.tp_decoders.v1.GetServerInfoRequest\x1a\x1a.tp_decoders.v1.ServerInfo\x12N\n\x0cGetModelInfo\x12#.tp_decoders.v1.GetModelInfoRequest\x1a\x19.tp_decoders.v1.ModelInfo\x12?\n\x07GetLoad\x12\x1e.tp_decoders.v1.GetLoadRequest\x1a\x14.tp_decoders.v1.Load\x12\x44\n\x05\x41\x62ort\x12\x1c.tp_decoders.v1.AbortRequest\x1a\x1d.tp_decoders.v1.AbortResponse\x12\x44\n\x05\x44rain\x12\x1c.tp_decoders.v1.DrainRequest\x1a\x1d.tp_decoders.v1.DrainResponse\x12J\n\x07Restart\x12\x1e.tp_decoders.v1.RestartRequest\x1a\x1f.tp_decoders.v1.RestartResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x63luster/rpc/proto/control.proto\x12\x0etp_decoders.v1\"\x16\n\x14GetServerInfoRequest\"\xb0\x03\n\nServerInfo\x12\x16\n\x0eserver_version\x18\x01 \x01(\t\x12\x13\n\x0b\x61pi_version\x18\x02 \x01(\t\x12+\n\x05state\x18\x03 \x01(\x0e\x32\x1c.tp_decoders.v1.ServingState\x12\x34\n\x0bparallelism\x18\x04 \x01(\x0b\x32\x1f.tp_decoders.v1.ParallelismInfo\x12\x16\n\x0euptime_seconds\x18\x05 \x01(\x01\x12\r\n\x05\x66\x61ult\x18\x06 \x01(\t\x12\x19\n\x11max_open_requests\x18\x07 \x01(\r\x12\x1c\n\x14max_prompts_per_call\x18\x08 \x01(\r\x12\r\n\x05max_n\x18\t \x01(\r\x12\x14\n\x0cmax_logprobs\x18\n \x01(\r\x12\x19\n\x11max_message_bytes\x18\x0b \x01(\r\x12\r\n\x05ready\x18\x0c \x01(\x08\x12\x11\n\tnot_ready\x18\r \x01(\t\x12\x10\n\x08restarts\x18\x0e \x01(\r\x12-\n\x08replicas\x18\x0f \x03(\x0b\x32\x1b.tp_decoders.v1.ReplicaInfo\x12\x0f\n\x07kernels\x18\x10 \x01(\t\"\xd6\x01\n\x0bReplicaInfo\x12\x0f\n\x07replica\x18\x01 \x01(\r\x12\x12\n\nhas_engine\x18\x02 \x01(\x08\x12\r\n\x05ready\x18\x03 \x01(\x08\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x0c\n\x04held\x18\x05 \x01(\x08\x12\x10\n\x08restarts\x18\x06 \x01(\r\x12\x15\n\ropen_requests\x18\x07 \x01(\r\x12\x1a\n\x12outstanding_tokens\x18\x08 \x01(\x04\x12\x18\n\x10routed_by_prefix\x18\t \x01(\x04\x12\x16\n\x0erouted_by_load\x18\n \x01(\x04\"K\n\x0fParallelismInfo\x12\x1c\n\x14tensor_parallel_size\x18\x01 \x01(\r\x12\x1a\n\x12\x64\x61ta_parallel_size\x18\x02 \x01(\r\"\x15\n\x13GetModelInfoRequest\"\x97\x02\n\tModelInfo\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x0e\n\x06\x66\x61mily\x18\x02 \x01(\t\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\x10\n\x08numerics\x18\x05 \x01(\t\x12\x12\n\nvocab_size\x18\x06 \x01(\r\x12\x13\n\x0bmax_context\x18\x07 \x01(\r\x12\x1a\n\x12kv_capacity_tokens\x18\x08 \x01(\x04\x12\x15\n\reos_token_ids\x18\t \x03(\r\x12\x1b\n\x13supports_text_input\x18\n \x01(\x08\x12 \n\x18supports_token_ids_input\x18\x0b \x01(\x08\x12\x0c\n\x04task\x18\x0c \x01(\t\x12\x0e\n\x06labels\x18\r \x03(\t\"\x10\n\x0eGetLoadRequest\"\xfa\x06\n\x04Load\x12\x0f\n\x07running\x18\x01 \x01(\r\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12\x17\n\x0fkv_blocks_total\x18\x03 \x01(\r\x12\x16\n\x0ekv_blocks_free\x18\x04 \x01(\r\x12\x13\n\x0bpreemptions\x18\x05 \x01(\x04\x12\r\n\x05steps\x18\x06 \x01(\x04\x12\x18\n\x10generated_tokens\x18\x07 \x01(\x04\x12\x15\n\rprompt_tokens\x18\x08 \x01(\x04\x12\x19\n\x11\x66inished_requests\x18\t \x01(\x04\x12\x18\n\x10\x61\x62orted_requests\x18\n \x01(\x04\x12\x16\n\x0eweight_version\x18\x0b \x01(\x04\x12\x14\n\x0cstep_seconds\x18\x0c \x01(\x01\x12\x17\n\x0f\x66orward_seconds\x18\r \x01(\x01\x12\x15\n\ropen_requests\x18\x0e \x01(\r\x12\x18\n\x10schedule_seconds\x18\x0f \x01(\x01\x12\x16\n\x0esample_seconds\x18\x10 \x01(\x01\x12\x16\n\x0e\x63ommit_seconds\x18\x11 \x01(\x01\x12\x1f\n\x17prefix_tokens_looked_up\x18\x12 \x01(\x04\x12\x1c\n\x14prefix_tokens_reused\x18\x13 \x01(\x04\x12\x18\n\x10kv_blocks_cached\x18\x14 \x01(\r\x12\x10\n\x08\x63\x61naries\x18\x15 \x01(\x04\x12\x14\n\x0c\x63\x61nary_fault\x18\x16 \x01(\t\x12)\n\x05ranks\x18\x17 \x03(\x0b\x32\x1a.tp_decoders.v1.RankReport\x12\x34\n\x0b\x63ollectives\x18\x18 \x03(\x0b\x32\x1f.tp_decoders.v1.CollectiveCount\x12\x0e\n\x06\x64rafts\x18\x1a \x01(\x04\x12\x14\n\x0c\x64raft_tokens\x18\x1b \x01(\x04\x12\x1d\n\x15\x61\x63\x63\x65pted_draft_tokens\x18\x1c \x01(\x04\x12-\n\x08replicas\x18\x19 \x03(\x0b\x32\x1b.tp_decoders.v1.ReplicaLoad\x12\x16\n\x0ereplayed_steps\x18\x1d \x01(\x04\x12\x17\n\x0fguided_requests\x18\x1e \x01(\x04\x12\x16\n\x0eguide_compiles\x18\x1f \x01(\x04\x12\x1d\n\x15guide_compile_seconds\x18  \x01(\x01\x12\x13\n\x0bguide_masks\x18! \x01(\x04\x12\x1a\n\x12guide_mask_seconds\x18\" \x01(\x01\"S\n\x0bReplicaLoad\x12\x0f\n\x07replica\x18\x01 \x01(\r\x12\"\n\x04load\x18\x02 \x01(\x0b\x32\x14.tp_decoders.v1.Load\x12\x0f\n\x07refused\x18\x03 \x01(\t\"\xb3\x01\n\nRankReport\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\x14\n\x0cmemory_bytes\x18\x04 \x01(\x04\x12\x1b\n\x13\x64\x65vice_memory_bytes\x18\x05 \x01(\x04\x12\x13\n\x0b\x63ollectives\x18\x06 \x01(\x04\x12\x18\n\x10\x63ollective_bytes\x18\x07 \x01(\x04\x12\x1a\n\x12\x63ollective_seconds\x18\x08 \x01(\x01\"N\n\x0f\x43ollectiveCount\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\r\n\x05\x63ount\x18\x02 \x01(\x04\x12\r\n\x05\x62ytes\x18\x03 \x01(\x04\x12\x0f\n\x07seconds\x18\x04 \x01(\x01\"#\n\x0c\x41\x62ortRequest\x12\x13\n\x0brequest_ids\x18\x01 \x03(\t\" \n\rAbortResponse\x12\x0f\n\x07\x61\x62orted\x18\x01 \x01(\r\"<\n\x0c\x44rainRequest\x12\x1a\n\rgrace_seconds\x18\x01 \x01(\x01H\x00\x88\x01\x01\x42\x10\n\x0e_grace_seconds\" \n\rDrainResponse\x12\x0f\n\x07\x61\x62orted\x18\x01 \x01(\r\">\n\x0eRestartRequest\x12\x1a\n\rgrace_seconds\x18\x01 \x01(\x01H\x00\x88\x01\x01\x42\x10\n\x0e_grace_seconds\"8\n\x0fRestartResponse\x12\x10\n\x08replicas\x18\x01 \x01(\r\x12\x13\n\x0bhanded_over\x18\x02 \x01(\r*\xb6\x01\n\x0cServingState\x12\x1d\n\x19SERVING_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15SERVING_STATE_SERVING\x10\x01\x12\x1c\n\x18SERVING_STATE_RECOVERING\x10\x02\x12\x1a\n\x16SERVING_STATE_DRAINING\x10\x03\x12\x18\n\x14SERVING_STATE_FAILED\x10\x04\x12\x18\n\x14SERVING_STATE_CLOSED\x10\x05\x32\xc5\x03\n\x07\x43ontrol\x12Q\n\rGetServerInfo\x12$.tp_decoders.v1.GetServerInfoRequest\x1a\x1a.tp_decoders.v1.ServerInfo\x12N\n\x0cGetModelInfo\x12#.tp_decoders.v1.GetModelInfoRequest\x1a\x19.tp_decoders.v1.ModelInfo\x12?\n\x07GetLoad\x12\x1e.tp_decoders.v1.GetLoadRequest\x1a\x14.tp_decoders.v1.Load\x12\x44\n\x05\x41\x62ort\x12\x1c.tp_decoders.v1.AbortRequest\x1a\x1d.tp_decoders.v1.AbortResponse\x12\x44\n\x05\x44rain\x12\x1c.tp_decoders.v1.DrainRequest\x1a\x1d.tp_decoders.v1.DrainResponse\x12J\n\x07Restart\x12\x1e.tp_decoders.v1.RestartRequest\x1a\x1f.tp_decoders.v1.RestartResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'cluster.rpc.proto.control_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SERVINGSTATE']._serialized_start=2640
-  _globals['_SERVINGSTATE']._serialized_end=2822
+  _globals['_SERVINGSTATE']._serialized_start=2657
+  _globals['_SERVINGSTATE']._serialized_end=2839
   _globals['_GETSERVERINFOREQUEST']._serialized_start=51
   _globals['_GETSERVERINFOREQUEST']._serialized_end=73
   _globals['_SERVERINFO']._serialized_start=76
-  _globals['_SERVERINFO']._serialized_end=491
-  _globals['_REPLICAINFO']._serialized_start=494
-  _globals['_REPLICAINFO']._serialized_end=708
-  _globals['_PARALLELISMINFO']._serialized_start=710
-  _globals['_PARALLELISMINFO']._serialized_end=785
-  _globals['_GETMODELINFOREQUEST']._serialized_start=787
-  _globals['_GETMODELINFOREQUEST']._serialized_end=808
-  _globals['_MODELINFO']._serialized_start=811
-  _globals['_MODELINFO']._serialized_end=1090
-  _globals['_GETLOADREQUEST']._serialized_start=1092
-  _globals['_GETLOADREQUEST']._serialized_end=1108
-  _globals['_LOAD']._serialized_start=1111
-  _globals['_LOAD']._serialized_end=2001
-  _globals['_REPLICALOAD']._serialized_start=2003
-  _globals['_REPLICALOAD']._serialized_end=2086
-  _globals['_RANKREPORT']._serialized_start=2089
-  _globals['_RANKREPORT']._serialized_end=2268
-  _globals['_COLLECTIVECOUNT']._serialized_start=2270
-  _globals['_COLLECTIVECOUNT']._serialized_end=2348
-  _globals['_ABORTREQUEST']._serialized_start=2350
-  _globals['_ABORTREQUEST']._serialized_end=2385
-  _globals['_ABORTRESPONSE']._serialized_start=2387
-  _globals['_ABORTRESPONSE']._serialized_end=2419
-  _globals['_DRAINREQUEST']._serialized_start=2421
-  _globals['_DRAINREQUEST']._serialized_end=2481
-  _globals['_DRAINRESPONSE']._serialized_start=2483
-  _globals['_DRAINRESPONSE']._serialized_end=2515
-  _globals['_RESTARTREQUEST']._serialized_start=2517
-  _globals['_RESTARTREQUEST']._serialized_end=2579
-  _globals['_RESTARTRESPONSE']._serialized_start=2581
-  _globals['_RESTARTRESPONSE']._serialized_end=2637
-  _globals['_CONTROL']._serialized_start=2825
-  _globals['_CONTROL']._serialized_end=3278
+  _globals['_SERVERINFO']._serialized_end=508
+  _globals['_REPLICAINFO']._serialized_start=511
+  _globals['_REPLICAINFO']._serialized_end=725
+  _globals['_PARALLELISMINFO']._serialized_start=727
+  _globals['_PARALLELISMINFO']._serialized_end=802
+  _globals['_GETMODELINFOREQUEST']._serialized_start=804
+  _globals['_GETMODELINFOREQUEST']._serialized_end=825
+  _globals['_MODELINFO']._serialized_start=828
+  _globals['_MODELINFO']._serialized_end=1107
+  _globals['_GETLOADREQUEST']._serialized_start=1109
+  _globals['_GETLOADREQUEST']._serialized_end=1125
+  _globals['_LOAD']._serialized_start=1128
+  _globals['_LOAD']._serialized_end=2018
+  _globals['_REPLICALOAD']._serialized_start=2020
+  _globals['_REPLICALOAD']._serialized_end=2103
+  _globals['_RANKREPORT']._serialized_start=2106
+  _globals['_RANKREPORT']._serialized_end=2285
+  _globals['_COLLECTIVECOUNT']._serialized_start=2287
+  _globals['_COLLECTIVECOUNT']._serialized_end=2365
+  _globals['_ABORTREQUEST']._serialized_start=2367
+  _globals['_ABORTREQUEST']._serialized_end=2402
+  _globals['_ABORTRESPONSE']._serialized_start=2404
+  _globals['_ABORTRESPONSE']._serialized_end=2436
+  _globals['_DRAINREQUEST']._serialized_start=2438
+  _globals['_DRAINREQUEST']._serialized_end=2498
+  _globals['_DRAINRESPONSE']._serialized_start=2500
+  _globals['_DRAINRESPONSE']._serialized_end=2532
+  _globals['_RESTARTREQUEST']._serialized_start=2534
+  _globals['_RESTARTREQUEST']._serialized_end=2596
+  _globals['_RESTARTRESPONSE']._serialized_start=2598
+  _globals['_RESTARTRESPONSE']._serialized_end=2654
+  _globals['_CONTROL']._serialized_start=2842
+  _globals['_CONTROL']._serialized_end=3295
 # @@protoc_insertion_point(module_scope)

@@ -27,7 +27,7 @@ class GetServerInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class ServerInfo(_message.Message):
-    __slots__ = ("server_version", "api_version", "state", "parallelism", "uptime_seconds", "fault", "max_open_requests", "max_prompts_per_call", "max_n", "max_logprobs", "max_message_bytes", "ready", "not_ready", "restarts", "replicas")
+    __slots__ = ("server_version", "api_version", "state", "parallelism", "uptime_seconds", "fault", "max_open_requests", "max_prompts_per_call", "max_n", "max_logprobs", "max_message_bytes", "ready", "not_ready", "restarts", "replicas", "kernels")
     SERVER_VERSION_FIELD_NUMBER: _ClassVar[int]
     API_VERSION_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -43,6 +43,7 @@ class ServerInfo(_message.Message):
     NOT_READY_FIELD_NUMBER: _ClassVar[int]
     RESTARTS_FIELD_NUMBER: _ClassVar[int]
     REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    KERNELS_FIELD_NUMBER: _ClassVar[int]
     server_version: str
     api_version: str
     state: ServingState
@@ -58,7 +59,8 @@ class ServerInfo(_message.Message):
     not_ready: str
     restarts: int
     replicas: _containers.RepeatedCompositeFieldContainer[ReplicaInfo]
-    def __init__(self, server_version: _Optional[str] = ..., api_version: _Optional[str] = ..., state: _Optional[_Union[ServingState, str]] = ..., parallelism: _Optional[_Union[ParallelismInfo, _Mapping]] = ..., uptime_seconds: _Optional[float] = ..., fault: _Optional[str] = ..., max_open_requests: _Optional[int] = ..., max_prompts_per_call: _Optional[int] = ..., max_n: _Optional[int] = ..., max_logprobs: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., ready: _Optional[bool] = ..., not_ready: _Optional[str] = ..., restarts: _Optional[int] = ..., replicas: _Optional[_Iterable[_Union[ReplicaInfo, _Mapping]]] = ...) -> None: ...
+    kernels: str
+    def __init__(self, server_version: _Optional[str] = ..., api_version: _Optional[str] = ..., state: _Optional[_Union[ServingState, str]] = ..., parallelism: _Optional[_Union[ParallelismInfo, _Mapping]] = ..., uptime_seconds: _Optional[float] = ..., fault: _Optional[str] = ..., max_open_requests: _Optional[int] = ..., max_prompts_per_call: _Optional[int] = ..., max_n: _Optional[int] = ..., max_logprobs: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., ready: _Optional[bool] = ..., not_ready: _Optional[str] = ..., restarts: _Optional[int] = ..., replicas: _Optional[_Iterable[_Union[ReplicaInfo, _Mapping]]] = ..., kernels: _Optional[str] = ...) -> None: ...
 
 class ReplicaInfo(_message.Message):
     __slots__ = ("replica", "has_engine", "ready", "reason", "held", "restarts", "open_requests", "outstanding_tokens", "routed_by_prefix", "routed_by_load")

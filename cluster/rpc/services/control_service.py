@@ -52,6 +52,7 @@ class ServiceInfo:
     dtype: str = ""
     device: str = ""
     numerics: str = ""
+    kernels: str = ""
     tensor_parallel_size: int = 1
     data_parallel_size: int = 1
 
@@ -96,6 +97,7 @@ class Control(ControlServicer):
             ready=serving if self._readiness is None else self._readiness.ready,
             not_ready="" if self._readiness is None else self._readiness.reason,
             restarts=self._frontend.restarts,
+            kernels=info.kernels,
             replicas=map(_replica, self._frontend.fleet.replicas, self._frontend.fleet.router.sent),
         )
 

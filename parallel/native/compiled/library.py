@@ -141,6 +141,14 @@ def instruction_set() -> str:
     return _loaded.instruction_set or isa.chosen()
 
 
+def in_use() -> str:
+    """What computes here: the instruction set and the order of bfloat16 sums, as in "avx512 amx32"; empty while the
+    library is not loaded, or withheld."""
+    if _loaded.cdll is None or _loaded.withheld is not None:
+        return ""
+    return f"{_loaded.instruction_set} {isa.BFLOAT16_ORDER}"
+
+
 def prebuild() -> Path:
     """Compiles the configured library where it is not there yet, and loads nothing."""
     path = _path(_loaded.config)
@@ -185,9 +193,23 @@ def _load(config: NativeConfig) -> ctypes.CDLL:
             "give configure(cache_dir=...) a folder that allows writing and loading code"
         ) from error
     cdll.pool_set_threads(config.threads)
-    _loaded.instruction_set = isa.chosen()
+    _loaded.instruction_set = _with_tiles(cdll, isa.chosen())
     log.info("native kernels for %s, bfloat16 sums in the order %s", _loaded.instruction_set, isa.BFLOAT16_ORDER)
     return cdll
+
+
+def _with_tiles(cdll: ctypes.CDLL, name: str) -> str:
+    """The name that counts once tiles are switched on, where they are meant to be and a product of theirs is right."""
+    if name not in isa.TILED:
+        return name
+    reason = ctypes.create_string_buffer(256)
+    if cdll.tiles_enable(reason, ctypes.c_int64(len(reason))):
+        return name
+    why, plain = reason.value.decode(), isa.TILED[name]
+    if isa.forced() or plain is None:
+        raise ConfigError(f"{isa.VARIABLE} is {name!r}, which this machine cannot run: {why}; unset it or name another")
+    log.warning("this CPU has AMX, but it is not used: %s; the kernels are those for %s", why, plain)
+    return plain
 
 
 def _built(config: NativeConfig) -> ctypes.CDLL:

@@ -7,7 +7,8 @@
 //
 //   for each panel of 64 columns and block of rows       (split over the threads)
 //     for each group of steps of K that fits the cache   (a step: a leaf, or a part of it)
-//       for each tile of at most 6 rows, for each step:  (gemm_tile.h; at a leaf's end add finished subtrees, push)
+//       for each tile of at most 6 rows, for each step:  (gemm_tile.h; at a leaf's end add finished subtrees, push;
+//                                                         32 rows where AMX computes: gemm_amx.h)
 //         at a root: bias, rounding, activation, store
 #include <algorithm>
 #include <atomic>
@@ -17,10 +18,13 @@
 #include <type_traits>
 
 #include "activation.h"
+#include "gemm_amx.h"
+#include "gemm_call.h"
 #include "gemm_tile.h"
 #include "gemm_watch.h"
 #include "operands.h"
 #include "pool.h"
+#include "scratch.h"
 
 namespace gemm {
 namespace {
@@ -28,44 +32,27 @@ namespace {
 using simd::bf16;
 using simd::f32x16;
 
-constexpr int kSources = 16;                  // at most
 constexpr int64_t kBlockTiles = 40;           // tiles that share a group of steps before the next group
 constexpr int64_t kNearTiles = 3;             // so few use each weight so seldom that memory is the limit: short groups,
 constexpr int64_t kNearUnits = 64;            //   16 KiB of a panel, the next one on its way to the first-level cache
 constexpr int64_t kFarUnits = 512;            // else 128 KiB, the next one on its way to the second-level cache
 constexpr int64_t kAlone = 8192;              // a lone tile prefetches so far ahead of itself
 constexpr int64_t kStaying = 512 << 10;       // bytes of x that stay in the second-level cache from panel to panel
+constexpr int64_t kAmxStaying = 1 << 20;      //   and of a block of rows where AMX, whose CPUs have 2 MiB, computes
+constexpr int64_t kAmxRows = 5;               // fewer are not worth its tiles
 constexpr int64_t kKeptScratch = int64_t(64) << 20;
 
-// One run of K inside one leaf of one source. Mirrored by _RUN in gemm.py.
-struct Run {
-  int64_t source, units;                      // of K: four bytes each
-  int64_t begin, unit;                        // elements from a row's beginning in x as given, units in a copy
-  const char* panels;                         // W's first panel at this run
-  int64_t panel_stride;                       // bytes from panel to panel of this W
-  int64_t first;                              // 1: a leaf's beginning
-  int64_t pops;                               // after it add so many finished subtrees; -1: the leaf goes on
-  int64_t root;                               // after that: 1 + index of the output this completes, or 0
-};
-struct Plan {                                 // mirrored by _PLAN
-  int64_t dtype, n_runs, levels, n_sources, n;
-  bool half() const { return dtype == operands::kBFloat16; }
-  int64_t tile_rows() const { return half() ? kHalfRows : kRows; }
-};
-struct Call {                                 // mirrored by _call_struct
-  int64_t rows;
-  char* out;
-  int64_t out_dtype, row_stride, root_stride; // strides in elements
-  const char* bias;
-  int64_t bias_dtype, activation;
-  bool out_half() const { return out_dtype == operands::kBFloat16; }
-  bool bias_half() const { return bias_dtype == operands::kBFloat16; }
-  struct { const char* base; int64_t row_stride, k_stride; Watch* watch; } x[];  // watch: of the weight, or null
+struct Shape {                                // how a call's rows are cut
+  bool amx;
+  int64_t tile_rows, tiles, blocks;           // rows of a tile, at most; tiles, and blocks of them, of all rows
+  int64_t row_tile;                           // rows of one of AMX's registers
+  bool blocks_first;                          // order of the items: all blocks of a panel, or all panels of a block
+  bool near, alone;                           // short groups of steps; one tile that reads each weight once
+  int64_t most() const { return alone ? INT64_MAX / 2 : near ? kNearUnits : kFarUnits; }   // units of a group of steps
 };
 struct Operand {                              // rows of x: as given, or copied
   const char* base;
-  int64_t row_bytes, unit_bytes;
-  bool copied;
+  int64_t row_bytes, unit_bytes, copied;      // bytes of the copy, or 0
   const char* at(int64_t row, const Run& run, int64_t done) const {
     return base + row * row_bytes + ((copied ? run.unit : run.begin) + done) * unit_bytes;
   }
@@ -76,26 +63,6 @@ struct Step {                                 // a part of a run
   const Step* group_end;                      // valid in a group's first step
   bool first;
   int64_t root;
-};
-
-class Scratch {                               // aligned memory that grows
- public:
-  ~Scratch() { std::free(p_); }
-  char* get(int64_t bytes) {
-    if (bytes > size_) {
-      std::free(p_);
-      p_ = static_cast<char*>(std::aligned_alloc(4096, (bytes + 4095) / 4096 * 4096));
-      size_ = p_ ? bytes : 0;
-    }
-    return p_;
-  }
-  void trim(int64_t keep) {
-    if (size_ > keep) { std::free(p_); p_ = nullptr; size_ = 0; }
-  }
-
- private:
-  char* p_ = nullptr;
-  int64_t size_ = 0;
 };
 
 // Cut the runs into steps of at most `most` units and gather these into groups of at most `most`.
@@ -155,10 +122,10 @@ struct Work {
   const Plan& plan;
   const Operand* x;
   const Step *steps, *steps_end;
-  int64_t tiles, panels, blocks;
-  bool near, blocks_first;                    // order of the items: all blocks of a panel, or all panels of a block
+  Shape shape;
+  int64_t panels;
 
-  int64_t row(int64_t tile) const { return call.rows * tile / tiles; }
+  int64_t row(int64_t tile) const { return call.rows * tile / shape.tiles; }
 
   // How much of the next group tile i of n prefetches, in cache lines per four units (a panel's unit is four lines).
   static int lines(int64_t i, int64_t n) { return n == 1 ? 16 : n <= 3 ? (i < 2 ? 8 : 0) : (i < 4 ? 4 : 0); }
@@ -167,7 +134,7 @@ struct Work {
   void block(int64_t panel, int64_t first_tile, int64_t last_tile, float* stack, bf16_order::Flushing& flushing) const {
     const bool once = steps->group_end == steps_end;                     // a tile is finished before the next one begins
     const int64_t top = row(first_tile), count = last_tile - first_tile;
-    const int64_t level = (once ? plan.tile_rows() : row(last_tile) - top) * kPanel;
+    const int64_t level = (once ? shape.tile_rows : row(last_tile) - top) * kPanel;
     for (const Step* group = steps; group != steps_end; group = group->group_end) {
       const Step& last = group->group_end[-1];
       const char* ahead = last.run->panels + panel * last.run->panel_stride + (last.done + last.units) * kPanelBytes;
@@ -182,14 +149,14 @@ struct Work {
   template <class Op>
   const char* tile_steps(const Step* group, int64_t panel, int64_t row, int64_t rows, float* slot, int64_t level,
                          const char* ahead, int lines, bf16_order::Flushing& flushing) const {
-    const TileFn run_tile = pick<Op>(rows, lines, near);
+    const TileFn run_tile = pick<Op>(rows, lines, shape.near);
     for (const Step* s = group; s != group->group_end; ++s) {
       const Run& run = *s->run;
       const Operand& a = x[run.source];
       const char* b = run.panels + panel * run.panel_stride + s->done * kPanelBytes;
       float* top = slot + s->depth * level;
       run_tile({a.at(row, run, s->done), a.row_bytes, b, s->units, top, s->first, s->pops, level, &flushing,
-                lines == 16 ? b + kAlone : ahead});
+                shape.alone ? b + kAlone : ahead, rows, shape.row_tile, a.unit_bytes * bf16_order::kUnits});
       ahead += s->units / 4 * lines * 64;
       top -= s->pops * level;
       if (s->root) flushing.set(false);                // a bias and an activation keep denormals
@@ -205,20 +172,42 @@ struct Work {
     activation::dispatch(call.activation, Finish<E>{call, root, row, rows, panel * kPanel, n, slot});
   }
 
+  bool run(int64_t begin, int64_t end) const {
+    if (!plan.half()) return items<F32>(begin, end);
+#if TPD_TILES
+    if (shape.amx) {
+      const tiles::Configured configured(static_cast<int>(shape.row_tile));
+      return items<Amx>(begin, end);
+    }
+#endif
+    return items<Half>(begin, end);
+  }
+
   template <class Op>
   bool items(int64_t begin, int64_t end) const {
     static thread_local Scratch scratch;
-    const int64_t most_rows = (tiles + blocks - 1) / blocks * plan.tile_rows();
-    float* stack = reinterpret_cast<float*>(scratch.get(plan.levels * most_rows * kPanelBytes));
+    const int64_t stack_rows = (shape.tiles + shape.blocks - 1) / shape.blocks * shape.tile_rows;
+    float* stack = reinterpret_cast<float*>(scratch.get(plan.levels * stack_rows * kPanelBytes));
     if (!stack) return false;
     bf16_order::Flushing flushing(false);
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t panel = blocks_first ? item / blocks : item % panels, b = blocks_first ? item % blocks : item / panels;
-      block<Op>(panel, tiles * b / blocks, tiles * (b + 1) / blocks, stack, flushing);
+      const int64_t panel = shape.blocks_first ? item / shape.blocks : item % panels;
+      const int64_t b = shape.blocks_first ? item % shape.blocks : item / panels;
+      block<Op>(panel, shape.tiles * b / shape.blocks, shape.tiles * (b + 1) / shape.blocks, stack, flushing);
     }
     return true;
   }
 };
+
+Shape cut(bool half, bool amx, int64_t rows, int64_t row_bytes, int64_t panels) {
+  const int64_t tile_rows = amx ? kAmxTile : half ? kHalfRows : kRows, tiles = (rows + tile_rows - 1) / tile_rows;
+  const int64_t together = amx ? std::max<int64_t>(2, kAmxStaying / (row_bytes * tile_rows)) : kBlockTiles;
+  const int64_t wanted = (4 * pool::num_threads() + panels - 1) / panels;                    // items for every thread
+  const int64_t blocks = std::max((tiles + together - 1) / together, std::min(wanted, tiles / (amx ? 2 : 8)));
+  const int64_t a_block = row_bytes * std::min(rows, together * tile_rows), row_tile = row_tile_of((rows + tiles - 1) / tiles);
+  return {amx, tile_rows, tiles, blocks, row_tile, a_block > (amx ? kAmxStaying : kStaying),
+          (tiles + blocks - 1) / blocks <= kNearTiles, tiles == 1 && (!amx || rows == row_tile)};
+}
 
 // Rows a multiple of the cache's way size apart evict one another: with more than 8 in a few sets, copy.
 bool crowded(int64_t rows, int64_t row_bytes) {
@@ -226,18 +215,24 @@ bool crowded(int64_t rows, int64_t row_bytes) {
   return rows * std::gcd<int64_t>(row_bytes / 64, 64) / 64 > 8;
 }
 
+// From block to block of a copy for tiles, in rows: those of one tile lie in other sets of the first-level cache than
+// those of the next block, and any sixteen rows are there to be read.
+int64_t block_rows(int64_t rows) {
+  const int64_t whole = (rows + tiles::kRows - 1) / tiles::kRows * tiles::kRows;
+  return whole <= 32 ? whole : (whole + 31) / 64 * 64 + 32;
+}
+
 // Where each source's rows are: x itself, or a copy in bfloat16, whose blocks are filled up and in the kernel's order, or
 // where rows are not contiguous or crowded.
-bool place(const Call& call, const Plan& plan, const int64_t* sources, Scratch& scratch, Operand* x) {
-  const int64_t element = plan.half() ? 2 : 4;
+bool place(const Call& call, const Plan& plan, bool amx, const int64_t* sources, Scratch& scratch, Operand* x) {
+  const int64_t element = plan.half() ? 2 : 4, unit_bytes = amx ? block_rows(call.rows) * 4 : plan.half() ? kUnitOfX : 4;
   const int64_t* at = sources;
   int64_t bytes = 0;
   for (int64_t s = 0; s < plan.n_sources; at += 2 + 3 * at[1], ++s) {
-    int64_t row_bytes = call.x[s].row_stride * element;
+    const int64_t row_bytes = call.x[s].row_stride * element, apart = ((at[0] * unit_bytes + 63) / 64 | 1) * 64;
     const bool copied = plan.half() || call.x[s].k_stride != 1 || crowded(call.rows, row_bytes);
-    const int64_t unit_bytes = plan.half() ? kUnitOfX : 4;
-    x[s] = {call.x[s].base, copied ? ((at[0] * unit_bytes + 63) / 64 | 1) * 64 : row_bytes, unit_bytes, copied};
-    if (copied) bytes += call.rows * x[s].row_bytes;
+    x[s] = {call.x[s].base, !copied ? row_bytes : amx ? kTileRow : apart, copied ? unit_bytes : element, 0};
+    if (copied) bytes += x[s].copied = amx ? at[0] * unit_bytes : call.rows * apart;
   }
   if (bytes == 0) return true;
   char* copy = scratch.get(bytes);
@@ -246,9 +241,9 @@ bool place(const Call& call, const Plan& plan, const int64_t* sources, Scratch& 
   for (int64_t s = 0; s < plan.n_sources; at += 2 + 3 * at[1], ++s) {
     if (!x[s].copied) continue;
     copy_rows(plan.half(), {x[s].base, call.x[s].row_stride, call.x[s].k_stride}, call.rows,
-              reinterpret_cast<const Leaf*>(at + 2), at[1], x[s].row_bytes / x[s].unit_bytes, copy);
+              reinterpret_cast<const Leaf*>(at + 2), at[1], {x[s].row_bytes, x[s].unit_bytes, amx}, copy);
     x[s].base = copy;
-    copy += call.rows * x[s].row_bytes;
+    copy += x[s].copied;
   }
   return true;
 }
@@ -288,25 +283,21 @@ void run(const Call* call, const char* bytes) {
   const Run* runs = reinterpret_cast<const Run*>(bytes + sizeof(Plan));
   if (call->rows == 0 || plan.n == 0 || plan.n_runs == 0) return;
   static thread_local Scratch copies, cuts;
+  const bool amx = plan.half() && call->rows >= kAmxRows && tiles::enabled();
   Operand x[kSources];
-  if (!place(*call, plan, reinterpret_cast<const int64_t*>(runs + plan.n_runs), copies, x)) throw std::bad_alloc();
-  const int64_t panels = (plan.n + kPanel - 1) / kPanel, tile_rows = plan.tile_rows();
-  const int64_t tiles = (call->rows + tile_rows - 1) / tile_rows;
-  const int64_t wanted = (4 * pool::num_threads() + panels - 1) / panels;                    // items for every thread
-  const int64_t blocks = std::max((tiles + kBlockTiles - 1) / kBlockTiles, std::min(wanted, tiles / 8));
-  const bool near = (tiles + blocks - 1) / blocks <= kNearTiles;
-  const int64_t most = tiles == 1 ? INT64_MAX / 2 : near ? kNearUnits : kFarUnits;
+  if (!place(*call, plan, amx, reinterpret_cast<const int64_t*>(runs + plan.n_runs), copies, x)) throw std::bad_alloc();
+  int64_t row_bytes = 0;
+  for (int64_t s = 0; s < plan.n_sources; ++s) row_bytes += x[s].copied ? x[s].copied / call->rows : x[s].row_bytes;
+  const int64_t panels = (plan.n + kPanel - 1) / kPanel;
+  const Shape shape = cut(plan.half(), amx, call->rows, row_bytes, panels);
   int64_t n_steps = plan.n_runs;
-  for (const Run* run = runs; run != runs + plan.n_runs; ++run) n_steps += run->units / most;
+  for (const Run* run = runs; run != runs + plan.n_runs; ++run) n_steps += run->units / shape.most();
   Step* steps = reinterpret_cast<Step*>(cuts.get(n_steps * sizeof(Step)));
   if (!steps) throw std::bad_alloc();
-  int64_t block_bytes = 0;
-  for (int64_t s = 0; s < plan.n_sources; ++s) block_bytes += x[s].row_bytes * std::min(call->rows, kBlockTiles * tile_rows);
-  Work work{*call, plan, x, steps, make_steps(plan, runs, most, steps), tiles, panels, blocks, near,
-            block_bytes > kStaying};
+  const Work work{*call, plan, x, steps, make_steps(plan, runs, shape.most(), steps), shape, panels};
   std::atomic<bool> short_of_memory{false};
-  pool::parallel_ranges(panels * blocks, [&](int64_t begin, int64_t end) {
-    if (!(plan.half() ? work.items<Half>(begin, end) : work.items<F32>(begin, end))) short_of_memory = true;
+  pool::parallel_ranges(panels * shape.blocks, [&](int64_t begin, int64_t end) {
+    if (!work.run(begin, end)) short_of_memory = true;
   });
   copies.trim(kKeptScratch);
   if (short_of_memory) throw std::bad_alloc();

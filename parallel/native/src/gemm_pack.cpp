@@ -170,19 +170,20 @@ void pack_piece(const Reader<E>& reader, int64_t row, const Leaf& leaf, int64_t 
 }
 
 template <class E>
-void copy_block(const Reader<E>& reader, int64_t row, const Leaf& leaf, int64_t k, int64_t units, char* dst) {
+void copy_block(const Reader<E>& reader, int64_t row, const Leaf& leaf, int64_t k, const RowPlace& place, char* dst) {
   constexpr int kPer = Reader<E>::kPer;
   const int rows = static_cast<int>(std::min<int64_t>(16, reader.n_rows - row));
   const int64_t unit = (k - leaf.begin) / kPer;
   if (rows <= 0) return;
   Block block = reader.by_rows(row, k, leaf.end);
+  dst += row * place.row_bytes + (leaf.unit + unit) * place.unit_bytes;
   for (int i = 0; i < rows; ++i) {
+    char* to = dst + i * place.row_bytes;
     if (kPer == 1) {
-      store(dst + ((row + i) * units + leaf.unit + unit) * 4, block.v[i], leaf.end - leaf.begin - unit);
-      continue;
-    }
-    char* to = dst + ((row + i) * units + leaf.unit + unit) * kUnitOfX;
-    if (kPaired) {
+      store(to, block.v[i], leaf.end - leaf.begin - unit);
+    } else if (place.tiles) {
+      store(to, block.v[i], 16);
+    } else if (kPaired) {
       store(to, bf16_order::paired(block.v[i]), 16);
     } else {
       store(to, block.v[i] << 16, 16);
@@ -246,14 +247,14 @@ void unpack_panels(bool half, const char* src, int64_t rows, int64_t k, const Le
   });
 }
 
-void copy_rows(bool half, View src, int64_t rows, const Leaf* leaves, int64_t n_leaves, int64_t units, char* dst) {
+void copy_rows(bool half, View src, int64_t rows, const Leaf* leaves, int64_t n_leaves, RowPlace place, char* dst) {
   constexpr int64_t kTogether = 64;           // rows: whole cache lines where the source runs down them
   with_reader(half, src, rows, [&](const auto& reader) {
     pool::parallel_for((rows + kTogether - 1) / kTogether, [&](int64_t b) {
       for (const Leaf* leaf = leaves; leaf != leaves + n_leaves; ++leaf)
         for (int64_t k = leaf->begin; k < leaf->end; k += half ? bf16_order::kBlock : 16)
           for (int64_t row = b * kTogether; row < (b + 1) * kTogether; row += 16)
-            copy_block(reader, row, *leaf, k, units, dst);
+            copy_block(reader, row, *leaf, k, place, dst);
     });
   });
 }

@@ -101,6 +101,7 @@ struct Tile {
   int64_t pops, level;                        // finished subtrees to add, each `level` floats before the last
   bf16_order::Flushing* flushing;             // on for bfloat16's sums, off for the tree, which keeps denormals
   const char* ahead;                          // what to prefetch
+  int64_t rows, row_tile, a_block;            // of gemm_amx.h: rows of x, of a register, bytes of x from block to block
 };
 
 template <int R, class F>

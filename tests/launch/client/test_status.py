@@ -27,7 +27,9 @@ def at_a_server(engine: FakeEngine, act: Callable[[str, Frontend], Any], *others
         links = [LocalLink(each) for each in (engine, *others)]
         frontend = Frontend(links, codec=CODEC)
         readiness = Readiness(frontend)
-        info = ServiceInfo(model_id="fake", family="none", dtype="float32", tensor_parallel_size=2)
+        info = ServiceInfo(
+            model_id="fake", family="none", dtype="float32", kernels="avx2 amx32", tensor_parallel_size=2
+        )
         server = build_server(frontend, "127.0.0.1:0", info=info, readiness=readiness)
         frontend.start()
         await readiness.prove()
@@ -50,7 +52,7 @@ def test_a_person_sees_state_health_load_and_training(capsys: pytest.CaptureFixt
     said = capsys.readouterr().out
     assert "SERVING, ready  up 0:0" in said and "0 restarts" in said
     assert "health    server SERVING  Inference SERVING  Training SERVING  Control SERVING" in said
-    assert "model     fake (none, float32)  tp=2 dp=1" in said
+    assert "model     fake (none, float32)  tp=2 dp=1" in said and "  kernels avx2 amx32\n" in said
     assert "0 of 65536 blocks held" in said and "training  off" in said
 
 

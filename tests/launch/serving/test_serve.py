@@ -18,6 +18,7 @@ from cluster.rpc.client.client import AsyncClient, Client, ServiceError
 from launch.commands.server_process import Server
 from launch.main import main
 from parallel.native.compiled import library
+from parallel.native.compiled.instruction_set import BFLOAT16_ORDER
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 ROOT = Path(__file__).resolve().parents[3]
@@ -96,6 +97,7 @@ def test_two_ranks_serve_a_trained_model(server: Server) -> None:
             answer = await client.generate(
                 [[2, 1, 0, 1, 0, 2], [1, 1, 1, 0, 0, 0]], sampling=GREEDY, stopping={"max_new_tokens": 6}
             )
+            assert (await client.server_info()).kernels.split() == [library.instruction_set(), BFLOAT16_ORDER]
             return [list(result.samples[0].token_ids) for result in answer.results]
 
     assert asyncio.run(ask()) == [[0, 0, 1, 1, 2, 2], [0, 0, 0, 1, 1, 1]]

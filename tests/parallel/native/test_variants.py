@@ -16,8 +16,8 @@ def here() -> variants.Digests:
     return variants.digests()
 
 
-@pytest.mark.parametrize("name", ["avx512", "avx2"])
+@pytest.mark.parametrize("name", ["amx_emulated", "avx512", "avx2"])
 def test_an_instruction_set_gives_the_same_bits(here: variants.Digests, name: str) -> None:
-    if name not in instruction_set.runnable():
+    if name not in (*instruction_set.runnable(), instruction_set.EMULATED):
         pytest.skip(f"this CPU cannot run {name}; it runs {instruction_set.runnable()}")
     assert len(here) > 200 and variants.different(variants.under(name), here) == []

@@ -1,6 +1,6 @@
 """What every kernel gives with one instruction set, compared with what it gives with another.
 
-    python -m tests.parallel.native.variants             every instruction set that this CPU runs, against the best one
+    python -m tests.parallel.native.variants             all that this CPU runs, and AMX emulated, against the best
     python -m tests.parallel.native.variants --print     digests of the one that TPD_NATIVE_ISA names, as JSON
 
 A variant is the whole library, compiled with few optimisations, where kernels are always kept.
@@ -54,7 +54,7 @@ def main() -> int:
         print(json.dumps(digests()))
         return 0
     wanted, failed = digests(), 0
-    for name in instruction_set.runnable():
+    for name in (*instruction_set.runnable(), instruction_set.EMULATED):
         found = different(under(name), wanted)
         failed += bool(found)
         print(f"{name}: {f'DIFFERENT: {found}' if found else f'the same {len(wanted)} digests'}", flush=True)
