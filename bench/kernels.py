@@ -2,6 +2,7 @@
 
     python -m bench.kernels --threads 1 --dtype float32 --rows 1 16 512 --shapes 4096x1024 1024x4096
 
+In bfloat16 also with the weights in 8 and in 4 bits: their GB/s are those of the bfloat16 weights they stand for.
 Weights rotate through more memory than the caches hold. Cells are the best of many calls, because other work on the
 machine only ever slows a call down; the measured peak of a register-only loop stands at the top.
 """
@@ -9,14 +10,19 @@ machine only ever slows a call down; the measured peak of a register-only loop s
 import argparse
 import ctypes
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from parallel.native.compiled.library import configure, library
-from parallel.native.gemm import PackedMatrix, Source, product
+from parallel.native.gemm import Source, product
+from parallel.native.packed_weight import PackedMatrix
+from parallel.options import Scheme
+from parallel.quantisation.quantised_weight import QuantisedMatrix
+from parallel.quantisation.schemes import quantised
 
 SHAPES = ("4096x1024", "1024x4096", "3072x1024", "50304x1024", "2304x768")
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512, 1024)
@@ -52,12 +58,28 @@ def routes(x: Tensor, weights: list[Tensor], leaves: int, rows: int) -> dict[str
     packed = [PackedMatrix.pack(w) for w in weights]
     onednn = [torch.ops.mkldnn._reorder_linear_weight(w, rows) for w in weights]
     one, several = (0, k), tree_of(k, leaves)
-    return {
+    found = {
         "native": lambda i: product([Source(x, packed[i % count], one)]),
         f"native/{leaves} leaves": lambda i: product([Source(x, packed[i % count], several)]),
         "oneDNN": lambda i: torch.ops.mkldnn._linear_pointwise(x, onednn[i % count], None, "none", [], ""),
         "F.linear": lambda i: F.linear(x, weights[i % count]),
     }
+    return found | (_quantised(x, weights) if x.dtype is torch.bfloat16 else {})
+
+
+def _quantised(x: Tensor, weights: list[Tensor]) -> dict[str, Callable[[int], object]]:
+    """The same weights in 8 and in 4 bits: as many again, so that they do not stay in the caches."""
+    found: dict[str, Callable[[int], object]] = {}
+    kinds: tuple[tuple[Scheme, int], ...] = (("int8", 2), ("int4", 4))
+    for scheme, copies in kinds:
+        made = [quantised(scheme, w) for w in weights]
+        packed = [QuantisedMatrix(one) for one in made for _ in range(copies)]
+        found[scheme] = partial(_product, x, packed)
+    return found
+
+
+def _product(x: Tensor, packed: Sequence[QuantisedMatrix], i: int) -> Tensor:
+    return product([Source(x, packed[i % len(packed)], (0, x.shape[1]))])
 
 
 def measure(shape: str, dtype: torch.dtype, rows: list[int], leaves: int, budget: float, only: list[str]) -> None:
@@ -69,7 +91,7 @@ def measure(shape: str, dtype: torch.dtype, rows: list[int], leaves: int, budget
         runs = {
             name: run for name, run in routes(x, weights, leaves, m).items() if not only or name.split("/")[0] in only
         }
-        ours = {name: run for name, run in runs.items() if name.startswith("native")}
+        ours = {name: run for name, run in runs.items() if name.startswith(("native", "int"))}
         torchs = {name: run for name, run in runs.items() if name not in ours}
         cells = []  # the two kinds apart: torch's threads spin for a while after each of its calls
         for name, seconds in (best_seconds(ours, budget) | best_seconds(torchs, budget)).items():
@@ -86,7 +108,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=SHAPES)
     parser.add_argument("--leaves", type=int, default=8)
     parser.add_argument("--budget", type=float, default=0.3, help="seconds per cell and route")
-    parser.add_argument("--only", nargs="*", default=[], help="routes: native oneDNN F.linear")
+    parser.add_argument("--only", nargs="*", default=[], help="routes: native int8 int4 oneDNN F.linear")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     configure(threads=args.threads)

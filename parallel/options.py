@@ -36,3 +36,12 @@ def check_recompute(value: object) -> None:
     """ConfigError where it is none of the three."""
     if value not in get_args(Recompute):
         raise ConfigError(f"recompute is {value!r}; choose one of {list(get_args(Recompute))}")
+
+
+Scheme = Literal["int8", "int4"]
+"""What weights are rounded to (parallel.quantisation.schemes)."""
+
+
+def check_scheme(name: str, value: object) -> None:
+    if value is not None and value not in get_args(Scheme):
+        raise ConfigError(f"{name} is {value!r}; choose one of {list(get_args(Scheme))}, or leave it out")

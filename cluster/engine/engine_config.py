@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from parallel.errors import ConfigError
-from parallel.options import check_backend
+from parallel.options import Scheme, check_backend, check_scheme
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +48,7 @@ class EngineConfig:
     share_stretch: float = 2.0  # while callers share, a step may take so many times as long as their shortest
     prefix_caching: bool = True  # beginnings that were computed before are not again
     replay: bool = True  # of decode steps that were recorded, on CPUs with one rank
+    quantize: Scheme | None = None  # weights rounded to int8 or int4 as they are read; on CPUs, in bfloat16
     attention_backend: str | None = None  # eager, cpu, sdpa or flash; the best one that works unless given
     speculation: SpeculationConfig = SpeculationConfig()
 
@@ -66,6 +67,7 @@ class EngineConfig:
             raise ConfigError(
                 f"engine.kv_memory_fraction is {self.kv_memory_fraction!r}; it must be above 0 and at most 1"
             )
+        check_scheme("engine.quantize", self.quantize)
         check_backend("engine.attention_backend", self.attention_backend)
         if self.kv_blocks is not None and self.kv_blocks < 1:
             raise ConfigError(

@@ -35,8 +35,10 @@ class ServedModel:
     @property
     def fingerprint(self) -> str:
         """Of what answers depend on beside the weights' version; tensor-parallel size and replicas are no part."""
-        told = (software_version(), self.info.model_id, self.info.family, self.info.dtype, self.info.device)
-        digest = hashlib.sha256(json.dumps([*told, self.info.numerics, _grammars()]).encode()).hexdigest()
+        info = self.info
+        told = [software_version(), info.model_id, info.family, info.dtype, info.device, info.numerics, _grammars()]
+        told += [info.quantization] if info.quantization else []
+        digest = hashlib.sha256(json.dumps(told).encode()).hexdigest()
         return f"fp_{digest[:12]}"
 
 

@@ -142,7 +142,7 @@ def lines(status: Status, before: Status | None = None) -> Iterator[str]:
     if model:
         parallel = server["parallelism"]
         yield (
-            f"model     {model['model_id']} ({model['family']}, {model['dtype']})  "
+            f"model     {model['model_id']} ({model['family']}, {model['dtype']}{_weights(model)})  "
             f"tp={parallel['tensor_parallel_size']} dp={parallel['data_parallel_size']} on {model['device']}, "
             f"{model['numerics']} numerics  context {model['max_context']}  vocabulary {model['vocab_size']}"
             + (f"  kernels {server['kernels']}" if server["kernels"] else "")
@@ -150,6 +150,11 @@ def lines(status: Status, before: Status | None = None) -> Iterator[str]:
     yield from _load_lines(status, before)
     yield from _training_lines(status)
     yield from _replica_lines(status)
+
+
+def _weights(model: Mapping[str, Any]) -> str:
+    kind = model.get("quantization")
+    return f", {kind} weights" if kind else ""
 
 
 def _replica_lines(status: Status) -> Iterator[str]:

@@ -32,6 +32,7 @@ FLAGS = {
     "chat_template": "server.chat_template",
     "state_dir": "server.state_dir",
     "kv_blocks": "engine.kv_blocks",
+    "quantize": "engine.quantize",
     "metrics_port": "observe.metrics_port",
     "log_json": "placement.log_json",
     "ray_address": "ray.address",
@@ -64,6 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dp", type=int, help="replicas of --tp ranks each, behind the one port (default 1)")
     parser.add_argument("--device", help="cpu (default) or cuda")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: the checkpoint's own)")
+    parser.add_argument("--quantize", help="round the weights to int8 or int4 as they load: on CPUs, in bfloat16")
     parser.add_argument("--host", help="address to listen on (default 127.0.0.1: this machine only)")
     parser.add_argument("--port", type=int, help="port of gRPC (default 50051; 0: any free one)")
     parser.add_argument(

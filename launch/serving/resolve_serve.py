@@ -92,7 +92,9 @@ def resolve_serve(config: ServeConfig, log_level: int) -> ResolvedServe:
         metrics = replace(endpoint, host=observe.metrics_host, port=observe.metrics_port)
         check_host(metrics.host, security, insecure)
         check_port(metrics)
-    dtype = trained_dtype(model, parallel.dtype) if config.training.enabled else parallel.dtype
+    dtype = quantised_dtype(config) or (
+        trained_dtype(model, parallel.dtype) if config.training.enabled else parallel.dtype
+    )
     cores = config.ray.room(parallel.dp, parallel.tp, parallel.device, config.placement.strategy)
     return ResolvedServe(
         program=_program(config, model, adapter, dtype),
@@ -171,6 +173,26 @@ def _check_security(security: Security) -> None:
         from cluster.rpc.tls import ServerCertificates
 
         ServerCertificates(security.tls)
+
+
+def quantised_dtype(config: ServeConfig) -> Dtype | None:
+    """The type that quantised weights are multiplied in, or None; refuses what they do not go with."""
+    scheme, parallel = config.engine.quantize, config.parallel
+    if scheme is None:
+        return None
+    given = f"engine.quantize is {scheme!r}"
+    if parallel.device != "cpu":
+        raise ConfigError(f"{given} and parallel.device {parallel.device!r}; quantised weights are served on CPUs only")
+    if parallel.dtype not in (None, "bfloat16"):
+        raise ConfigError(f"{given} and parallel.dtype {parallel.dtype!r}; quantised weights take bfloat16")
+    if config.training.enabled:
+        raise ConfigError(f"{given} and training is on; quantised weights are not trained, so leave one of them out")
+    if config.adapter is not None:
+        raise ConfigError(
+            f"{given} and an adapter is given, whose sum with quantised weights would be rounded again; merge it first "
+            "(tp-decoders convert --adapter) and quantise what comes out"
+        )
+    return "bfloat16"
 
 
 def trained_dtype(model: Path, given: Dtype | None) -> Dtype | None:

@@ -217,8 +217,9 @@ def ready_line(program: ServeProgram, ready: Sequence[Sequence[Ready]], address:
     parallel, tokens = program.parallel, facts.kv_blocks * facts.block_size
     size = sum(rank.facts.kv_bytes for rank in ready[0]) / 1e6
     dp = f"dp={len(ready)} " if len(ready) > 1 else ""
+    kind = facts.dtype + (f", {facts.quantization} weights" if facts.quantization else "")
     return (
-        f"ready: {address}  model {shown_name(Path(program.model))} ({facts.family}, {facts.dtype})  "
+        f"ready: {address}  model {shown_name(Path(program.model))} ({facts.family}, {kind})  "
         + (f"{program.task}  " if program.task != CAUSAL else "")
         + f"tp={parallel.tp} {dp}on {parallel.device} ({facts.transport}, attention {facts.attention})  "
         f"KV cache {tokens} tokens ({facts.kv_blocks} blocks of {facts.block_size}, {size:.1f} MB)"
@@ -256,6 +257,7 @@ def _service_info(program: ServeProgram, replicas: int, facts: RankFacts) -> Ser
         model_id=shown_name(Path(program.model)),
         family=facts.family,
         dtype=facts.dtype,
+        quantization=facts.quantization,
         device=program.parallel.device,
         numerics=program.parallel.numerics,
         kernels=facts.kernels,

@@ -23,8 +23,9 @@ from parallel.layers.low_rank import ColumnAdapter, RowAdapter, active
 from parallel.matmul.activation import activate, is_native
 from parallel.matmul.grad_sum import weight_grad
 from parallel.matmul.input_grad import DividedOutputs, summed_input_grad
-from parallel.matmul.packed_store import release
+from parallel.matmul.packed_store import release, release_quantised
 from parallel.matmul.products import Operand, Term, column_sum, outer_product, product, reduced_product
+from parallel.quantisation.numbers import Numbers
 from parallel.ranks.group import Group
 from parallel.ranks.sequence_parallel import all_tokens, own_tokens, scatter_tokens
 from parallel.sharding.parameter import Stamp, stamp
@@ -96,6 +97,10 @@ class ColumnLinear(nn.Module):
     def release(self, values: Tensor | None = None) -> None:
         """For serving: the weight is stored packed only; of its present values unless given."""
         release(self.weight, (0, self.d_in), values)
+
+    def quantise(self, numbers: Numbers) -> None:
+        """For serving: whole numbers are the weight."""
+        release_quantised(self.weight, (0, self.d_in), numbers)
 
     @property
     def trains(self) -> bool:
@@ -213,6 +218,10 @@ class RowLinear(nn.Module):
     def release(self, values: Tensor | None = None) -> None:
         """For serving: the weight is stored packed only; of its present values unless given."""
         release(self.weight, self.borders, values)
+
+    def quantise(self, numbers: Numbers) -> None:
+        """For serving: whole numbers are the weight."""
+        release_quantised(self.weight, self.borders, numbers)
 
     def back_term(self, grad_TN: Tensor) -> Term:
         """dX = dY W, as an addend."""

@@ -21,10 +21,11 @@ from torch.nn import functional
 from parallel.errors import WeightReleased
 from parallel.matmul import onednn
 from parallel.matmul.activation import activate
-from parallel.matmul.packed_store import PackedStore
+from parallel.matmul.packed_store import panels_of
 from parallel.native import elementwise, gemm, memory
 from parallel.native.compiled import library
 from parallel.native.operands import DTYPES as NATIVE_DTYPES
+from parallel.native.packed_weight import PackedMatrix
 from parallel.ranks.group import Group
 from parallel.sharding.parameter import Stamp, stamp
 from parallel.sharding.released_weight import ReleasedWeight
@@ -55,7 +56,7 @@ class Operand:
         self.borders = borders
         self._rows = rows
         self._transposed = transposed
-        self._packed: gemm.PackedMatrix | None = None
+        self._packed: PackedMatrix | None = None
         self._stamp: Stamp | None = None
         self._leaves: dict[int, onednn.PackedLeaf] = {}
         self._leaves_stamp: Stamp | None = None
@@ -68,7 +69,7 @@ class Operand:
         """[N, K]: outputs by reduction."""
         return _matrix(self.parameter, self._rows, self._transposed)
 
-    def follow(self, packed: gemm.PackedMatrix) -> None:
+    def follow(self, packed: PackedMatrix) -> None:
         """Fills it, and has it watch the parameter's memory."""
         packed.follow(partial(_matrix, self.parameter, self._rows, self._transposed))
 
@@ -78,7 +79,7 @@ class Operand:
             return self.parameter.shape[1]
         return self.parameter.shape[0] if self._rows is None else self._rows[1] - self._rows[0]
 
-    def packed(self) -> gemm.PackedMatrix:
+    def packed(self) -> gemm.Panels:
         """The packed form, made again if the parameter was written to or its memory replaced since."""
         if isinstance(self.parameter, ReleasedWeight):
             return self._stored(self.parameter)
@@ -89,14 +90,13 @@ class Operand:
         assert self._packed is not None, "refresh makes it"
         return self._packed
 
-    def _stored(self, weight: ReleasedWeight) -> gemm.PackedMatrix:
+    def _stored(self, weight: ReleasedWeight) -> gemm.Panels:
         if self._transposed or self._rows is not None:
             raise WeightReleased(
                 "a gradient through a weight that is stored packed only, for serving, needs it transposed, too; load "
                 "the model with packed=False to train it"
             )
-        assert isinstance(weight.store, PackedStore), "products are with what packed_store released"
-        return weight.store.matrix
+        return panels_of(weight)
 
     def refresh(self) -> None:
         """Takes over the parameter's present values, whatever is known of writes to it."""
@@ -105,7 +105,7 @@ class Operand:
             *matrix.shape,
             matrix.dtype,
         ):
-            self._packed = gemm.PackedMatrix.made_for(matrix, self.borders, memory.weights.take)
+            self._packed = PackedMatrix.made_for(matrix, self.borders, memory.weights.take)
         self.follow(self._packed)
         self._leaves, self._leaves_stamp = {}, None
 
@@ -188,7 +188,7 @@ def outer_product(grad_TN: Tensor, x_TK: Tensor, out: Tensor | None = None) -> T
     type.
     """
     if uses_native(grad_TN):
-        packed = gemm.PackedMatrix.pack(x_TK.t(), place=memory.scratch.take)
+        packed = PackedMatrix.pack(x_TK.t(), place=memory.scratch.take)
         return gemm.product([gemm.Source(grad_TN.t(), packed, (0, grad_TN.shape[0]))], out=out)
     assert out is None, "asked of the native kernels only"
     return grad_TN.t() @ x_TK

@@ -19,7 +19,7 @@ from parallel.errors import ConfigError
 from parallel.native.compiled.library import entry
 from parallel.native.elementwise import activation_id
 from parallel.native.operands import DTYPES, NUMBERS, Status, apart, checked, number, refused, succeeded, words, written
-from parallel.native.packed_weight import PANEL, UNIT, PackedMatrix, block_of
+from parallel.native.packed_weight import Panels, block_of
 
 MAX_SOURCES = 16
 MOST_LOOKS = 8  # times that a product takes over a matrix that is written to while it looks
@@ -31,7 +31,7 @@ class Source(NamedTuple):
     """One product x W^T whose K is cut into leaves at `borders` (n_leaves + 1 ascending numbers)."""
 
     x: Tensor
-    weight: PackedMatrix
+    weight: Panels
     borders: tuple[int, ...]
 
 
@@ -78,8 +78,8 @@ def nodes(
     return out
 
 
-_PLAN = struct.Struct("5q")  # Plan, Run and Call of gemm.cpp
-_RUN = struct.Struct("9q")
+_PLAN = struct.Struct("6q")  # Plan, Run and Call of gemm.cpp
+_RUN = struct.Struct("10q")
 
 
 @cache
@@ -183,7 +183,9 @@ def _make_plan(sources: Sequence[Source], roots: tuple[tuple[int, int], ...] | N
         depth = max(depth, len(pops).bit_length() + 1)
         for leaf, pop in pops:
             runs += _leaf_runs(sources, leaf, pop, root if leaf == hi - 1 or leaf < 0 else 0)
-    head = _PLAN.pack(NUMBERS[sources[0].weight.dtype], len(runs), depth, len(sources), sources[0].weight.n)
+    first, quantisation = sources[0].weight, max(source.weight.quantisation for source in sources)
+    depth += 1 if quantisation else 0  # the sum of a quantised source, beside what the leaf held before it
+    head = _PLAN.pack(first.number, len(runs), depth, len(sources), first.n, quantisation)
     return head + b"".join(runs) + b"".join(_copy_plan(s.weight) for s in sources)
 
 
@@ -211,17 +213,18 @@ def _leaf_runs(sources: Sequence[Source], leaf: int, pops: int, root: int) -> li
                 weight.units_of(end - begin),
                 begin,
                 unit,
-                weight.address + unit * PANEL * UNIT,
+                weight.address + unit * weight.unit_bytes,
                 weight.panel_bytes,
                 index == 0,
                 pops if last else -1,
                 root if last else 0,
+                weight.form,
             )
         )
     return runs
 
 
-def _unit_of(weight: PackedMatrix, begin: int, end: int) -> int:
+def _unit_of(weight: Panels, begin: int, end: int) -> int:
     """Where in the packed K the leaf begin..end starts; it must not share a block of bfloat16 with a neighbour."""
     block = block_of(weight.dtype)
     index = max(i for i, border in enumerate(weight.borders[:-1]) if border <= begin)
@@ -249,5 +252,5 @@ def _check(sources: Sequence[Source]) -> None:
             raise ConfigError(f"borders {borders} must ascend within 0..{weight.k}")
 
 
-def _copy_plan(weight: PackedMatrix) -> bytes:
+def _copy_plan(weight: Panels) -> bytes:
     return struct.pack("2q", weight.units, len(weight.starts)) + bytes(weight.leaves)

@@ -22,25 +22,59 @@ _serials = itertools.count()
 _WATCH = struct.Struct("11q")  # Watch of gemm_watch.h
 
 
-class PackedMatrix:
-    """A weight W [N, K] laid out for streaming, [N/64][K][64]; a copy that follows its source only by repack()."""
+class Panels:
+    """How a weight W [N, K] of a product lies in memory: panels of 64 columns, [ceil(N/64)][units of K][64], K cut at
+    the leaves' borders. `unit_bytes`: of one unit (two elements of bfloat16, one of float32) in a panel.
+    """
+
+    watch = 0
+    """The address of a Watch of gemm_watch.h, or 0."""
+    form = 0
+    """The address of a Quantised of quantised.h, or 0 for plain numbers."""
+    quantisation = 0
+    """Of quantised.h: what products have to do, 0 for plain numbers."""
 
     def __init__(
-        self, n: int, k: int, dtype: torch.dtype, borders: tuple[int, ...], place: Place | None = None
+        self, n: int, k: int, dtype: torch.dtype, borders: tuple[int, ...], unit_bytes: int, place: Place | None
     ) -> None:
         self.n, self.k, self.dtype, self.borders = n, k, dtype, borders
-        self.number = NUMBERS[dtype]
+        self.number, self.unit_bytes = NUMBERS[dtype], unit_bytes
         starts = [0]
         for begin, end in itertools.pairwise(borders):
             starts.append(starts[-1] + self.units_of(end - begin))
         self.starts, self.units = tuple(starts[:-1]), starts[-1]
-        self.panel_bytes = self.units * PANEL * UNIT
+        self.panel_bytes = self.units * unit_bytes
         self.storage = (place or heap)(-(-n // PANEL) * self.panel_bytes)
         self.address = self.storage.data_ptr()
         self.serial = next(_serials)
         self.plans: dict[tuple, bytes] = {}
         self.leaves = leaves_of(self)
-        self.watch = 0  # the address of a Watch of gemm_watch.h, or 0
+
+    def __reduce__(self) -> NoReturn:
+        raise ConfigError(
+            "a packed matrix is known by its address and cannot be copied or pickled; pack its source anew"
+        )
+
+    def units_of(self, elements: int) -> int:
+        """Units that so many elements of K take from a leaf's beginning on, zeros at its end included."""
+        return units_of(elements, self.dtype)
+
+    def catch_up(self) -> None:
+        """Takes over what a watched matrix holds now; nothing where none is."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, padding included."""
+        return self.storage.numel()
+
+
+class PackedMatrix(Panels):
+    """A weight W [N, K] laid out for streaming, [N/64][K][64]; a copy that follows its source only by repack()."""
+
+    def __init__(
+        self, n: int, k: int, dtype: torch.dtype, borders: tuple[int, ...], place: Place | None = None
+    ) -> None:
+        super().__init__(n, k, dtype, borders, PANEL * UNIT, place)
         self._matrix: Callable[[], Tensor] | None = None  # what is watched
         self._watch = ctypes.create_string_buffer(_WATCH.size)  # one for good: another thread may be reading it
 
@@ -65,11 +99,6 @@ class PackedMatrix:
         if cuts[0] < 0 or cuts[-1] > k:
             raise ConfigError(f"borders {tuple(borders or ())} leave the range 0..{k} of K; give borders inside it")
         return cls(n, k, src.dtype, cuts, place)
-
-    def __reduce__(self) -> NoReturn:
-        raise ConfigError(
-            "a packed matrix is known by its address and cannot be copied or pickled; pack its source anew"
-        )
 
     def repack(self, src: Tensor) -> None:
         """Take over src's present values, in place."""
@@ -116,19 +145,10 @@ class PackedMatrix:
             succeeded("unpack", status)
         return matrix
 
-    def units_of(self, elements: int) -> int:
-        """Units that so many elements of K take from a leaf's beginning on, zeros at its end included."""
-        return units_of(elements, self.dtype)
-
     def catch_up(self) -> None:
         """Takes over what the watched matrix holds now."""
         if self._matrix is not None:
             self.repack(self._matrix())
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held, padding included."""
-        return self.storage.numel()
 
 
 def block_of(dtype: torch.dtype) -> int:
@@ -142,7 +162,7 @@ def units_of(elements: int, dtype: torch.dtype) -> int:
     return -(-(-(-elements // block) * block * dtype.itemsize) // UNIT)
 
 
-def leaves_of(weight: PackedMatrix) -> ctypes.Array:
+def leaves_of(weight: Panels) -> ctypes.Array:
     flat = [
         v for pair, start in zip(itertools.pairwise(weight.borders), weight.starts, strict=True) for v in (*pair, start)
     ]

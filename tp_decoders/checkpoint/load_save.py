@@ -19,12 +19,14 @@ from torch import Tensor, nn
 from parallel.errors import CheckpointError, TpError
 from parallel.layers.norm import Norm
 from parallel.native.memory import give_back
+from parallel.options import Scheme, check_scheme
 from parallel.ranks.gather_parameter import full_tensor
 from parallel.ranks.group import Group
 from parallel.sharding.released_weight import assign, is_released
 from parallel.sharding.rules import full_shape_of, rule_of
 from tp_decoders.checkpoint.downcast import Lost
 from tp_decoders.checkpoint.folder_writer import FolderWriter
+from tp_decoders.checkpoint.quantised_shards import quantised_shard, schemes_of
 from tp_decoders.checkpoint.slice_writer import TensorPlan
 from tp_decoders.checkpoint.tensor_matching import Sources, match_tensors, shown, stored_dtype, warn_of_different_twins
 from tp_decoders.families.family import AUTO
@@ -68,6 +70,7 @@ def load(
     cache: WeightsCache | None = None,
     progress: Progress | None = None,
     packed: bool = False,
+    quantize: Scheme | None = None,
 ) -> Decoder:
     """This rank's shard of a checkpoint, in eval mode; in the checkpoint's own type unless one is given.
 
@@ -79,7 +82,11 @@ def load(
 
     `packed` is for serving only: each matrix of a product is held once, as the native kernels read it, where they do
     (else nothing changes); such a model is saved, merged and pruned like any other and cannot be trained.
+
+    `quantize`, for serving in bfloat16 on CPUs: the matrices of products are rounded to whole numbers as they are read
+    (see quantised_shards), and held so.
     """
+    check_scheme("quantize", quantize)
     group = group or Group.single()
     check_task(task)
     folder = locate_together(path, group)
@@ -88,9 +95,10 @@ def load(
     names = family_of(config.model_type).names
     with open_checkpoint(folder, cache) as checkpoint:
         sources = match_tensors(build(config, group, device="meta"), checkpoint, names)  # before memory is taken
-        model = build(config, group, dtype or stored_dtype(config, checkpoint, names), device)
+        default = torch.bfloat16 if quantize else stored_dtype(config, checkpoint, names)
+        model = build(config, group, dtype or default, device)
         warn_of_different_twins(model, checkpoint, names, sources)
-        _fill_all(model, checkpoint, sources, progress or (lambda what, done, total: None), packed)
+        _fill_all(model, checkpoint, sources, progress or (lambda what, done, total: None), packed, quantize)
     model.source = folder
     give_back()  # what reading took: caches are sized by what is free
     return model
@@ -119,16 +127,21 @@ def locate_together(path: str | Path, group: Group) -> Path:
     return locate(word[1:].decode())
 
 
-def _fill_all(model: Decoder, checkpoint: Checkpoint, sources: Sources, progress: Progress, packed: bool) -> None:
+def _fill_all(
+    model: Decoder, checkpoint: Checkpoint, sources: Sources, progress: Progress, packed: bool, quantize: Scheme | None
+) -> None:
     """Reads what the checkpoint holds of a shard, and makes the rest."""
-    packs = {id(layer.weight): layer for layer in linears(model).values()} if packed else {}
+    packs = {id(layer.weight): layer for layer in linears(model).values()} if packed or quantize else {}
+    schemes = {} if quantize is None else schemes_of(model, quantize)
     parameters = dict(model.named_parameters())
     sizes = {ours: parameters[ours].numel() * checkpoint.itemsize(theirs) for ours, (theirs, _) in sources.items()}
     done, total, lost = 0, sum(sizes.values()), Lost()
     for ours, parameter in parameters.items():
         layer = packs.get(id(parameter))
         if ours in sources:
-            if layer is None:
+            if layer is not None and (scheme := schemes.get(id(parameter))):
+                layer.quantise(quantised_shard(scheme, parameter, checkpoint, *sources[ours], model.group.rank))
+            elif layer is None:
                 fill(parameter, checkpoint, *sources[ours], model.group.rank, lost)
             else:  # its own memory is never touched
                 layer.release(shard_of(parameter, checkpoint, *sources[ours], model.group.rank, lost))

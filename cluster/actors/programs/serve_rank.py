@@ -86,7 +86,7 @@ class ServeRank:
         cache, told = reading(self._place, self._folder, spec.weights_cache)
         return load(
             self._folder, spec.task, groups.tp, dtype, self._device, mpt_reference=spec.mpt_reference, cache=cache,
-            progress=told, packed=not spec.training.enabled,
+            progress=told, packed=not spec.training.enabled, quantize=spec.engine.quantize,
         )  # fmt: skip
 
     def rejoin(self, make: MakeProgram, place: Place, phases: Phases) -> RankFacts:
@@ -233,6 +233,7 @@ class ServeRank:
         return RankFacts(
             family=model.config.model_type,
             dtype=str(weights[0].dtype).removeprefix("torch."),
+            quantization=self._spec.engine.quantize or "",
             parameters=sum(weight.numel() for weight in weights),
             kv_blocks=runner.cache.num_blocks,
             block_size=layout.block_size,

@@ -110,6 +110,7 @@ class RankFacts:
 
     family: str
     dtype: str
+    quantization: str  # what weights are rounded to, if they are
     parameters: int  # in this rank's shard
     kv_blocks: int
     block_size: int

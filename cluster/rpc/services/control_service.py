@@ -53,6 +53,7 @@ class ServiceInfo:
     device: str = ""
     numerics: str = ""
     kernels: str = ""
+    quantization: str = ""
     tensor_parallel_size: int = 1
     data_parallel_size: int = 1
 
@@ -111,6 +112,7 @@ class Control(ControlServicer):
             dtype=info.dtype,
             device=info.device,
             numerics=info.numerics,
+            quantization=info.quantization,
             vocab_size=limits.vocab_size,
             max_context=limits.max_context,
             kv_capacity_tokens=limits.kv_capacity_tokens,

@@ -24,6 +24,7 @@
 #include "gemm_watch.h"
 #include "operands.h"
 #include "pool.h"
+#include "quantised.h"
 #include "scratch.h"
 
 namespace gemm {
@@ -48,7 +49,10 @@ struct Shape {                                // how a call's rows are cut
   int64_t row_tile;                           // rows of one of AMX's registers
   bool blocks_first;                          // order of the items: all blocks of a panel, or all panels of a block
   bool near, alone;                           // short groups of steps; one tile that reads each weight once
-  int64_t most() const { return alone ? INT64_MAX / 2 : near ? kNearUnits : kFarUnits; }   // units of a group of steps
+  bool direct;                                // whole numbers of columns are widened in the tile's registers
+  bool whole;                                 // no group ends before its leaf
+  int64_t group() const { return near ? kNearUnits : kFarUnits; }        // units, at most, where it does
+  int64_t most() const { return whole ? INT64_MAX / 2 : group(); }
 };
 struct Operand {                              // rows of x: as given, or copied
   const char* base;
@@ -128,35 +132,54 @@ struct Work {
   int64_t row(int64_t tile) const { return call.rows * tile / shape.tiles; }
 
   // How much of the next group tile i of n prefetches, in cache lines per four units (a panel's unit is four lines).
-  static int lines(int64_t i, int64_t n) { return n == 1 ? 16 : n <= 3 ? (i < 2 ? 8 : 0) : (i < 4 ? 4 : 0); }
+  int lines(int64_t i, int64_t n) const {
+    return n == 1 ? 16 : plan.quantisation != kNone ? 0 : n <= 3 ? (i < 2 ? 8 : 0) : (i < 4 ? 4 : 0);
+  }
+  // Whole numbers that one tile alone reads are widened in its registers, others once for all tiles of the block.
+  bool direct(const Run& run) const { return shape.direct && run.scaled(); }
+
+  void widened(const Step* group, int64_t panel, char* to) const {
+    for (const Step* s = group; s != group->group_end; ++s) {
+      if (!s->run->quantised || direct(*s->run)) continue;
+      widen(*s->run->quantised, panel, s->run->at(panel, s->done), s->run->unit + s->done, s->units, to);
+      to += s->units * kPanelBytes;
+    }
+  }
 
   template <class Op>
-  void block(int64_t panel, int64_t first_tile, int64_t last_tile, float* stack, bf16_order::Flushing& flushing) const {
+  void block(int64_t panel, int64_t first_tile, int64_t last_tile, float* stack, char* wide, bf16_order::Flushing& flushing) const {
     const bool once = steps->group_end == steps_end;                     // a tile is finished before the next one begins
     const int64_t top = row(first_tile), count = last_tile - first_tile;
     const int64_t level = (once ? shape.tile_rows : row(last_tile) - top) * kPanel;
     for (const Step* group = steps; group != steps_end; group = group->group_end) {
       const Step& last = group->group_end[-1];
-      const char* ahead = last.run->panels + panel * last.run->panel_stride + (last.done + last.units) * kPanelBytes;
+      const char* ahead = last.run->at(panel, last.done + last.units);
+      flushing.set(false);
+      if (plan.quantisation != kNone) widened(group, panel, wide);
       for (int64_t i = 0; i < count; ++i) {
         int64_t begin = row(first_tile + i), rows = row(first_tile + i + 1) - begin;
         float* slot = stack + (once ? 0 : begin - top) * kPanel;
-        ahead = tile_steps<Op>(group, panel, begin, rows, slot, level, ahead, lines(i, count), flushing);
+        ahead = tile_steps<Op>(group, panel, begin, rows, slot, level, ahead, wide, lines(i, count), flushing);
       }
     }
   }
 
   template <class Op>
   const char* tile_steps(const Step* group, int64_t panel, int64_t row, int64_t rows, float* slot, int64_t level,
-                         const char* ahead, int lines, bf16_order::Flushing& flushing) const {
+                         const char* ahead, const char* wide, int lines, bf16_order::Flushing& flushing) const {
     const TileFn run_tile = pick<Op>(rows, lines, shape.near);
     for (const Step* s = group; s != group->group_end; ++s) {
       const Run& run = *s->run;
       const Operand& a = x[run.source];
-      const char* b = run.panels + panel * run.panel_stride + s->done * kPanelBytes;
-      float* top = slot + s->depth * level;
-      run_tile({a.at(row, run, s->done), a.row_bytes, b, s->units, top, s->first, s->pops, level, &flushing,
-                shape.alone ? b + kAlone : ahead, rows, shape.row_tile, a.unit_bytes * bf16_order::kUnits});
+      const char* b = run.at(panel, s->done);
+      const bool ends = s->done + s->units == run.units, scaled = run.scaled();
+      float *top = slot + s->depth * level, *sums = scaled && !run.first ? top + level : top;
+      if (run.quantised && !direct(run)) b = wide, wide += s->units * kPanelBytes;
+      const Tile tile{a.at(row, run, s->done), a.row_bytes, b, s->units, sums, scaled ? s->done == 0 : s->first,
+                      scaled ? 0 : s->pops, level, &flushing, shape.alone ? b + kAlone : ahead, rows, shape.row_tile,
+                      a.unit_bytes * bf16_order::kUnits};
+      direct(run) ? pick<Int8>(rows, 8, true)(tile) : run_tile(tile);
+      if (scaled && ends) flushing.set(false), scale_sums(*run.quantised, panel, rows, sums, run.first, s->pops, level, top);
       ahead += s->units / 4 * lines * 64;
       top -= s->pops * level;
       if (s->root) flushing.set(false);                // a bias and an activation keep denormals
@@ -185,28 +208,31 @@ struct Work {
 
   template <class Op>
   bool items(int64_t begin, int64_t end) const {
-    static thread_local Scratch scratch;
+    static thread_local Scratch scratch, numbers;
     const int64_t stack_rows = (shape.tiles + shape.blocks - 1) / shape.blocks * shape.tile_rows;
     float* stack = reinterpret_cast<float*>(scratch.get(plan.levels * stack_rows * kPanelBytes));
-    if (!stack) return false;
+    char* wide = numbers.get(plan.quantisation == kNone ? 64 : shape.group() * kPanelBytes);
+    if (!stack || !wide) return false;
     bf16_order::Flushing flushing(false);
     for (int64_t item = begin; item < end; ++item) {
       const int64_t panel = shape.blocks_first ? item / shape.blocks : item % panels;
       const int64_t b = shape.blocks_first ? item % shape.blocks : item / panels;
-      block<Op>(panel, shape.tiles * b / shape.blocks, shape.tiles * (b + 1) / shape.blocks, stack, flushing);
+      block<Op>(panel, shape.tiles * b / shape.blocks, shape.tiles * (b + 1) / shape.blocks, stack, wide, flushing);
     }
     return true;
   }
 };
 
-Shape cut(bool half, bool amx, int64_t rows, int64_t row_bytes, int64_t panels) {
-  const int64_t tile_rows = amx ? kAmxTile : half ? kHalfRows : kRows, tiles = (rows + tile_rows - 1) / tile_rows;
+Shape cut(const Plan& plan, bool amx, int64_t rows, int64_t row_bytes, int64_t panels) {
+  const int64_t tile_rows = amx ? kAmxTile : plan.half() ? kHalfRows : kRows, tiles = (rows + tile_rows - 1) / tile_rows;
   const int64_t together = amx ? std::max<int64_t>(2, kAmxStaying / (row_bytes * tile_rows)) : kBlockTiles;
   const int64_t wanted = (4 * pool::num_threads() + panels - 1) / panels;                    // items for every thread
   const int64_t blocks = std::max((tiles + together - 1) / together, std::min(wanted, tiles / (amx ? 2 : 8)));
   const int64_t a_block = row_bytes * std::min(rows, together * tile_rows), row_tile = row_tile_of((rows + tiles - 1) / tiles);
+  const bool alone = tiles == 1 && (!amx || rows == row_tile), direct = tiles == 1 && !amx;
+  const bool whole = alone && (plan.quantisation == kNone || (plan.quantisation == kColumns && direct));
   return {amx, tile_rows, tiles, blocks, row_tile, a_block > (amx ? kAmxStaying : kStaying),
-          (tiles + blocks - 1) / blocks <= kNearTiles, tiles == 1 && (!amx || rows == row_tile)};
+          (tiles + blocks - 1) / blocks <= kNearTiles, alone, direct, whole};
 }
 
 // Rows a multiple of the cache's way size apart evict one another: with more than 8 in a few sets, copy.
@@ -268,6 +294,7 @@ void check(const Call& call, const Plan& plan) {
   const int64_t element = element_size(static_cast<int>(plan.dtype));
   const int64_t n = plan.n_runs == 0 ? 0 : count(call.rows, plan.n);
   require(plan.n_sources >= 1 && plan.n_sources <= kSources && plan.n_runs >= 0 && plan.levels >= 1, kBadSize);
+  require(plan.quantisation == kNone || plan.half(), kBadType);
   require(call.activation >= 0 && call.activation < activation::kCount, kBadIndex);
   present(call.out, n, element_size(static_cast<int>(call.out_dtype)));
   if (call.bias) present(call.bias, plan.n, element_size(static_cast<int>(call.bias_dtype)));
@@ -289,7 +316,7 @@ void run(const Call* call, const char* bytes) {
   int64_t row_bytes = 0;
   for (int64_t s = 0; s < plan.n_sources; ++s) row_bytes += x[s].copied ? x[s].copied / call->rows : x[s].row_bytes;
   const int64_t panels = (plan.n + kPanel - 1) / kPanel;
-  const Shape shape = cut(plan.half(), amx, call->rows, row_bytes, panels);
+  const Shape shape = cut(plan, amx, call->rows, row_bytes, panels);
   int64_t n_steps = plan.n_runs;
   for (const Run* run = runs; run != runs + plan.n_runs; ++run) n_steps += run->units / shape.most();
   Step* steps = reinterpret_cast<Step*>(cuts.get(n_steps * sizeof(Step)));

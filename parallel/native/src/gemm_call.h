@@ -4,6 +4,7 @@
 
 #include "gemm_watch.h"
 #include "operands.h"
+#include "quantised.h"
 
 namespace gemm {
 
@@ -18,9 +19,14 @@ struct Run {
   int64_t first;                              // 1: a leaf's beginning
   int64_t pops;                               // after it add so many finished subtrees; -1: the leaf goes on
   int64_t root;                               // after that: 1 + index of the output this completes, or 0
+  const Quantised* quantised;                 // W's form, or null: float32 or bfloat16
+  int64_t unit_bytes() const { return quantised ? quantised->unit_bytes() : kPanelBytes; }
+  const char* at(int64_t panel, int64_t done) const { return panels + panel * panel_stride + done * unit_bytes(); }
+  bool scaled() const { return quantised && quantised->of_columns(); }
 };
+enum Quantisation : int64_t { kNone, kColumns, kGroups };                // the most that a run of the plan asks for
 struct Plan {                                 // mirrored by _PLAN
-  int64_t dtype, n_runs, levels, n_sources, n;
+  int64_t dtype, n_runs, levels, n_sources, n, quantisation;
   bool half() const { return dtype == operands::kBFloat16; }
 };
 struct Call {                                 // mirrored by _call_struct

@@ -15,6 +15,7 @@
 
 #include "bf16_order.h"
 #include "gemm_pack.h"
+#include "quantised.h"
 #include "simd.h"
 
 namespace gemm {
@@ -55,13 +56,16 @@ inline Floats fused_half(Floats c, Floats a, Floats b) {                 // exac
 }
 #endif
 
-struct F32 { static constexpr bool kHalf = false; };
+struct F32 {
+  static constexpr bool kHalf = false;
+  static constexpr int kColumnBytes = 4;      // of a unit of W
+};
 
 // One step of a block's chain of even (0) or odd (1) elements: `x` of a row's block, `w` of one vector of columns'.
 #ifdef __AVX512BF16__
 struct Paired {
   static constexpr bool kHalf = true;
-  static constexpr int kSteps = bf16_order::kChain, kFlops = 4;
+  static constexpr int kSteps = bf16_order::kChain, kFlops = 4, kColumnBytes = 4, kBlockBytes = bf16_order::kUnits * kPanelBytes;
   using Wide = __m512bh;
   static Wide x(const char* p, int parity, int step) {
     int i;
@@ -76,7 +80,7 @@ struct Paired {
 #endif
 struct Natural {                              // x is widened (copy_rows): sixteen even elements, then the odd ones
   static constexpr bool kHalf = true;
-  static constexpr int kSteps = bf16_order::kUnits, kFlops = 2;
+  static constexpr int kSteps = bf16_order::kUnits, kFlops = 2, kColumnBytes = 4, kBlockBytes = bf16_order::kUnits * kPanelBytes;
   using Wide = Floats;
   static Wide x(const char* p, int parity, int step) { return spread(p + 4 * (kSteps * parity + step)); }
   static Wide w(const char* p, int parity, int step) {
@@ -84,6 +88,31 @@ struct Natural {                              // x is widened (copy_rows): sixte
     return parity ? (Floats)(units & 0xffff0000u) : (Floats)(units << 16);
   }
   static Floats add(Floats c, Wide a, Wide b) { return fused_half(c, a, b); }
+};
+struct Int8 {                                 // W in whole numbers (quantised.h), widened as they are read; two steps as one
+  static constexpr bool kHalf = true;
+  static constexpr int kSteps = bf16_order::kChain, kColumnBytes = 1, kBlockBytes = bf16_order::kBlock * kPanel;
+  struct Wide { Floats first, second; };
+  static Wide x(const char* p, int parity, int step) {
+    if (!kPaired) return {Natural::x(p, parity, 2 * step), Natural::x(p, parity, 2 * step + 1)};
+    const Words pair = (Words)spread(p + 4 * (kSteps * parity + step));
+    return {(Floats)(pair & 0xffff0000u), (Floats)(pair << 16)};
+  }
+  static Wide w(const char* p, int parity, int step) {
+    p += kPanel * 2 * (kSteps * parity + step);
+    return {numbers(p), numbers(p + kPanel)};
+  }
+  static Floats add(Floats c, Wide a, Wide b) { return fused_half(fused_half(c, a.first, b.first), a.second, b.second); }
+
+ private:
+  static Floats numbers(const char* p) {
+#ifdef __AVX512F__
+    return (Floats)whole_numbers(p);
+#else
+    using Bytes = int8_t __attribute__((vector_size(kWidth)));
+    return __builtin_convertvector(read<Bytes>(p), Floats);
+#endif
+  }
 };
 #ifdef __AVX512BF16__
 using Half = std::conditional_t<kPaired, Paired, Natural>;
@@ -94,7 +123,7 @@ using Half = Natural;
 struct Tile {
   const char* a;                              // x: first row, first unit
   int64_t a_stride;                           // bytes from row to row
-  const char* b;                              // W: [units][64]
+  const char* b;                              // W: [units][64], or whole numbers
   int64_t units;
   float* slot;                                // where the sums are kept: [rows][64]
   bool first;                                 // they begin here (at zero) or go on from the slot
@@ -179,7 +208,7 @@ inline __attribute__((always_inline)) void chain(const char* a, int64_t stride, 
     if (Op::kSteps == bf16_order::kChain || Parity == 0) fetch<Lines / 4, Near>(ahead);
     typename Op::Wide w[kVectors];
 #pragma GCC unroll 4
-    for (int j = 0; j < kVectors; ++j) w[j] = Op::w(b + j * 4 * kWidth, Parity, step);
+    for (int j = 0; j < kVectors; ++j) w[j] = Op::w(b + j * Op::kColumnBytes * kWidth, Parity, step);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       typename Op::Wide x = Op::x(a + r * stride, Parity, step);
@@ -208,7 +237,7 @@ void many(const Tile& t) {
     if (units <= bf16_order::kUnits) break;
     each<R>([&](int r, int j) { write(t.slot + r * kPanel + j * kWidth, acc[r][j]); });
     a += bf16_order::kUnits * kUnitOfX;
-    b += bf16_order::kUnits * kPanelBytes;
+    b += Op::kBlockBytes;
   }
   keep<R>(t, acc);
 }
@@ -224,15 +253,15 @@ void few(const Tile& t) {
     chain<Op, R, 1, Lines, Near>(a, t.a_stride, b, ahead, o);
     each<R>([&](int r, int j) { c[r][j] = c[r][j] + (e[r][j] + o[r][j]); });
     a += bf16_order::kUnits * kUnitOfX;
-    b += bf16_order::kUnits * kPanelBytes;
+    b += Op::kBlockBytes;
   }
   keep<R>(t, c);
 }
 
-template <int R, int Lines, bool Near>
-void stripe(Half, const Tile& t) {
-  if constexpr (R <= kFewRows) few<Half, R, Lines, Near>(t);
-  else many<Half, R, Lines, Near>(t);
+template <int R, int Lines, bool Near, class Op>
+void stripe(Op, const Tile& t) {
+  if constexpr (R <= kFewRows) few<Op, R, Lines, Near>(t);
+  else many<Op, R, Lines, Near>(t);
 }
 
 template <class Op, int R, int Lines, bool Near>
@@ -240,7 +269,7 @@ void tile(const Tile& t) {
   t.flushing->set(Op::kHalf);
   if constexpr (kStripe == kPanel) return stripe<R, Lines, Near>(Op{}, t);
   Tile part = t;
-  for (int column = 0; column < kPanel; column += kStripe, part.b += 4 * kStripe, part.slot += kStripe) {
+  for (int column = 0; column < kPanel; column += kStripe, part.b += Op::kColumnBytes * kStripe, part.slot += kStripe) {
     t.flushing->set(Op::kHalf);               // the stripe before may have ended in the tree
     stripe<R, Lines, Near>(Op{}, part);
   }

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from launch.presets import build, overrides
-from launch.serving.resolve_serve import ResolvedServe, resolve_serve
+from launch.serving.resolve_serve import ResolvedServe, quantised_dtype, resolve_serve
 from launch.serving.serve_config import ServeConfig
+from parallel.errors import ConfigError
 
 NANO = Path(__file__).resolve().parents[2] / "data" / "gpt-nano-sort"
 
@@ -37,6 +38,21 @@ def test_replicas_are_the_servers_business_and_no_faults_are_waited_out_where_no
     server = resolved("parallel.dp=2", "ray.num_cpus=4", "placement.max_restarts=0", "observe.metrics_port=0")
     assert (server.replicas, server.program.parallel.dp) == (2, 1) and server.frontend.recovery_seconds == 0.0
     assert server.metrics is not None and server.metrics.host == "127.0.0.1"
+
+
+def test_quantised_weights_are_served_in_bfloat16_on_cpus_and_stay_as_they_are() -> None:
+    assert resolved("engine.quantize=int4").program.parallel.dtype == "bfloat16"
+    for more, words in {
+        "parallel.device=cuda": "on CPUs only",
+        "parallel.dtype=float32": "take bfloat16",
+        "training.enabled=true": "are not trained",
+    }.items():
+        with pytest.raises(ConfigError, match=f"engine.quantize is 'int8'.* {words}"):
+            resolved("engine.quantize=int8", more)
+    with pytest.raises(ConfigError, match="merge it first"):
+        quantised_dtype(build(ServeConfig, [overrides([f"model={NANO}", "engine.quantize=int8", "adapter=some"])]))
+    with pytest.raises(ConfigError, match="engine.quantize is 'int2'; choose one of"):
+        resolved("engine.quantize=int2")
 
 
 def test_what_is_refused_is_refused_before_ray_and_grpc_are_imported() -> None:

@@ -217,8 +217,10 @@ def wait_until_gone(pids: set[int], within: float = 100.0) -> bool:
 
 
 def test_a_killed_rank_ends_streams_with_its_name_and_the_server_with_status_1() -> None:
-    server = Server([*ARGUMENTS, "placement.max_restarts=0"])
+    """Its weights are in eight bits, which changes nothing of that."""
+    server = Server([*ARGUMENTS, "--quantize", "int8", "placement.max_restarts=0"])
     server.__enter__()
+    assert "model gpt-nano-sort (gpt2, bfloat16, int8 weights)" in server.ready
     family = processes_of(server.pid)
     asyncio.run(expect_fault(server))
     assert server.wait(200) == 1
@@ -230,7 +232,9 @@ def test_a_killed_rank_ends_streams_with_its_name_and_the_server_with_status_1()
 async def expect_fault(server: Server) -> None:
     """Kills a rank and waits for the server to say so to a client."""
     async with AsyncClient(server.address, retry_seconds=0) as client:
-        await client.model_info(timeout=60)
+        assert (await client.model_info(timeout=60)).quantization == "int8"
+        sorted_ids = await client.generate([[2, 1, 0, 1, 0, 2]], sampling=GREEDY, stopping={"max_new_tokens": 6})
+        assert list(sorted_ids.results[0].samples[0].token_ids) == [0, 0, 1, 1, 2, 2]
         os.kill(ranks_of(server.pid)[-1], signal.SIGKILL)
         began = time.monotonic()
         with pytest.raises(ServiceError) as failed:

@@ -82,7 +82,8 @@ def same(got: Tensor, want: Tensor) -> bool:
 def check() -> None:
     """Every case equals the model, at every number of rows and on two threads, and packed weights come back whole."""
     from parallel.native.compiled import library
-    from parallel.native.gemm import PackedMatrix, Source, product
+    from parallel.native.gemm import Source, product
+    from parallel.native.packed_weight import PackedMatrix
 
     for number, (x, w, borders) in enumerate(cases()):
         packed, want = PackedMatrix.pack(w, borders), model(x, w, borders)

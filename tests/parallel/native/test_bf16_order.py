@@ -8,7 +8,8 @@ import torch
 
 from parallel.errors import ConfigError
 from parallel.native.compiled import instruction_set, library
-from parallel.native.gemm import PackedMatrix, Source, product
+from parallel.native.gemm import Source, product
+from parallel.native.packed_weight import PackedMatrix
 from tests.parallel.native import order_model
 
 pytestmark = pytest.mark.skipif(not library.available(), reason="the native kernels cannot be built here")

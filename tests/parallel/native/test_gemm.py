@@ -12,7 +12,8 @@ from torch import Tensor
 from parallel.errors import ConfigError, OperandError
 from parallel.native.compiled import library
 from parallel.native.elementwise import activate
-from parallel.native.gemm import PackedMatrix, Source, nodes, product
+from parallel.native.gemm import Source, nodes, product
+from parallel.native.packed_weight import PackedMatrix
 
 pytestmark = pytest.mark.skipif(not library.available(), reason="the native kernels cannot be built here")
 DTYPES = (torch.float32, torch.bfloat16)

@@ -16,8 +16,9 @@ from parallel.attention.attend import AttentionMetadata, AttentionSpec, Causal
 from parallel.errors import ConfigError, NativeMemoryError, OperandError
 from parallel.native import adamw, attention, dropout, elementwise
 from parallel.native.compiled import library
-from parallel.native.gemm import PackedMatrix, Source, product
+from parallel.native.gemm import Source, product
 from parallel.native.operands import Status, succeeded
+from parallel.native.packed_weight import PackedMatrix
 
 pytestmark = pytest.mark.skipif(not library.available(), reason="the native kernels cannot be built here")
 ROOT = Path(__file__).parents[3]
@@ -265,7 +266,8 @@ BESIDE = """
 import os, sys, threading, time, torch
 torch.set_num_threads(1)
 from parallel.native.compiled import library
-from parallel.native.gemm import PackedMatrix, Source, product
+from parallel.native.gemm import Source, product
+from parallel.native.packed_weight import PackedMatrix
 library.configure({cache!r}, 3, {flags!r})
 x, w = torch.randn(64, 256), PackedMatrix.pack(torch.randn(512, 256))
 def once():

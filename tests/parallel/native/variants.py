@@ -17,6 +17,7 @@ from pathlib import Path
 
 from parallel.native.compiled import instruction_set, library
 from tests.parallel.native import attention_digest, kernel_digests, order_model
+from tests.parallel.quantisation import quantised_digests
 
 ROOT = Path(__file__).parents[3]
 FLAGS = ("-O1",)
@@ -26,7 +27,7 @@ Digests = dict[str, str]
 def digests() -> Digests:
     """Of this process's library; its bfloat16 products equal the model of their order, or AssertionError."""
     order_model.check()
-    return attention_digest.digests() | kernel_digests.digests()
+    return attention_digest.digests() | kernel_digests.digests() | quantised_digests.digests()
 
 
 def under(name: str) -> Digests:

@@ -21,6 +21,7 @@ from cluster.engine.run.decode_programs import DecodePrograms
 from cluster.engine.run.model_runner import ModelRunner
 from parallel.errors import ConfigError
 from parallel.native.compiled import library
+from parallel.options import Scheme
 from parallel.sharding.parameter import written
 from parallel.sharding.released_weight import assign, is_released, values
 from tests.cluster.engine.tiny_models import CONFIGS, VOCAB, save_tiny
@@ -136,6 +137,15 @@ def test_a_model_whose_weights_are_stored_packed_only_is_replayed(family: str, c
         each.steps(6)
     same(pair)
     assert len(pair[0].programs) == 1, f"made anew after {name} was written to"
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_a_model_whose_weights_are_whole_numbers_is_replayed(scheme: Scheme, checkpoints: dict[str, Path]) -> None:
+    pair = decoding(load(checkpoints["gpt_bigcode"], quantize=scheme))
+    for each in pair:
+        each.steps(20)
+    same(pair)
+    assert pair[0].programs.refusals == {} and pair[0].programs.replayed > 15
 
 
 def test_adapters_are_replayed(checkpoints: dict[str, Path]) -> None:
