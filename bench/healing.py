@@ -22,8 +22,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from cluster.rpc.client.client import AsyncClient
-from cluster.rpc.proto import control_pb2
 from launch.commands.server_process import Server
+from tp_decoders.protocol import control_pb2
 
 STREAMS, BEFORE = 6, 60
 RECOVERING = control_pb2.SERVING_STATE_RECOVERING

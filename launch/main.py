@@ -18,6 +18,7 @@ from io import TextIOWrapper
 from cluster.safe_text import visible
 from parallel.errors import CheckpointError, ConfigError, RequestError, TpError
 from parallel.private_folder import no_file_for_everybody
+from tp_decoders.access.errors import ClientError, SettingsError
 
 
 @dataclass(frozen=True)
@@ -93,13 +94,18 @@ COMMANDS = {
         "read what the ranks' flight recorders left after a fault: which rank fell out of step, in which command",
         "tp-decoders flight /tmp/tp-decoders-flight-1000",
     ),
+    "proto": Command(
+        "launch.client.proto",
+        "write the protocol's .proto files, and those of google.rpc that they import, for clients in other languages",
+        "tp-decoders proto --out protos",
+    ),
     "demo": Command(
         "launch.commands.demo",
         "train a small model on two CPU ranks, serve it and show it; a few minutes",
         "tp-decoders demo",
     ),
 }
-BAD_INPUT = (ConfigError, CheckpointError, RequestError)
+BAD_INPUT = (ConfigError, CheckpointError, RequestError, SettingsError)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -113,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args = _arguments(parser_of(chosen), given)
         _check_here()
         return int(import_module(COMMANDS[args.command].module).run(args))
-    except TpError as error:
+    except (TpError, ClientError) as error:
         print(visible(f"tp-decoders {chosen}: {error}"), file=sys.stderr)
         return 2 if isinstance(error, BAD_INPUT) else 1
     except BrokenPipeError:  # the reader of our output has gone: nothing more to say, and nowhere to say it

@@ -1,4 +1,4 @@
-"""What a server asks of its callers and what a client brings, as values; and whether an address is this machine's.
+"""What a server asks of its callers, as values, beside what a client brings (tp_decoders.access).
 
 Paths only: certificates, keys and tokens are read where they are used, never kept in a configuration, so that printing
 one gives nothing away. Imports no grpc.
@@ -6,18 +6,19 @@ one gives nothing away. Imports no grpc.
 
 from __future__ import annotations
 
-import ipaddress
 import os
-import socket
-import stat
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
 from parallel.errors import ConfigError
+from tp_decoders.access import private_files
+from tp_decoders.access.access import Access
+from tp_decoders.access.addresses import is_loopback
 
-MAX_SECRET_BYTES = 1 << 20
-BY_OTHERS = stat.S_IWGRP | stat.S_IRWXO
-"""What nobody but the owner may do; the group may read, as mounted secrets of Kubernetes need it."""
+__all__ = ["Access", "Security", "TlsConfig", "check_exposure", "file_version", "is_loopback", "read_file",
+           "read_secret", "shown_address"]  # fmt: skip
+read_file = partial(private_files.read_file, error=ConfigError)
+read_secret = partial(private_files.read_secret, error=ConfigError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,57 +42,6 @@ class Security:
         return self.token_file is not None or (self.tls is not None and self.tls.client_ca is not None)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Access:
-    """What a client brings: whom it trusts (tls without tls_ca: the public authorities), its certificate, its token."""
-
-    tls: bool = False
-    tls_ca: str | None = None
-    tls_cert: str | None = None
-    tls_key: str | None = None
-    tls_server_name: str | None = None  # where the certificate names another host than the address does
-    token_file: str | None = None
-    plain_token: bool = False  # send the token without TLS to another machine, where everyone on the way can read it
-
-    def __post_init__(self) -> None:
-        if (self.tls_cert is None) != (self.tls_key is None):
-            raise ConfigError("a client's certificate and its key go together; give both or neither")
-        if (self.tls_cert or self.tls_server_name) and not self.encrypted:
-            raise ConfigError("a client's certificate and the server's name need TLS; give --tls-ca or --tls")
-
-    @property
-    def encrypted(self) -> bool:
-        return self.tls or self.tls_ca is not None
-
-
-def read_file(path: str, what: str) -> bytes:
-    """The bytes of a PEM file that need not be secret."""
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{what} {path} cannot be read: {error.strerror}") from error
-
-
-def read_secret(path: str, what: str) -> bytes:
-    """The bytes of a file that only its owner may change and no stranger may read."""
-    try:
-        with open(path, "rb") as file:
-            found = os.fstat(file.fileno())
-            if not stat.S_ISREG(found.st_mode):
-                raise ConfigError(f"{what} {path} is no regular file")
-            if found.st_mode & BY_OTHERS:
-                mode = f"{stat.S_IMODE(found.st_mode):o}"
-                raise ConfigError(f"{what} {path} can be read or changed by others (mode {mode}); run chmod 600 {path}")
-            if found.st_uid not in (0, os.geteuid()):
-                raise ConfigError(f"{what} {path} belongs to user {found.st_uid}; it must be this process's or root's")
-            data = file.read(MAX_SECRET_BYTES + 1)
-    except OSError as error:
-        raise ConfigError(f"{what} {path} cannot be read: {error.strerror}") from error
-    if len(data) > MAX_SECRET_BYTES:
-        raise ConfigError(f"{what} {path} is larger than {MAX_SECRET_BYTES} bytes; is it the right file?")
-    return data
-
-
 def file_version(path: str) -> tuple[int, ...]:
     """What differs once a file was written or replaced; nothing where there is none."""
     try:
@@ -99,16 +49,6 @@ def file_version(path: str) -> tuple[int, ...]:
     except OSError:
         return ()
     return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach a server that listens there; all addresses of a name must be such."""
-    try:
-        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM) if host else []
-    except OSError:
-        return False
-    addresses = [str(entry[4][0]).partition("%")[0] for entry in found]
-    return bool(addresses) and all(ipaddress.ip_address(address).is_loopback for address in addresses)
 
 
 def shown_address(host: str, port: int) -> str:

@@ -1,6 +1,6 @@
 """Regenerates the Python code of the .proto files: `python -m cluster.rpc.protoc [directory]`.
 
-Runs protoc from the repository's root, so that the generated imports (`from cluster.rpc.proto import ...`) need no
+Runs protoc from the repository's root, so that the generated imports (`from tp_decoders.protocol import ...`) need no
 patching. The generated files are committed; a test regenerates them and compares. Needs grpcio-tools (a development
 dependency).
 """
@@ -13,9 +13,9 @@ from pathlib import Path
 from parallel.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
-THIRD_PARTY = ROOT / "cluster" / "rpc" / "proto" / "third_party"
+THIRD_PARTY = ROOT / "tp_decoders" / "protocol" / "third_party"
 """Protocols of others that ours import, as a client in any language needs them: google.rpc (Apache-2.0, googleapis)."""
-PROTOS = tuple(f"cluster/rpc/proto/{name}.proto" for name in ("inference", "control", "training"))
+PROTOS = tuple(f"tp_decoders/protocol/{name}.proto" for name in ("inference", "control", "training"))
 FILE_PROTOS = ("tp_decoders/convert/tensorflow_index.proto",)
 """Messages that files hold: no services."""
 

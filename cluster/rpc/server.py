@@ -18,7 +18,6 @@ from opentelemetry.trace import Tracer
 from cluster.access.access_config import Security, is_loopback
 from cluster.frontend.frontend import Frontend, State
 from cluster.frontend.readiness import Readiness
-from cluster.rpc.proto import control_pb2_grpc, inference_pb2_grpc, training_pb2_grpc
 from cluster.rpc.services.connection_limits import ServerLimits
 from cluster.rpc.services.control_service import Control, Restart, ServiceInfo
 from cluster.rpc.services.door import Door, door_of
@@ -28,6 +27,7 @@ from cluster.rpc.services.training_service import Training
 from cluster.rpc.services.unknown_methods import make_server
 from cluster.rpc.tls import ServerCertificates
 from parallel.errors import ConfigError
+from tp_decoders.protocol import control_pb2_grpc, inference_pb2_grpc, training_pb2_grpc
 
 INFERENCE, CONTROL, TRAINING = (service.full_name for service in SERVICES)
 

@@ -1,4 +1,4 @@
-"""TLS for server and client: PEM files to gRPC credentials; the server's are read again when they change.
+"""TLS of the server: PEM files to gRPC credentials, read again when they change. The client's: tp_decoders.client.
 
 A new connection gets the files as they are then; what is connected stays so. Files that do not fit each other (one of
 the two is already new) leave the certificate as it was until they do.
@@ -12,8 +12,7 @@ from typing import Any
 
 import grpc
 
-from cluster.access.access_config import Access, TlsConfig, file_version, is_loopback, read_file, read_secret
-from cluster.rpc.proxies import proxy_of
+from cluster.access.access_config import TlsConfig, file_version, read_file, read_secret
 from parallel.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -71,40 +70,3 @@ def _check(config: TlsConfig) -> None:
             context.load_verify_locations(config.client_ca)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{WHAT['client_ca']} {config.client_ca} holds no certificate in PEM") from error
-
-
-def channel(address: str, access: Access, options: tuple[tuple[str, Any], ...]) -> grpc.aio.Channel:
-    """A connection to a server, encrypted where `access` says so, through a proxy only where proxies.py says."""
-    options = (*options, ("grpc.use_local_subchannel_pool", 1))  # a connection of its own: servers tell them apart
-    host = host_of(address)
-    if proxy_of(host) is None:
-        options = (*options, ("grpc.enable_http_proxy", 0))
-    if not access.encrypted:
-        if access.token_file is not None and not access.plain_token and not is_loopback(host):
-            raise ConfigError(
-                f"the token would go to {address} in plain text; give the server's CA (--tls-ca) or --tls, or say "
-                "--insecure-send-token if something else encrypts the way there"
-            )
-        return grpc.aio.insecure_channel(address, options=options)
-    ca = None if access.tls_ca is None else read_file(access.tls_ca, "the server's CA")
-    key = None if access.tls_key is None else read_secret(access.tls_key, WHAT["key"])
-    cert = None if access.tls_cert is None else read_file(access.tls_cert, WHAT["cert"])
-    if access.tls_server_name is not None:
-        options = (*options, ("grpc.ssl_target_name_override", access.tls_server_name))
-    return grpc.aio.secure_channel(address, grpc.ssl_channel_credentials(ca, key, cert), options=options)
-
-
-def host_of(address: str) -> str:
-    """Of HOST:PORT, without the brackets around an IPv6 address."""
-    return address.rpartition(":")[0].strip("[]")
-
-
-def call_metadata(access: Access) -> tuple[tuple[str, str], ...]:
-    """What every call carries: the token, where there is one."""
-    if access.token_file is None:
-        return ()
-    what = "the file of the token"
-    token = read_secret(access.token_file, what).decode("ascii", "replace").strip()
-    if token.split() != [token] or not token.isprintable() or not token.isascii():
-        raise ConfigError(f"{what} {access.token_file} must hold one token and nothing else")
-    return (("authorization", f"Bearer {token}"),)

@@ -20,7 +20,7 @@ from parallel.errors import ConfigError, RequestError
 
 if TYPE_CHECKING:
     from cluster.rpc.client.client import Prompt, ServiceError
-    from cluster.rpc.proto.inference_pb2 import GenerateChunk
+    from tp_decoders.protocol.inference_pb2 import GenerateChunk
 
 SAMPLING = {
     "temperature": (float, "0 is greedy (default 1)"),
@@ -96,7 +96,7 @@ def fill_in_middle(args: argparse.Namespace, prompt: str | list[int]) -> Prompt:
         return prompt
     if not isinstance(prompt, str):
         raise ConfigError("--suffix goes with a prompt of text, not of token ids")
-    from cluster.rpc.proto.inference_pb2 import Prompt as Message
+    from tp_decoders.protocol.inference_pb2 import Prompt as Message
 
     order = FIM_ORDERS[args.fim_order or "prefix"]
     return Message(fim={"prefix": prompt, "suffix": checked_text("--suffix", args.suffix), "order": order})
@@ -188,7 +188,7 @@ class _Printer:
 
 async def _stream(args: argparse.Namespace, prompt: Prompt) -> int:
     from cluster.rpc.client.client import AsyncClient, ServiceError
-    from cluster.rpc.proto.inference_pb2 import FinishReason
+    from tp_decoders.protocol.inference_pb2 import FinishReason
 
     began = time.monotonic()
     async with AsyncClient(args.address, client_flags.access_of(args)) as client:

@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> int:
 async def restart(args: argparse.Namespace) -> None:
     """Until every replica has proved that it works again."""
     from cluster.rpc.client.client import AsyncClient
-    from cluster.rpc.proto.control_pb2 import RestartRequest
+    from tp_decoders.protocol.control_pb2 import RestartRequest
 
     async with AsyncClient(args.address, client_flags.access_of(args)) as client:
         await client.ready()

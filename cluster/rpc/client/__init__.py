@@ -1,5 +1,5 @@
-"""A small client: messages from plain values, retries, errors, hints on what stands in the way.
-The command line's use of it is launch/client.
+"""The protocol's messages over the client library's connection, for tests and benchmarks. The library itself, which the
+command line uses, is tp_decoders.client.
 """
 
 from cluster.rpc.client.client import AsyncClient, Client, ServiceError

@@ -1,21 +1,16 @@
-"""A small client, asynchronous and blocking, for the command line, benchmarks and tests; answers are protocol messages.
-
-Errors of gRPC become one readable ServiceError that carries the status and its google.rpc details. Calls of Inference
-outlive a server that is started again (retries.py); those of Training and Control are made once. No pooling.
+"""The client library's connection with the protocol's own messages as answers: for tests, benchmarks and whoever counts
+bytes. Typed answers, asynchronous and blocking: tp_decoders.client.
 """
 
 from __future__ import annotations
 
 import asyncio
-import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from contextlib import aclosing
 from typing import Any, Self
 
-import grpc
-from google.protobuf.message import Message
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2
 
-from cluster.access.access_config import Access
 from cluster.rpc.client.client_messages import (
     Fields,
     Prompt,
@@ -24,48 +19,31 @@ from cluster.rpc.client.client_messages import (
     score_request,
     train_sequences,
 )
-from cluster.rpc.client.connection_hints import advice
-from cluster.rpc.client.retries import RETRY_SECONDS, Continued, Patience
-from cluster.rpc.client.service_error import ServiceError
-from cluster.rpc.proto import control_pb2 as control
-from cluster.rpc.proto import inference_pb2 as inference
-from cluster.rpc.proto import training_pb2 as training
-from cluster.rpc.proto.control_pb2_grpc import ControlStub
-from cluster.rpc.proto.inference_pb2_grpc import InferenceStub
-from cluster.rpc.proto.training_pb2_grpc import TrainingStub
-from cluster.rpc.tls import call_metadata, channel, host_of
+from tp_decoders.access.access import Access
+from tp_decoders.access.addresses import address_of
+from tp_decoders.client.errors import ServiceError
+from tp_decoders.client.transport.async_connection import AsyncConnection
+from tp_decoders.client.transport.link import Link, Manners
+from tp_decoders.client.transport.retries import RETRY_SECONDS
+from tp_decoders.protocol import control_pb2 as control
+from tp_decoders.protocol import inference_pb2 as inference
+from tp_decoders.protocol import training_pb2 as training
 
-MAX_MESSAGE_BYTES = 64 * 1024 * 1024
-OPTIONS = (
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.initial_reconnect_backoff_ms", 200),  # grpc's own goes up to two minutes: a server that is back sooner
-    ("grpc.max_reconnect_backoff_ms", 2000),  # would not be noticed
-)
 __all__ = ["AsyncClient", "Client", "Prompt", "ServiceError", "generate_request", "prompt_message", "score_request"]
 
 
-class AsyncClient:
+class AsyncClient(AsyncConnection):
     """Calls of one server, from one event loop. `timeout` is the call's deadline in seconds, retries included; calls
     made through the stubs directly take `metadata=client.metadata`.
 
-    Each call of Inference has a request_id, made here unless given. Where the server is lost (UNAVAILABLE) the call is
-    sent again under it for up to `retry_seconds` without an answer; 0: never. A server that has not answered this
-    client once is not waited for. A stream goes on after what was received: no token, no text twice. That needs the
-    same answer again: from a server with a state_dir, or by the same seed, or greedy. Where the answer does not begin
-    with what was received under the same seed, the loss of the server is raised as it was.
+    Calls of Inference are sent again where the server is lost, for up to `retry_seconds` (0: never); a stream goes on
+    after what was received. Those of Training and Control are made once.
     """
 
     def __init__(self, address: str, access: Access | None = None, retry_seconds: float = RETRY_SECONDS) -> None:
-        access = access or Access()
-        self._retry_seconds = retry_seconds
-        self._met = False  # whether the server has ever answered
-        self._address, self._host, self._encrypted = address, host_of(address), access.encrypted
-        self.metadata = call_metadata(access)
-        self.channel = channel(address, access, OPTIONS)
-        self.inference = InferenceStub(self.channel)
-        self.control = ControlStub(self.channel)
-        self.training = TrainingStub(self.channel)
+        super().__init__(Link(address_of(address), access or Access(), Manners(retry_seconds=retry_seconds)))
+        self.inference, self.control = self.stubs["inference"], self.stubs["control"]
+        self.training = self.stubs["training"]
 
     async def __aenter__(self) -> Self:
         return self
@@ -73,38 +51,9 @@ class AsyncClient:
     async def __aexit__(self, *exc: object) -> None:
         await self.close()
 
-    async def close(self) -> None:
-        await self.channel.close(None)
-
     async def ready(self, timeout: float = 10.0) -> None:
         """Wait until the server accepts connections."""
-        try:
-            async with asyncio.timeout(timeout):
-                await self.channel.channel_ready()
-                self._met = True
-        except TimeoutError as error:
-            text = f"{self._address}: no server answered within {timeout:g} s; is it running, and is the address right?"
-            text = "; ".join(filter(None, (text, advice(self._host, self._encrypted))))
-            raise ServiceError(text) from error
-
-    async def call(self, method: Any, request: Message, timeout: float | None = None) -> Any:
-        """Any unary method of the stubs, once."""
-        try:
-            answer = await method(request, timeout=timeout, metadata=self.metadata)
-        except grpc.RpcError as error:
-            raise self._heard(error) from error
-        self._met = True
-        return answer
-
-    async def ask(self, method: Any, request: Any, timeout: float | None = None) -> Any:
-        """A unary method of Inference, again and again under one request_id where the server is lost."""
-        request.request_id = request.request_id or uuid.uuid4().hex
-        patience = Patience(self._retry_seconds, timeout)
-        while True:
-            try:
-                return await self.call(method, request, patience.time_left())
-            except ServiceError as error:
-                await patience.outlive(error, self._met)
+        await super().ready(timeout)
 
     async def generate(
         self, prompts: Sequence[Prompt], *, timeout: float | None = None, **fields: Any
@@ -115,31 +64,9 @@ class AsyncClient:
         self, prompts: Sequence[Prompt], *, timeout: float | None = None, **fields: Any
     ) -> AsyncGenerator[inference.GenerateChunk]:
         """Chunks as they come; leaving the loop early cancels the call."""
-        request = generate_request(prompts, **fields)
-        request.request_id = request.request_id or uuid.uuid4().hex
-        patience, continued = Patience(self._retry_seconds, timeout), Continued()
-        while True:
-            call = self.inference.GenerateStream(request, timeout=patience.time_left(), metadata=self.metadata)
-            try:
-                async for chunk in call:
-                    self._met = True
-                    patience.rest()
-                    if (news := continued.news(chunk)) is not None:
-                        yield news
-                return
-            except grpc.RpcError as error:
-                lost = self._heard(error)
-                await patience.outlive(lost, self._met)
-                continued.begin_again(lost)
-            finally:
-                call.cancel()
-
-    def _heard(self, error: grpc.RpcError) -> ServiceError:
-        """With what may be in the way, where it is not the server that has spoken."""
-        lost = error.code() is grpc.StatusCode.UNAVAILABLE and not self._met
-        heard = ServiceError.of(error, advice(self._host, self._encrypted, error.details() or "") if lost else "")
-        self._met |= bool(heard.reason)
-        return heard
+        async with aclosing(self.chunks(generate_request(prompts, **fields), timeout)) as chunks:
+            async for chunk in chunks:
+                yield chunk
 
     async def score(
         self, sequences: Sequence[Prompt], *, timeout: float | None = None, **fields: Any
@@ -212,7 +139,7 @@ class AsyncClient:
     async def health(self, service: str = "", timeout: float | None = None) -> str:
         """What grpc.health.v1 says of a service, as in SERVING."""
         request = health_pb2.HealthCheckRequest(service=service)
-        answer = await self.call(health_pb2_grpc.HealthStub(self.channel).Check, request, timeout)
+        answer = await self.call("health.Check", request, timeout)
         return str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
 
     async def load(self, timeout: float | None = None) -> control.Load:

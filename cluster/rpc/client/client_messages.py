@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cluster.rpc.proto import inference_pb2 as inference
-from cluster.rpc.proto import training_pb2 as training
+from tp_decoders.protocol import inference_pb2 as inference
+from tp_decoders.protocol import training_pb2 as training
 
 Prompt = str | Sequence[int] | inference.Prompt
 Fields = Mapping[str, Any]

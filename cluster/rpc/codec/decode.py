@@ -16,7 +16,7 @@ from cluster.engine.request import BeamParams, Guide, Pooling, ResponseOptions, 
 from cluster.frontend.requests.call import Call, FillInMiddle, FrontendConfig, Prompt
 from cluster.frontend.requests.classify_embed import MAX_ANSWER_TOKENS, Reading
 from cluster.request_errors import InvalidRequest, NotImplementedField, Violation
-from cluster.rpc.proto import inference_pb2 as pb
+from tp_decoders.protocol import inference_pb2 as pb
 
 T = TypeVar("T")
 D = TypeVar("D")

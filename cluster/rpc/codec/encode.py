@@ -13,8 +13,8 @@ from cluster.frontend.output.streams import Chunk, PromptInfo, Result
 from cluster.frontend.requests.call import Call
 from cluster.rpc.codec.error_status import status_of
 from cluster.rpc.codec.message_pieces import nested
-from cluster.rpc.proto import inference_pb2 as pb
 from parallel.errors import RequestError
+from tp_decoders.protocol import inference_pb2 as pb
 
 REASONS = {
     None: pb.FINISH_REASON_UNSPECIFIED,

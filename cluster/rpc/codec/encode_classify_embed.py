@@ -13,9 +13,9 @@ from cluster.frontend.requests.call import Call
 from cluster.frontend.requests.classify_embed import Reading, Row, Scores, best_spans, scores_of, softmax
 from cluster.request_errors import ReadingEnded
 from cluster.rpc.codec.error_status import status_of
-from cluster.rpc.proto import inference_pb2 as pb
 from parallel.errors import TpError
 from tp_decoders.model.task_config import CHOICES, SPANS, TOKENS, TaskConfig
+from tp_decoders.protocol import inference_pb2 as pb
 
 
 def classes(

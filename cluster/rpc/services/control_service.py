@@ -17,11 +17,11 @@ from cluster.frontend.fleet.routing import Sent
 from cluster.frontend.frontend import Frontend, State
 from cluster.frontend.readiness import Readiness
 from cluster.request_errors import InvalidRequest, RestartRefused, Violation
-from cluster.rpc.proto import control_pb2 as control
-from cluster.rpc.proto.control_pb2_grpc import ControlServicer
 from cluster.rpc.services.connection_limits import ServerLimits
 from parallel.errors import TpError
 from tp_decoders.model.task_config import CAUSAL
+from tp_decoders.protocol import control_pb2 as control
+from tp_decoders.protocol.control_pb2_grpc import ControlServicer
 
 if TYPE_CHECKING:
     import grpc

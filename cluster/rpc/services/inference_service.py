@@ -20,9 +20,9 @@ from cluster.rpc.codec import decode
 from cluster.rpc.codec.encode import Encoder, texts, token_lists
 from cluster.rpc.codec.encode_classify_embed import classes, embeddings
 from cluster.rpc.codec.message_pieces import joined
-from cluster.rpc.proto import inference_pb2 as inference
-from cluster.rpc.proto.inference_pb2_grpc import InferenceServicer
 from cluster.rpc.services.connection_limits import ServerLimits
+from tp_decoders.protocol import inference_pb2 as inference
+from tp_decoders.protocol.inference_pb2_grpc import InferenceServicer
 
 if TYPE_CHECKING:
     import grpc

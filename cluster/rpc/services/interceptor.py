@@ -30,12 +30,12 @@ from cluster.request_errors import SlowReader
 from cluster.rpc.codec.error_status import row_of, status_of
 from cluster.rpc.codec.range_check import RangeCheck
 from cluster.rpc.codec.strict_parsing import parse
-from cluster.rpc.proto import control_pb2, inference_pb2, training_pb2
 from cluster.rpc.services.call_span import traced
 from cluster.rpc.services.connection_limits import ServerLimits
 from cluster.rpc.services.door import Door, gate_door
 from cluster.rpc.services.unsent_answers import Bounds, UnsentAnswers
 from parallel.errors import RequestError, TpError
+from tp_decoders.protocol import control_pb2, inference_pb2, training_pb2
 
 log = logging.getLogger(__name__)
 

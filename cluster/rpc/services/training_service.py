@@ -12,9 +12,9 @@ from cluster.access.access_errors import NotPermitted
 from cluster.access.caller_limits import CALLER, WHO
 from cluster.access.token_file import Role
 from cluster.frontend.frontend import Frontend
-from cluster.rpc.proto import training_pb2 as pb
-from cluster.rpc.proto.training_pb2_grpc import TrainingServicer
 from cluster.training.train_calls import Kind, OpenSession, TrainAnswer, TrainCall, TrainSequence
+from tp_decoders.protocol import training_pb2 as pb
+from tp_decoders.protocol.training_pb2_grpc import TrainingServicer
 
 if TYPE_CHECKING:
     import grpc

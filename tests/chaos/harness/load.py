@@ -20,7 +20,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cluster.rpc.client.client import AsyncClient, ServiceError
-from cluster.rpc.proto.inference_pb2 import FinishReason
+from tp_decoders.protocol.inference_pb2 import FinishReason
 
 STREAMS = 16
 PROMPTS = 20

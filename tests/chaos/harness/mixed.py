@@ -19,7 +19,7 @@ import grpc
 
 from cluster.access.access_config import Access
 from cluster.rpc.client.client import AsyncClient, ServiceError
-from cluster.rpc.proto.inference_pb2 import FinishReason
+from tp_decoders.protocol.inference_pb2 import FinishReason
 
 VOCAB = 97
 CALL_S = 120.0

@@ -9,8 +9,6 @@ import pytest
 
 from cluster.access.access_config import Security
 from cluster.rpc.client.client import AsyncClient
-from cluster.rpc.proto import training_pb2 as pb
-from cluster.rpc.proto.training_pb2_grpc import TrainingStub
 from cluster.training.service.idempotency import CALLER_KEYS, CALLERS, IdempotencyCache
 from cluster.training.train_calls import Kind, StepConflict, TrainAnswer, TrainCall
 from tests.cluster.access.token_files import access, entry, secret_file
@@ -19,6 +17,8 @@ from tests.cluster.frontend.fakes import ENDLESS, LASTING, FakeEngine
 from tests.cluster.frontend.harness import run, until
 from tests.cluster.rpc.harness import refused, service
 from tests.cluster.rpc.services.training_service import DOCUMENTS, training_service
+from tp_decoders.protocol import training_pb2 as pb
+from tp_decoders.protocol.training_pb2_grpc import TrainingStub
 
 LONG = {"max_new_tokens": LASTING, "ignore_eos": True}
 NAMES = {"alice": ["generate", "train"], "bob": ["generate", "train"], "warden": ["control"], "watcher": ["observe"]}

@@ -14,12 +14,12 @@ from cluster.access.access_config import Access, Security, TlsConfig
 from cluster.access.roles import ROLES
 from cluster.access.token_file import Role
 from cluster.frontend.frontend import Frontend
-from cluster.rpc.client.client import channel
 from tests.cluster.access.token_files import TOKENS, entry, secret_file
 from tests.cluster.frontend.fakes import FakeEngine
 from tests.cluster.frontend.harness import run
 from tests.cluster.rpc.certificates import DAY, Authority
 from tests.cluster.rpc.harness import Service, service
+from tp_decoders.client.transport.channels import async_channel
 
 CODE = grpc.StatusCode
 EXPIRED = "a-token-that-was-good-once-0123"
@@ -48,7 +48,7 @@ async def codes(s: Service, access: Access, token: str | None, methods: list[str
     """What one who comes like this is told."""
     metadata = () if token is None else (("authorization", f"Bearer {token}"),)
     way: Any
-    async with channel(s.address, access, ()) as way:
+    async with async_channel(s.address, access) as way:
 
         async def code(method: str) -> grpc.StatusCode:
             try:

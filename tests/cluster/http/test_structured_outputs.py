@@ -17,13 +17,13 @@ from cluster.engine.engine_config import EngineConfig
 from cluster.frontend.frontend import Frontend
 from cluster.frontend.output.output_text import codec_of
 from cluster.link.local_link import LocalLink
-from cluster.rpc.client.service_error import ServiceError
 from tests.cluster.engine.guided.guided_cases import DATE, PERSON
 from tests.cluster.engine.tiny_models import save_tiny
 from tests.cluster.frontend.harness import run
 from tests.cluster.http.harness import Http, http_over
 from tests.cluster.http.test_real_model import TOKENIZER
 from tp_decoders import load
+from tp_decoders.client.errors import ServiceError
 from tp_decoders.text.token_table import token_table
 from tp_decoders.text.tokenizer import load_tokenizer
 

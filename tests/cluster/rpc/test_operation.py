@@ -15,14 +15,14 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from cluster.rpc.client.client import Client, ServiceError
-from cluster.rpc.proto import control_pb2, inference_pb2
-from cluster.rpc.proto.inference_pb2_grpc import InferenceStub
 from cluster.rpc.server import build_server
 from cluster.rpc.services.connection_limits import ServerLimits
 from parallel.errors import ConfigError
 from tests.cluster.frontend.fakes import ENDLESS, LASTING, FakeEngine
 from tests.cluster.frontend.harness import run, until
 from tests.cluster.rpc.harness import Service, info, refused, service
+from tp_decoders.protocol import control_pb2, inference_pb2
+from tp_decoders.protocol.inference_pb2_grpc import InferenceStub
 
 Health = health_pb2.HealthCheckResponse
 LONG = {"max_new_tokens": LASTING}

@@ -15,12 +15,12 @@ from cluster.frontend.requests.call import FrontendConfig
 from cluster.link.local_link import LocalLink
 from cluster.request_errors import Draining
 from cluster.rpc.client.client import AsyncClient
-from cluster.rpc.proto import control_pb2
 from cluster.rpc.server import build_server
 from cluster.rpc.services.control_service import Restart
 from tests.cluster.frontend.fakes import CODEC, FakeEngine
 from tests.cluster.frontend.harness import run
 from tests.cluster.rpc.harness import refused, service
+from tp_decoders.protocol import control_pb2
 
 
 @asynccontextmanager

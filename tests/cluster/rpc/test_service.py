@@ -13,10 +13,10 @@ from grpc_health.v1 import health_pb2
 
 from cluster.frontend.output.output_text import FimTokens
 from cluster.rpc.client.client import ServiceError
-from cluster.rpc.proto import inference_pb2
 from tests.cluster.frontend.fakes import CODEC, FakeEngine, scores_of, tokens_of
 from tests.cluster.frontend.harness import run
 from tests.cluster.rpc.harness import info, refused, service
+from tp_decoders.protocol import inference_pb2
 
 Health = health_pb2.HealthCheckResponse
 

@@ -19,6 +19,7 @@ from tests.cluster.frontend.fakes import FakeEngine
 from tests.cluster.frontend.harness import run
 from tests.cluster.rpc.certificates import DAY, Authority, Pair
 from tests.cluster.rpc.harness import Service, service
+from tp_decoders.access.errors import SettingsError
 
 
 @pytest.fixture
@@ -162,16 +163,16 @@ def test_files_that_cannot_work_are_refused_at_once(ca: Authority, tmp_path: Pat
 
 
 def test_what_a_client_brings_must_go_together(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="go together"):
+    with pytest.raises(SettingsError, match="go together"):
         Access(tls_ca="ca", tls_cert="cert")
-    with pytest.raises(ConfigError, match="need TLS"):
+    with pytest.raises(SettingsError, match="need TLS"):
         Access(tls_cert="cert", tls_key="key")
     token = tmp_path / "token"
     token.touch(0o600)
     token.write_text("a-token-of-some-length\n")
 
     async def main() -> None:
-        with pytest.raises(ConfigError, match="the token would go to 192.0.2.1:50051 in plain text") as caught:
+        with pytest.raises(SettingsError, match="the token would go to 192.0.2.1:50051 in plain text") as caught:
             AsyncClient("192.0.2.1:50051", Access(token_file=str(token)))
         assert "a-token" not in str(caught.value)
         await AsyncClient("127.0.0.1:1", Access(token_file=str(token))).close()

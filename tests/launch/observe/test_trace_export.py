@@ -21,8 +21,6 @@ import launch.observe.trace_export
 from cluster.engine.engine_config import EngineConfig
 from cluster.frontend.call_traces import begin
 from cluster.rpc.client.client import AsyncClient, Client
-from cluster.rpc.proto import inference_pb2 as pb
-from cluster.rpc.proto.inference_pb2_grpc import InferenceStub
 from launch.commands.server_process import Server
 from launch.observe.observe_config import ObserveConfig
 from launch.observe.trace_export import open_traces
@@ -30,6 +28,8 @@ from parallel.errors import ConfigError
 from parallel.native.compiled import library
 from tests.cluster.engine.tiny_models import save_tiny
 from tests.cluster.rpc.services.training_service import DOCUMENTS, training_service
+from tp_decoders.protocol import inference_pb2 as pb
+from tp_decoders.protocol.inference_pb2_grpc import InferenceStub
 
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 CONTEXT = (("traceparent", f"00-{TRACE}-{PARENT}-01"), ("authorization", "Bearer not-to-be-seen-anywhere"))

@@ -23,12 +23,12 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
 from cluster.rpc.client.client import AsyncClient, ServiceError
-from cluster.rpc.proto.inference_pb2 import FinishReason
 from launch.commands.server_process import Server
 from parallel.native.compiled import library
 from tests.cluster.engine.tiny_models import save_tiny
 from tests.cluster.frontend.harness import until
 from tests.launch.serving.test_serve import processes_of, wait_until_gone
+from tp_decoders.protocol.inference_pb2 import FinishReason
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 STREAMS, TOKENS, BEFORE = 6, 600, 100

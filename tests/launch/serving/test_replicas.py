@@ -21,7 +21,6 @@ from cluster.engine.engine_builder import build_engine, build_runner
 from cluster.engine.engine_config import EngineConfig
 from cluster.engine.request import Request, SamplingParams, StoppingCriteria
 from cluster.rpc.client.client import AsyncClient, ServiceError
-from cluster.rpc.proto import control_pb2
 from launch.commands.server_process import Server
 from launch.main import main
 from parallel.native.compiled import library
@@ -29,6 +28,7 @@ from tests.cluster.engine.tiny_models import save_tiny
 from tests.launch.serving.test_healing import health_of
 from tests.launch.serving.test_serve import processes_of, wait_until_gone
 from tp_decoders import load
+from tp_decoders.protocol import control_pb2
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 PROMPTS = [[index, 3, 5] for index in range(6)]

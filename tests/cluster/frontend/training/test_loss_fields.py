@@ -20,10 +20,10 @@ from cluster.frontend.training.loss_fields import (
 )
 from cluster.frontend.training.train_requests import check
 from cluster.request_errors import InvalidRequest
-from cluster.rpc.proto import training_pb2 as pb
 from cluster.rpc.services.training_service import train_call
 from cluster.training.train_calls import TASK, Kind
 from tp_decoders.model.task_config import CHOICES, SummaryConfig, TaskConfig
+from tp_decoders.protocol import training_pb2 as pb
 
 LIMITS = ModelLimits(vocab_size=20, max_context=16, kv_capacity_tokens=1 << 20, max_batch=0)
 FULL: dict[str, Any] = {

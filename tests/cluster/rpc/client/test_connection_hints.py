@@ -9,11 +9,11 @@ import pytest
 
 from cluster.access.access_config import Access, Security, TlsConfig
 from cluster.rpc.client.client import AsyncClient, ServiceError
-from cluster.rpc.client.connection_hints import advice
-from cluster.rpc.proxies import PROXIES, is_own, proxy_of
 from tests.cluster.frontend.harness import run
 from tests.cluster.rpc.certificates import Authority
 from tests.cluster.rpc.harness import service
+from tp_decoders.access.proxies import PROXIES, is_own, proxy_of
+from tp_decoders.client.transport.connection_hints import advice
 
 DEAD = "http://127.0.0.1:9"
 ELSEWHERE = "192.0.2.1"  # an address for documentation (RFC 5737), which nobody has
@@ -71,7 +71,7 @@ def test_a_proxy_on_the_way_to_another_machine_is_named(monkeypatch: pytest.Monk
 def test_exceptions_are_read_as_others_read_them(
     name: str, host: str, exceptions: str, excepted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cluster.rpc.proxies.is_own", lambda host: False)
+    monkeypatch.setattr("tp_decoders.access.proxies.is_own", lambda host: False)
     monkeypatch.setenv("http_proxy", DEAD)
     monkeypatch.setenv(name, exceptions)
     assert (proxy_of(host) is None) is excepted

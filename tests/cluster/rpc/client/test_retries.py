@@ -15,11 +15,11 @@ from cluster.frontend.frontend import Frontend
 from cluster.frontend.requests.call import FrontendConfig
 from cluster.link.local_link import LocalLink
 from cluster.rpc.client.client import AsyncClient, ServiceError
-from cluster.rpc.client.retries import Continued
-from cluster.rpc.proto import inference_pb2 as pb
 from cluster.rpc.server import build_server
 from tests.cluster.frontend.fakes import CODEC, FakeEngine, tokens_of
 from tests.cluster.frontend.harness import run
+from tp_decoders.client.transport.retries import Continued
+from tp_decoders.protocol import inference_pb2 as pb
 
 LENGTH = {"max_new_tokens": 60}
 

@@ -11,7 +11,7 @@ from cluster.engine.request import BeamParams, Guide, ResponseOptions, SamplingP
 from cluster.frontend.requests.call import Call, FillInMiddle, FrontendConfig, Prompt
 from cluster.request_errors import InvalidRequest
 from cluster.rpc.codec.decode import generate_call, score_call
-from cluster.rpc.proto import inference_pb2 as pb
+from tp_decoders.protocol import inference_pb2 as pb
 
 CONFIG = FrontendConfig()
 

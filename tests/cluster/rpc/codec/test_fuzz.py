@@ -21,13 +21,13 @@ import grpc
 import pytest
 
 from cluster.access.access_config import Access, Security, TlsConfig
-from cluster.rpc.proto import control_pb2, inference_pb2, training_pb2
 from cluster.rpc.services.interceptor import REQUEST_KINDS
 from tests.cluster.frontend.fakes import FakeEngine
 from tests.cluster.frontend.harness import run, until
 from tests.cluster.rpc.certificates import Authority
 from tests.cluster.rpc.harness import INFERENCE, Service, service
 from tests.cluster.rpc.test_load import resident_kib
+from tp_decoders.protocol import control_pb2, inference_pb2, training_pb2
 
 MESSAGES, BATCH = 10_000, 250
 CONNECTIONS, MOST_ROUNDS, AT_ONCE = 200, 30, 20

@@ -14,11 +14,11 @@ from google.rpc.status_pb2 import Status
 
 from cluster.request_errors import InvalidRequest
 from cluster.rpc.codec.strict_parsing import MAX_FIELDS, parse
-from cluster.rpc.proto import inference_pb2 as pb
 from tests.cluster.frontend.fakes import tokens_of
 from tests.cluster.frontend.harness import run, until
 from tests.cluster.rpc.harness import CONTROL, INFERENCE, Service, service
 from tests.cluster.rpc.test_load import resident_kib, stays_flat
+from tp_decoders.protocol import inference_pb2 as pb
 
 NAN, INF = float("nan"), float("inf")
 POSITIVE = ("temperature", "top_p", "min_p", "repetition_penalty")

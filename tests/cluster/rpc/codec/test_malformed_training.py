@@ -13,13 +13,13 @@ import grpc
 import pytest
 
 from cluster.rpc.client.client import AsyncClient
-from cluster.rpc.proto import training_pb2 as pb
 from tests.cluster.engine.tiny_models import save_tiny
 from tests.cluster.frontend.harness import run
 from tests.cluster.rpc.codec.test_malformed import check_clear, field
 from tests.cluster.rpc.services.test_train_states import BAD_NAMES
 from tests.cluster.rpc.services.training_service import DOCUMENTS, STEP, scores, training_service
 from tests.cluster.rpc.test_load import stays_flat
+from tp_decoders.protocol import training_pb2 as pb
 
 TRAINING = "/tp_decoders.v1.Training/"
 NAN, INF = float("nan"), float("inf")

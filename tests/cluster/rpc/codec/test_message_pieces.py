@@ -11,9 +11,9 @@ from cluster.engine.top_logprobs import Alternatives
 from cluster.frontend.output.streams import Chunk, Result
 from cluster.rpc.codec.encode import PIECE, Encoder, texts, token_lists
 from cluster.rpc.codec.message_pieces import joined, nested
-from cluster.rpc.proto import inference_pb2 as pb
 from parallel.errors import RequestError
 from tests.cluster.frontend.harness import call, run
+from tp_decoders.protocol import inference_pb2 as pb
 
 TOP = tuple((i, -float(i)) for i in range(64))
 MANY = 3 * PIECE // 64

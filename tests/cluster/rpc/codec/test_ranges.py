@@ -20,11 +20,11 @@ from cluster.request_errors import InvalidRequest
 from cluster.rpc.client.client import AsyncClient
 from cluster.rpc.codec.range_check import RangeCheck, is_map
 from cluster.rpc.limits_page import needs_row, page, request_messages
-from cluster.rpc.proto import control_pb2 as control
-from cluster.rpc.proto import inference_pb2 as inference
-from cluster.rpc.proto import training_pb2 as training
 from tests.cluster.frontend.harness import run
 from tests.cluster.rpc.services.training_service import training_service
+from tp_decoders.protocol import control_pb2 as control
+from tp_decoders.protocol import inference_pb2 as inference
+from tp_decoders.protocol import training_pb2 as training
 
 ROOT = Path(__file__).parents[4]
 NANO = ROOT / "tests/data/gpt-nano-sort"

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from google.protobuf.message import Message
 
-from cluster.rpc.proto import inference_pb2 as pb
 from cluster.rpc.protoc import ROOT, generate
+from tp_decoders.protocol import inference_pb2 as pb
 
-DIRECTORIES = (ROOT / "cluster/rpc/proto", ROOT / "tp_decoders/convert")
+DIRECTORIES = (ROOT / "tp_decoders/protocol", ROOT / "tp_decoders/convert")
 
 
 def test_generating_again_gives_the_committed_files(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from cluster.rpc.client.client import AsyncClient
-from cluster.rpc.proto import inference_pb2 as pb
 from tests.cluster.rpc.services.training_service import DOCUMENTS, scores, scores_of
+from tp_decoders.protocol import inference_pb2 as pb
 
 STEP: dict[str, Any] = {"optimizer": {"learning_rate": 1e-3}}
 STEPS, STREAMS, TOKENS = 50, 8, 90

@@ -22,10 +22,10 @@ from cluster.engine.request import (
 from cluster.frontend.frontend import State
 from cluster.frontend.output.output_text import codec_of
 from cluster.link.local_link import LocalLink
-from cluster.rpc.proto import inference_pb2 as pb
 from tests.cluster.frontend.harness import run, until
 from tests.cluster.rpc.services.test_real_model import TEXT, engine_of, serving_model, tokenizer_of
 from tests.cluster.rpc.services.test_real_model import gpt2 as gpt2
+from tp_decoders.protocol import inference_pb2 as pb
 
 STOPS = list(range(100, 9000))
 DIVERSE: dict[str, Any] = {

@@ -21,7 +21,6 @@ from cluster.frontend.frontend import Frontend, State
 from cluster.frontend.requests.call import FrontendConfig
 from cluster.link.local_link import LocalLink
 from cluster.rpc.client.client import AsyncClient
-from cluster.rpc.proto import inference_pb2 as pb
 from cluster.rpc.server import build_server
 from parallel.ranks.group import Group
 from tests.cluster.frontend.harness import run, until
@@ -29,6 +28,7 @@ from tests.cluster.rpc.harness import info, refused
 from tests.cluster.rpc.services.test_real_model import MortalEngine, serving_model
 from tp_decoders import load
 from tp_decoders.model.task_config import CAUSAL, CHOICES, SEQUENCES, SPANS, TOKENS
+from tp_decoders.protocol import inference_pb2 as pb
 
 CONFIG = EngineConfig(kv_blocks=24, max_sequences=4, max_step_tokens=16)
 GPT2: dict[str, Any] = {"vocab_size": 97, "n_positions": 64, "n_embd": 48, "n_layer": 2, "n_head": 6}

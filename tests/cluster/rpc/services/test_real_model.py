@@ -24,11 +24,11 @@ from cluster.frontend.output.output_text import TextCodec, codec_of
 from cluster.frontend.requests.call import FrontendConfig
 from cluster.link.local_link import LocalLink
 from cluster.rpc.client.client import AsyncClient
-from cluster.rpc.proto import inference_pb2 as pb
 from cluster.rpc.server import build_server
 from tests.cluster.frontend.harness import run, until
 from tests.cluster.frontend.output.test_stop_strings import brute_force
 from tp_decoders import load
+from tp_decoders.protocol import inference_pb2 as pb
 from tp_decoders.text.tokenizer import Tokenizer, load_tokenizer
 
 DATA = Path(__file__).resolve().parents[3] / "data"

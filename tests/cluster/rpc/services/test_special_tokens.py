@@ -12,11 +12,11 @@ import transformers
 
 from cluster.engine.request import FinishReason
 from cluster.frontend.output.output_text import codec_of
-from cluster.rpc.client.service_error import ServiceError
-from cluster.rpc.proto import inference_pb2 as pb
 from tests.cluster.frontend.harness import run
 from tests.cluster.rpc.services.test_real_model import engine_of, serving_model
 from tests.outside.files import tokenizer_cases
+from tp_decoders.client.errors import ServiceError
+from tp_decoders.protocol import inference_pb2 as pb
 from tp_decoders.text.tokenizer import Tokenizer, load_tokenizer
 
 NEUTRAL: dict[str, Any] = {key: values[0] for key, values in tokenizer_cases.CHOICES.items()}

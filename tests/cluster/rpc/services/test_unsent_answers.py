@@ -13,13 +13,13 @@ from cluster.access.access_errors import AnswersUnread, TooManyCalls
 from cluster.access.caller_limits import OpenCalls
 from cluster.access.token_file import Role
 from cluster.rpc.client.client import AsyncClient
-from cluster.rpc.proto import inference_pb2 as pb
 from cluster.rpc.services.connection_limits import ServerLimits
 from cluster.rpc.services.unsent_answers import ALWAYS_BYTES, Bounds, UnsentAnswers, hang_up
 from tests.cluster.access.token_files import TOKENS, access, security
 from tests.cluster.frontend.harness import run, until
 from tests.cluster.rpc.harness import INFERENCE, service
 from tests.cluster.rpc.raw_http2 import RawClient
+from tp_decoders.protocol import inference_pb2 as pb
 
 MB = 1 << 20
 LARGE = pb.DetokenizeRequest(sequences=[pb.TokenIds(ids=[6] * 250)] * 1000).SerializeToString()

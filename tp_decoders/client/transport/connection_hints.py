@@ -5,7 +5,7 @@ grpc's own messages name neither. Only words; the connection is made in tls.py.
 
 from __future__ import annotations
 
-from cluster.rpc.proxies import proxy_of
+from tp_decoders.access.proxies import proxy_of
 
 NO_TLS_HERE = ("socket closed", "connection reset", "recvmsg", "transport closed", "endpoint closing", "end of tcp")
 """What grpc says where plain text met a port that speaks TLS, among other reasons."""

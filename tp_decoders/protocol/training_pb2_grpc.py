@@ -3,7 +3,7 @@
 import grpc
 import warnings
 
-from cluster.rpc.proto import training_pb2 as cluster_dot_rpc_dot_proto_dot_training__pb2
+from tp_decoders.protocol import training_pb2 as tp__decoders_dot_protocol_dot_training__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
 GRPC_VERSION = grpc.__version__
@@ -18,7 +18,7 @@ except ImportError:
 if _version_not_supported:
     raise RuntimeError(
         f'The grpc package installed is at version {GRPC_VERSION},'
-        + ' but the generated code in cluster/rpc/proto/training_pb2_grpc.py depends on'
+        + ' but the generated code in tp_decoders/protocol/training_pb2_grpc.py depends on'
         + f' grpcio>={GRPC_GENERATED_VERSION}.'
         + f' Please upgrade your grpc module to grpcio>={GRPC_GENERATED_VERSION}'
         + f' or downgrade your generated code using grpcio-tools<={GRPC_VERSION}.'
@@ -36,48 +36,48 @@ class TrainingStub:
         """
         self.TrainStep = channel.unary_unary(
                 '/tp_decoders.v1.Training/TrainStep',
-                request_serializer=cluster_dot_rpc_dot_proto_dot_training__pb2.TrainStepRequest.SerializeToString,
-                response_deserializer=cluster_dot_rpc_dot_proto_dot_training__pb2.TrainStepResponse.FromString,
+                request_serializer=tp__decoders_dot_protocol_dot_training__pb2.TrainStepRequest.SerializeToString,
+                response_deserializer=tp__decoders_dot_protocol_dot_training__pb2.TrainStepResponse.FromString,
                 _registered_method=True)
         self.ForwardBackward = channel.unary_unary(
                 '/tp_decoders.v1.Training/ForwardBackward',
-                request_serializer=cluster_dot_rpc_dot_proto_dot_training__pb2.ForwardBackwardRequest.SerializeToString,
-                response_deserializer=cluster_dot_rpc_dot_proto_dot_training__pb2.ForwardBackwardResponse.FromString,
+                request_serializer=tp__decoders_dot_protocol_dot_training__pb2.ForwardBackwardRequest.SerializeToString,
+                response_deserializer=tp__decoders_dot_protocol_dot_training__pb2.ForwardBackwardResponse.FromString,
                 _registered_method=True)
         self.OptimStep = channel.unary_unary(
                 '/tp_decoders.v1.Training/OptimStep',
-                request_serializer=cluster_dot_rpc_dot_proto_dot_training__pb2.OptimStepRequest.SerializeToString,
-                response_deserializer=cluster_dot_rpc_dot_proto_dot_training__pb2.OptimStepResponse.FromString,
+                request_serializer=tp__decoders_dot_protocol_dot_training__pb2.OptimStepRequest.SerializeToString,
+                response_deserializer=tp__decoders_dot_protocol_dot_training__pb2.OptimStepResponse.FromString,
                 _registered_method=True)
         self.Evaluate = channel.unary_unary(
                 '/tp_decoders.v1.Training/Evaluate',
-                request_serializer=cluster_dot_rpc_dot_proto_dot_training__pb2.EvaluateRequest.SerializeToString,
-                response_deserializer=cluster_dot_rpc_dot_proto_dot_training__pb2.EvaluateResponse.FromString,
+                request_serializer=tp__decoders_dot_protocol_dot_training__pb2.EvaluateRequest.SerializeToString,
+                response_deserializer=tp__decoders_dot_protocol_dot_training__pb2.EvaluateResponse.FromString,
                 _registered_method=True)
         self.SaveState = channel.unary_unary(
                 '/tp_decoders.v1.Training/SaveState',
-                request_serializer=cluster_dot_rpc_dot_proto_dot_training__pb2.SaveStateRequest.SerializeToString,
-                response_deserializer=cluster_dot_rpc_dot_proto_dot_training__pb2.SaveStateResponse.FromString,
+                request_serializer=tp__decoders_dot_protocol_dot_training__pb2.SaveStateRequest.SerializeToString,
+                response_deserializer=tp__decoders_dot_protocol_dot_training__pb2.SaveStateResponse.FromString,
                 _registered_method=True)
         self.LoadState = channel.unary_unary(
                 '/tp_decoders.v1.Training/LoadState',
-                request_serializer=cluster_dot_rpc_dot_proto_dot_training__pb2.LoadStateRequest.SerializeToString,
-                response_deserializer=cluster_dot_rpc_dot_proto_dot_training__pb2.LoadStateResponse.FromString,
+                request_serializer=tp__decoders_dot_protocol_dot_training__pb2.LoadStateRequest.SerializeToString,
+                response_deserializer=tp__decoders_dot_protocol_dot_training__pb2.LoadStateResponse.FromString,
                 _registered_method=True)
         self.Export = channel.unary_unary(
                 '/tp_decoders.v1.Training/Export',
-                request_serializer=cluster_dot_rpc_dot_proto_dot_training__pb2.ExportRequest.SerializeToString,
-                response_deserializer=cluster_dot_rpc_dot_proto_dot_training__pb2.ExportResponse.FromString,
+                request_serializer=tp__decoders_dot_protocol_dot_training__pb2.ExportRequest.SerializeToString,
+                response_deserializer=tp__decoders_dot_protocol_dot_training__pb2.ExportResponse.FromString,
                 _registered_method=True)
         self.DropGradients = channel.unary_unary(
                 '/tp_decoders.v1.Training/DropGradients',
-                request_serializer=cluster_dot_rpc_dot_proto_dot_training__pb2.DropGradientsRequest.SerializeToString,
-                response_deserializer=cluster_dot_rpc_dot_proto_dot_training__pb2.DropGradientsResponse.FromString,
+                request_serializer=tp__decoders_dot_protocol_dot_training__pb2.DropGradientsRequest.SerializeToString,
+                response_deserializer=tp__decoders_dot_protocol_dot_training__pb2.DropGradientsResponse.FromString,
                 _registered_method=True)
         self.GetTrainState = channel.unary_unary(
                 '/tp_decoders.v1.Training/GetTrainState',
-                request_serializer=cluster_dot_rpc_dot_proto_dot_training__pb2.GetTrainStateRequest.SerializeToString,
-                response_deserializer=cluster_dot_rpc_dot_proto_dot_training__pb2.TrainState.FromString,
+                request_serializer=tp__decoders_dot_protocol_dot_training__pb2.GetTrainStateRequest.SerializeToString,
+                response_deserializer=tp__decoders_dot_protocol_dot_training__pb2.TrainState.FromString,
                 _registered_method=True)
 
 
@@ -153,48 +153,48 @@ def add_TrainingServicer_to_server(servicer, server):
     rpc_method_handlers = {
             'TrainStep': grpc.unary_unary_rpc_method_handler(
                     servicer.TrainStep,
-                    request_deserializer=cluster_dot_rpc_dot_proto_dot_training__pb2.TrainStepRequest.FromString,
-                    response_serializer=cluster_dot_rpc_dot_proto_dot_training__pb2.TrainStepResponse.SerializeToString,
+                    request_deserializer=tp__decoders_dot_protocol_dot_training__pb2.TrainStepRequest.FromString,
+                    response_serializer=tp__decoders_dot_protocol_dot_training__pb2.TrainStepResponse.SerializeToString,
             ),
             'ForwardBackward': grpc.unary_unary_rpc_method_handler(
                     servicer.ForwardBackward,
-                    request_deserializer=cluster_dot_rpc_dot_proto_dot_training__pb2.ForwardBackwardRequest.FromString,
-                    response_serializer=cluster_dot_rpc_dot_proto_dot_training__pb2.ForwardBackwardResponse.SerializeToString,
+                    request_deserializer=tp__decoders_dot_protocol_dot_training__pb2.ForwardBackwardRequest.FromString,
+                    response_serializer=tp__decoders_dot_protocol_dot_training__pb2.ForwardBackwardResponse.SerializeToString,
             ),
             'OptimStep': grpc.unary_unary_rpc_method_handler(
                     servicer.OptimStep,
-                    request_deserializer=cluster_dot_rpc_dot_proto_dot_training__pb2.OptimStepRequest.FromString,
-                    response_serializer=cluster_dot_rpc_dot_proto_dot_training__pb2.OptimStepResponse.SerializeToString,
+                    request_deserializer=tp__decoders_dot_protocol_dot_training__pb2.OptimStepRequest.FromString,
+                    response_serializer=tp__decoders_dot_protocol_dot_training__pb2.OptimStepResponse.SerializeToString,
             ),
             'Evaluate': grpc.unary_unary_rpc_method_handler(
                     servicer.Evaluate,
-                    request_deserializer=cluster_dot_rpc_dot_proto_dot_training__pb2.EvaluateRequest.FromString,
-                    response_serializer=cluster_dot_rpc_dot_proto_dot_training__pb2.EvaluateResponse.SerializeToString,
+                    request_deserializer=tp__decoders_dot_protocol_dot_training__pb2.EvaluateRequest.FromString,
+                    response_serializer=tp__decoders_dot_protocol_dot_training__pb2.EvaluateResponse.SerializeToString,
             ),
             'SaveState': grpc.unary_unary_rpc_method_handler(
                     servicer.SaveState,
-                    request_deserializer=cluster_dot_rpc_dot_proto_dot_training__pb2.SaveStateRequest.FromString,
-                    response_serializer=cluster_dot_rpc_dot_proto_dot_training__pb2.SaveStateResponse.SerializeToString,
+                    request_deserializer=tp__decoders_dot_protocol_dot_training__pb2.SaveStateRequest.FromString,
+                    response_serializer=tp__decoders_dot_protocol_dot_training__pb2.SaveStateResponse.SerializeToString,
             ),
             'LoadState': grpc.unary_unary_rpc_method_handler(
                     servicer.LoadState,
-                    request_deserializer=cluster_dot_rpc_dot_proto_dot_training__pb2.LoadStateRequest.FromString,
-                    response_serializer=cluster_dot_rpc_dot_proto_dot_training__pb2.LoadStateResponse.SerializeToString,
+                    request_deserializer=tp__decoders_dot_protocol_dot_training__pb2.LoadStateRequest.FromString,
+                    response_serializer=tp__decoders_dot_protocol_dot_training__pb2.LoadStateResponse.SerializeToString,
             ),
             'Export': grpc.unary_unary_rpc_method_handler(
                     servicer.Export,
-                    request_deserializer=cluster_dot_rpc_dot_proto_dot_training__pb2.ExportRequest.FromString,
-                    response_serializer=cluster_dot_rpc_dot_proto_dot_training__pb2.ExportResponse.SerializeToString,
+                    request_deserializer=tp__decoders_dot_protocol_dot_training__pb2.ExportRequest.FromString,
+                    response_serializer=tp__decoders_dot_protocol_dot_training__pb2.ExportResponse.SerializeToString,
             ),
             'DropGradients': grpc.unary_unary_rpc_method_handler(
                     servicer.DropGradients,
-                    request_deserializer=cluster_dot_rpc_dot_proto_dot_training__pb2.DropGradientsRequest.FromString,
-                    response_serializer=cluster_dot_rpc_dot_proto_dot_training__pb2.DropGradientsResponse.SerializeToString,
+                    request_deserializer=tp__decoders_dot_protocol_dot_training__pb2.DropGradientsRequest.FromString,
+                    response_serializer=tp__decoders_dot_protocol_dot_training__pb2.DropGradientsResponse.SerializeToString,
             ),
             'GetTrainState': grpc.unary_unary_rpc_method_handler(
                     servicer.GetTrainState,
-                    request_deserializer=cluster_dot_rpc_dot_proto_dot_training__pb2.GetTrainStateRequest.FromString,
-                    response_serializer=cluster_dot_rpc_dot_proto_dot_training__pb2.TrainState.SerializeToString,
+                    request_deserializer=tp__decoders_dot_protocol_dot_training__pb2.GetTrainStateRequest.FromString,
+                    response_serializer=tp__decoders_dot_protocol_dot_training__pb2.TrainState.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -222,8 +222,8 @@ class Training:
             request,
             target,
             '/tp_decoders.v1.Training/TrainStep',
-            cluster_dot_rpc_dot_proto_dot_training__pb2.TrainStepRequest.SerializeToString,
-            cluster_dot_rpc_dot_proto_dot_training__pb2.TrainStepResponse.FromString,
+            tp__decoders_dot_protocol_dot_training__pb2.TrainStepRequest.SerializeToString,
+            tp__decoders_dot_protocol_dot_training__pb2.TrainStepResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -249,8 +249,8 @@ class Training:
             request,
             target,
             '/tp_decoders.v1.Training/ForwardBackward',
-            cluster_dot_rpc_dot_proto_dot_training__pb2.ForwardBackwardRequest.SerializeToString,
-            cluster_dot_rpc_dot_proto_dot_training__pb2.ForwardBackwardResponse.FromString,
+            tp__decoders_dot_protocol_dot_training__pb2.ForwardBackwardRequest.SerializeToString,
+            tp__decoders_dot_protocol_dot_training__pb2.ForwardBackwardResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -276,8 +276,8 @@ class Training:
             request,
             target,
             '/tp_decoders.v1.Training/OptimStep',
-            cluster_dot_rpc_dot_proto_dot_training__pb2.OptimStepRequest.SerializeToString,
-            cluster_dot_rpc_dot_proto_dot_training__pb2.OptimStepResponse.FromString,
+            tp__decoders_dot_protocol_dot_training__pb2.OptimStepRequest.SerializeToString,
+            tp__decoders_dot_protocol_dot_training__pb2.OptimStepResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -303,8 +303,8 @@ class Training:
             request,
             target,
             '/tp_decoders.v1.Training/Evaluate',
-            cluster_dot_rpc_dot_proto_dot_training__pb2.EvaluateRequest.SerializeToString,
-            cluster_dot_rpc_dot_proto_dot_training__pb2.EvaluateResponse.FromString,
+            tp__decoders_dot_protocol_dot_training__pb2.EvaluateRequest.SerializeToString,
+            tp__decoders_dot_protocol_dot_training__pb2.EvaluateResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -330,8 +330,8 @@ class Training:
             request,
             target,
             '/tp_decoders.v1.Training/SaveState',
-            cluster_dot_rpc_dot_proto_dot_training__pb2.SaveStateRequest.SerializeToString,
-            cluster_dot_rpc_dot_proto_dot_training__pb2.SaveStateResponse.FromString,
+            tp__decoders_dot_protocol_dot_training__pb2.SaveStateRequest.SerializeToString,
+            tp__decoders_dot_protocol_dot_training__pb2.SaveStateResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -357,8 +357,8 @@ class Training:
             request,
             target,
             '/tp_decoders.v1.Training/LoadState',
-            cluster_dot_rpc_dot_proto_dot_training__pb2.LoadStateRequest.SerializeToString,
-            cluster_dot_rpc_dot_proto_dot_training__pb2.LoadStateResponse.FromString,
+            tp__decoders_dot_protocol_dot_training__pb2.LoadStateRequest.SerializeToString,
+            tp__decoders_dot_protocol_dot_training__pb2.LoadStateResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -384,8 +384,8 @@ class Training:
             request,
             target,
             '/tp_decoders.v1.Training/Export',
-            cluster_dot_rpc_dot_proto_dot_training__pb2.ExportRequest.SerializeToString,
-            cluster_dot_rpc_dot_proto_dot_training__pb2.ExportResponse.FromString,
+            tp__decoders_dot_protocol_dot_training__pb2.ExportRequest.SerializeToString,
+            tp__decoders_dot_protocol_dot_training__pb2.ExportResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -411,8 +411,8 @@ class Training:
             request,
             target,
             '/tp_decoders.v1.Training/DropGradients',
-            cluster_dot_rpc_dot_proto_dot_training__pb2.DropGradientsRequest.SerializeToString,
-            cluster_dot_rpc_dot_proto_dot_training__pb2.DropGradientsResponse.FromString,
+            tp__decoders_dot_protocol_dot_training__pb2.DropGradientsRequest.SerializeToString,
+            tp__decoders_dot_protocol_dot_training__pb2.DropGradientsResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -438,8 +438,8 @@ class Training:
             request,
             target,
             '/tp_decoders.v1.Training/GetTrainState',
-            cluster_dot_rpc_dot_proto_dot_training__pb2.GetTrainStateRequest.SerializeToString,
-            cluster_dot_rpc_dot_proto_dot_training__pb2.TrainState.FromString,
+            tp__decoders_dot_protocol_dot_training__pb2.GetTrainStateRequest.SerializeToString,
+            tp__decoders_dot_protocol_dot_training__pb2.TrainState.FromString,
             options,
             channel_credentials,
             insecure,

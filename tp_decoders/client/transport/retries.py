@@ -6,15 +6,14 @@ checked, not believed: a stream goes on only after the very tokens and the text 
 
 from __future__ import annotations
 
-import asyncio
 import random
 import time
 from dataclasses import dataclass, field
 
 import grpc
 
-from cluster.rpc.client.service_error import ServiceError
-from cluster.rpc.proto import inference_pb2 as inference
+from tp_decoders.client.errors import ServiceError, made
+from tp_decoders.protocol import inference_pb2 as inference
 
 RETRY_SECONDS = 60.0
 FIRST_PAUSE_S, MOST_PAUSE_S = 0.1, 2.0
@@ -24,14 +23,17 @@ IN_USE = "REQUEST_ID_IN_USE"
 
 
 class Patience:
-    """One call's: `seconds` without any answer, and never past the call's deadline."""
+    """One call's: `seconds` without any answer, `overloads` refusals of a server that is full, and never past the
+    call's deadline (`timeout` seconds from now; None: no deadline).
+    """
 
-    def __init__(self, seconds: float, timeout: float | None) -> None:
+    def __init__(self, seconds: float, timeout: float | None, overloads: int = 0) -> None:
         self._seconds = seconds
         self._deadline = None if timeout is None else time.monotonic() + timeout
         self._lost_at: float | None = None
         self._first: ServiceError | None = None
         self._retries = 0
+        self._overloads = overloads
         self._pause = FIRST_PAUSE_S
 
     def time_left(self) -> float | None:
@@ -41,24 +43,30 @@ class Patience:
         """There was an answer: the next loss is another one."""
         self._lost_at, self._first, self._pause = None, None, FIRST_PAUSE_S
 
-    async def outlive(self, error: ServiceError, met: bool) -> None:
-        """Waits until the call may be sent again; raises the error where it may not. Where there was no answer for too
-        long that is the first one, which says what happened; where the call's deadline comes first, the deadline's.
+    def wait(self, error: ServiceError, met: bool) -> Wait:
+        """What to do before the call is sent again; raises the error where it must not be. Where there was no answer
+        for too long that is the first one, which says what happened; where the call's deadline comes first, the
+        deadline's, after the wait. `met`: whether the server has ever answered.
         """
+        now = time.monotonic()
+        if error.retry_after is not None and error.code is grpc.StatusCode.RESOURCE_EXHAUSTED and self._overloads > 0:
+            pause = max(error.retry_after, FIRST_PAUSE_S) * random.uniform(1.0, 1.2)
+            if self._deadline is not None and self._deadline <= now + pause:
+                raise error
+            self._overloads -= 1
+            return Wait(pause)
         if not self._lost(error) or not (met or error.reason):
             raise error
-        now = time.monotonic()
         self._lost_at, self._first = self._lost_at or now, self._first or error
         end = self._lost_at + self._seconds
         pause = self._pause * random.uniform(0.8, 1.2)
         if self._deadline is not None and self._deadline <= min(end, now + pause):
-            await asyncio.sleep(self._deadline - now)
-            raise _late(self._first)
+            return Wait(max(0.0, self._deadline - now), _late(self._first))
         if now + pause >= end:
             raise self._first
         self._pause = min(2 * self._pause, MOST_PAUSE_S)
         self._retries += 1
-        await asyncio.sleep(pause)
+        return Wait(pause)
 
     def _lost(self, error: ServiceError) -> bool:
         if error.code is grpc.StatusCode.UNAVAILABLE:
@@ -66,11 +74,18 @@ class Patience:
         return self._retries > 0 and error.reason == IN_USE
 
 
+@dataclass(frozen=True)
+class Wait:
+    """Seconds to sleep, and what to raise after them instead of sending the call again."""
+
+    seconds: float
+    then: ServiceError | None = None
+
+
 def _late(lost: ServiceError) -> ServiceError:
     """What a call with a deadline ends with, whatever it was that took too long."""
-    made = ServiceError(f"DEADLINE_EXCEEDED: the server was lost and not back in time: {lost}")
-    made.code = grpc.StatusCode.DEADLINE_EXCEEDED
-    return made
+    words = f"the server was lost and not back in time: {lost}"
+    return made(grpc.StatusCode.DEADLINE_EXCEEDED, words, request_id=lost.request_id)
 
 
 @dataclass
@@ -157,8 +172,8 @@ class Continued:
 
     def _another(self, what: str) -> ServiceError:
         """Not the answer that was begun: what happened is raised, with the reason why it cannot be made good."""
-        assert self._lost is not None, "an answer can only differ from one before it"
-        error = ServiceError(f"{self._lost}; the answer to the retry has {what}: give sampling.seed, or the server "
-                             "a state_dir, so that a stream can go on")  # fmt: skip
-        error.code, error.details = self._lost.code, self._lost.details
-        return error
+        lost = self._lost
+        assert lost is not None, "an answer can only differ from one before it"
+        advice = f"the answer to the retry has {what}: give sampling.seed, or the server a state_dir, so that a stream "
+        advice += "can go on"
+        return made(lost.code, lost.words or str(lost), lost.details, advice, lost.request_id)

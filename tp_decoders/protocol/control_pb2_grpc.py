@@ -3,7 +3,7 @@
 import grpc
 import warnings
 
-from cluster.rpc.proto import control_pb2 as cluster_dot_rpc_dot_proto_dot_control__pb2
+from tp_decoders.protocol import control_pb2 as tp__decoders_dot_protocol_dot_control__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
 GRPC_VERSION = grpc.__version__
@@ -18,7 +18,7 @@ except ImportError:
 if _version_not_supported:
     raise RuntimeError(
         f'The grpc package installed is at version {GRPC_VERSION},'
-        + ' but the generated code in cluster/rpc/proto/control_pb2_grpc.py depends on'
+        + ' but the generated code in tp_decoders/protocol/control_pb2_grpc.py depends on'
         + f' grpcio>={GRPC_GENERATED_VERSION}.'
         + f' Please upgrade your grpc module to grpcio>={GRPC_GENERATED_VERSION}'
         + f' or downgrade your generated code using grpcio-tools<={GRPC_VERSION}.'
@@ -36,33 +36,33 @@ class ControlStub:
         """
         self.GetServerInfo = channel.unary_unary(
                 '/tp_decoders.v1.Control/GetServerInfo',
-                request_serializer=cluster_dot_rpc_dot_proto_dot_control__pb2.GetServerInfoRequest.SerializeToString,
-                response_deserializer=cluster_dot_rpc_dot_proto_dot_control__pb2.ServerInfo.FromString,
+                request_serializer=tp__decoders_dot_protocol_dot_control__pb2.GetServerInfoRequest.SerializeToString,
+                response_deserializer=tp__decoders_dot_protocol_dot_control__pb2.ServerInfo.FromString,
                 _registered_method=True)
         self.GetModelInfo = channel.unary_unary(
                 '/tp_decoders.v1.Control/GetModelInfo',
-                request_serializer=cluster_dot_rpc_dot_proto_dot_control__pb2.GetModelInfoRequest.SerializeToString,
-                response_deserializer=cluster_dot_rpc_dot_proto_dot_control__pb2.ModelInfo.FromString,
+                request_serializer=tp__decoders_dot_protocol_dot_control__pb2.GetModelInfoRequest.SerializeToString,
+                response_deserializer=tp__decoders_dot_protocol_dot_control__pb2.ModelInfo.FromString,
                 _registered_method=True)
         self.GetLoad = channel.unary_unary(
                 '/tp_decoders.v1.Control/GetLoad',
-                request_serializer=cluster_dot_rpc_dot_proto_dot_control__pb2.GetLoadRequest.SerializeToString,
-                response_deserializer=cluster_dot_rpc_dot_proto_dot_control__pb2.Load.FromString,
+                request_serializer=tp__decoders_dot_protocol_dot_control__pb2.GetLoadRequest.SerializeToString,
+                response_deserializer=tp__decoders_dot_protocol_dot_control__pb2.Load.FromString,
                 _registered_method=True)
         self.Abort = channel.unary_unary(
                 '/tp_decoders.v1.Control/Abort',
-                request_serializer=cluster_dot_rpc_dot_proto_dot_control__pb2.AbortRequest.SerializeToString,
-                response_deserializer=cluster_dot_rpc_dot_proto_dot_control__pb2.AbortResponse.FromString,
+                request_serializer=tp__decoders_dot_protocol_dot_control__pb2.AbortRequest.SerializeToString,
+                response_deserializer=tp__decoders_dot_protocol_dot_control__pb2.AbortResponse.FromString,
                 _registered_method=True)
         self.Drain = channel.unary_unary(
                 '/tp_decoders.v1.Control/Drain',
-                request_serializer=cluster_dot_rpc_dot_proto_dot_control__pb2.DrainRequest.SerializeToString,
-                response_deserializer=cluster_dot_rpc_dot_proto_dot_control__pb2.DrainResponse.FromString,
+                request_serializer=tp__decoders_dot_protocol_dot_control__pb2.DrainRequest.SerializeToString,
+                response_deserializer=tp__decoders_dot_protocol_dot_control__pb2.DrainResponse.FromString,
                 _registered_method=True)
         self.Restart = channel.unary_unary(
                 '/tp_decoders.v1.Control/Restart',
-                request_serializer=cluster_dot_rpc_dot_proto_dot_control__pb2.RestartRequest.SerializeToString,
-                response_deserializer=cluster_dot_rpc_dot_proto_dot_control__pb2.RestartResponse.FromString,
+                request_serializer=tp__decoders_dot_protocol_dot_control__pb2.RestartRequest.SerializeToString,
+                response_deserializer=tp__decoders_dot_protocol_dot_control__pb2.RestartResponse.FromString,
                 _registered_method=True)
 
 
@@ -114,33 +114,33 @@ def add_ControlServicer_to_server(servicer, server):
     rpc_method_handlers = {
             'GetServerInfo': grpc.unary_unary_rpc_method_handler(
                     servicer.GetServerInfo,
-                    request_deserializer=cluster_dot_rpc_dot_proto_dot_control__pb2.GetServerInfoRequest.FromString,
-                    response_serializer=cluster_dot_rpc_dot_proto_dot_control__pb2.ServerInfo.SerializeToString,
+                    request_deserializer=tp__decoders_dot_protocol_dot_control__pb2.GetServerInfoRequest.FromString,
+                    response_serializer=tp__decoders_dot_protocol_dot_control__pb2.ServerInfo.SerializeToString,
             ),
             'GetModelInfo': grpc.unary_unary_rpc_method_handler(
                     servicer.GetModelInfo,
-                    request_deserializer=cluster_dot_rpc_dot_proto_dot_control__pb2.GetModelInfoRequest.FromString,
-                    response_serializer=cluster_dot_rpc_dot_proto_dot_control__pb2.ModelInfo.SerializeToString,
+                    request_deserializer=tp__decoders_dot_protocol_dot_control__pb2.GetModelInfoRequest.FromString,
+                    response_serializer=tp__decoders_dot_protocol_dot_control__pb2.ModelInfo.SerializeToString,
             ),
             'GetLoad': grpc.unary_unary_rpc_method_handler(
                     servicer.GetLoad,
-                    request_deserializer=cluster_dot_rpc_dot_proto_dot_control__pb2.GetLoadRequest.FromString,
-                    response_serializer=cluster_dot_rpc_dot_proto_dot_control__pb2.Load.SerializeToString,
+                    request_deserializer=tp__decoders_dot_protocol_dot_control__pb2.GetLoadRequest.FromString,
+                    response_serializer=tp__decoders_dot_protocol_dot_control__pb2.Load.SerializeToString,
             ),
             'Abort': grpc.unary_unary_rpc_method_handler(
                     servicer.Abort,
-                    request_deserializer=cluster_dot_rpc_dot_proto_dot_control__pb2.AbortRequest.FromString,
-                    response_serializer=cluster_dot_rpc_dot_proto_dot_control__pb2.AbortResponse.SerializeToString,
+                    request_deserializer=tp__decoders_dot_protocol_dot_control__pb2.AbortRequest.FromString,
+                    response_serializer=tp__decoders_dot_protocol_dot_control__pb2.AbortResponse.SerializeToString,
             ),
             'Drain': grpc.unary_unary_rpc_method_handler(
                     servicer.Drain,
-                    request_deserializer=cluster_dot_rpc_dot_proto_dot_control__pb2.DrainRequest.FromString,
-                    response_serializer=cluster_dot_rpc_dot_proto_dot_control__pb2.DrainResponse.SerializeToString,
+                    request_deserializer=tp__decoders_dot_protocol_dot_control__pb2.DrainRequest.FromString,
+                    response_serializer=tp__decoders_dot_protocol_dot_control__pb2.DrainResponse.SerializeToString,
             ),
             'Restart': grpc.unary_unary_rpc_method_handler(
                     servicer.Restart,
-                    request_deserializer=cluster_dot_rpc_dot_proto_dot_control__pb2.RestartRequest.FromString,
-                    response_serializer=cluster_dot_rpc_dot_proto_dot_control__pb2.RestartResponse.SerializeToString,
+                    request_deserializer=tp__decoders_dot_protocol_dot_control__pb2.RestartRequest.FromString,
+                    response_serializer=tp__decoders_dot_protocol_dot_control__pb2.RestartResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -168,8 +168,8 @@ class Control:
             request,
             target,
             '/tp_decoders.v1.Control/GetServerInfo',
-            cluster_dot_rpc_dot_proto_dot_control__pb2.GetServerInfoRequest.SerializeToString,
-            cluster_dot_rpc_dot_proto_dot_control__pb2.ServerInfo.FromString,
+            tp__decoders_dot_protocol_dot_control__pb2.GetServerInfoRequest.SerializeToString,
+            tp__decoders_dot_protocol_dot_control__pb2.ServerInfo.FromString,
             options,
             channel_credentials,
             insecure,
@@ -195,8 +195,8 @@ class Control:
             request,
             target,
             '/tp_decoders.v1.Control/GetModelInfo',
-            cluster_dot_rpc_dot_proto_dot_control__pb2.GetModelInfoRequest.SerializeToString,
-            cluster_dot_rpc_dot_proto_dot_control__pb2.ModelInfo.FromString,
+            tp__decoders_dot_protocol_dot_control__pb2.GetModelInfoRequest.SerializeToString,
+            tp__decoders_dot_protocol_dot_control__pb2.ModelInfo.FromString,
             options,
             channel_credentials,
             insecure,
@@ -222,8 +222,8 @@ class Control:
             request,
             target,
             '/tp_decoders.v1.Control/GetLoad',
-            cluster_dot_rpc_dot_proto_dot_control__pb2.GetLoadRequest.SerializeToString,
-            cluster_dot_rpc_dot_proto_dot_control__pb2.Load.FromString,
+            tp__decoders_dot_protocol_dot_control__pb2.GetLoadRequest.SerializeToString,
+            tp__decoders_dot_protocol_dot_control__pb2.Load.FromString,
             options,
             channel_credentials,
             insecure,
@@ -249,8 +249,8 @@ class Control:
             request,
             target,
             '/tp_decoders.v1.Control/Abort',
-            cluster_dot_rpc_dot_proto_dot_control__pb2.AbortRequest.SerializeToString,
-            cluster_dot_rpc_dot_proto_dot_control__pb2.AbortResponse.FromString,
+            tp__decoders_dot_protocol_dot_control__pb2.AbortRequest.SerializeToString,
+            tp__decoders_dot_protocol_dot_control__pb2.AbortResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -276,8 +276,8 @@ class Control:
             request,
             target,
             '/tp_decoders.v1.Control/Drain',
-            cluster_dot_rpc_dot_proto_dot_control__pb2.DrainRequest.SerializeToString,
-            cluster_dot_rpc_dot_proto_dot_control__pb2.DrainResponse.FromString,
+            tp__decoders_dot_protocol_dot_control__pb2.DrainRequest.SerializeToString,
+            tp__decoders_dot_protocol_dot_control__pb2.DrainResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -303,8 +303,8 @@ class Control:
             request,
             target,
             '/tp_decoders.v1.Control/Restart',
-            cluster_dot_rpc_dot_proto_dot_control__pb2.RestartRequest.SerializeToString,
-            cluster_dot_rpc_dot_proto_dot_control__pb2.RestartResponse.FromString,
+            tp__decoders_dot_protocol_dot_control__pb2.RestartRequest.SerializeToString,
+            tp__decoders_dot_protocol_dot_control__pb2.RestartResponse.FromString,
             options,
             channel_credentials,
             insecure,

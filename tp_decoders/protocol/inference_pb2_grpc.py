@@ -3,7 +3,7 @@
 import grpc
 import warnings
 
-from cluster.rpc.proto import inference_pb2 as cluster_dot_rpc_dot_proto_dot_inference__pb2
+from tp_decoders.protocol import inference_pb2 as tp__decoders_dot_protocol_dot_inference__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
 GRPC_VERSION = grpc.__version__
@@ -18,7 +18,7 @@ except ImportError:
 if _version_not_supported:
     raise RuntimeError(
         f'The grpc package installed is at version {GRPC_VERSION},'
-        + ' but the generated code in cluster/rpc/proto/inference_pb2_grpc.py depends on'
+        + ' but the generated code in tp_decoders/protocol/inference_pb2_grpc.py depends on'
         + f' grpcio>={GRPC_GENERATED_VERSION}.'
         + f' Please upgrade your grpc module to grpcio>={GRPC_GENERATED_VERSION}'
         + f' or downgrade your generated code using grpcio-tools<={GRPC_VERSION}.'
@@ -36,38 +36,38 @@ class InferenceStub:
         """
         self.Generate = channel.unary_unary(
                 '/tp_decoders.v1.Inference/Generate',
-                request_serializer=cluster_dot_rpc_dot_proto_dot_inference__pb2.GenerateRequest.SerializeToString,
-                response_deserializer=cluster_dot_rpc_dot_proto_dot_inference__pb2.GenerateResponse.FromString,
+                request_serializer=tp__decoders_dot_protocol_dot_inference__pb2.GenerateRequest.SerializeToString,
+                response_deserializer=tp__decoders_dot_protocol_dot_inference__pb2.GenerateResponse.FromString,
                 _registered_method=True)
         self.GenerateStream = channel.unary_stream(
                 '/tp_decoders.v1.Inference/GenerateStream',
-                request_serializer=cluster_dot_rpc_dot_proto_dot_inference__pb2.GenerateRequest.SerializeToString,
-                response_deserializer=cluster_dot_rpc_dot_proto_dot_inference__pb2.GenerateChunk.FromString,
+                request_serializer=tp__decoders_dot_protocol_dot_inference__pb2.GenerateRequest.SerializeToString,
+                response_deserializer=tp__decoders_dot_protocol_dot_inference__pb2.GenerateChunk.FromString,
                 _registered_method=True)
         self.Score = channel.unary_unary(
                 '/tp_decoders.v1.Inference/Score',
-                request_serializer=cluster_dot_rpc_dot_proto_dot_inference__pb2.ScoreRequest.SerializeToString,
-                response_deserializer=cluster_dot_rpc_dot_proto_dot_inference__pb2.ScoreResponse.FromString,
+                request_serializer=tp__decoders_dot_protocol_dot_inference__pb2.ScoreRequest.SerializeToString,
+                response_deserializer=tp__decoders_dot_protocol_dot_inference__pb2.ScoreResponse.FromString,
                 _registered_method=True)
         self.Classify = channel.unary_unary(
                 '/tp_decoders.v1.Inference/Classify',
-                request_serializer=cluster_dot_rpc_dot_proto_dot_inference__pb2.ClassifyRequest.SerializeToString,
-                response_deserializer=cluster_dot_rpc_dot_proto_dot_inference__pb2.ClassifyResponse.FromString,
+                request_serializer=tp__decoders_dot_protocol_dot_inference__pb2.ClassifyRequest.SerializeToString,
+                response_deserializer=tp__decoders_dot_protocol_dot_inference__pb2.ClassifyResponse.FromString,
                 _registered_method=True)
         self.Embed = channel.unary_unary(
                 '/tp_decoders.v1.Inference/Embed',
-                request_serializer=cluster_dot_rpc_dot_proto_dot_inference__pb2.EmbedRequest.SerializeToString,
-                response_deserializer=cluster_dot_rpc_dot_proto_dot_inference__pb2.EmbedResponse.FromString,
+                request_serializer=tp__decoders_dot_protocol_dot_inference__pb2.EmbedRequest.SerializeToString,
+                response_deserializer=tp__decoders_dot_protocol_dot_inference__pb2.EmbedResponse.FromString,
                 _registered_method=True)
         self.Tokenize = channel.unary_unary(
                 '/tp_decoders.v1.Inference/Tokenize',
-                request_serializer=cluster_dot_rpc_dot_proto_dot_inference__pb2.TokenizeRequest.SerializeToString,
-                response_deserializer=cluster_dot_rpc_dot_proto_dot_inference__pb2.TokenizeResponse.FromString,
+                request_serializer=tp__decoders_dot_protocol_dot_inference__pb2.TokenizeRequest.SerializeToString,
+                response_deserializer=tp__decoders_dot_protocol_dot_inference__pb2.TokenizeResponse.FromString,
                 _registered_method=True)
         self.Detokenize = channel.unary_unary(
                 '/tp_decoders.v1.Inference/Detokenize',
-                request_serializer=cluster_dot_rpc_dot_proto_dot_inference__pb2.DetokenizeRequest.SerializeToString,
-                response_deserializer=cluster_dot_rpc_dot_proto_dot_inference__pb2.DetokenizeResponse.FromString,
+                request_serializer=tp__decoders_dot_protocol_dot_inference__pb2.DetokenizeRequest.SerializeToString,
+                response_deserializer=tp__decoders_dot_protocol_dot_inference__pb2.DetokenizeResponse.FromString,
                 _registered_method=True)
 
 
@@ -127,38 +127,38 @@ def add_InferenceServicer_to_server(servicer, server):
     rpc_method_handlers = {
             'Generate': grpc.unary_unary_rpc_method_handler(
                     servicer.Generate,
-                    request_deserializer=cluster_dot_rpc_dot_proto_dot_inference__pb2.GenerateRequest.FromString,
-                    response_serializer=cluster_dot_rpc_dot_proto_dot_inference__pb2.GenerateResponse.SerializeToString,
+                    request_deserializer=tp__decoders_dot_protocol_dot_inference__pb2.GenerateRequest.FromString,
+                    response_serializer=tp__decoders_dot_protocol_dot_inference__pb2.GenerateResponse.SerializeToString,
             ),
             'GenerateStream': grpc.unary_stream_rpc_method_handler(
                     servicer.GenerateStream,
-                    request_deserializer=cluster_dot_rpc_dot_proto_dot_inference__pb2.GenerateRequest.FromString,
-                    response_serializer=cluster_dot_rpc_dot_proto_dot_inference__pb2.GenerateChunk.SerializeToString,
+                    request_deserializer=tp__decoders_dot_protocol_dot_inference__pb2.GenerateRequest.FromString,
+                    response_serializer=tp__decoders_dot_protocol_dot_inference__pb2.GenerateChunk.SerializeToString,
             ),
             'Score': grpc.unary_unary_rpc_method_handler(
                     servicer.Score,
-                    request_deserializer=cluster_dot_rpc_dot_proto_dot_inference__pb2.ScoreRequest.FromString,
-                    response_serializer=cluster_dot_rpc_dot_proto_dot_inference__pb2.ScoreResponse.SerializeToString,
+                    request_deserializer=tp__decoders_dot_protocol_dot_inference__pb2.ScoreRequest.FromString,
+                    response_serializer=tp__decoders_dot_protocol_dot_inference__pb2.ScoreResponse.SerializeToString,
             ),
             'Classify': grpc.unary_unary_rpc_method_handler(
                     servicer.Classify,
-                    request_deserializer=cluster_dot_rpc_dot_proto_dot_inference__pb2.ClassifyRequest.FromString,
-                    response_serializer=cluster_dot_rpc_dot_proto_dot_inference__pb2.ClassifyResponse.SerializeToString,
+                    request_deserializer=tp__decoders_dot_protocol_dot_inference__pb2.ClassifyRequest.FromString,
+                    response_serializer=tp__decoders_dot_protocol_dot_inference__pb2.ClassifyResponse.SerializeToString,
             ),
             'Embed': grpc.unary_unary_rpc_method_handler(
                     servicer.Embed,
-                    request_deserializer=cluster_dot_rpc_dot_proto_dot_inference__pb2.EmbedRequest.FromString,
-                    response_serializer=cluster_dot_rpc_dot_proto_dot_inference__pb2.EmbedResponse.SerializeToString,
+                    request_deserializer=tp__decoders_dot_protocol_dot_inference__pb2.EmbedRequest.FromString,
+                    response_serializer=tp__decoders_dot_protocol_dot_inference__pb2.EmbedResponse.SerializeToString,
             ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Tokenize,
-                    request_deserializer=cluster_dot_rpc_dot_proto_dot_inference__pb2.TokenizeRequest.FromString,
-                    response_serializer=cluster_dot_rpc_dot_proto_dot_inference__pb2.TokenizeResponse.SerializeToString,
+                    request_deserializer=tp__decoders_dot_protocol_dot_inference__pb2.TokenizeRequest.FromString,
+                    response_serializer=tp__decoders_dot_protocol_dot_inference__pb2.TokenizeResponse.SerializeToString,
             ),
             'Detokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Detokenize,
-                    request_deserializer=cluster_dot_rpc_dot_proto_dot_inference__pb2.DetokenizeRequest.FromString,
-                    response_serializer=cluster_dot_rpc_dot_proto_dot_inference__pb2.DetokenizeResponse.SerializeToString,
+                    request_deserializer=tp__decoders_dot_protocol_dot_inference__pb2.DetokenizeRequest.FromString,
+                    response_serializer=tp__decoders_dot_protocol_dot_inference__pb2.DetokenizeResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -186,8 +186,8 @@ class Inference:
             request,
             target,
             '/tp_decoders.v1.Inference/Generate',
-            cluster_dot_rpc_dot_proto_dot_inference__pb2.GenerateRequest.SerializeToString,
-            cluster_dot_rpc_dot_proto_dot_inference__pb2.GenerateResponse.FromString,
+            tp__decoders_dot_protocol_dot_inference__pb2.GenerateRequest.SerializeToString,
+            tp__decoders_dot_protocol_dot_inference__pb2.GenerateResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -213,8 +213,8 @@ class Inference:
             request,
             target,
             '/tp_decoders.v1.Inference/GenerateStream',
-            cluster_dot_rpc_dot_proto_dot_inference__pb2.GenerateRequest.SerializeToString,
-            cluster_dot_rpc_dot_proto_dot_inference__pb2.GenerateChunk.FromString,
+            tp__decoders_dot_protocol_dot_inference__pb2.GenerateRequest.SerializeToString,
+            tp__decoders_dot_protocol_dot_inference__pb2.GenerateChunk.FromString,
             options,
             channel_credentials,
             insecure,
@@ -240,8 +240,8 @@ class Inference:
             request,
             target,
             '/tp_decoders.v1.Inference/Score',
-            cluster_dot_rpc_dot_proto_dot_inference__pb2.ScoreRequest.SerializeToString,
-            cluster_dot_rpc_dot_proto_dot_inference__pb2.ScoreResponse.FromString,
+            tp__decoders_dot_protocol_dot_inference__pb2.ScoreRequest.SerializeToString,
+            tp__decoders_dot_protocol_dot_inference__pb2.ScoreResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -267,8 +267,8 @@ class Inference:
             request,
             target,
             '/tp_decoders.v1.Inference/Classify',
-            cluster_dot_rpc_dot_proto_dot_inference__pb2.ClassifyRequest.SerializeToString,
-            cluster_dot_rpc_dot_proto_dot_inference__pb2.ClassifyResponse.FromString,
+            tp__decoders_dot_protocol_dot_inference__pb2.ClassifyRequest.SerializeToString,
+            tp__decoders_dot_protocol_dot_inference__pb2.ClassifyResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -294,8 +294,8 @@ class Inference:
             request,
             target,
             '/tp_decoders.v1.Inference/Embed',
-            cluster_dot_rpc_dot_proto_dot_inference__pb2.EmbedRequest.SerializeToString,
-            cluster_dot_rpc_dot_proto_dot_inference__pb2.EmbedResponse.FromString,
+            tp__decoders_dot_protocol_dot_inference__pb2.EmbedRequest.SerializeToString,
+            tp__decoders_dot_protocol_dot_inference__pb2.EmbedResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -321,8 +321,8 @@ class Inference:
             request,
             target,
             '/tp_decoders.v1.Inference/Tokenize',
-            cluster_dot_rpc_dot_proto_dot_inference__pb2.TokenizeRequest.SerializeToString,
-            cluster_dot_rpc_dot_proto_dot_inference__pb2.TokenizeResponse.FromString,
+            tp__decoders_dot_protocol_dot_inference__pb2.TokenizeRequest.SerializeToString,
+            tp__decoders_dot_protocol_dot_inference__pb2.TokenizeResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -348,8 +348,8 @@ class Inference:
             request,
             target,
             '/tp_decoders.v1.Inference/Detokenize',
-            cluster_dot_rpc_dot_proto_dot_inference__pb2.DetokenizeRequest.SerializeToString,
-            cluster_dot_rpc_dot_proto_dot_inference__pb2.DetokenizeResponse.FromString,
+            tp__decoders_dot_protocol_dot_inference__pb2.DetokenizeRequest.SerializeToString,
+            tp__decoders_dot_protocol_dot_inference__pb2.DetokenizeResponse.FromString,
             options,
             channel_credentials,
             insecure,
