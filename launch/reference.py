@@ -20,14 +20,19 @@ from unittest.mock import patch
 from cluster.training.data.corpus.sources import KINDS
 from launch.main import COMMANDS, parser_of
 from launch.source_map import source_map
+from parallel.native.compiled import instruction_set
 
 WIDTH = 100
-SETTINGS = """# Settings
+ISA = f"`{instruction_set.VARIABLE}`, one of {', '.join(instruction_set.NAMES)}"
+SETTINGS = f"""# Settings
 
 Printed from the code (`python -m launch.reference settings > docs/settings.md`). Every setting of `tp-decoders serve`
 and `tp-decoders train` can stand in a preset (YAML, strict: what is unknown is refused) and on the command line as
 `name.name=value`, anywhere among the options. Values are read as YAML 1.2 reads them: `1e-3` is a number, `null` is
 none, `[a, b]` is a list. Later ones win: presets, then flags, then overrides.
+
+The environment forces the CPU kernels' instruction set by {ISA}:
+see [numerics.md](numerics.md#instruction-sets).
 """
 CORPUS = """
 ## What a corpus may be

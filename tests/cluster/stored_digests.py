@@ -1,6 +1,7 @@
 """The bits of the six families, as digests: of what a forward, greedy generation and training give.
 
     python -m tests.cluster.stored_digests            prints them as JSON
+    python -m tests.cluster.stored_digests --dtypes bfloat16
     python -m tests.cluster.stored_digests --write    rewrites tests/data/digests.json, after a change that is meant
 
 Run at a change of numerics only, and say so in its message: the file is what every machine is held to.
@@ -13,6 +14,7 @@ import hashlib
 import json
 import struct
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -28,13 +30,13 @@ NEW_TOKENS, STEPS = 50, 20
 Digests = dict[str, dict[str, str]]
 
 
-def digests() -> Digests:
+def digests(dtypes: Iterable[str] = DTYPES) -> Digests:
     """By family and type, of each thing computed."""
     with tempfile.TemporaryDirectory() as folder:
         return {
-            f"{family} {name}": _digests(exact_model(family, Path(folder, family), dtype))
+            f"{family} {name}": _digests(exact_model(family, Path(folder, family), DTYPES[name]))
             for family in CONFIGS
-            for name, dtype in DTYPES.items()
+            for name in dtypes
         }
 
 
@@ -67,13 +69,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="rewrite the file")
     parser.add_argument("--flags", default="", help="for the kernels' compiler, such as --flags=-O1")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="of these, without --write")
     given = parser.parse_args()
     library.configure(flags=given.flags.split())
-    text = json.dumps(digests(), indent=1)
     if given.write:
-        FILE.write_text(text + "\n")
+        FILE.write_text(json.dumps(digests(), indent=1) + "\n")
     else:
-        print(text)
+        print(json.dumps(digests(given.dtypes), indent=1))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from parallel.native.compiled import instruction_set
-from tests.cluster.stored_digests import digests, stored
+from tests.cluster.stored_digests import Digests, digests, stored
 from tests.native_kernels import kernels_or_skip
 from tests.parallel.native import variants
 
@@ -33,10 +33,22 @@ def test_this_machine_computes_what_is_stored() -> None:
     assert digests() == stored()
 
 
-def test_lesser_instructions_compute_what_is_stored() -> None:
-    command = [sys.executable, "-m", "tests.cluster.stored_digests", f"--flags={' '.join(variants.FLAGS)}"]
+def under(environment: dict[str, str], *arguments: str) -> Digests:
+    """What a process of its own computes."""
+    flags = f"--flags={' '.join(variants.FLAGS)}"
     done = subprocess.run(
-        command, capture_output=True, text=True, check=False, timeout=600, env={**os.environ, **LESSER}
-    )
+        [sys.executable, "-m", "tests.cluster.stored_digests", flags, *arguments],
+        capture_output=True, text=True, check=False, timeout=600, env={**os.environ, **environment},
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == stored()
+    found: Digests = json.loads(done.stdout)
+    return found
+
+
+def test_lesser_instructions_compute_what_is_stored() -> None:
+    assert under(LESSER) == stored()
+
+
+def test_tiles_compute_what_is_stored() -> None:
+    tiled = under({instruction_set.VARIABLE: instruction_set.EMULATED}, "--dtypes", "bfloat16")  # no others use them
+    assert tiled == {name: found for name, found in stored().items() if name.endswith(" bfloat16")}

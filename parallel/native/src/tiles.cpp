@@ -131,6 +131,4 @@ int tiles_enable(char* reason, int64_t size) {
   if (!tiles::on) tiles::on = tiles::allowed(reason, static_cast<size_t>(size));
   return tiles::on;
 }
-void tiles_disable() { tiles::on = false; }
-int tiles_enabled() { return tiles::enabled(); }
 }

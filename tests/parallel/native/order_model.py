@@ -42,10 +42,19 @@ def node(leaves: list[np.ndarray]) -> np.ndarray:
     return node(leaves[:middle]) + node(leaves[middle:])
 
 
+def halves(borders: tuple[int, ...]) -> list[tuple[int, int]]:
+    """The leaves of the whole tree, and of the two under its root."""
+    leaves = len(borders) - 1
+    middle = (leaves + 1) // 2
+    return [(0, leaves), *([(0, middle), (middle, leaves)] if leaves > 1 else [])]
+
+
 def model(x: Tensor, w: Tensor, borders: tuple[int, ...]) -> Tensor:
+    """[1 or 3, M, N]: the roots of `halves`."""
     a, b = x.float().numpy(), w.float().numpy()
     with np.errstate(all="ignore"):
-        return torch.from_numpy(node([leaf(a[:, lo:hi], b[:, lo:hi]) for lo, hi in itertools.pairwise(borders)]))
+        leaves = [leaf(a[:, lo:hi], b[:, lo:hi]) for lo, hi in itertools.pairwise(borders)]
+        return torch.from_numpy(np.stack([node(leaves[lo:hi]) for lo, hi in halves(borders)]))
 
 
 def drawn(rows: int, k: int, seed: int, least: int, most: int) -> Tensor:
@@ -62,12 +71,13 @@ def cases() -> list[tuple[Tensor, Tensor, tuple[int, ...]]]:
         [
             (1, 70, odd, ordinary), (2, 65, (0, 96), ordinary), (7, 130, odd, tiny), (13, 5, (0, 32, 64, 97), (0, 2)),
             (70, 33, (0, 40, 80, 120, 160), ordinary), (3, 64, (0, 64), (0, 256)), (5, 20, (0, 1), (60, 66)),
+            (41, 33, (0, 9, 41, 77), (0, 256)), (35, 30, odd, tiny),
         ]
     ):  # fmt: skip
         k = borders[-1]
         other = (127, 128) if exponents == (0, 2) else exponents
         found.append((drawn(m, k, seed, *exponents), drawn(n, k, seed + 100, *other), borders))
-    zeros = torch.full((4, 50), -0.0, dtype=torch.bfloat16)
+    zeros = torch.full((40, 50), -0.0, dtype=torch.bfloat16)
     return [*found, (zeros, drawn(70, 50, 9, *ordinary), (0, 50))]
 
 
@@ -80,20 +90,22 @@ def same(got: Tensor, want: Tensor) -> bool:
 
 
 def check() -> None:
-    """Every case equals the model, at every number of rows and on two threads, and packed weights come back whole."""
+    """Every case equals the model, at any number of rows, on two threads, by several roots; packed weights unpack."""
     from parallel.native.compiled import library
-    from parallel.native.gemm import Source, product
+    from parallel.native.gemm import Source, nodes, product
     from parallel.native.packed_weight import PackedMatrix
 
     for number, (x, w, borders) in enumerate(cases()):
-        packed, want = PackedMatrix.pack(w, borders), model(x, w, borders)
+        packed, (want, *parts) = PackedMatrix.pack(w, borders), model(x, w, borders)
         assert torch.equal(packed.unpack().view(torch.int16), w.view(torch.int16)), number
         for threads in (1, 2):
             library.set_threads(threads)
-            for rows in sorted({1, 2, 3, 4, 5, 6, 17, x.shape[0]}):
+            for rows in range(1, x.shape[0] + 1):
                 got = product([Source(x[:rows], packed, borders)], out_dtype=F32)
                 assert same(got, want[:rows]), (number, threads, rows)
         assert same(product([Source(x.t().contiguous().t(), packed, borders)], out_dtype=F32), want), number
+        for part, got in zip(parts, nodes([Source(x, packed, borders)], halves(borders)[1:]), strict=True):
+            assert same(got, part), number
     x, w = torch.randn(50, 301), torch.randn(70, 301)
     packed = PackedMatrix.pack(w)
     assert torch.equal(packed.unpack(), w)
