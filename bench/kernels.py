@@ -115,7 +115,7 @@ def main() -> None:
     configure(threads=args.threads)
     dtype = getattr(torch, args.dtype)
     peak = peak_gflops(dtype == torch.bfloat16, args.threads)
-    print(f"{args.dtype}, {args.threads} threads, kernels {in_use()}, peak of multiply-adds {peak:.0f} GFLOP/s")
+    print(f"{args.dtype}, {args.threads} threads, kernels {in_use()}, peak of a loop on registers {peak:.0f} GFLOP/s")
     with torch.inference_mode():
         for shape in args.shapes:
             measure(shape, dtype, args.rows, args.leaves, args.budget, args.only)
