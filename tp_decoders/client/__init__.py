@@ -1,5 +1,6 @@
 """A client of the server over gRPC, blocking and asynchronous, with typed answers: docs/client.md. Imports neither
-torch nor ray nor what serves and trains: only grpcio with its health checks, googleapis-common-protos and protobuf.
+torch nor ray nor what serves and trains, and is installed without them by the pyproject.toml beside this file: only
+grpcio with its health checks, googleapis-common-protos and protobuf come along.
 """
 
 from tp_decoders.access.access import Access
