@@ -70,7 +70,8 @@ def _keep(rows_RV: Tensor, places: list[int], floor: Tensor) -> None:
 def top_k_floor(rows_RV: Tensor, counts: list[int]) -> Tensor:
     """[R] the k-th largest value of each row."""
     largest = top_values(rows_RV, max(counts))
-    return largest[torch.arange(len(counts)), torch.tensor(counts) - 1]
+    last_R1 = torch.tensor(counts, device=rows_RV.device)[:, None] - 1
+    return largest.gather(1, last_R1)[:, 0]
 
 
 def top_p_floor(rows_RV: Tensor, shares: list[float]) -> Tensor:
