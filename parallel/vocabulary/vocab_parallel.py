@@ -124,7 +124,7 @@ class VocabHead(nn.Module):
         pairs = torch.stack([values, (ids + start).float()], 1)  # ids are exact in float32 below 2^24
         everyone = self.group.talk.all_gather(pairs, [rows] * self.group.size, 0).view(self.group.size, rows, 2)
         best, owner = everyone[:, :, 0].max(0)
-        return Best(everyone[owner, torch.arange(rows), 1].long(), best)
+        return Best(everyone[owner, torch.arange(rows, device=owner.device), 1].long(), best)
 
     def log_probs(self, logits_local: Tensor, targets_T: Tensor, temperature: float = 1.0) -> Tensor:
         """[T] float32 log-probability of each row's target, on every rank."""

@@ -59,4 +59,5 @@ def test_a_greedy_step_waits_twice_and_no_index_is_left_on_the_cpu(
 ) -> None:
     found = families[family]
     assert found["greedy"][1]["waits"] <= GREEDY_WAITS and found["flash"]["waits"] <= GREEDY_WAITS
+    assert found["one_of_two"] <= GREEDY_WAITS, "on a rank of two"
     assert found["cpu_indices"] == {}

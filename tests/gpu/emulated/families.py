@@ -16,7 +16,7 @@ guard.load()
 
 import torch  # noqa: E402
 
-from tests.gpu.emulated.device import Emulation, host, install  # noqa: E402
+from tests.gpu.emulated.device import CUDA, Emulation, host, install  # noqa: E402
 
 install()
 
@@ -28,6 +28,7 @@ from cluster.training.step.train_batch import TrainBatch  # noqa: E402
 from cluster.training.step.trainer import Trainer, TrainerConfig  # noqa: E402
 from parallel.ranks.group import Group  # noqa: E402
 from parallel.ranks.mesh import Groups  # noqa: E402
+from parallel.ranks.process_group import Channels, TorchComm  # noqa: E402
 from tests.gpu.emulated.tiny_configs import CONFIGS, VOCAB  # noqa: E402
 from tp_decoders.checkpoint.load_save import build, initialise  # noqa: E402
 from tp_decoders.padded.padded_model import PaddedModel  # noqa: E402
@@ -39,16 +40,16 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def model(family: str, device: str, dtype: torch.dtype = torch.float32) -> Any:
-    return initialise(build(config_from_hf(dict(CONFIGS[family])), Group.single("fast"), dtype, device))
+def model(family: str, device: str, dtype: torch.dtype = torch.float32, group: Group | None = None) -> Any:
+    return initialise(build(config_from_hf(dict(CONFIGS[family])), group or Group.single("fast"), dtype, device))
 
 
 def tokens(family: str, device: str, kind: str, emulation: Emulation, dtype: torch.dtype = torch.float32,
-           block: int = 16) -> dict[str, Any]:  # fmt: skip
+           block: int = 16, group: Group | None = None) -> dict[str, Any]:  # fmt: skip
     """What three prompts of unlike lengths are answered, and the most waits and copies of a decode step."""
     blocks = 32 if block == 16 else 8
     config = EngineConfig(kv_blocks=blocks, max_step_tokens=48, max_sequences=4, block_size=block)
-    runner = build_runner(model(family, device, dtype), config, 0)
+    runner = build_runner(model(family, device, dtype, group), config, 0)
     run, waits, copies = runner.run, [], []
 
     def counted(plan: Any) -> Any:
@@ -74,8 +75,30 @@ def tokens(family: str, device: str, kind: str, emulation: Emulation, dtype: tor
     return {"ids": ids, "waits": max(waits), "copies": max(copies), "backend": runner.backend.name}
 
 
-def trained(family: str, device: str) -> tuple[list[float], list[torch.Tensor]]:
-    """Loss and norm of two AdamW steps with dropout, and the gradients of the first."""
+class Echo:
+    """In nccl's place: every peer has what this rank has. Values are no model's; devices and counts are."""
+
+    def allreduce(self, tensors: list[torch.Tensor], *options: Any) -> Echo:
+        return self
+
+    def _allgather_base(self, out: torch.Tensor, x: torch.Tensor, *options: Any) -> Echo:
+        out.view(-1, x.numel()).copy_(x.reshape(1, -1).expand(out.numel() // x.numel(), -1))
+        return self
+
+    def wait(self, *limit: Any) -> bool:
+        return True
+
+
+def one_of_two(family: str, emulation: Emulation) -> int:
+    """The most waits of a greedy decode step on rank 0 of two."""
+    store: Any = None
+    channels = Channels(data=Echo(), control=None, store=store, device=CUDA, verify=False)
+    group = Group(0, 2, TorchComm(0, 2, channels), "invariant")
+    return tokens(family, "cuda:0", "greedy", emulation, group=group)["waits"]
+
+
+def trained(family: str, device: str, emulation: Emulation) -> tuple[list[float], list[torch.Tensor], int]:
+    """Loss and norm of two AdamW steps with dropout, the gradients of the first, and an update's waits."""
     trainer = Trainer(
         made := model(family, device), Groups(Group.single(), Group.single()), TrainerConfig(micro_batch_tokens=64)
     )
@@ -84,14 +107,16 @@ def trained(family: str, device: str) -> tuple[list[float], list[torch.Tensor]]:
         token_ids=ids.to(device), targets=torch.roll(ids, -1).to(device), weights=torch.ones(96).to(device),
         lengths=(32, 40, 24), normaliser=96.0,
     )  # fmt: skip
-    numbers, grads = [], []
+    numbers, grads, waits = [], [], 0
     for step in range(2):
         numbers.append(trainer.forward_backward(batch, dropout_seed=5).loss)
         if step == 0:
             grads = [host(p.grad).clone() for p in made.parameters() if p.grad is not None]
             grads = grads or [host(flat.grad).clone() for flat in trainer.optimizer.flats]
+        emulation.clear()
         numbers.append(trainer.optim_step(1e-3).grad_norm)
-    return numbers, grads
+        waits = sum(emulation.waits.values())
+    return numbers, grads, waits
 
 
 def padded(family: str, device: str) -> list[torch.Tensor]:
@@ -119,10 +144,12 @@ def compared(family: str, emulation: Emulation) -> dict[str, Any]:
         found[kind] = [tokens(family, device, kind, emulation) for device in ("cpu", "cuda:0")]
     found["flash"] = tokens(family, "cuda:0", "greedy", emulation, torch.bfloat16, 256)
     emulation.clear()
-    (ours, our_grads), (theirs, their_grads) = trained(family, "cuda:0"), trained(family, "cpu")
+    ours, our_grads, found["update_waits"] = trained(family, "cuda:0", emulation)
+    theirs, their_grads, _ = trained(family, "cpu", emulation)
     found["numbers"] = [ours, theirs]
     found["gradients"] = worst(our_grads, their_grads)
     found["padded"] = worst(padded(family, "cuda:0"), padded(family, "cpu"))
+    found["one_of_two"] = one_of_two(family, emulation)
     found["cpu_indices"] = dict(emulation.cpu_indices)
     return found
 
