@@ -18,6 +18,8 @@ from tests.gpu.emulated.tiny_configs import CONFIGS
 ROOT = Path(__file__).resolve().parents[2]
 GREEDY_WAITS = 2
 """The ids and their logits, read by the host."""
+UPDATE_WAITS = 1
+"""The gradient's norm."""
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +52,7 @@ def test_a_family_trains_on_emulated_cuda_as_on_the_cpu(families: dict[str, dict
     cuda, cpu = found["numbers"]
     assert cuda == pytest.approx(cpu, rel=1e-4), "loss and gradient norm of two steps with dropout"
     assert found["gradients"] < 1e-4
+    assert found["update_waits"] <= UPDATE_WAITS
     assert found["padded"] < 1e-4, "loss and gradients of a padded call"
 
 
