@@ -131,6 +131,8 @@ def connect(
             f"transport {wiring.transport!r} does not serve device {wiring.device}; "
             "choose 'auto', or 'nccl' for cuda, or 'shm' or 'gloo' for cpu"
         )
+    if wiring.device.type == "cuda" and wiring.device.index is None:
+        raise ConfigError(f"device {wiring.device} names no GPU, and a rank has one; give its index: cuda:0")
     if size == 1:
         return Group.single(numerics)
     store.set_timeout(timedelta(seconds=wiring.start_timeout_s))

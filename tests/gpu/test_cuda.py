@@ -82,7 +82,7 @@ def test_an_nccl_group_of_one_sums_and_gathers() -> None:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     store = torch.distributed.TCPStore("127.0.0.1", port, 1, True)
-    comm = mesh._torch_comm(store, 0, 1, mesh.Wiring(device=torch.device("cuda")))
+    comm = mesh._torch_comm(store, 0, 1, mesh.Wiring(device=torch.device("cuda", 0)))
     x = torch.randn(5, 3, device="cuda")
     assert torch.equal(comm.sum(x), x)
     assert torch.equal(comm.all_gather(x, [3], 1), x)

@@ -70,6 +70,8 @@ def test_a_transport_that_does_not_serve_the_device_is_refused() -> None:
         mesh.connect(dist.HashStore(), 0, 2, replace(WIRING, transport="nccl"))
     with pytest.raises(ConfigError, match="transport 'shm' does not serve device cuda"):
         mesh.connect(dist.HashStore(), 0, 2, replace(WIRING, transport="shm", device=torch.device("cuda")))
+    with pytest.raises(ConfigError, match="device cuda names no GPU, and a rank has one; give its index: cuda:0"):
+        mesh.connect(dist.HashStore(), 0, 2, replace(WIRING, device=torch.device("cuda")))
 
 
 def layout(group: Group, address: str, tp: int, dp: int) -> tuple[Any, ...]:
