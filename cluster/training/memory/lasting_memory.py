@@ -59,8 +59,8 @@ def training_bytes(model: Decoder, dp: Group, device: str) -> StaticBytes:
 
 
 def _update_bytes(model: Decoder, flats: Sequence[FlatBuffers], dp: Group, device: str) -> int:
-    """The largest temporary of a step: a buffer summed or gathered over dp, the squares of one leaf, a trial of the
-    update in pieces, or a piece's scaled gradient where torch's kernel takes it.
+    """The largest temporary of a step: a piece of a buffer summed or gathered over dp, the squares of one leaf, a trial
+    of the update in pieces, or a piece's scaled gradient where torch's kernel takes it.
     """
     largest = max(parameter.numel() for flat in flats for parameter in flat.parameters.values())
     trial = TRIAL_BYTES * min(largest, TRIAL)
@@ -69,9 +69,9 @@ def _update_bytes(model: Decoder, flats: Sequence[FlatBuffers], dp: Group, devic
     leaf = max(leaf, trial, scaled)
     if dp.size == 1:
         return leaf
-    flat = max(flat.master.nbytes for flat in flats)
+    piece = 4 * dp.size * min(PIECE, max(flat.master.numel() // dp.size for flat in flats))  # of all ranks together
     copies = 2.0 + 2.0 / dp.size if device == "cuda" else 1.0 + 1.0 / dp.size  # gathered through a padded buffer there
-    return max(leaf, int(copies * flat))
+    return max(leaf, int(copies * piece))
 
 
 def weight_bytes(model: Decoder) -> int:

@@ -78,7 +78,7 @@ def test_where_nothing_fits_it_says_no_and_what_would(capsys: pytest.CaptureFixt
 def test_the_20b_model_on_two_nodes_of_eight_stays_within_nodes(capsys: pytest.CaptureFixture[str]) -> None:
     assert plan("--model", "gpt-neox-20b", "--gpus", "16", "--gpu-memory", "80GiB") == 0
     best = capsys.readouterr().out.split("why\n")[1].splitlines()[0]
-    assert "tp=8 x dp=2" in best and "tp=8 stays within a node" in best
+    assert "tp=4 x dp=4" in best and "tp=4 stays within a node" in best
 
 
 @pytest.mark.parametrize(

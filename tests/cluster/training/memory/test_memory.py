@@ -15,6 +15,7 @@ from cluster.training.memory.lasting_memory import _operands, packed_bytes, pack
 from cluster.training.memory.layouts import Question, make_plan, nearest
 from cluster.training.memory.live_tensors import LiveBytes
 from cluster.training.memory.pass_memory import PassShape, pass_cost, run_pass
+from cluster.training.step.flat_buffers import PIECE
 from cluster.training.step.optimizer import OptimizerConfig, ShardedAdamW
 from parallel.attention.forward_pass import Pass
 from parallel.errors import ConfigError
@@ -142,6 +143,14 @@ def test_what_lasts_is_what_the_optimiser_really_allocates(config: DecoderConfig
     assert told.gradients == sum(flat.grad.nbytes for flat in optimizer.flats)
     assert told.optimizer == masters - own + moments
     assert told.weights >= sum(p.nbytes for p in real.parameters())
+
+
+def test_an_update_over_dp_takes_a_piece_of_a_buffer_whatever_its_size() -> None:
+    large = config_from_hf({**FAMILIES["neox"], "hidden_size": 1200, "intermediate_size": 4800})
+    deep = [replace(large, n_layers=count) for count in (4, 8)]
+    told = [training_bytes(build(each, dtype=torch.bfloat16, device="meta"), Group(0, 2), "cuda") for each in deep]
+    assert told[1].gradients > 1.5 * told[0].gradients
+    assert told[0].update == told[1].update == 6 * 4 * PIECE, "gathered, padded, and this rank's own"
 
 
 @pytest.mark.skipif(not native_products(), reason="packed weights belong to the native kernels")
