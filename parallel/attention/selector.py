@@ -7,6 +7,7 @@ flash: CUDA only. A name that cannot work is refused with the reason; the caller
 from __future__ import annotations
 
 import logging
+from functools import cache
 
 import torch
 
@@ -53,5 +54,11 @@ def choose_backend(
         reason = _KINDS[name].obstacle(device, dtype, alibi, head_dim)
         if reason is None:
             return _KINDS[name]()
-        _log.warning("attention backend %s cannot be used: %s", name, reason)
+        _warn(name, reason)
     raise AssertionError("eager has no obstacle")
+
+
+@cache
+def _warn(name: str, reason: str) -> None:
+    """Once a process: a backend is chosen for every pass."""
+    _log.warning("attention backend %s cannot be used: %s", name, reason)
