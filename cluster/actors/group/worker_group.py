@@ -316,16 +316,15 @@ class WorkerGroup:
     # ------------------------------------------------------------ who survived
 
     def _survivors(self) -> list[int]:
-        """The ranks whose process goes on and keeps what it holds: those that only lost a peer."""
+        """The ranks whose process goes on and keeps what it holds: those that only lost a peer; no CUDA rank does."""
+        if self._device == "cuda":
+            return []
         own = [rank for rank, fault in self._ended().items() if not is_consequence(fault.original)]
         self._kill([*own, *self._silent])  # first of all: their peers learn of it, and leave the collective
         living = {rank: run for rank, run in enumerate(self._runs) if rank not in (*own, *self._silent)}
         ray.wait(list(living.values()), num_returns=len(living), timeout=SETTLE_S)
-        asked = {
-            self._actors[rank].kept.remote(): rank
-            for rank, fault in self._ended().items()
-            if rank in living and is_consequence(fault.original)
-        }
+        bereaved = [rank for rank, fault in self._ended().items() if rank in living and is_consequence(fault.original)]
+        asked = {self._actors[rank].kept.remote(): rank for rank in bereaved}
         if not asked:
             return []
         answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_S)
