@@ -57,6 +57,8 @@ def test_a_preset_fits_the_gpus_that_it_names(path: Path) -> None:
     parallel = config.parallel
     assert parallel.tp * parallel.dp == gpus
     assert parallel.device == "cuda" and parallel.dtype == "bfloat16"
+    drops = config.dropout and model_of(config).dropout.attention > 0
+    assert not drops, "the planner takes attention for flash, which drops nothing"
     assert parallel.tp % per_node == 0 or per_node % parallel.tp == 0
     layout = Layout(
         tp=parallel.tp, dp=parallel.dp, recompute=config.recompute, sequence_parallel=parallel.sequence_parallel
