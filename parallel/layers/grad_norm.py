@@ -66,8 +66,8 @@ def squared_norm(parameters: Sequence[Tensor], grads: Sequence[Tensor], group: G
         totals = _tree_totals([leaves for _, leaves, _ in entries], entries[0][2], group)
         for (index, _, _), total in zip(entries, totals, strict=True):
             sums[index] = total
-    totals = [total for total in sums if total is not None]
-    return math.fsum(torch.stack(totals).tolist()) if totals else 0.0  # read at once: a read waits for the device
+    known = [total for total in sums if total is not None]
+    return math.fsum(torch.stack(known).tolist()) if known else 0.0  # read at once: a read waits for the device
 
 
 def _leaf_squares(piece: Tensor, dim: int, borders: Sequence[int]) -> Tensor:
