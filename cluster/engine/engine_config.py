@@ -47,7 +47,7 @@ class EngineConfig:
     priority_patience: float = 30.0  # seconds of waiting that outweigh one level of priority: nobody waits for ever
     share_stretch: float = 2.0  # while callers share, a step may take so many times as long as their shortest
     prefix_caching: bool = True  # beginnings that were computed before are not again
-    replay: bool = True  # of decode steps that were recorded, on CPUs with one rank
+    replay: bool = True  # of decode steps that were recorded, on CPUs
     quantize: Scheme | None = None  # weights rounded to int8 or int4 as they are read; on CPUs, in bfloat16
     attention_backend: str | None = None  # eager, cpu, sdpa or flash; the best one that works unless given
     speculation: SpeculationConfig = SpeculationConfig()

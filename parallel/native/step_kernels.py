@@ -20,7 +20,7 @@ from parallel.native.operands import NUMBERS, checked, number, refused, succeede
 MOST_DIMENSIONS = 4  # of what `copied` reads
 _ADD, _ADD_SCALAR, _SCALE, _CLAMP = range(4)  # Op of step_kernels.cpp
 _MAP, _GATHER = struct.Struct("6q2d"), struct.Struct("6q")
-_COPY = struct.Struct("12q")
+_COPY, _SHARD, _OWN_ROWS = struct.Struct("12q"), struct.Struct("5q"), struct.Struct("7q")
 
 
 def added(a: Tensor, b: Tensor) -> Tensor:
@@ -56,6 +56,27 @@ def rows_of(table: Tensor, index: Tensor) -> Tensor:
     row_bytes = table[0].numel() * table.element_size() if len(table) else 0
     given = len(index), len(table), row_bytes, table.data_ptr(), index.data_ptr(), out.data_ptr()
     _call("step_gather", _GATHER.pack(*given))
+    return out
+
+
+def shard_rows(ids_T: Tensor, first: int, stop: int) -> Tensor:
+    """[T] where the rows `ids_T` (int64) stand in the rows first..stop - 1 of a table; any of these for others."""
+    ids_T = checked("shard_rows", "ids", ids_T, (len(ids_T),), torch.int64)
+    if first >= stop:
+        raise refused("shard_rows", "first", f"{first} with stop {stop}", "a shard without rows has none to look up")
+    out = torch.empty(len(ids_T), dtype=torch.int64)
+    _call("step_shard", _SHARD.pack(len(ids_T), first, stop, ids_T.data_ptr(), out.data_ptr()))
+    return out
+
+
+def own_rows(rows_TD: Tensor, ids_T: Tensor, first: int, stop: int) -> Tensor:
+    """[T, D]: the rows whose id is first..stop - 1; zeros in the others' place."""
+    rows_TD = checked("own_rows", "rows", rows_TD, (len(ids_T), *rows_TD.shape[1:]), *NUMBERS)
+    ids_T = checked("own_rows", "ids", ids_T, (len(ids_T),), torch.int64)
+    out = torch.empty(rows_TD.shape, dtype=rows_TD.dtype)
+    row_bytes = rows_TD.shape[1:].numel() * rows_TD.element_size()
+    given = len(ids_T), row_bytes, first, stop, ids_T.data_ptr(), rows_TD.data_ptr(), out.data_ptr()
+    _call("step_own_rows", _OWN_ROWS.pack(*given))
     return out
 
 

@@ -94,7 +94,7 @@ class Traffic:
         self.byte_counts: Counter[str] = Counter()
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.flight = Flight()
-        self.sequence = 0
+        self.sequence, self.given = 0, 0  # collectives issued; bytes given to the last one
         self._began = 0.0
         self.broken: str | None = None
 
@@ -102,14 +102,19 @@ class Traffic:
         """To be called once per collective, before anything is sent. `plan` tells sums over differently divided axes
         apart in the flight recorder.
         """
+        self.check_whole(kind)
+        self.sequence += 1
+        self.counts[kind] += 1
+        self.byte_counts[kind] += nbytes
+        self.given = nbytes
+        self._began = self.flight.note(COLLECTIVE, f"{kind} {plan:08x}" if plan else kind, self.sequence, nbytes)
+
+    def check_whole(self, kind: str) -> None:
+        """Refuses to start anything after a failure."""
         if self.broken is not None:
             raise CollectiveError(
                 f"rank {self.rank} cannot start {kind}: this group stopped earlier ({self.broken}); build a new group"
             )
-        self.sequence += 1
-        self.counts[kind] += 1
-        self.byte_counts[kind] += nbytes
-        self._began = self.flight.note(COLLECTIVE, f"{kind} {plan:08x}" if plan else kind, self.sequence, nbytes)
 
     def over(self, kind: str) -> None:
         """To be called when the collective has ended well."""

@@ -7,6 +7,8 @@ them, is decided elsewhere.
 
 from __future__ import annotations
 
+import heapq
+from collections.abc import Callable
 from time import monotonic
 
 SIZE = 4096
@@ -19,7 +21,7 @@ Record = tuple[float, str, str, int, int]
 class Flight:
     """The ring of one communicator; used by the one thread that its collectives belong to."""
 
-    __slots__ = ("_at", "_mask", "_ring")
+    __slots__ = ("_at", "_mask", "_ring", "beside")
 
     def __init__(self, size: int = SIZE) -> None:
         if size < 1 or size & (size - 1):
@@ -27,6 +29,8 @@ class Flight:
         self._ring: list[Record | None] = [None] * size
         self._mask = size - 1
         self._at = 0
+        self.beside: Callable[[], tuple[int, list[Record]]] | None = None
+        """Of what another ring holds: how many events it ever had, and those it remembers, oldest first."""
 
     def note(self, what: str, name: str, number: int, nbytes: int) -> float:
         """Something begins; by the clock that is returned."""
@@ -38,10 +42,15 @@ class Flight:
     @property
     def forgotten(self) -> int:
         """How many events were written over."""
-        return max(0, self._at - len(self._ring))
+        own = max(0, self._at - len(self._ring))
+        if self.beside is None:
+            return own
+        count, remembered = self.beside()
+        return own + count - len(remembered)
 
     def records(self) -> list[Record]:
         """Oldest first. Safe while the rank goes on: then the oldest may be missing."""
         at, ring = self._at, list(self._ring)
         ordered = ring[at & self._mask :] + ring[: at & self._mask]
-        return [record for record in ordered if record is not None]
+        own = [record for record in ordered if record is not None]
+        return own if self.beside is None else [*heapq.merge(own, self.beside()[1])]

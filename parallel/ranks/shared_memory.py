@@ -4,6 +4,9 @@ native/src/all_reduce.cpp).
 Sums keep the tree's order whatever the number of ranks or the size of the message. A rank that waits spins for some
 microseconds, then yields, then sleeps on a futex, and looks every 50 ms whether its peers still live; with more ranks
 than cores it yields at once. float16, float64 and integers go through a gather and stock operators. Used by one thread.
+
+A recorded step (parallel.replay) holds its sums as nodes. On the wire they are what computed ones are: the same kinds,
+numbers, plans and sizes. So it is each rank's own affair whether it replays a step or computes it.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import ctypes
 import mmap
 import os
 import time
+from collections import Counter, deque
 from collections.abc import Sequence
 
 import torch
@@ -19,10 +23,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parallel.errors import CollectiveError, NativeMemoryError
-from parallel.native.comm import comm_library
+from parallel.native.comm import MOST_BEGUN, Ledger, Step, comm_library
+from parallel.native.compiled import library
 from parallel.native.operands import DTYPES, NUMBERS, checked, refused, words
 from parallel.ranks.comm import KINDS, Traffic, check_nodes, check_sizes
-from parallel.ranks.shared_segment import map_segment, share
+from parallel.ranks.flight_recorder import COLLECTIVE, Record
+from parallel.ranks.shared_segment import MISMATCH, TIMEOUT, Report, cause, map_segment, share
+from parallel.replay.program import Program
 from parallel.sharding.tree import ReductionTree
 
 SEGMENT_BYTES = 16 << 20
@@ -35,8 +42,7 @@ OWN_CORE, CROWDED = (50e-6, 2e-3), (0.0, 200e-6)
 """How long a rank spins, and until when it yields, before it sleeps: with a core for each rank, and with fewer."""
 PATIENCE_S = 0.2
 """How long one wait for a command may keep Python from seeing a signal."""
-TIMEOUT, DIED, LEFT, MISMATCH, NO_MEMORY = 1, 2, 3, 4, 5
-FAILED = 3
+NOTHING_SPENT = Ledger().spent
 TREE_SUM, SUM, MAXIMUM, ALL_GATHER, GATHER, BROADCAST, BARRIER = range(1, len(KINDS))
 
 
@@ -53,6 +59,10 @@ class ShmComm(Traffic):
         self._plans: dict[ReductionTree, int] = {}
         self._recent: dict[int, tuple[ReductionTree, int]] = {}  # by id, which is quicker than by value
         self._slot_given: int | None = None
+        self._ledger = Ledger()
+        self._unfinished: Program | None = None  # a replay of this rank, its sums so far in `_answers`
+        self._answers = deque[Step]()
+        self.flight.beside = self._begun
         self._handle = self._lib.comm_attach(ctypes.addressof(self._view), rank, size, cap)
         if not self._handle:
             raise NativeMemoryError(f"rank {rank} of {size} has no memory for its end of the group; free some")
@@ -84,7 +94,9 @@ class ShmComm(Traffic):
         return self._tree_sum(nodes.data_ptr(), nodes.shape[1:], tree, bias, dtype)
 
     def slot(self, nbytes: int) -> int | None:
-        address: int | None = None if self.broken else self._lib.comm_slot(self._handle, nbytes)
+        if self.broken or library.recording():  # the next round's slot is elsewhere
+            return None
+        address: int | None = self._lib.comm_slot(self._handle, nbytes)
         self._slot_given = self.sequence if address else None
         return address
 
@@ -138,6 +150,33 @@ class ShmComm(Traffic):
         self._check(BARRIER, self._lib.comm_barrier(self._handle, BARRIER, self.sequence, int(limit * 1e9)), limit)
         self.over("barrier")
 
+    def replay(self, program: Program, sums: RecordedSums) -> bool:
+        """Runs a recorded step. False where a node that is no sum failed: then the sums before it are over, and who
+        computes the step again on this rank is given their results, and joins the others in the rest.
+        """
+        self.check_whole("a recorded step")
+        ledger = self._ledger
+        ledger.calls, ledger.spent = self.sequence, NOTHING_SPENT
+        status = program.replay()
+        done = sums.steps if not status else [s for node, s in sums.by_node.items() if node < program.reached]
+        if status and program.reached not in sums.by_node:
+            ledger.begun -= len(done)  # they are issued, and noted, when the step is computed
+            self._answers, self._unfinished = deque(done), program
+            return False
+        self.sequence = ledger.calls
+        for kind, (count, nbytes) in (sums.totals if not status else RecordedSums.added(done)).items():
+            self.counts[kind] += count
+            self.byte_counts[kind] += nbytes
+            self.seconds[kind] += 1e-9 * ledger.spent[KINDS.index(kind)]
+        if status:
+            raise self._failure(sums.by_node[program.reached].kind, status, self.timeout_s)
+        return True
+
+    def computed(self) -> None:
+        """What a replay left unfinished was computed, or failed."""
+        self._answers.clear()
+        self._unfinished = None
+
     def close(self) -> None:
         if self._handle is None:
             return
@@ -189,13 +228,40 @@ class ShmComm(Traffic):
         pointer, width, bias_code = None, 1, 0
         if bias is not None and bias.numel():
             pointer, width, bias_code = bias.data_ptr(), bias.numel(), NUMBERS[bias.dtype]
-        code = self._lib.comm_reduce(
-            self._handle, plan, kind, self.sequence, nodes, out.numel(), NUMBERS[dtype], pointer, width, bias_code,
-            out.data_ptr(), NUMBERS[out.dtype], CHUNK_BYTES, SPLIT_BYTES, kind == MAXIMUM,
-        )  # fmt: skip
-        if code:
+        if self._answers:
+            self._answer(kind, out)
+        elif code := self._begin(
+            self._handle, plan, kind, nodes, out.numel(), NUMBERS[dtype], pointer, width, bias_code, out.data_ptr(),
+            NUMBERS[out.dtype], CHUNK_BYTES, SPLIT_BYTES, kind == MAXIMUM,
+        ):  # fmt: skip
             raise self._failure(kind, code, self.timeout_s)
         self.over(KINDS[kind])
+
+    def _begin(self, handle: int | None, plan: int, kind: int, *rest: int | None) -> int:
+        """A sum, by the call that a program can hold where somebody records."""
+        if not library.recording():
+            return int(self._lib.comm_reduce(handle, plan, kind, self.sequence, *rest))
+        ledger = self._ledger
+        ledger.calls = self.sequence - 1
+        code = int(self._lib.comm_step(Step(handle, plan, kind, *rest, self.given, ctypes.addressof(ledger))))
+        ledger.begun -= 1  # noted already
+        return code
+
+    def _answer(self, kind: int, out: Tensor) -> None:
+        """Gives the result that the unfinished replay had."""
+        step = self._answers.popleft()
+        if (step.kind, step.numel, step.out_type) != (kind, out.numel(), NUMBERS[out.dtype]):
+            raise CollectiveError(
+                f"rank {self.rank} computes a step with {KINDS[kind]} of {out.numel()} numbers that it replayed with "
+                f"{KINDS[step.kind]} of {step.numel}; build a new group"
+            )
+        ctypes.memmove(out.data_ptr(), step.out, out.nbytes)
+
+    def _begun(self) -> tuple[int, list[Record]]:
+        """For the flight recorder: collectives of recorded steps."""
+        ledger, count = self._ledger, self._ledger.begun
+        last = (ledger.last[i % MOST_BEGUN] for i in range(max(0, count - MOST_BEGUN), count))
+        return count, [(1e-9 * b.at, COLLECTIVE, KINDS[b.kind], b.call, b.nbytes) for b in last]
 
     def _in_order(self, kind: str, x: Tensor) -> Tensor:
         """Sum or maximum, rank after rank."""
@@ -258,7 +324,7 @@ class ShmComm(Traffic):
         culprit = self._lib.comm_report(self._handle, report)
         ranks = [Report(*report[Report.WIDTH * r : Report.WIDTH * (r + 1)]) for r in range(self.size)]
         mine = f"{KINDS[kind]} number {self.sequence}"
-        said = _cause(code, culprit, ranks, limit)
+        said = cause(code, culprit, ranks, limit)
         late = [r for r, other in enumerate(ranks) if r != self.rank and other.rounds < ranks[self.rank].rounds]
         if late and code != MISMATCH:
             said += f"; not heard from: ranks {late}"
@@ -267,34 +333,18 @@ class ShmComm(Traffic):
         return CollectiveError(message)
 
 
-class Report:
-    """What a rank's line in shared memory says about it."""
+class RecordedSums:
+    """The sums among a program's nodes."""
 
-    WIDTH = 7
+    def __init__(self, program: Program) -> None:
+        self.by_node = program.structures(Step)
+        self.steps = [*self.by_node.values()]
+        self.totals = self.added(self.steps)
 
-    def __init__(self, rounds: int, kind: int, nbytes: int, call: int, state: int, blame: int, died: int) -> None:
-        self.rounds = rounds
-        size = f" of {nbytes} bytes" if nbytes >= 0 else ""
-        self.call = f"{KINDS[kind]} number {call}{size}" if kind else "no collective yet"
-        self.failed = state == FAILED
-        self.blame = (blame >> 16, blame & 0xFFFF)
-        self.died = bool(died)
-
-
-def _cause(code: int, culprit: int, ranks: Sequence[Report], limit: float, depth: int = 0) -> str:
-    """The fault of `culprit` in words; where it stopped for a reason of its own, that reason too."""
-    last = f"its last: {ranks[culprit].call}"
-    if code == MISMATCH:
-        return (
-            f"the ranks are out of step, rank {culprit} is in {ranks[culprit].call}; "
-            "all must issue the same collectives, of the same size, in the same order"
-        )
-    if code == DIED:
-        return f"the process of rank {culprit} died ({last})"
-    if code == NO_MEMORY:
-        return f"rank {culprit} had no memory left for it ({last})"
-    if code == TIMEOUT:
-        return f"rank {culprit} did not arrive within {limit:g} s ({last})"
-    if not ranks[culprit].failed or depth == len(ranks):
-        return f"rank {culprit} closed its end ({last})"
-    return f"rank {culprit} stopped because " + _cause(*ranks[culprit].blame, ranks, limit, depth + 1)
+    @staticmethod
+    def added(steps: Sequence[Step]) -> dict[str, tuple[int, int]]:
+        """How many of each kind, and how many bytes this rank gives to them."""
+        counts, nbytes = Counter(step.kind for step in steps), Counter[int]()
+        for step in steps:
+            nbytes[step.kind] += step.nbytes
+        return {KINDS[kind]: (count, nbytes[kind]) for kind, count in counts.items()}

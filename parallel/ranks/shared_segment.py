@@ -3,7 +3,7 @@
 Rank 0 makes it (memfd) when all ranks have come to the start; the others, processes of the same user that see the same
 process numbers, open it through rank 0's entry in /proc, which the rendezvous store names. It needs no room in
 /dev/shm. Where a sandbox refuses memfd, a file is made in /dev/shm, else in the temporary folder, and its name is taken
-away at once. What is in it is the business of native/src/comm.h.
+away at once. What is in it is the business of native/src/comm.h; here is only what a rank's line says of a failure.
 """
 
 from __future__ import annotations
@@ -12,14 +12,18 @@ import logging
 import mmap
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch.distributed as dist
 
 from parallel.errors import CollectiveError
+from parallel.ranks.comm import KINDS
 
 log = logging.getLogger(__name__)
 SHM = "/dev/shm"  # the system's own memory file system; tempfile gives names in it that nobody else can take
+TIMEOUT, DIED, LEFT, MISMATCH, NO_MEMORY = 1, 2, 3, 4, 5
+FAILED = 3
 
 
 def memory_identity() -> str:
@@ -111,3 +115,36 @@ def _accept(store: dist.Store, rank: int) -> int:
             f"rank {rank} cannot open the shared segment of rank 0 ({error}); "
             "run all ranks of a host as one user, or choose transport 'gloo'"
         ) from error
+
+
+class Report:
+    """What a rank's line in shared memory says about it."""
+
+    WIDTH = 7
+
+    def __init__(self, rounds: int, kind: int, nbytes: int, call: int, state: int, blame: int, died: int) -> None:
+        self.rounds = rounds
+        size = f" of {nbytes} bytes" if nbytes >= 0 else ""
+        self.call = f"{KINDS[kind]} number {call}{size}" if kind else "no collective yet"
+        self.failed = state == FAILED
+        self.blame = (blame >> 16, blame & 0xFFFF)
+        self.died = bool(died)
+
+
+def cause(code: int, culprit: int, ranks: Sequence[Report], limit: float, depth: int = 0) -> str:
+    """The fault of `culprit` in words; where it stopped for a reason of its own, that reason too."""
+    last = f"its last: {ranks[culprit].call}"
+    if code == MISMATCH:
+        return (
+            f"the ranks are out of step, rank {culprit} is in {ranks[culprit].call}; "
+            "all must issue the same collectives, of the same size, in the same order"
+        )
+    if code == DIED:
+        return f"the process of rank {culprit} died ({last})"
+    if code == NO_MEMORY:
+        return f"rank {culprit} had no memory left for it ({last})"
+    if code == TIMEOUT:
+        return f"rank {culprit} did not arrive within {limit:g} s ({last})"
+    if not ranks[culprit].failed or depth == len(ranks):
+        return f"rank {culprit} closed its end ({last})"
+    return f"rank {culprit} stopped because " + cause(*ranks[culprit].blame, ranks, limit, depth + 1)

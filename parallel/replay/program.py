@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 from parallel.native.compiled.library import Entry, entry, library
 
@@ -17,6 +17,9 @@ MOST_ARGUMENTS = 16
 _KINDS = {
     ctypes.c_void_p: "p", ctypes.c_char_p: "p", ctypes.c_int: "i", ctypes.c_int64: "l", ctypes.c_float: "f",
 }  # fmt: skip
+
+
+StructureT = TypeVar("StructureT", bound=ctypes.Structure)
 
 
 class _Word(ctypes.Union):
@@ -34,7 +37,7 @@ class Node:
 
     def __init__(self, called: Entry, arguments: tuple[Any, ...]) -> None:
         self.name, self.keep = called.name, arguments
-        signature = "".join(_KINDS.get(kind, "?") for kind in called.argtypes)
+        signature = "".join(_letter(kind) for kind in called.argtypes)
         kind = _kind(signature)
         if kind < 0:
             raise NotRecordable(f"{called.name} takes {signature!r}, which program.cpp has no call for")
@@ -66,13 +69,29 @@ class Program:
         return len(self.names)
 
     def replay(self) -> int:
-        """Status.OK, or that of the node that failed: what comes after it was not computed."""
+        """Status.OK, or that of the node that failed, `reached`: what comes after it was not computed."""
         return int(_replay()(self._nodes, len(self._nodes), ctypes.byref(self._reached)))
+
+    @property
+    def reached(self) -> int:
+        """How many nodes of the last replay were computed."""
+        return self._reached.value
+
+    def structures(self, kind: type[StructureT]) -> dict[int, StructureT]:
+        """By the numbers of the nodes that point to one of that kind: what they point to."""
+        calls = enumerate(self._keep[0])
+        return {i: given for i, arguments in calls for given in arguments if isinstance(given, kind)}
+
+
+def _letter(kind: Any) -> str:
+    return "p" if issubclass(kind, ctypes._Pointer) else _KINDS.get(kind, "?")
 
 
 def _address(called: Entry, value: object) -> int | None:
     if value is None or isinstance(value, int):
         return value
+    if isinstance(value, ctypes.Structure):
+        return ctypes.addressof(value)
     if isinstance(value, bytes):
         return ctypes.cast(ctypes.c_char_p(value), ctypes.c_void_p).value
     raise NotRecordable(f"{called.name} was given a {type(value).__name__} for a pointer")

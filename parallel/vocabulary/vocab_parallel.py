@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from parallel.layers.dropout import PLAIN, LayerPass
 from parallel.layers.linear import ColumnLinear
-from parallel.matmul.products import leaf_tree
+from parallel.matmul.products import leaf_tree, uses_native
+from parallel.native import step_kernels
 from parallel.ranks.collectives import reduce_from
 from parallel.ranks.group import Group
 from parallel.sharding.released_weight import rows
@@ -50,6 +51,9 @@ class VocabEmbedding(nn.Module):
         start, stop = self.shards.range(self.group.rank)
         if start == stop:
             rows_TD = self.weight.sum() + self.weight.new_zeros((ids_T.shape[0], self.weight.shape[1]))
+        elif uses_native(self.weight) and not (torch.is_grad_enabled() and self.weight.requires_grad):
+            looked_up = rows(self.weight, step_kernels.shard_rows(ids_T, start, stop))
+            rows_TD = step_kernels.own_rows(looked_up, ids_T, start, stop)
         else:
             mine_T = (ids_T >= start) & (ids_T < stop)
             rows_TD = rows(self.weight, (ids_T - start).clamp(0, stop - start - 1))

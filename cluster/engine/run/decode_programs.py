@@ -6,7 +6,12 @@ is the model's. The first step of a shape is computed as always, the second one 
 other one replayed. What cannot be recorded or fails while replayed is computed as always in the same step, so that the
 answer, or the error, is the same.
 
-Programs are forgotten when a weight was written to or replaced, an adapter came or went, or the cache's memory moved.
+Of several ranks each decides for itself, since the sums over ranks are the same ones either way (shared_memory.py). A
+rank whose replay fails between two of them computes the step with the results of those that are over; where a sum
+fails, the group has failed, as in a step that is computed.
+
+Programs are forgotten when a weight was written to or replaced, an adapter came or went, the cache's memory moved, or
+the ranks met anew.
 They hold no number of threads: kernels ask for it when they run. Results lie in the program's own memory and are
 overwritten by its next replay.
 """
@@ -22,6 +27,8 @@ from parallel.attention.cpu import Cpu, RunCache
 from parallel.attention.forward_pass import Pass
 from parallel.attention.metadata import AttentionMetadata
 from parallel.native.compiled import library
+from parallel.ranks.comm import Comm
+from parallel.ranks.shared_memory import RecordedSums, ShmComm
 from parallel.replay.module_state import ModuleState
 from parallel.replay.program import Program
 from parallel.replay.recorder import Recorder
@@ -65,6 +72,11 @@ class _Recorded:
     program: Program
     inputs: StepInputs
     outputs: Outputs
+    sums: RecordedSums
+
+    def run(self, comm: ShmComm | None) -> bool:
+        """Whether all of it was computed."""
+        return not self.program.replay() if comm is None else comm.replay(self.program, self.sums)
 
 
 class DecodePrograms:
@@ -78,6 +90,7 @@ class DecodePrograms:
         self._seen: set[Shape] = set()
         self._state: ModuleState | None = None
         self._memory: list[int] = []
+        self._met: Comm | None = None
 
     def __len__(self) -> int:
         return len(self._programs)
@@ -104,7 +117,7 @@ class DecodePrograms:
             self.clear()
             return None
         recorded.inputs.overwrite(inputs)
-        if recorded.program.replay():
+        if not recorded.run(self._comm):
             del self._programs[shape]  # computing the step says what is wrong, or puts it right
             self._seen.discard(shape)
             return None
@@ -114,16 +127,26 @@ class DecodePrograms:
 
     def computed(self, inputs: StepInputs) -> Outputs:
         """The step's results as the model computes them; watched where that may make a program."""
+        try:
+            return self._computed(inputs)
+        finally:
+            if self._comm is not None:
+                self._comm.computed()
+
+    def _computed(self, inputs: StepInputs) -> Outputs:
         shape = _shape(inputs)
         if shape not in self._seen or shape in self.refusals:
             self._seen.add(shape)
             return self._forward(inputs)
         if not self._holds():
             self.clear()
-            self._state, self._memory = ModuleState(self.model), self._addresses()
+            self._state, self._memory, self._met = ModuleState(self.model), self._addresses(), self.model.group.comm
         assert self._state is not None, "made when it did not hold"
-        if not self._state.countable:
-            self.refusals[shape] = "nobody counts the writes to some parameter"
+        if not self._state.countable or self._comm is not self.model.group.comm:
+            counted = (
+                "the ranks share no memory" if self._state.countable else "nobody counts the writes to some parameter"
+            )
+            self.refusals[shape] = counted
             return self._forward(inputs)
         return self._watched(shape, inputs)
 
@@ -135,7 +158,7 @@ class DecodePrograms:
         if program is None or not self._holds():
             self.refusals[shape] = recorder.refusal or "a weight was written to meanwhile"
             return outputs
-        self._programs[shape] = _Recorded(program, inputs, outputs)
+        self._programs[shape] = _Recorded(program, inputs, outputs, RecordedSums(program))
         self._make_room()
         return outputs
 
@@ -149,17 +172,28 @@ class DecodePrograms:
         return Outputs(x_TD, self.model.logits(x_TD, inputs.rows))
 
     def _holds(self) -> bool:
-        """Whether model and cache are where and what they were when the first program was recorded."""
-        return self._state is not None and self._memory == self._addresses() and self._state.holds()
+        """Whether model, cache and group are where and what they were when the first program was recorded."""
+        return (
+            self._state is not None
+            and self._met is self.model.group.comm
+            and self._memory == self._addresses()
+            and self._state.holds()
+        )
+
+    @property
+    def _comm(self) -> ShmComm | None:
+        """What a program's sums go over."""
+        comm = self.model.group.comm
+        return comm if isinstance(comm, ShmComm) else None
 
     def _addresses(self) -> list[int]:
         return [memory.data_ptr() for memory in (*self.cache.keys, *self.cache.values)]
 
 
 def programs_for(model: Decoder, cache: object, backend: object) -> DecodePrograms | None:
-    """Where there can be any: one rank on the CPU, whose attention is a kernel."""
-    alone = model.group.size == 1 and model.has_vocabulary
-    return DecodePrograms(model, cache) if alone and isinstance(backend, Cpu) and isinstance(cache, RunCache) else None
+    """Where there can be any: on CPUs, whose attention is a kernel."""
+    possible = model.has_vocabulary and isinstance(backend, Cpu) and isinstance(cache, RunCache)
+    return DecodePrograms(model, cache) if possible else None  # type: ignore[arg-type]
 
 
 def may_replay(query_lens: list[int], num_rows: int) -> bool:

@@ -51,6 +51,11 @@ def record(recorder: Recorder | None) -> Recorder | None:
     return before
 
 
+def recording() -> bool:
+    """Whether somebody is told of this thread's calls."""
+    return _recording.recorder is not None
+
+
 class Entry:
     """A function of the library: called as ctypes calls it, and known to who records."""
 

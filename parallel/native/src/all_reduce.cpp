@@ -167,6 +167,30 @@ bool complete(Plan& p) {
   return top == 1 && p.depth <= kDeepest && std::find(used.begin(), used.end(), false) == used.end();
 }
 
+constexpr uint64_t kBegun = 4096;
+
+struct Begun { int64_t at, kind, call, nbytes; };
+struct Ledger {                               // of what recorded steps did; mirrored by native/comm.py
+  uint64_t calls;                             // collectives this rank has begun, of any kind
+  uint64_t begun;                             // of these, in recorded steps
+  int64_t spent[16];                          // nanoseconds by kind
+  Begun last[kBegun];                         // number n in place n % kBegun
+};
+struct Step {                                 // one sum of a recorded step; mirrored by native/comm.py
+  Comm* comm;
+  const Plan* plan;
+  int64_t kind;
+  const char* nodes;
+  int64_t numel, in;
+  const void* bias;
+  int64_t bias_width, bias_type;
+  char* out;
+  int64_t out_type;
+  uint64_t chunk_bytes, split_bytes;
+  int64_t maximum, nbytes;                    // given by this rank, for the ledger
+  Ledger* ledger;
+};
+
 }  // namespace
 
 extern "C" {
@@ -209,6 +233,19 @@ int comm_reduce(Comm* c, const Plan* plan, uint32_t kind, uint64_t call, const c
     }
     return done(c, maximum ? reduce_types<Max>(c, r, in, out_type) : reduce_types<Add>(c, r, in, out_type));
   });
+}
+
+// As comm_reduce: the next collective of this rank, which is entered in its ledger.
+int comm_step(const Step* s) {
+  Ledger& ledger = *s->ledger;
+  const int64_t began = now();
+  ledger.last[ledger.begun % kBegun] = {began, s->kind, static_cast<int64_t>(++ledger.calls), s->nbytes};
+  ++ledger.begun;
+  const int status = comm_reduce(s->comm, s->plan, static_cast<uint32_t>(s->kind), ledger.calls, s->nodes, s->numel,
+                                 static_cast<int>(s->in), s->bias, s->bias_width, static_cast<int>(s->bias_type), s->out,
+                                 static_cast<int>(s->out_type), s->chunk_bytes, s->split_bytes, static_cast<int>(s->maximum));
+  ledger.spent[s->kind & 15] += now() - began;
+  return status;
 }
 
 }  // extern "C"

@@ -49,7 +49,7 @@ struct Kind {
   int (*call)(void*, const Word*);
 };
 constexpr Kind kKinds[] = {
-    {"p", call<P>},                           // attention, rotary, step_kernels.cpp
+    {"p", call<P>},                           // attention, rotary, sums over ranks, step_kernels.cpp
     {"pp", call<P, P>},                       // gemm
     {"lilpp", call<L, I, L, P, P>},           // activations
     {"lilppp", call<L, I, L, P, P, P>},       // gates

@@ -23,6 +23,17 @@ struct Gather {                               // out[i] = table[index[i]], whole
   const int64_t* index;
   char* out;
 };
+struct Shard {                                // of a table cut by rows, first..last: where an id's row is, or any if elsewhere
+  int64_t n, first, last;
+  const int64_t* ids;
+  int64_t* out;
+};
+struct OwnRows {                              // out[i] = rows[i] where ids[i] is within first..last, else zeros
+  int64_t n, row_bytes, first, last;
+  const int64_t* ids;
+  const char* rows;
+  char* out;
+};
 struct Copy {                                 // out, contiguous, of a strided tensor of at most four dimensions
   int64_t from, to, sizes[4], strides[4];
   const void* a;
@@ -94,6 +105,26 @@ int step_gather(const Gather* g) {
     for (int64_t i = 0; i < g->rows; ++i) require(0 <= g->index[i] && g->index[i] < g->table_rows, kBadIndex);
     for (int64_t i = 0; i < g->rows; ++i)
       std::memcpy(g->out + i * g->row_bytes, g->table + g->index[i] * g->row_bytes, g->row_bytes);
+  });
+}
+
+int step_shard(const Shard* g) {
+  return guarded([&] {
+    present(g->ids, g->n), present(g->out, g->n);
+    require(g->first < g->last, kBadSize);
+    for (int64_t i = 0; i < g->n; ++i) g->out[i] = std::clamp(g->ids[i], g->first, g->last - 1) - g->first;
+  });
+}
+
+int step_own_rows(const OwnRows* g) {
+  return guarded([&] {
+    const int64_t bytes = count(g->n, g->row_bytes);
+    present(g->ids, g->n), present(g->rows, bytes, 1), present(g->out, bytes, 1);
+    for (int64_t i = 0; i < g->n; ++i) {
+      char* out = g->out + i * g->row_bytes;
+      if (g->first <= g->ids[i] && g->ids[i] < g->last) std::memcpy(out, g->rows + i * g->row_bytes, g->row_bytes);
+      else std::memset(out, 0, g->row_bytes);
+    }
   });
 }
 

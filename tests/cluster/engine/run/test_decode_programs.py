@@ -328,7 +328,7 @@ def test_what_cannot_be_recorded_is_computed(model: Decoder, monkeypatch: pytest
     assert "sin" in pair[0].programs.refusals[1, 1]
 
 
-def test_prompts_and_models_on_several_ranks_are_computed(model: Decoder) -> None:
+def test_prompts_and_other_backends_are_computed(model: Decoder) -> None:
     assert not decode_programs.may_replay([1, 30], 2)
     assert not decode_programs.may_replay([], 0)
     assert not decode_programs.may_replay([1] * 200, 200)
