@@ -142,11 +142,11 @@ class DecodePrograms:
             self.clear()
             self._state, self._memory, self._met = ModuleState(self.model), self._addresses(), self.model.group.comm
         assert self._state is not None, "made when it did not hold"
-        if not self._state.countable or self._comm is not self.model.group.comm:
-            counted = (
-                "the ranks share no memory" if self._state.countable else "nobody counts the writes to some parameter"
-            )
-            self.refusals[shape] = counted
+        if not self._state.countable:
+            self.refusals[shape] = "nobody counts the writes to some parameter"
+        elif self._comm is not self.model.group.comm:
+            self.refusals[shape] = "the ranks share no memory"
+        if shape in self.refusals:
             return self._forward(inputs)
         return self._watched(shape, inputs)
 
