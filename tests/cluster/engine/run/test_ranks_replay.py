@@ -8,11 +8,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from cluster.engine.engine import Engine
 from cluster.engine.engine_builder import build_engine, build_runner
@@ -23,6 +25,7 @@ from cluster.engine.run.executors import follow
 from cluster.engine.run.model_runner import ModelRunner
 from parallel.errors import CollectiveError
 from parallel.ranks.group import Group
+from parallel.ranks.shared_memory import ShmComm
 from parallel.replay.program import Program
 from tests.cluster.engine.tiny_models import CONFIGS, save_tiny
 from tests.ranks import Ranks
@@ -204,6 +207,39 @@ def test_a_rank_that_dies_or_hangs_within_a_replayed_step_is_named(
     assert seconds < 20.0
     assert ("the process of rank 1 died" if fault == "killed" else "rank 1 did not arrive within 1 s") in error
     assert f"{name} number {number} on rank 0" in error and name == "tree_sum", "the flight record ends with it"
+
+
+def test_ranks_that_meet_anew_record_anew(ranks: Run, checkpoints: dict[str, str], tmp_path: Path) -> None:
+    """A model that is kept, as over a peer's death: none of its programs sums over the ranks of before."""
+    for (first, second), (after_first, after_second), old_sums in ranks(
+        2, twice, Setting(checkpoints["gpt2"]), str(tmp_path / "store")
+    ):
+        assert first == second
+        assert after_first > 15 and after_first + 15 < after_second
+        assert old_sums == 0
+
+
+def twice(group: Group, setting: Setting, path: str) -> tuple[list[Any], list[int], int]:
+    """The answers before and after, how many steps were replayed by then, and the old group's sums afterwards."""
+    old: Any = group.comm
+    own = Group(group.rank, group.size, old)
+    runner, answers, replayed, before = runner_of(own, setting), list[Any](), list[int](), 0
+    for place in ("old", "new"):
+        if place == "new":
+            own.reconnect(ShmComm.meet(dist.FileStore(path, group.size), group.rank, group.size))
+            before = old._ledger.begun
+        tokens: list[tuple[str, tuple[int, ...]]] = []
+        logprobs: list[float] = []
+        if group.rank == 0:
+            answer(build_engine(runner, CONFIG, (), Commands(old)), tokens, logprobs)
+        else:
+            follow(runner, Commands(old))
+        assert runner.programs is not None
+        answers.append((tokens, logprobs))
+        replayed.append(runner.programs.replayed)
+    assert own.comm is not None
+    own.comm.close()
+    return answers, replayed, old._ledger.begun - before
 
 
 def shorter_limit(group: Group, limit_s: float) -> None:
