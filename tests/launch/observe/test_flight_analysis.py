@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,12 @@ def skip_one_sum(group: Group, after: int) -> None:
 
 
 def serve_with_a_slip(group: Group, folder: str, dumps: str, odd: int) -> None:
-    """Generation over the group in which rank `odd` skips one sum of a decode step; every rank dumps as it fails."""
-    runner, commands = build_runner(load(folder, group=group), CONFIG, 0), Commands(group.talk, 5.0)
+    """Generation over the group in which rank `odd` skips one sum of a decode step; every rank dumps as it fails.
+
+    That rank computes every step, so that its sums are counted; the others replay theirs where they can.
+    """
+    config = replace(CONFIG, replay=group.rank != odd)
+    runner, commands = build_runner(load(folder, group=group), config, 0), Commands(group.talk, 5.0)
     if group.rank == odd:
         skip_one_sum(group, 18)  # four of them a step: the second of the fifth
     place = Place(rank=group.rank, world=group.size, node=f"10.0.0.{group.rank}")
