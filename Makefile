@@ -8,6 +8,7 @@
 # make walk   docs/multi-node.md on three hosts of this machine (root, sshd, rsync): ray up, train, lose a host, serve; five minutes
 # make chaos  100 faults under load on three hosts of this machine (root, unshare, ip); an hour at most; CHAOS_ARGS
 # make soak   half an hour of mixed load: memory and handles of every process must stay flat; SOAK_ARGS
+# make outside  clients of others, unmodified, each in an environment of its own, against a real server; OUTSIDE="openai curl" for some
 # make outside-files   checkpoints as transformers 4 and 5 write them, against both; makes .venv-transformers5 for the second
 # make sanitize  the native tests over kernels built with address and undefined-behaviour sanitisers; some minutes
 # make proto  regenerate the gRPC code from its .proto files
@@ -22,7 +23,7 @@ PYTEST_ARGS ?=
 CHAOS_ARGS ?=
 SOAK_ARGS ?=
 
-.PHONY: demo families test lint style contracts types tests fuzz variants speculate walk chaos soak outside-files sanitize format proto setup clean
+.PHONY: demo families test lint style contracts types tests fuzz variants speculate walk chaos soak outside outside-files sanitize format proto setup clean
 
 setup: $(STAMP)
 
@@ -69,6 +70,9 @@ chaos: $(STAMP)
 
 soak: $(STAMP)
 	$(BIN)/python -m tests.chaos.soak --minutes 30 $(SOAK_ARGS)
+
+outside: $(STAMP)
+	$(BIN)/python -m tests.outside.run $(OUTSIDE)
 
 outside-files: $(STAMP) $(STAMP5)
 	OUTSIDE_FILES=all $(BIN)/python -m pytest tests/outside/files $(PYTEST_ARGS)

@@ -6,7 +6,8 @@ import asyncio
 from collections.abc import Mapping
 from typing import Any
 
-from aiohttp import web
+from aiohttp import ClientPayloadError, web
+from aiohttp.http_exceptions import BadHttpMessage
 
 from cluster.access.access_errors import SlowSender
 from cluster.frontend.requests.of_caller import turn_of_caller
@@ -26,6 +27,8 @@ STREAM_HEADERS = {
     "X-Accel-Buffering": "no",  # else nginx keeps the answer until it is whole
 }
 REQUEST_ID = "X-Request-Id"
+BROKEN_BODY = (web.RequestPayloadError, ClientPayloadError, BadHttpMessage)
+"""What reading a body raises that is not as its head says. Its connection ends."""
 
 
 class Exchange:
@@ -101,6 +104,9 @@ class Exchange:
         except TimeoutError as error:
             limit = f"{self._limits.receive_seconds:g} s"
             raise SlowSender(f"the body did not come within {limit}; send it, then wait for the answer") from error
+        except BROKEN_BODY as error:
+            words = "the body is not what Content-Encoding, Transfer-Encoding and Content-Length say; make them agree"
+            raise HttpError.of(400, "invalid_body", words, {"Connection": "close"}) from error
         return bytes(found)
 
     async def _read_in_time(self, sending: Any) -> None:

@@ -19,6 +19,7 @@ from cluster.frontend.requests.call import Prompt
 from cluster.frontend.requests.of_caller import of_caller, turn_of_caller
 from cluster.http.exchange import Exchange
 from cluster.http.http_errors import HttpError
+from cluster.http.openapi import document
 from cluster.http.replies.answers import Answers, Heading, embeddings, failed
 from cluster.http.replies.events import Events
 from cluster.http.requests.asked import Asked
@@ -76,6 +77,7 @@ class Api:
             "/detokenize": Route("POST", f"{INFERENCE}Detokenize", self.detokenize),
             "/tokenizer_info": Route("GET", f"{CONTROL}GetModelInfo", self.tokenizer_info),
             "/version": Route("GET", f"{CONTROL}GetServerInfo", self.version),
+            "/openapi.json": Route("GET", f"{CONTROL}GetServerInfo", self.openapi),
             "/health": Route("GET", OPEN, self.health),
         }
         return found if self._metrics is None else {**found, METRICS: Route("GET", METRICS, self.metrics)}
@@ -146,6 +148,11 @@ class Api:
 
     async def version(self, exchange: Exchange) -> None:
         await self._send(exchange, lambda: {"version": software_version()}, 1)
+
+    async def openapi(self, exchange: Exchange) -> None:
+        await self._send(
+            exchange, lambda: document(self.routes(), self._model.name, software_version()), LARGE_ANSWER + 1
+        )
 
     async def health(self, exchange: Exchange) -> None:
         """As gRPC's health: whether requests are admitted and the last canary came back."""

@@ -7,6 +7,7 @@ answered here. Nothing is answered to other origins: there is no CORS.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -20,7 +21,7 @@ from cluster.access.callers import answering, client_of, name_of
 from cluster.access.roles import OPEN
 from cluster.access.tls_context import ServerContext
 from cluster.frontend.call_traces import SPAN, Span, begin
-from cluster.http.exchange import Exchange
+from cluster.http.exchange import BROKEN_BODY, Exchange
 from cluster.http.http_errors import HttpError
 from cluster.http.routes import Api, Route
 from cluster.rpc.services.connection_limits import ServerLimits
@@ -29,6 +30,17 @@ from parallel.errors import ConfigError
 
 HINTS = {"/v1/responses": "; use /v1/chat/completions", "/": "; see /v1/models"}
 TRACE_HEADERS = ("traceparent", "tracestate")
+
+
+def _log_of_connections() -> logging.Logger:
+    """aiohttp's, without a traceback for each client whose body is not what its head says: that has been answered."""
+    log = logging.getLogger(f"{__name__}.connections")
+    log.addFilter(_of_interest)
+    return log
+
+
+def _of_interest(record: logging.LogRecord) -> bool:
+    return not isinstance(record.exc_info and record.exc_info[1], BROKEN_BODY)
 
 
 class HttpServer:
@@ -58,6 +70,7 @@ class HttpServer:
             handler_cancellation=True,  # a client that goes ends its request
             keepalive_timeout=self._limits.receive_seconds,
             access_log=None,
+            logger=_log_of_connections(),
         )
 
     async def start(self) -> None:

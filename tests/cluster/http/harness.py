@@ -62,6 +62,7 @@ class Http:
     port: int
     session: aiohttp.ClientSession
     grpc: AsyncClient
+    api: Api
 
     async def get(self, path: str, method: str = "GET", **more: Any) -> Answer:
         async with self.session.request(method, f"http://127.0.0.1:{self.port}{path}", **more) as found:
@@ -102,12 +103,13 @@ async def http_over(
     made = None if template is None else ChatTemplate(template, {}, "a test")
     model = ServedModel(info=ServiceInfo(model_id=NAME), tokenizer={"eos_token": "x"}, template=made)
     grpc = build_server(frontend, "127.0.0.1:0", limits, security=security, door=door)
-    http = HttpServer(Api(frontend, model, limits, None, metrics), "127.0.0.1", 0, limits=limits, door=door)
+    api = Api(frontend, model, limits, None, metrics)
+    http = HttpServer(api, "127.0.0.1", 0, limits=limits, door=door)
     await grpc.start()
     await http.start()
     try:
         async with aiohttp.ClientSession() as session, AsyncClient(f"127.0.0.1:{grpc.port}") as client:
-            yield Http(frontend, http.port, session, client)
+            yield Http(frontend, http.port, session, client, api)
     finally:
         await http.stop(1.0)
         await grpc.stop(1.0)

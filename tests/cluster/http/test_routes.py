@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 from typing import Any
 
@@ -264,6 +265,30 @@ def test_hostile_bytes_end_their_connection_and_nothing_else() -> None:
         assert (await http.complete("abc")).status == 200
 
     over_fake(test, limits=ServerLimits(receive_seconds=0.5))
+
+
+def test_a_packed_body_is_unpacked_within_its_limit_and_a_broken_one_is_400(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def test(http: Http) -> None:
+        body = json.dumps({"prompt": "abc", "max_tokens": 2}).encode()
+        packed = {"Content_Encoding": "gzip"}
+        assert (await http.post("/v1/completions", gzip.compress(body), **packed)).status == 200
+        for broken in (body, gzip.compress(body)[4:]):
+            answer = await http.post("/v1/completions", broken, **packed)
+            assert (answer.status, answer.error["code"]) == (400, "invalid_body")
+            assert "Content-Encoding" in answer.error["message"]
+        bomb = gzip.compress(b" " * 3_000_000)
+        assert len(bomb) < 10_000
+        assert (await http.post("/v1/completions", bomb, **packed)).status == 413
+
+    async def main() -> None:
+        limits = ServerLimits(max_message_bytes=1_000_000)
+        async with serving(FakeEngine()) as frontend, http_over(frontend, limits) as http:
+            await test(http)
+
+    run(main())
+    assert not caplog.records, "a client's mistake is told to the client"
 
 
 def test_pieces_of_characters_are_escaped_bytes_in_log_probabilities() -> None:
