@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import urllib.request
 from importlib.metadata import version
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def evaluated(model: str, arguments: str, folder: Path) -> tuple[float, list[dic
     out = folder / model
     command = [sys.executable, "-m", "lm_eval", "--model", model, "--model_args", arguments, "--tasks", "next_line",
                "--include_path", str(folder), "--output_path", str(out), "--log_samples",
-               "--batch_size", "1"]  # fmt: skip
+               "--batch_size", "1", "--device", "cpu"]  # fmt: skip
     ran = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     assert ran.returncode == 0, ran.stdout + ran.stderr
     print("\n".join(line for line in ran.stdout.splitlines() if line.startswith("|")))
@@ -65,10 +66,10 @@ def main(base: str, checkpoint: str, out: str | None = None) -> None:
         folder = Path(made)
         (folder / "next_line.jsonl").write_text("\n".join(map(json.dumps, rows())))
         (folder / "next_line.yaml").write_text(TASK.format(folder=folder))
-        name = Path(checkpoint).name
+        name = json.load(urllib.request.urlopen(f"{base}/v1/models", timeout=20))["data"][0]["id"]
         more = "tokenizer_backend=remote,num_concurrent=4,max_length=127"
         ours, samples = evaluated("local-completions", f"base_url={base}/v1/completions,model={name},{more}", folder)
-        theirs, others = evaluated("hf", f"pretrained={checkpoint},dtype=float32,device=cpu,max_length=127", folder)
+        theirs, others = evaluated("hf", f"pretrained={checkpoint},dtype=float32,max_length=127", folder)
     assert ours == theirs, (ours, theirs)
     pairs = [
         (request, float(answer[0]), float(other[0]))
